@@ -1,0 +1,1 @@
+"""minivit: a Vision Transformer from scratch on arrays, every forward and backward pass written out by hand."""

@@ -1,0 +1,122 @@
+"""A batch -> micro-batches -> workers -> one summed flat gradient.
+
+The batch is cut into micro-batches of a few pictures. Worker w runs forward and backward on micro-batches w, w + W, w + 2W, ...
+one after the other and adds all of them into its own flat gradient buffer; the buffers are then summed in the order of the
+workers. Three things follow:
+
+* every processor core is busy with elementwise work too, not in the matrix products alone, because NumPy releases the
+  interpreter lock in both; each worker's BLAS keeps to one thread;
+* activations of a few pictures stay in the cache, and memory does not grow with the batch;
+* the order of every sum is fixed, so the same seed and settings give the same bits, however the threads are scheduled.
+
+Each part's loss is divided by the size of the whole batch, hence the summed gradient is that of the whole batch's mean loss.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from minivit.backend import array_module
+from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
+
+DROPOUT_STREAM = 3  # separates dropout's random numbers from those of shuffling (1) and augmentation (2)
+
+
+class StepResult(NamedTuple):
+    """Figures of one batch; 0-d arrays on the model's device, so that nobody waits for them unless they are read."""
+
+    loss: np.ndarray  # sum of the pictures' losses / denominator
+    correct: np.ndarray  # how many pictures were classified correctly
+
+
+def available_cores():
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def correct_count(logits, labels):
+    """How many rows have their largest logit at the label (or at the largest soft target)."""
+    expected = labels if labels.ndim == 1 else labels.argmax(axis=1)
+    return (logits.argmax(axis=1) == expected).sum()
+
+
+class Engine:
+    """Runs a model over batches with worker threads; use as a context manager.
+
+    Inside the ``with`` block BLAS is limited to one thread per call; the caller's setting is restored at its end.
+    ``grad`` is the flat gradient of the last `gradient` call.
+    """
+
+    def __init__(self, model, *, workers=0, micro_batch=8, label_smoothing=0.0, seed=0):
+        self.model, self.micro_batch = model, micro_batch
+        self.workers = workers or available_cores()
+        self.label_smoothing, self.seed = label_smoothing, seed
+        self._buffers = [model.gradient_buffer() for _ in range(self.workers)]
+        self.grad = self._buffers[0][0]
+
+    def __enter__(self):
+        self._limits = threadpool_limits(1, user_api="blas")
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="minivit")
+        return self
+
+    def __exit__(self, *exception):
+        self._pool.shutdown()
+        self._limits.restore_original_limits()
+
+    def _cut(self, count):
+        return [slice(i, i + self.micro_batch) for i in range(0, count, self.micro_batch)]
+
+    def gradient(self, images, labels, *, step=0, denominator=None, accumulate=False):
+        """Gradient of the mean loss over a batch, left in ``self.grad``.
+
+        Shapes  images (B, H, W, C) uint8 or float, labels (B,) or (B, K)  ->  StepResult
+        ``step`` seeds dropout, with the micro-batch's number. To accumulate over several batches, pass the number of all their
+        pictures as ``denominator`` and ``accumulate=True`` from the second one on.
+        """
+        parts = self._cut(len(images))
+        denominator = len(images) if denominator is None else denominator
+
+        def work(w):
+            flat, grads = self._buffers[w]
+            if w or not accumulate:
+                flat[...] = 0.0
+            results = []
+            for m in range(w, len(parts), self.workers):
+                rng = np.random.default_rng([self.seed, DROPOUT_STREAM, step, m])
+                results.append(self._forward_backward(images[parts[m]], labels[parts[m]], grads, denominator, rng))
+            return results
+
+        results = [result for worker in self._pool.map(work, range(self.workers)) for result in worker]
+        for flat, _ in self._buffers[1:]:
+            self.grad += flat
+        return StepResult(sum(r.loss for r in results), sum(r.correct for r in results))
+
+    def _forward_backward(self, images, labels, grads, denominator, rng):
+        logits, cache = self.model.forward(images, rng=rng)
+        loss, loss_cache = softmax_cross_entropy_forward(
+            logits, labels, label_smoothing=self.label_smoothing, denominator=denominator
+        )
+        dlogits = softmax_cross_entropy_backward(1.0, loss_cache)
+        self.model.backward(dlogits, cache, grads)
+        return StepResult(loss, correct_count(logits, labels))
+
+    def predict(self, images, model=None):
+        """Logits of any number of pictures, streamed through the workers without caches.
+
+        Shapes  images (n, H, W, C)  ->  logits (n, K);  ``model`` may be another one (averaged weights) of the same configuration
+        """
+        model = model or self.model
+        logits = array_module(model.flat).empty((len(images), model.config.num_classes), model.flat.dtype)
+        parts = self._cut(len(images))
+
+        def work(w):
+            for part in parts[w :: self.workers]:
+                logits[part] = model.predict(images[part])
+
+        list(self._pool.map(work, range(self.workers)))
+        return logits

@@ -1,0 +1,105 @@
+r"""The transformer encoder block, pre-norm (Eq. 2-3 of the ViT paper).
+
+Forward
+        z'  = MSA(LN(z)) + z          (Eq. 2)
+        z'' = MLP(LN(z')) + z'        (Eq. 3)
+
+    The official code's dropout follows the output projection of the MSA and the second dense layer of the MLP; stochastic depth,
+    where used, drops a whole branch just before it is added.
+
+Backward
+    A sum hands its gradient to both terms. With f the branch, z' = f(z) + z gives
+
+        dz = dz' + f^T(dz'),
+
+    f^T being the branch's own backward, from its last step to its first. The residual path carries dz' unchanged: that is why
+    gradients survive many blocks.
+
+This file is glue: it takes the block's parameters by name from a mapping, and its backward *adds* each gradient into a mapping
+of the same names (the layers themselves only return gradients).
+"""
+
+from typing import NamedTuple
+
+from minivit.layers.drop_path import drop_path_backward, drop_path_forward
+from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward
+from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward
+from minivit.layers.mlp import MLPCache, mlp_backward, mlp_forward
+from minivit.layers.msa import MSACache, msa_backward, msa_forward
+
+NORM1 = ("norm1.weight", "norm1.bias")
+ATTN = ("attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias")
+NORM2 = ("norm2.weight", "norm2.bias")
+MLP = ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
+BLOCK_PARAMETERS = NORM1 + ATTN + NORM2 + MLP
+
+
+class BlockCache(NamedTuple):
+    """What `block_backward` reads: the caches of its steps, in the order of the forward."""
+
+    norm1: LayerNormCache
+    msa: MSACache
+    dropout1: DropoutCache
+    path1: DropoutCache
+    norm2: LayerNormCache
+    mlp: MLPCache
+    dropout2: DropoutCache
+    path2: DropoutCache
+
+
+def block_forward(
+    z, params, *, num_heads, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0, rng=None
+):
+    """One encoder block.
+
+    Math    z' = MSA(LN(z)) + z;  z'' = MLP(LN(z')) + z'                                               (Eq. 2-3)
+    Shapes  z (B, N, D)  ->  z'' (B, N, D);  params maps BLOCK_PARAMETERS to arrays
+    Cache   of each step
+    """
+
+    def take(names):
+        return [params[name] for name in names]
+
+    # Eq. 2
+    u, norm1 = layernorm_forward(z, *take(NORM1), eps=eps)
+    u, msa = msa_forward(u, *take(ATTN), num_heads=num_heads, attention_dropout=attention_dropout, rng=rng)
+    u, dropout1 = dropout_forward(u, rate=dropout, rng=rng)
+    u, path1 = drop_path_forward(u, rate=drop_path, rng=rng)
+    z = z + u  # z'
+    # Eq. 3
+    u, norm2 = layernorm_forward(z, *take(NORM2), eps=eps)
+    u, mlp = mlp_forward(u, *take(MLP), gelu=gelu, dropout=dropout, rng=rng)
+    u, dropout2 = dropout_forward(u, rate=dropout, rng=rng)
+    u, path2 = drop_path_forward(u, rate=drop_path, rng=rng)
+    z = z + u  # z''
+    return z, BlockCache(norm1, msa, dropout1, path1, norm2, mlp, dropout2, path2)
+
+
+def block_backward(dz, cache, grads):
+    """Backward of `block_forward`.
+
+    Math    dz' = dz'' + (MLP LN)^T dz'';  dz = dz' + (MSA LN)^T dz'
+    Shapes  dz (B, N, D)  ->  dz (B, N, D);  the parameter gradients are added into ``grads``
+    """
+
+    def add(names, gradients):
+        for name, gradient in zip(names, gradients, strict=True):
+            grads[name] += gradient
+
+    # z'' = z' + path(dropout(MLP(LN(z'))))                                                       (Eq. 3)
+    du = drop_path_backward(dz, cache.path2)
+    du = dropout_backward(du, cache.dropout2)
+    du, *dmlp = mlp_backward(du, cache.mlp)
+    add(MLP, dmlp)
+    du, *dnorm2 = layernorm_backward(du, cache.norm2)
+    add(NORM2, dnorm2)
+    dz = dz + du
+    # z' = z + path(dropout(MSA(LN(z))))                                                          (Eq. 2)
+    du = drop_path_backward(dz, cache.path1)
+    du = dropout_backward(du, cache.dropout1)
+    du, *dmsa = msa_backward(du, cache.msa)
+    add(ATTN, dmsa)
+    du, *dnorm1 = layernorm_backward(du, cache.norm1)
+    add(NORM1, dnorm1)
+    dz = dz + du
+    return dz

@@ -1,0 +1,37 @@
+r"""Stochastic depth, or drop path (Huang et al. 2016, arXiv:1603.09382): dropout of a whole residual branch, picture by picture.
+
+Forward
+    Let f(x) be a residual branch, so that the block computes x + f(x). With probability ``rate`` a picture skips the branch;
+    otherwise the branch is scaled to keep its expectation:
+
+        y_b = f_b m_b / (1 - rate),      m_b in {0, 1} one number per picture b.
+
+Backward
+    Linear in f: df_b = dy_b m_b / (1 - rate). It is `dropout` with a mask of shape (B, 1, ..., 1), and is computed as such.
+"""
+
+from minivit.backend import array_module
+from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_mask
+
+
+def drop_path_forward(x, *, rate=0.0, rng=None, mask=None):
+    """Drop the branch for whole pictures at random while training.
+
+    Math    y_b = x_b m_b / (1 - rate)
+    Shapes  x (B, ...), mask (B, 1, ..., 1)  ->  y (B, ...)
+    Cache   `DropoutCache` of mask and scale
+    Give a Generator to draw the mask or the mask itself; with neither, or at rate 0, y is x (evaluation).
+    """
+    if mask is None and rng is not None and rate > 0.0:
+        mask = dropout_mask((len(x),) + (1,) * (x.ndim - 1), rate, rng, array_module(x))
+    return dropout_forward(x, rate=rate, mask=mask)
+
+
+def drop_path_backward(dy, cache):
+    """Backward of `drop_path_forward`.
+
+    Math    dx_b = dy_b m_b / (1 - rate)
+    Shapes  dy (B, ...)  ->  dx (B, ...)
+    """
+    # y_b = x_b m_b scale
+    return dropout_backward(dy, cache)

@@ -1,0 +1,91 @@
+r"""From tokens to class scores: final LayerNorm, pooling, the optional pre-logits layer, the linear head (Eq. 4).
+
+Forward
+        y      = LN(z_L)[:, 0]             pooling "cls": the class token                              (Eq. 4)
+        y      = mean_N LN(z_L)            pooling "mean": the average over tokens                     (appendix D.3)
+        y      = tanh(y W_pre + b_pre)     only with a pre-logits layer (the paper's pre-training head)
+        logits = y W_head + b_head
+
+    LayerNorm works token by token, so with "cls" only the class token is normalised: the same numbers for 1/N of the work.
+
+Backward
+        y = tanh(u)          =>   du = dy (1 - y^2)
+        y = mean_N x         =>   dx = dy / N for every token: each one had the weight 1/N
+        y = x[:, 0]          =>   dx is dy in row 0 and zero elsewhere
+
+Like `block`, this is glue: parameters come by name, gradients are added by name.
+"""
+
+from typing import Any, NamedTuple
+
+from minivit.backend import array_module
+from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward
+from minivit.layers.linear import LinearCache, linear_backward, linear_forward
+
+POOLINGS = ("cls", "mean")
+
+
+class HeadCache(NamedTuple):
+    """What `head_backward` reads; ``pre_logits`` and ``tanh`` are None without a pre-logits layer."""
+
+    norm: LayerNormCache
+    pre_logits: LinearCache | None
+    tanh: Any  # (B, R): the layer's output, all that tanh's derivative needs
+    head: LinearCache
+    pooling: str
+    shape: tuple  # (B, N, D) of the tokens
+
+
+def head_forward(z, params, *, pooling="cls", eps=1e-6):
+    """Tokens to logits.
+
+    Math    logits = pool(LN(z)) W + b, through tanh(. W_pre + b_pre) if params has "pre_logits.weight"       (Eq. 4)
+    Shapes  z (B, N, D)  ->  logits (B, K)
+    Cache   of each step
+    """
+    xp = array_module(z)
+    if pooling == "cls":
+        y, norm = layernorm_forward(z[:, 0], params["norm.weight"], params["norm.bias"], eps=eps)  # (B, D)
+    else:
+        y, norm = layernorm_forward(z, params["norm.weight"], params["norm.bias"], eps=eps)  # (B, N, D)
+        y = y.mean(axis=1)  # (B, D)
+    pre_logits = tanh = None
+    if "pre_logits.weight" in params:
+        u, pre_logits = linear_forward(y, params["pre_logits.weight"], params["pre_logits.bias"])  # (B, R)
+        y = tanh = xp.tanh(u)
+    logits, head = linear_forward(y, params["head.weight"], params["head.bias"])  # (B, K)
+    return logits, HeadCache(norm, pre_logits, tanh, head, pooling, z.shape)
+
+
+def head_backward(dlogits, cache, grads):
+    """Backward of `head_forward`.
+
+    Shapes  dlogits (B, K)  ->  dz (B, N, D);  the parameter gradients are added into ``grads``
+    """
+    B, N, D = cache.shape
+    xp = array_module(dlogits)
+
+    def add(name, dW, db):
+        grads[f"{name}.weight"] += dW
+        grads[f"{name}.bias"] += db
+
+    # logits = y W_head + b_head
+    dy, dW, db = linear_backward(dlogits, cache.head)  # (B, D), or (B, R) with pre-logits
+    add("head", dW, db)
+    # y = tanh(y W_pre + b_pre)
+    if cache.pre_logits is not None:
+        du = dy * (1.0 - cache.tanh * cache.tanh)
+        dy, dW, db = linear_backward(du, cache.pre_logits)  # (B, D)
+        add("pre_logits", dW, db)
+    if cache.pooling == "cls":
+        # y = LN(z[:, 0])
+        dfirst, dw, db = layernorm_backward(dy, cache.norm)
+        dz = xp.zeros((B, N, D), dy.dtype)
+        dz[:, 0] = dfirst
+    else:
+        # y = mean_N LN(z)
+        dnormed = xp.empty((B, N, D), dy.dtype)
+        dnormed[...] = dy[:, None] / N
+        dz, dw, db = layernorm_backward(dnormed, cache.norm)
+    add("norm", dw, db)
+    return dz

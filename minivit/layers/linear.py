@@ -1,0 +1,58 @@
+r"""Linear: an affine map of the last axis, y = x W + b.
+
+Forward
+    Rows are samples: x is (n, d), W is (d, m), b is (m,), so that
+
+        y[i, k] = sum_j x[i, j] W[j, k] + b[k].
+
+Backward
+    Let dy[i, k] be the derivative of a scalar loss with respect to y[i, k]. Each entry of x, W and b reaches the loss only
+    through y, so by the chain rule
+
+        dW[j, k] = sum_i x[i, j] dy[i, k]       dW = x^T dy
+        db[k]    = sum_i dy[i, k]               db = 1^T dy      b was broadcast over the rows, so its gradient is summed
+        dx[i, j] = sum_k dy[i, k] W[j, k]       dx = dy W^T
+
+    A batch or a row of tokens only adds leading axes; they are flattened into the rows.
+"""
+
+from typing import Any, NamedTuple
+
+from minivit.backend import array_module, matmul
+
+
+class LinearCache(NamedTuple):
+    """What `linear_backward` reads: the input and the weight (both by reference)."""
+
+    x: Any  # (..., d)
+    W: Any  # (d, m)
+
+
+def linear_forward(x, W, b):
+    """Affine map of the last axis.
+
+    Math    y = x W + b                                           (the dense layers of Eq. 1, 5, 8 and of the MLP)
+    Shapes  x (..., d), W (d, m), b (m,)  ->  y (..., m)
+    Cache   x, W
+    """
+    y = matmul(x, W)  # (..., m)
+    y += b
+    return y, LinearCache(x, W)
+
+
+def linear_backward(dy, cache, *, need_dx=True):
+    """Backward of `linear_forward`.
+
+    Math    dW = x^T dy,  db = 1^T dy,  dx = dy W^T
+    Shapes  dy (..., m)  ->  dx (..., d), dW (d, m), db (m,)
+    With ``need_dx=False`` dx is None and its product is saved (the first layer of a network has nobody to hand it to).
+    """
+    x, W = cache
+    xp = array_module(dy)
+    dy_rows = dy.reshape(-1, dy.shape[-1])  # (n, m)
+    # y += b
+    db = xp.ones(len(dy_rows), dy.dtype) @ dy_rows  # a sum over rows as a product: quicker than sum(axis=0)
+    # y = x W
+    dW = x.reshape(-1, x.shape[-1]).T @ dy_rows
+    dx = matmul(dy, W.T) if need_dx else None
+    return dx, dW, db

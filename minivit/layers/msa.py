@@ -1,0 +1,76 @@
+r"""Multi-head self-attention (Eq. 5-8 of the ViT paper; Vaswani et al. 2017).
+
+Forward
+    One matrix makes queries, keys and values of all h heads, each head attends in its own Dh = D / h dimensions, and the heads'
+    results, side by side, are mixed by the output projection:
+
+        [q, k, v] = x U_qkv + b_qkv                      (N, 3D), read as (N, 3, h, Dh)                  (Eq. 5)
+        SA_i      = softmax(q_i k_i^T / sqrt(Dh)) v_i    (N, Dh) for each head i                         (Eq. 6-7)
+        y         = [SA_1, ..., SA_h] U_msa + b_msa      (N, D)                                          (Eq. 8)
+
+    The paper writes no biases, its code has them. The bias of the keys never matters: it adds the same number to a whole row
+    of scores, and softmax ignores that, so its gradient is exactly zero.
+
+Backward
+    The three steps in reverse. Splitting and joining heads only relabels axes: q, k and v are views of the (B, N, 3D) product,
+    and their gradients are written through the same views into one (B, N, 3D) array, with no copies in between.
+"""
+
+from typing import Any, NamedTuple
+
+from minivit.backend import array_module
+from minivit.layers.attention import AttentionCache, attention_backward, attention_forward
+from minivit.layers.linear import LinearCache, linear_backward, linear_forward
+
+
+class MSACache(NamedTuple):
+    """What `msa_backward` reads: the caches of its three steps."""
+
+    qkv: LinearCache
+    attention: AttentionCache
+    proj: LinearCache
+
+
+def split_heads(qkv, num_heads):
+    """Views q, k, v (B, h, N, Dh) of a fused array (B, N, 3D) whose columns are ordered (3, h, Dh)."""
+    B, N, width = qkv.shape
+    return qkv.reshape(B, N, 3, num_heads, width // (3 * num_heads)).transpose(2, 0, 3, 1, 4)
+
+
+def msa_forward(x, Wqkv, bqkv, Wproj, bproj, *, num_heads, attention_dropout=0.0, rng=None):
+    """Multi-head self-attention over the tokens of each picture.
+
+    Math    [q, k, v] = x Wqkv + bqkv;  y = [SA_1, ..., SA_h] Wproj + bproj                            (Eq. 5-8)
+    Shapes  x (B, N, D), Wqkv (D, 3D), bqkv (3D,), Wproj (D, D), bproj (D,)  ->  y (B, N, D)
+    Cache   of the two linear maps and of the attention
+    """
+    B, N, D = x.shape
+    xp = array_module(x)
+    qkv, qkv_cache = linear_forward(x, Wqkv, bqkv)  # (B, N, 3D)
+    q, k, v = split_heads(qkv, num_heads)  # (B, h, N, Dh) each, views
+    heads = xp.empty((B, N, num_heads, D // num_heads), x.dtype)
+    _, attention_cache = attention_forward(
+        q, k, v, dropout=attention_dropout, rng=rng, out=heads.transpose(0, 2, 1, 3)
+    )  # written as (B, N, h, Dh), so that joining the heads is a reshape
+    y, proj_cache = linear_forward(heads.reshape(B, N, D), Wproj, bproj)  # (B, N, D)
+    return y, MSACache(qkv_cache, attention_cache, proj_cache)
+
+
+def msa_backward(dy, cache):
+    """Backward of `msa_forward`.
+
+    Math    Eq. 8, then Eq. 7-6 per head, then Eq. 5, each by its own backward
+    Shapes  dy (B, N, D)  ->  dx (B, N, D), dWqkv (D, 3D), dbqkv (3D,), dWproj (D, D), dbproj (D,)
+    """
+    B, N, D = dy.shape
+    xp = array_module(dy)
+    num_heads = cache.attention.q.shape[1]
+    # y = heads Wproj + bproj
+    dheads, dWproj, dbproj = linear_backward(dy, cache.proj)  # (B, N, D)
+    dheads = dheads.reshape(B, N, num_heads, D // num_heads).transpose(0, 2, 1, 3)  # (B, h, N, Dh), a view
+    # heads = attention(q, k, v)
+    dqkv = xp.empty((B, N, 3 * D), dy.dtype)
+    attention_backward(dheads, cache.attention, out=tuple(split_heads(dqkv, num_heads)))
+    # qkv = x Wqkv + bqkv
+    dx, dWqkv, dbqkv = linear_backward(dqkv, cache.qkv)
+    return dx, dWqkv, dbqkv, dWproj, dbproj

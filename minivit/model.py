@@ -1,0 +1,345 @@
+"""The Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929): configuration, parameter table, forward, backward, predict.
+
+Letters, as in the paper, here and in every layer:
+
+    B images      N tokens      D width       L depth       h heads       Dh = D // h
+    P patch       C channels    M MLP width   K classes     H, W image    R pre-logits width
+
+Data flows  images (B, H, W, C) -> tokens (B, N, D) -> L blocks -> logits (B, K)  and back the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minivit import params as parameters
+from minivit.backend import array_module
+from minivit.errors import InputError
+from minivit.layers.block import BLOCK_PARAMETERS, BlockCache, block_backward, block_forward
+from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward
+from minivit.layers.gelu import KINDS as GELUS
+from minivit.layers.head import POOLINGS, HeadCache, head_backward, head_forward
+from minivit.layers.patch_embed import PatchEmbedCache, patch_embed_backward, patch_embed_forward, sincos2d
+from minivit.params import ParameterSpec, lecun_normal, normal, ones, xavier_uniform, zeros
+
+POSITIONS = ("learned", "sincos2d", "none")
+
+# width, depth, heads, MLP width. Ti and S: the official code's configs; B, L, H: Table 1 of the paper.
+PAPER_SIZES = {
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "H": (1280, 32, 16, 5120),
+}
+# The same four numbers for 32 x 32 pictures.
+SMALL_SIZES = {
+    "Nano": (64, 4, 4, 128),
+    "Micro": (128, 6, 4, 256),
+    "Mini": (192, 6, 3, 768),
+    "Midi": (384, 7, 6, 1536),
+}
+PRESETS = tuple(
+    [f"{size}/{patch}" for size in PAPER_SIZES for patch in (8, 14, 16, 32)]
+    + [f"{size}/{patch}" for size in SMALL_SIZES for patch in (2, 4, 8)]
+)
+
+
+def _setting(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Everything that defines a model; wrong values are refused with a sentence that says what is wrong.
+
+    Raises  InputError (a ValueError): from the constructor, for any impossible setting.
+    """
+
+    image_size: int = _setting(32, "height and width of the pictures, pixels")
+    patch_size: int = _setting(4, "height and width P of a patch, pixels")
+    channels: int = _setting(3, "colour channels C")
+    num_classes: int = _setting(10, "classes K")
+    width: int = _setting(192, "token width D")
+    depth: int = _setting(6, "number of blocks L")
+    num_heads: int = _setting(3, "attention heads h; the width must be a multiple")
+    mlp_dim: int = _setting(0, "hidden width M of the MLPs; 0 means 4 x width")
+    pooling: str = _setting("cls", 'what is classified: "cls" (class token) or "mean" (of all tokens)')
+    pos_embed: str = _setting("learned", 'position embedding: "learned", "sincos2d" or "none"')
+    pre_logits: int = _setting(0, "width R of the tanh layer before the head; 0 for none")
+    gelu: str = _setting("tanh", 'GELU form: "tanh" (official code) or "erf" (timm)')
+    layernorm_eps: float = _setting(1e-6, "added to the variance in LayerNorm")
+    dropout: float = _setting(
+        0.0, "dropout rate after the embedding, the MSA projection and both MLP layers"
+    )
+    attention_dropout: float = _setting(0.0, "dropout rate of the attention maps")
+    drop_path: float = _setting(0.0, "stochastic depth: drop rate of the last block, rising linearly from 0")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), type(f.default)
+            if kind is float and type(value) is int:
+                object.__setattr__(self, f.name, float(value))
+            elif type(value) is not kind:
+                raise InputError(f"{f.name} must be {_article(kind)}, got {value!r}")
+        if self.mlp_dim == 0:
+            object.__setattr__(self, "mlp_dim", 4 * self.width)
+        for name in ("image_size", "patch_size", "channels", "num_classes", "width", "depth", "num_heads", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.pre_logits < 0:
+            raise InputError(f"pre_logits must be 0 (none) or a width, got {self.pre_logits}")
+        if self.image_size % self.patch_size:
+            raise InputError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.num_heads:
+            raise InputError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        for name, choices in (("pooling", POOLINGS), ("pos_embed", POSITIONS), ("gelu", GELUS)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        if self.pos_embed == "sincos2d" and self.width % 4:
+            raise InputError(f'pos_embed "sincos2d" needs a width that is a multiple of 4, got {self.width}')
+        for name in ("dropout", "attention_dropout", "drop_path"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InputError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0.0 < self.layernorm_eps < 1.0:
+            raise InputError(f"layernorm_eps must lie in (0, 1), got {self.layernorm_eps}")
+
+    @classmethod
+    def preset(cls, name, **changes):
+        """A named model, e.g. ``ViTConfig.preset("B/16")`` or ``ViTConfig.preset("Micro/4", num_classes=100)``.
+
+        Ti, S, B, L, H with patch 8, 14, 16, 32 at 224 pixels and 1000 classes; Nano, Micro, Mini, Midi with patch 2, 4, 8 at 32
+        pixels and 10 classes.
+        """
+        return cls(**{**preset_fields(name), **changes})
+
+    @property
+    def grid_size(self):
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self):
+        """N: the patches, and the class token if there is one."""
+        return self.grid_size**2 + (self.pooling == "cls")
+
+
+def _article(kind):
+    return {int: "a whole number", float: "a number", str: "a word"}[kind]
+
+
+def preset_fields(name):
+    """The `ViTConfig` fields that a preset sets, as a dict.
+
+    Raises  InputError: unknown name; the message lists the known ones.
+    """
+    if name not in PRESETS:
+        raise InputError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
+    size, patch = name.split("/")
+    paper = size in PAPER_SIZES
+    width, depth, num_heads, mlp_dim = (PAPER_SIZES if paper else SMALL_SIZES)[size]
+    fields = dict(patch_size=int(patch), width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
+    fields |= dict(image_size=224, num_classes=1000) if paper else dict(image_size=32, num_classes=10)
+    return fields
+
+
+def parameter_table(config):
+    """The model's parameters in the order of the forward pass, with timm's names and the official initialisers.
+
+    Weight decay applies to the matrices alone: not to biases, LayerNorm, the class token or the position embedding.
+    """
+    c, D, M = config, config.width, config.mlp_dim
+    pixels = c.patch_size**2 * c.channels
+    table = []
+
+    def add(name, shape, init, decay=False):
+        table.append(ParameterSpec(name, shape, init, decay))
+
+    def layernorm(name):
+        add(f"{name}.weight", (D,), ones)
+        add(f"{name}.bias", (D,), zeros)
+
+    def dense(name, n_in, n_out, init, bias_init=zeros):
+        add(f"{name}.weight", (n_in, n_out), init, decay=True)
+        add(f"{name}.bias", (n_out,), bias_init)
+
+    if c.pooling == "cls":
+        add("cls_token", (1, 1, D), zeros)
+    if c.pos_embed == "learned":
+        add("pos_embed", (1, c.num_tokens, D), normal(0.02))
+    dense("patch_embed.proj", pixels, D, lecun_normal(pixels))
+    for i in range(c.depth):
+        layernorm(f"blocks.{i}.norm1")
+        # queries, keys and values are three (D, D) matrices side by side, and are initialised as such
+        dense(f"blocks.{i}.attn.qkv", D, 3 * D, xavier_uniform(D, D))
+        dense(f"blocks.{i}.attn.proj", D, D, xavier_uniform(D, D))
+        layernorm(f"blocks.{i}.norm2")
+        dense(f"blocks.{i}.mlp.fc1", D, M, xavier_uniform(D, M), normal(1e-6))
+        dense(f"blocks.{i}.mlp.fc2", M, D, xavier_uniform(M, D), normal(1e-6))
+    layernorm("norm")
+    if c.pre_logits:
+        dense("pre_logits", D, c.pre_logits, lecun_normal(D))
+    dense("head", c.pre_logits or D, c.num_classes, zeros)
+    return tuple(table)
+
+
+def pixels(images, dtype):
+    """Pictures as the model wants them: uint8 becomes (x - 127.5) / 127.5 in [-1, 1]; floats are taken as already scaled.
+
+    Shapes  images (B, H, W, C)  ->  (B, H, W, C) of the given dtype
+    Raises  InputError: (on the host) a float image that is not finite.
+    """
+    if images.dtype == np.uint8:
+        x = images.astype(dtype)
+        x -= 127.5
+        x /= 127.5
+        return x
+    if isinstance(images, np.ndarray) and not np.isfinite(images).all():
+        bad = int(np.argmin(np.isfinite(images).reshape(len(images), -1).all(axis=1)))
+        raise InputError(f"picture {bad} of the batch has a pixel that is NaN or infinite")
+    return images.astype(dtype, copy=False)
+
+
+class ViTCache(NamedTuple):
+    """What `ViT.backward` reads: the caches of the embedding, of its dropout, of each block and of the head."""
+
+    embed: PatchEmbedCache
+    dropout: DropoutCache
+    blocks: tuple[BlockCache, ...]
+    head: HeadCache
+
+
+class Intermediates(NamedTuple):
+    """What `ViT.intermediates` saw on the way."""
+
+    logits: Any  # (B, K)
+    attention: tuple  # L arrays (B, h, N, N): the attention maps of each block
+    features: tuple  # 1 + L arrays (B, N, D): the embedded tokens, then the output of each block
+
+
+class ViT:
+    """A configuration and its parameters; calls leave nothing behind, so threads may share one model.
+
+    ``flat`` is the buffer that holds every parameter (the model's dtype and device are its), ``params`` the named views into it.
+    Give ``flat`` to wrap an existing buffer (an average, a perturbed copy, a GPU array) without copying; otherwise the parameters
+    are initialised from ``seed``.
+    """
+
+    def __init__(self, config, *, seed=0, dtype=np.float32, flat=None):
+        self.config = config
+        self.table = parameter_table(config)
+        self.flat = parameters.initialise(self.table, seed=seed, dtype=dtype) if flat is None else flat
+        self.params = parameters.views(self.flat, self.table)
+        self._blocks = [self._of_block(self.params, i) for i in range(config.depth)]
+        self._position = self.params.get("pos_embed")
+        if config.pos_embed == "sincos2d":
+            fixed = sincos2d(config.grid_size, config.width, prefix_tokens=int(config.pooling == "cls"))
+            self._position = array_module(self.flat).asarray(fixed, dtype=self.flat.dtype)
+
+    def __repr__(self):
+        return f"ViT({self.config}, {self.flat.size:,} parameters, {self.flat.dtype})"
+
+    @staticmethod
+    def _of_block(named, i):
+        return {name: named[f"blocks.{i}.{name}"] for name in BLOCK_PARAMETERS}
+
+    def _block_settings(self, i):
+        c = self.config
+        return dict(
+            num_heads=c.num_heads,
+            gelu=c.gelu,
+            eps=c.layernorm_eps,
+            dropout=c.dropout,
+            attention_dropout=c.attention_dropout,
+            drop_path=c.drop_path * i / max(c.depth - 1, 1),
+        )
+
+    def _embed(self, images, rng):
+        c, p = self.config, self.params
+        if images.ndim != 4 or images.shape[1:] != (c.image_size, c.image_size, c.channels):
+            expected = f"(B, {c.image_size}, {c.image_size}, {c.channels})"
+            raise InputError(f"this model takes pictures of shape {expected}, got {tuple(images.shape)}")
+        z, embed = patch_embed_forward(
+            pixels(images, self.flat.dtype),
+            p["patch_embed.proj.weight"],
+            p["patch_embed.proj.bias"],
+            p.get("cls_token"),
+            self._position,
+            patch_size=c.patch_size,
+        )
+        z, dropout = dropout_forward(z, rate=c.dropout, rng=rng)
+        return z, embed, dropout
+
+    def _head(self, z):
+        return head_forward(z, self.params, pooling=self.config.pooling, eps=self.config.layernorm_eps)
+
+    def gradient_buffer(self):
+        """A flat buffer of zeros like the parameters, and its named views: what `backward` adds into."""
+        flat = array_module(self.flat).zeros_like(self.flat)
+        return flat, parameters.views(flat, self.table)
+
+    def forward(self, images, *, rng=None):
+        """Logits, and the cache for `backward`.
+
+        Math    Eq. 1-4: embed, L blocks, final LayerNorm, pooling, head
+        Shapes  images (B, H, W, C) uint8, or floats scaled to about [-1, 1]  ->  logits (B, K)
+        Dropout and stochastic depth act only when a Generator is given (training).
+        Raises  InputError: pictures of another shape, or with NaN pixels.
+        """
+        z, embed, dropout = self._embed(images, rng)  # (B, N, D)
+        blocks = []
+        for i, params in enumerate(self._blocks):
+            z, cache = block_forward(z, params, **self._block_settings(i), rng=rng)  # (B, N, D)
+            blocks.append(cache)
+        logits, head = self._head(z)  # (B, K)
+        return logits, ViTCache(embed, dropout, tuple(blocks), head)
+
+    def backward(self, dlogits, cache, grads, *, need_dimages=False):
+        """Backward of `forward`: every parameter's gradient is *added* into ``grads`` (see `gradient_buffer`).
+
+        Shapes  dlogits (B, K)  ->  dimages (B, H, W, C) with respect to the scaled pixels, or None unless asked for
+        """
+        # logits = head(z_L)
+        dz = head_backward(dlogits, cache.head, grads)  # (B, N, D)
+        # z_l = block(z_{l-1})
+        for i in reversed(range(self.config.depth)):
+            dz = block_backward(dz, cache.blocks[i], self._of_block(grads, i))  # (B, N, D)
+        # z_0 = dropout(embed(images))
+        dz = dropout_backward(dz, cache.dropout)
+        dimages, dW, db, dcls_token, dpos_embed = patch_embed_backward(
+            dz, cache.embed, need_dimages=need_dimages
+        )
+        grads["patch_embed.proj.weight"] += dW
+        grads["patch_embed.proj.bias"] += db
+        if "cls_token" in grads:
+            grads["cls_token"] += dcls_token
+        if "pos_embed" in grads:  # a fixed sine-cosine embedding has no gradient to keep
+            grads["pos_embed"] += dpos_embed
+        return dimages
+
+    def predict(self, images):
+        """Logits alone, with no dropout; each block's cache is dropped at once.
+
+        Shapes  images (B, H, W, C)  ->  logits (B, K)
+        """
+        z, *_ = self._embed(images, None)
+        for i, params in enumerate(self._blocks):
+            z, _ = block_forward(z, params, **self._block_settings(i))
+        return self._head(z)[0]
+
+    def intermediates(self, images):
+        """Logits, attention maps and token features of every block, with no dropout.
+
+        Shapes  images (B, H, W, C)  ->  Intermediates: logits (B, K), L maps (B, h, N, N), 1 + L features (B, N, D)
+        """
+        z, *_ = self._embed(images, None)
+        attention, features = [], [z]
+        for i, params in enumerate(self._blocks):
+            z, cache = block_forward(z, params, **self._block_settings(i))
+            attention.append(cache.msa.attention.softmax.y)
+            features.append(z)
+        return Intermediates(self._head(z)[0], tuple(attention), tuple(features))
