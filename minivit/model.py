@@ -10,8 +10,7 @@ Data flows  images (B, H, W, C) -> tokens (B, N, D) -> L blocks -> logits (B, K)
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from minivit.layers.gelu import KINDS as GELUS
 from minivit.layers.head import POOLINGS, HeadCache, head_backward, head_forward
 from minivit.layers.patch_embed import PatchEmbedCache, patch_embed_backward, patch_embed_forward, sincos2d
 from minivit.params import ParameterSpec, lecun_normal, normal, ones, xavier_uniform, zeros
+from minivit.settings import check_choice, check_range, check_types, setting
 
 POSITIONS = ("learned", "sincos2d", "none")
 
@@ -49,10 +49,6 @@ PRESETS = tuple(
 )
 
 
-def _setting(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class ViTConfig:
     """Everything that defines a model; wrong values are refused with a sentence that says what is wrong.
@@ -60,53 +56,41 @@ class ViTConfig:
     Raises  InputError (a ValueError): from the constructor, for any impossible setting.
     """
 
-    image_size: int = _setting(32, "height and width of the pictures, pixels")
-    patch_size: int = _setting(4, "height and width P of a patch, pixels")
-    channels: int = _setting(3, "colour channels C")
-    num_classes: int = _setting(10, "classes K")
-    width: int = _setting(192, "token width D")
-    depth: int = _setting(6, "number of blocks L")
-    num_heads: int = _setting(3, "attention heads h; the width must be a multiple")
-    mlp_dim: int = _setting(0, "hidden width M of the MLPs; 0 means 4 x width")
-    pooling: str = _setting("cls", 'what is classified: "cls" (class token) or "mean" (of all tokens)')
-    pos_embed: str = _setting("learned", 'position embedding: "learned", "sincos2d" or "none"')
-    pre_logits: int = _setting(0, "width R of the tanh layer before the head; 0 for none")
-    gelu: str = _setting("tanh", 'GELU form: "tanh" (official code) or "erf" (timm)')
-    layernorm_eps: float = _setting(1e-6, "added to the variance in LayerNorm")
-    dropout: float = _setting(
-        0.0, "dropout rate after the embedding, the MSA projection and both MLP layers"
-    )
-    attention_dropout: float = _setting(0.0, "dropout rate of the attention maps")
-    drop_path: float = _setting(0.0, "stochastic depth: drop rate of the last block, rising linearly from 0")
+    image_size: int = setting(32, "height and width of the pictures, pixels")
+    patch_size: int = setting(4, "height and width P of a patch, pixels")
+    channels: int = setting(3, "colour channels C")
+    num_classes: int = setting(10, "classes K")
+    width: int = setting(192, "token width D")
+    depth: int = setting(6, "number of blocks L")
+    num_heads: int = setting(3, "attention heads h; the width must be a multiple")
+    mlp_dim: int = setting(0, "hidden width M of the MLPs; 0 means 4 x width")
+    pooling: str = setting("cls", 'what is classified: "cls" (class token) or "mean" (of all tokens)')
+    pos_embed: str = setting("learned", 'position embedding: "learned", "sincos2d" or "none"')
+    pre_logits: int = setting(0, "width R of the tanh layer before the head; 0 for none")
+    gelu: str = setting("tanh", 'GELU form: "tanh" (official code) or "erf" (timm)')
+    layernorm_eps: float = setting(1e-6, "added to the variance in LayerNorm")
+    dropout: float = setting(0.0, "dropout rate after the embedding, the MSA projection and both MLP layers")
+    attention_dropout: float = setting(0.0, "dropout rate of the attention maps")
+    drop_path: float = setting(0.0, "stochastic depth: drop rate of the last block, rising linearly from 0")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), type(f.default)
-            if kind is float and type(value) is int:
-                object.__setattr__(self, f.name, float(value))
-            elif type(value) is not kind:
-                raise InputError(f"{f.name} must be {_article(kind)}, got {value!r}")
+        check_types(self)
         if self.mlp_dim == 0:
             object.__setattr__(self, "mlp_dim", 4 * self.width)
-        for name in ("image_size", "patch_size", "channels", "num_classes", "width", "depth", "num_heads", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.pre_logits < 0:
-            raise InputError(f"pre_logits must be 0 (none) or a width, got {self.pre_logits}")
+        check_range(self, 1, None, "image_size", "patch_size", "channels", "num_classes")
+        check_range(self, 1, None, "width", "depth", "num_heads", "mlp_dim")
+        check_range(self, 0, None, "pre_logits")
+        check_range(self, 0.0, 1.0, "dropout", "attention_dropout", "drop_path", open_high=True)
+        check_range(self, 1e-20, 1.0, "layernorm_eps")
+        check_choice(self, "pooling", POOLINGS)
+        check_choice(self, "pos_embed", POSITIONS)
+        check_choice(self, "gelu", GELUS)
         if self.image_size % self.patch_size:
             raise InputError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads:
             raise InputError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
-        for name, choices in (("pooling", POOLINGS), ("pos_embed", POSITIONS), ("gelu", GELUS)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         if self.pos_embed == "sincos2d" and self.width % 4:
             raise InputError(f'pos_embed "sincos2d" needs a width that is a multiple of 4, got {self.width}')
-        for name in ("dropout", "attention_dropout", "drop_path"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InputError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if not 0.0 < self.layernorm_eps < 1.0:
-            raise InputError(f"layernorm_eps must lie in (0, 1), got {self.layernorm_eps}")
 
     @classmethod
     def preset(cls, name, **changes):
@@ -126,10 +110,6 @@ class ViTConfig:
     def num_tokens(self):
         """N: the patches, and the class token if there is one."""
         return self.grid_size**2 + (self.pooling == "cls")
-
-
-def _article(kind):
-    return {int: "a whole number", float: "a number", str: "a word"}[kind]
 
 
 def preset_fields(name):
@@ -310,9 +290,7 @@ class ViT:
             dz = block_backward(dz, cache.blocks[i], self._of_block(grads, i))  # (B, N, D)
         # z_0 = dropout(embed(images))
         dz = dropout_backward(dz, cache.dropout)
-        dimages, dW, db, dcls_token, dpos_embed = patch_embed_backward(
-            dz, cache.embed, need_dimages=need_dimages
-        )
+        dimages, dW, db, dcls_token, dpos_embed = patch_embed_backward(dz, cache.embed, need_dimages=need_dimages)
         grads["patch_embed.proj.weight"] += dW
         grads["patch_embed.proj.bias"] += db
         if "cls_token" in grads:

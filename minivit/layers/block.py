@@ -47,9 +47,7 @@ class BlockCache(NamedTuple):
     path2: DropoutCache
 
 
-def block_forward(
-    z, params, *, num_heads, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0, rng=None
-):
+def block_forward(z, params, *, num_heads, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0, rng=None):
     """One encoder block.
 
     Math    z' = MSA(LN(z)) + z;  z'' = MLP(LN(z')) + z'                                               (Eq. 2-3)

@@ -71,9 +71,7 @@ def patch_embed_forward(images, W, b, cls_token=None, pos_embed=None, *, patch_s
         z = xp.concatenate([first, z], axis=1)  # (B, 1 + N, D)
     if pos_embed is not None:
         z += pos_embed
-    return z, PatchEmbedCache(
-        linear_cache, images.shape, patch_size, cls_token is not None, pos_embed is not None
-    )
+    return z, PatchEmbedCache(linear_cache, images.shape, patch_size, cls_token is not None, pos_embed is not None)
 
 
 def patch_embed_backward(dz, cache, *, need_dimages=True):

@@ -1,0 +1,68 @@
+"""Data sets: ``load(name, data_dir)`` gives arrays, ``batches`` in ``loader`` gives augmented batches.
+
+====================  ===================================================  ============
+name                  pictures                                             where from
+====================  ===================================================  ============
+digits                1,797 handwritten digits, 8 x 8 x 1                  shipped
+cifar10, cifar100     60,000 photographs, 32 x 32 x 3                      ``data_dir``
+folder                your own, ``data_dir/{train,test}/CLASS/*.png``      ``data_dir``
+====================  ===================================================  ============
+"""
+
+from minivit.data.augment import augment, random_crop, random_flip
+from minivit.data.cifar import fetch, load_cifar
+from minivit.data.dataset import Dataset, validated
+from minivit.data.digits import load_digits
+from minivit.data.folder import load_folder, read_image
+from minivit.data.loader import batches, epoch_order
+from minivit.errors import InputError
+
+DATASETS = ("digits", "cifar10", "cifar100", "folder")
+
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "augment",
+    "batches",
+    "epoch_order",
+    "fetch",
+    "load",
+    "random_crop",
+    "random_flip",
+    "read_image",
+]
+
+
+def load(name, data_dir="data", *, image_size=None):
+    """Load one of the ``DATASETS`` into memory.
+
+    Parameters
+    ----------
+    name : str
+        ``"digits"``, ``"cifar10"``, ``"cifar100"`` or ``"folder"``.
+    data_dir : path
+        Where the data lies; ``"digits"`` ships with the package and ignores it.
+    image_size : int, optional
+        Height and width for ``"folder"`` (default 32). The other sets have one size each.
+
+    Returns
+    -------
+    Dataset
+
+    Raises
+    ------
+    InputError
+        If the name is unknown, the data are missing or damaged, or ``image_size`` is not the set's own.
+    """
+    if name == "folder":
+        return validated(load_folder(data_dir, 32 if image_size is None else image_size))
+    if name == "digits":
+        dataset = load_digits()
+    elif name in ("cifar10", "cifar100"):
+        dataset = load_cifar(name, data_dir)
+    else:
+        raise InputError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
+    size = dataset.train_images.shape[1]
+    if image_size not in (None, size):
+        raise InputError(f"{name} pictures are {size}x{size}, not {image_size}x{image_size}; leave the image size out")
+    return validated(dataset)

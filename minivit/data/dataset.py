@@ -1,0 +1,56 @@
+"""What every loader returns, and the checks that every loader's result has passed."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from minivit.errors import InputError
+
+
+class Dataset(NamedTuple):
+    """Pictures and labels of one data set, split for training and testing.
+
+    Shapes
+    ------
+    Pictures are (n, H, W, C) uint8 in 0..255, labels (n,) int64 in [0, K), where K = ``len(class_names)``.
+    """
+
+    name: str
+    train_images: np.ndarray  # (n, H, W, C) uint8
+    train_labels: np.ndarray  # (n,) int64
+    test_images: np.ndarray  # (m, H, W, C) uint8
+    test_labels: np.ndarray  # (m,) int64
+    class_names: tuple[str, ...]  # K names
+    source: str  # one line: where the data came from
+
+
+def validated(dataset):
+    """Return ``dataset`` itself once its parts are known to fit together.
+
+    Raises
+    ------
+    InputError
+        If a split is empty, or its shapes, dtypes or labels are not those that ``Dataset`` promises.
+    """
+    splits = {
+        "training": (dataset.train_images, dataset.train_labels),
+        "test": (dataset.test_images, dataset.test_labels),
+    }
+    classes = len(dataset.class_names)
+    for split, (images, labels) in splits.items():
+        where = f"{dataset.name} ({dataset.source}): the {split} split"
+        if not len(labels):
+            raise InputError(f"{where} is empty; give it at least one picture")
+        if images.dtype != np.uint8 or images.ndim != 4 or labels.dtype != np.int64:
+            raise InputError(
+                f"{where} holds {images.dtype} {images.shape} pictures and {labels.dtype} labels;"
+                " expected uint8 (n, H, W, C) and int64"
+            )
+        if labels.shape != images.shape[:1] or images.shape[1:] != dataset.train_images.shape[1:]:
+            raise InputError(
+                f"{where} holds {labels.shape} labels for {images.shape} pictures; expected one label"
+                f" for each picture of shape {dataset.train_images.shape[1:]}"
+            )
+        if labels.min() < 0 or labels.max() >= classes:
+            raise InputError(f"{where} has labels from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}")
+    return dataset

@@ -1,0 +1,98 @@
+"""The order of an epoch and its batches, as pure functions of (seed, epoch, batch index).
+
+Nothing carries over from one batch to the next, so training that resumes in the middle of an epoch sees
+exactly the pictures it would have seen without the break.
+"""
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from minivit.data.augment import augment
+
+# Each use of the seed draws from a stream of its own; the numbers are part of what "the same seed" means.
+_SHUFFLE, _AUGMENT = 1, 2
+
+
+def _generator(seed, *key):
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def epoch_order(n, *, seed, epoch):
+    """Return the order in which an epoch visits n pictures.
+
+    Returns
+    -------
+    (n,) int64 permutation of 0 .. n - 1, the same for the same arguments
+    """
+    return _generator(seed, _SHUFFLE, epoch).permutation(n)
+
+
+def batches(
+    images,
+    labels,
+    order,
+    batch_size,
+    *,
+    seed,
+    epoch,
+    start=0,
+    crop_padding=0,
+    flip=False,
+    prefetch=2,
+    drop_last=False,
+):
+    """Yield ``(index, images, labels)`` for batch ``start``, ``start + 1``, ... of an epoch.
+
+    Batch i takes ``order[i * batch_size : (i + 1) * batch_size]``, and its augmentation is drawn from a
+    Generator of its own, so a pass from any ``start`` continues a full pass exactly.
+
+    Parameters
+    ----------
+    images, labels : (n, H, W, C) uint8 and (n,) int64
+        On the host; they are left as they are.
+    order : (m,) int64
+        Rows to visit, usually from ``epoch_order``.
+    batch_size : int
+    seed, epoch : int
+    start : int
+        First batch to yield.
+    crop_padding, flip
+        As in ``augment``.
+    prefetch : int
+        Batches that one background thread prepares ahead; 0 prepares each when asked for. Same batches.
+        An error there is raised here; closing the generator ends the thread.
+    drop_last : bool
+        Leave out a last batch that is smaller than ``batch_size``.
+
+    Yields
+    ------
+    index : int
+    images : (B, H, W, C) uint8, a copy
+    labels : (B,) int64, a copy
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+
+    def prepare(index):
+        rows = order[index * batch_size : (index + 1) * batch_size]
+        rng = _generator(seed, _AUGMENT, epoch, index)
+        return index, augment(images[rows], rng, crop_padding=crop_padding, flip=flip), labels[rows]
+
+    stop = len(order) // batch_size if drop_last else -(-len(order) // batch_size)
+    indices = range(start, stop)
+    if prefetch == 0:
+        yield from map(prepare, indices)
+        return
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="minivit-batches")
+    try:
+        ahead = deque()
+        for index in indices:
+            ahead.append(pool.submit(prepare, index))
+            if len(ahead) > prefetch:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:  # also when the consumer breaks off: at most the batch in hand is still prepared
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,203 @@
+"""What `scripts/gradcheck.py` and the tests check: every layer and the loss at shapes that reveal mistakes, and small models.
+
+All sizes differ from one another and the token counts are odd, so that a transposed axis, a sum over the wrong one or a factor
+of B, N or h cannot hide. A case is a function of a Generator that gives (forward, backward, args, argument names).
+"""
+
+import numpy as np
+
+from minivit.layers.attention import attention_backward, attention_forward
+from minivit.layers.block import ATTN, BLOCK_PARAMETERS, MLP, block_backward, block_forward
+from minivit.layers.drop_path import drop_path_backward, drop_path_forward
+from minivit.layers.dropout import dropout_backward, dropout_forward
+from minivit.layers.gelu import gelu_backward, gelu_forward
+from minivit.layers.head import head_backward, head_forward
+from minivit.layers.layernorm import layernorm_backward, layernorm_forward
+from minivit.layers.linear import linear_backward, linear_forward
+from minivit.layers.mlp import mlp_backward, mlp_forward
+from minivit.layers.msa import msa_backward, msa_forward
+from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward
+from minivit.layers.softmax import softmax_backward, softmax_forward
+from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
+
+B, N, D, H, M, K = 2, 5, 12, 3, 7, 4  # pictures, tokens, width, heads, MLP width, classes
+
+
+def _arrays(rng, *shapes):
+    return [rng.standard_normal(shape) for shape in shapes]
+
+
+def _linear(rng):
+    return linear_forward, linear_backward, _arrays(rng, (B, N, D), (D, M), (M,)), ("x", "W", "b")
+
+
+def _layernorm(rng):
+    return layernorm_forward, layernorm_backward, _arrays(rng, (B, N, D), (D,), (D,)), ("x", "w", "b")
+
+
+def _gelu(kind):
+    def case(rng):
+        x = 3.0 * rng.standard_normal((B, N, M))
+        return lambda x: gelu_forward(x, kind=kind), gelu_backward, [x], ("x",)
+
+    return case
+
+
+def _softmax(rng):
+    return softmax_forward, softmax_backward, [3.0 * rng.standard_normal((B, H, N, M))], ("x",)
+
+
+def _dropout(rng):
+    seed = int(rng.integers(1 << 30))  # the same mask at each call
+
+    def forward(x):
+        return dropout_forward(x, rate=0.4, rng=np.random.default_rng(seed))
+
+    return forward, dropout_backward, _arrays(rng, (B, N, D)), ("x",)
+
+
+def _drop_path(rng):
+    seed = int(rng.integers(1 << 30))
+
+    def forward(x):
+        return drop_path_forward(x, rate=0.4, rng=np.random.default_rng(seed))
+
+    return forward, drop_path_backward, _arrays(rng, (7, N, M)), ("x",)
+
+
+def _attention(dropout):
+    def case(rng):
+        def forward(q, k, v):
+            return attention_forward(q, k, v, dropout=dropout, rng=np.random.default_rng(1))
+
+        shapes = [(B, H, N, 4)] * 3
+        return forward, attention_backward, _arrays(rng, *shapes), ("q", "k", "v")
+
+    return case
+
+
+def _msa(rng):
+    def forward(*args):
+        return msa_forward(*args, num_heads=H, attention_dropout=0.3, rng=np.random.default_rng(2))
+
+    x, *weights = _arrays(rng, (B, N, D), (D, 3 * D), (3 * D,), (D, D), (D,))
+    args = [x, *(0.3 * W for W in weights)]  # scores of order 1: a saturated softmax has gradients too small to compare
+    return forward, msa_backward, args, ("x", "Wqkv", "bqkv", "Wproj", "bproj")
+
+
+def _mlp(rng):
+    def forward(*args):
+        return mlp_forward(*args, dropout=0.3, rng=np.random.default_rng(3))
+
+    args = _arrays(rng, (B, N, D), (D, M), (M,), (M, D), (D,))
+    return forward, mlp_backward, args, ("x", "W1", "b1", "W2", "b2")
+
+
+def _by_position(forward, backward, names):
+    """A glue function, which takes and fills mappings, in the protocol of the layers."""
+
+    def positional_forward(z, *values):
+        return forward(z, dict(zip(names, values, strict=True)))
+
+    def positional_backward(dy, cache, values):
+        grads = {name: np.zeros_like(value) for name, value in zip(names, values, strict=True)}
+        dz = backward(dy, cache, grads)
+        return (dz, *grads.values())
+
+    return positional_forward, positional_backward
+
+
+def _block(dropout):
+    def case(rng):
+        shapes = {"attn.qkv.weight": (D, 3 * D), "attn.qkv.bias": (3 * D,), "attn.proj.weight": (D, D)}
+        shapes |= {"mlp.fc1.weight": (D, M), "mlp.fc1.bias": (M,), "mlp.fc2.weight": (M, D)}
+        values = _arrays(rng, *[shapes.get(name, (D,)) for name in BLOCK_PARAMETERS])
+        values = [0.3 * v if name in ATTN + MLP else v for name, v in zip(BLOCK_PARAMETERS, values, strict=True)]
+
+        def block(z, params):
+            return block_forward(
+                z, params, num_heads=H, dropout=dropout, attention_dropout=dropout, drop_path=dropout,
+                rng=np.random.default_rng(4),
+            )  # fmt: skip
+
+        forward, backward = _by_position(block, block_backward, BLOCK_PARAMETERS)
+        z = rng.standard_normal((3, N, D))
+        return forward, lambda dy, cache: backward(dy, cache, values), [z, *values], ("z", *BLOCK_PARAMETERS)
+
+    return case
+
+
+def _patch_embed(cls_token, position):
+    def case(rng):
+        P, C, patches = 2, 3, 6  # pictures of 4 x 6 pixels: 2 x 3 patches
+        tokens = patches + cls_token
+        args = _arrays(rng, (B, 4, 6, C), (P * P * C, D), (D,))
+        args += _arrays(rng, (1, 1, D)) if cls_token else [None]
+        args += _arrays(rng, (1, tokens, D)) if position else [None]
+        names = ("images", "W", "b", "cls_token", "pos_embed")
+        return lambda *a: patch_embed_forward(*a, patch_size=P), patch_embed_backward, args, names
+
+    return case
+
+
+def _head(pooling, pre_logits):
+    def case(rng):
+        R = 6
+        shapes = {"norm.weight": (D,), "norm.bias": (D,)}
+        shapes |= {"pre_logits.weight": (D, R), "pre_logits.bias": (R,)} if pre_logits else {}
+        shapes |= {"head.weight": (R if pre_logits else D, K), "head.bias": (K,)}
+        values = _arrays(rng, *shapes.values())
+
+        def head(z, params):
+            return head_forward(z, params, pooling=pooling)
+
+        forward, backward = _by_position(head, head_backward, tuple(shapes))
+        z = rng.standard_normal((B, N, D))
+        return forward, lambda dy, cache: backward(dy, cache, values), [z, *values], ("z", *shapes)
+
+    return case
+
+
+def _loss(soft, label_smoothing):
+    def case(rng):
+        logits = 2.0 * rng.standard_normal((5, K))
+        labels = rng.dirichlet(np.ones(K), 5) if soft else rng.integers(0, K, 5)
+
+        def forward(logits):
+            return softmax_cross_entropy_forward(logits, labels, label_smoothing=label_smoothing, denominator=7)
+
+        return forward, softmax_cross_entropy_backward, [logits], ("logits",)
+
+    return case
+
+
+LAYERS = {
+    "linear": _linear,
+    "layernorm": _layernorm,
+    "gelu": _gelu("tanh"),
+    "gelu-erf": _gelu("erf"),
+    "softmax": _softmax,
+    "dropout": _dropout,
+    "drop_path": _drop_path,
+    "attention": _attention(0.0),
+    "attention-dropout": _attention(0.3),
+    "msa": _msa,
+    "mlp": _mlp,
+    "block": _block(0.0),
+    "block-dropout": _block(0.3),
+    "patch_embed": _patch_embed(True, True),
+    "patch_embed-mean": _patch_embed(False, False),
+    "head": _head("cls", False),
+    "head-mean": _head("mean", False),
+    "head-pre_logits": _head("cls", True),
+    "loss": _loss(False, 0.1),
+    "loss-soft": _loss(True, 0.0),
+}
+
+_TINY = dict(image_size=6, patch_size=2, channels=2, num_classes=4, width=12, depth=2, num_heads=3, mlp_dim=7)
+MODELS = {
+    "vit": _TINY,
+    "vit-mean": {**_TINY, "pooling": "mean", "gelu": "erf", "num_heads": 1},
+    "vit-pre_logits": {**_TINY, "pre_logits": 5, "pos_embed": "sincos2d"},
+    "vit-dropout": {**_TINY, "dropout": 0.2, "attention_dropout": 0.3, "drop_path": 0.4, "pos_embed": "none"},
+}

@@ -1,0 +1,448 @@
+"""The training loop: epochs, evaluation, logs, figures, checkpoints; exact to resume.
+
+All that a run depends on at any moment is in its checkpoint: parameters, optimiser state, moving average, the numbers of the
+step, epoch and batch, and the order of the epoch under way. Random numbers need no state of their own: shuffling, augmentation
+and dropout draw from generators seeded by (seed, purpose, epoch or step, batch or micro-batch), so the counters *are* the
+generators' states. A run that was interrupted anywhere therefore goes on bit for bit.
+
+A run's folder holds
+
+    settings.json     what was asked for                    last.npz     the latest checkpoint, to resume from
+    metrics.jsonl     a line per log step and evaluation    best.npz     the checkpoint of the best test accuracy
+    summary.json      final figures, versions, wall time    curves.png, predictions.png
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import signal
+import sys
+import threading
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from minivit import __version__, checkpoint
+from minivit import params as parameters
+from minivit.checkpoint import fill, named_arrays, write_atomically
+from minivit.data.loader import batches, epoch_order
+from minivit.engine import Engine, available_cores
+from minivit.errors import InputError
+from minivit.loss import softmax_cross_entropy_forward
+from minivit.model import ViT
+from minivit.optim import EMA, OPTIMIZERS, SCHEDULES, clip_by_global_norm, learning_rate, make_optimizer
+from minivit.settings import check_choice, check_range, check_types, setting
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines a run beside the model and the data.
+
+    Raises  InputError (a ValueError): from the constructor, for any impossible setting.
+    """
+
+    epochs: int = setting(20, "passes over the training pictures")
+    batch_size: int = setting(128, "pictures per batch")
+    accumulate: int = setting(1, "batches per optimiser step (gradient accumulation)")
+    optimizer: str = setting("adamw", "adamw, adam or sgd")
+    lr: float = setting(1e-3, "peak learning rate")
+    momentum: float = setting(0.9, "momentum of sgd")
+    beta1: float = setting(0.9, "decay rate of adam's first moment")
+    beta2: float = setting(0.999, "decay rate of adam's second moment")
+    adam_eps: float = setting(1e-8, "added to adam's denominator")
+    weight_decay: float = setting(0.05, "weight decay of the matrices")
+    schedule: str = setting("cosine", "cosine, linear or constant, after the warm-up")
+    warmup_epochs: float = setting(1.0, "epochs over which the learning rate rises linearly")
+    final_lr: float = setting(0.0, "learning rate at the end of the schedule")
+    clip_norm: float = setting(1.0, "largest global norm of the gradient; 0 for no clipping")
+    ema_decay: float = setting(0.0, "decay of the moving average of the weights, tested in their place; 0 for none")
+    label_smoothing: float = setting(0.0, "share of each target given to all classes alike")
+    crop_padding: int = setting(0, "random crops after padding by so many pixels")
+    flip: bool = setting(False, "random horizontal flips")
+    seed: int = setting(0, "seed of initialisation, shuffling, augmentation and dropout")
+    workers: int = setting(0, "threads; 0 for one per core (part of the run: it fixes the order of sums)")
+    micro_batch: int = setting(16, "pictures that a thread takes at a time")
+    device: str = setting("cpu", "where to compute: cpu")
+    log_every: int = setting(10, "steps between two lines of metrics.jsonl")
+    evaluate_every: int = setting(1, "epochs between two evaluations")
+    checkpoint_seconds: float = setting(30.0, "seconds between two checkpoints; one is always written at the end")
+
+    def __post_init__(self):
+        check_types(self)
+        check_range(self, 1, None, "epochs", "batch_size", "accumulate", "micro_batch", "log_every", "evaluate_every")
+        check_range(self, 0, None, "workers", "crop_padding", "seed")
+        check_range(self, 0.0, None, "lr", "weight_decay", "warmup_epochs", "final_lr", "clip_norm", "checkpoint_seconds")
+        check_range(self, 0.0, 1.0, "momentum", "beta1", "beta2", "ema_decay", "label_smoothing", open_high=True)
+        check_range(self, 1e-30, 1.0, "adam_eps")
+        check_choice(self, "optimizer", OPTIMIZERS)
+        check_choice(self, "schedule", SCHEDULES)
+        check_choice(self, "device", ("cpu",))
+
+
+# Settings that a resumed run may change: they alter neither the numbers nor their order.
+FREE_ON_RESUME = ("log_every", "checkpoint_seconds")
+
+LAST, BEST, METRICS, SUMMARY, SETTINGS = "last.npz", "best.npz", "metrics.jsonl", "summary.json", "settings.json"
+
+
+def fingerprint(dataset):
+    """A number that tells whether two data sets hold the same training pictures, labels and test pictures."""
+    crc = 0
+    for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
+        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+    return crc
+
+
+def versions():
+    """Versions of what the numbers depend on."""
+    return {"minivit": __version__, "python": platform.python_version(), "numpy": np.__version__}
+
+
+def evaluate(engine, model, images, labels):
+    """Mean cross-entropy and accuracy over a set of pictures: (loss, accuracy, logits)."""
+    logits = engine.predict(images, model)
+    loss, _ = softmax_cross_entropy_forward(logits.astype(np.float64), labels)
+    return float(loss), float((logits.argmax(axis=1) == labels).mean()), logits
+
+
+def write_json(path, content):
+    """Write a JSON file, atomically."""
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl, as far as its lines are whole."""
+    records = []
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # the line that was being written when the process ended
+    return records
+
+
+class Trainer:
+    """One run: a model, an optimiser, where they stand, and the folder they write to.
+
+    ``describe`` is stored in checkpoints beside the model's configuration and the settings: how to find the data again.
+    Raises  InputError: settings, data and folder do not fit together; nothing has been written then.
+    """
+
+    def __init__(self, dataset, model_config, config, out, *, describe=None, progress=True):
+        self.dataset, self.config, self.out, self.progress = dataset, config, Path(out), progress
+        self.describe = describe or {}
+        height, width, channels = dataset.train_images.shape[1:]
+        if (height, width, channels) != (model_config.image_size, model_config.image_size, model_config.channels):
+            raise InputError(
+                f"the pictures are {height}x{width}x{channels}, the model takes "
+                f"{model_config.image_size}x{model_config.image_size}x{model_config.channels}"
+            )
+        if len(dataset.class_names) > model_config.num_classes:
+            raise InputError(f"the data have {len(dataset.class_names)} classes, the model has only {model_config.num_classes}")
+        n = len(dataset.train_images)
+        self.steps_per_epoch = -(-n // (config.batch_size * config.accumulate))
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.fingerprint = fingerprint(dataset)
+        self.model = ViT(model_config, seed=config.seed)
+        mask = parameters.decay_mask(self.model.table)
+        self.optimizer = make_optimizer(
+            config.optimizer, self.model.flat, mask, momentum=config.momentum, beta1=config.beta1, beta2=config.beta2,
+            eps=config.adam_eps, weight_decay=config.weight_decay,
+        )  # fmt: skip
+        self.ema = EMA(self.model.flat, config.ema_decay) if config.ema_decay else None
+        self.tested_model = ViT(model_config, flat=self.ema.flat) if self.ema else self.model
+        self.step = self.epoch = self.batch = 0
+        self.order = None
+        self.running = {"loss": 0.0, "correct": 0, "seen": 0}  # over the epoch under way
+        self.best = {"accuracy": -1.0, "epoch": 0}
+        self.last_test = None
+        self.seconds = 0.0
+        self._stop = None
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, name=LAST):
+        """Write the run's state to a checkpoint in its folder."""
+        arrays = named_arrays("params", self.model.flat, self.model.table)
+        if self.ema:
+            arrays |= named_arrays("ema", self.ema.flat, self.model.table)
+        arrays |= {f"optimizer/{key}": vector for key, vector in self.optimizer.state.items()}
+        if self.order is not None:
+            arrays["order"] = self.order
+        meta = {
+            **checkpoint.model_meta(self.model.config),
+            "settings": asdict(self.config),
+            "data": {**self.describe, "name": self.dataset.name, "fingerprint": self.fingerprint},
+            "class_names": list(self.dataset.class_names),
+            "progress": {
+                "step": self.step,
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "running": self.running,
+                "best": self.best,
+                "last_test": self.last_test,
+                "seconds": self._elapsed(),
+                "optimizer_steps": self.optimizer.steps,
+                "ema_steps": self.ema.steps if self.ema else 0,
+            },
+            "versions": versions(),
+        }
+        checkpoint.save(self.out / name, arrays, meta)
+        self._saved_at = time.monotonic()
+
+    def restore(self, path=None):
+        """Take up the state of a checkpoint, by default the run's last one.
+
+        Raises  InputError: it is damaged, or belongs to another model, other settings or other data; nothing is changed then.
+        """
+        path = Path(path or self.out / LAST)
+        arrays, meta = checkpoint.load(path)
+        if (stored := checkpoint.config_of(meta, path)) != self.model.config:
+            raise InputError(f"{path} holds another model: {_difference(asdict(stored), asdict(self.model.config))}")
+        difference = _difference(meta.get("settings", {}), asdict(self.config), FREE_ON_RESUME)
+        if difference:
+            raise InputError(f"{path} was trained with other settings: {difference}; start a new run with another --out")
+        if meta.get("data", {}).get("fingerprint") != self.fingerprint:
+            raise InputError(f"{path} was trained on other pictures than those of {self.dataset.name} found now")
+        try:
+            progress = meta["progress"]
+            steps = progress["optimizer_steps"], progress["ema_steps"]
+            state = progress["step"], progress["epoch"], progress["batch"]
+            self._check_progress(*state, arrays.get("order"))
+            vectors = {key: arrays[f"optimizer/{key}"] for key in self.optimizer.state}
+            rest = dict(progress["running"]), dict(progress["best"]), progress["last_test"], float(progress["seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} lacks what is needed to resume, or it does not fit together: {error}") from None
+        for key, vector in vectors.items():
+            if vector.shape != self.model.flat.shape or not np.isfinite(vector).all():
+                raise InputError(f"{path}: the optimiser state {key} does not fit the model")
+        flat = np.empty_like(self.model.flat)
+        fill(flat, self.model.table, arrays, "params", path)
+        if self.ema:
+            fill(self.ema.flat, self.model.table, arrays, "ema", path)
+            self.ema.steps = steps[1]
+        self.model.flat[...] = flat
+        for key, vector in vectors.items():
+            self.optimizer.state[key][...] = vector
+        self.optimizer.steps = steps[0]
+        self.step, self.epoch, self.batch = state
+        self.order = arrays.get("order")
+        self.running, self.best, self.last_test, self.seconds = rest
+
+    def _check_progress(self, step, epoch, batch, order):
+        n, c = len(self.dataset.train_images), self.config
+        in_epoch = batch // c.accumulate + bool(batch % c.accumulate)
+        if not (0 <= epoch <= c.epochs and step == epoch * self.steps_per_epoch + in_epoch <= self.total_steps):
+            raise ValueError(f"step {step}, epoch {epoch} and batch {batch} contradict each other")
+        if batch and (order is None or not np.array_equal(np.sort(order), np.arange(n))):
+            raise ValueError("the order of the pictures is not a permutation of them")
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self):
+        """Train from where the run stands to its end; returns the summary, or None if it was stopped by a signal."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        settings = {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe}
+        write_json(self.out / SETTINGS, settings)
+        self._trim_metrics()
+        c = self.config
+        self._started = self._saved_at = time.monotonic()
+        # the bar goes to stderr and is off where that is not a terminal
+        bar = tqdm(
+            total=self.total_steps, initial=self.step, unit="step", mininterval=0.25, dynamic_ncols=True,
+            disable=None if self.progress else True,
+        )  # fmt: skip
+        with (
+            Engine(
+                self.model, workers=c.workers, micro_batch=c.micro_batch, label_smoothing=c.label_smoothing, seed=c.seed
+            ) as engine,
+            open(self.out / METRICS, "a", encoding="utf-8") as metrics,
+            _signals(self),
+            bar,
+        ):
+            if self.step == 0 and self._stop is None:
+                self.save()  # from here on there is always something to resume from
+            while self.epoch < c.epochs and self._stop is None:
+                self._train_epoch(engine, metrics, bar)
+                if self._stop is None:
+                    self._end_epoch(engine, metrics)
+            self.save()
+            if self._stop is None:
+                return self._finish(engine)
+        print(f"stopped at step {self.step} of {self.total_steps}; go on with --resume --out {self.out}")
+        return None
+
+    def _train_epoch(self, engine, metrics, bar):
+        c, data = self.config, self.dataset
+        if self.batch == 0:
+            self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch)
+            self.running = {"loss": 0.0, "correct": 0, "seen": 0}
+        stream = batches(
+            data.train_images, data.train_labels, self.order, c.batch_size, seed=c.seed, epoch=self.epoch,
+            start=self.batch, crop_padding=c.crop_padding, flip=c.flip,
+        )  # fmt: skip
+        group = c.batch_size * c.accumulate  # pictures per optimiser step
+        since, seen_since = time.monotonic(), 0
+        loss, correct = 0.0, 0
+        last_batch = -(-len(self.order) // c.batch_size) - 1
+        try:
+            for index, images, labels in stream:
+                first = index // c.accumulate * group  # the step's first picture, in the order of the epoch
+                size = min(group, len(self.order) - first)
+                position = index % c.accumulate
+                result = engine.gradient(
+                    images, labels, step=self.epoch * (last_batch + 1) + index, denominator=size, accumulate=position > 0
+                )
+                loss, correct = loss + float(result.loss), correct + int(result.correct)
+                if position < c.accumulate - 1 and index < last_batch:
+                    continue
+                if not math.isfinite(loss):
+                    raise InputError(
+                        f"the loss is {loss} at step {self.step} (epoch {self.epoch + 1}); {self.out / LAST} is as it was: "
+                        "lower --lr, raise --warmup-epochs or set --clip-norm"
+                    )
+                lr = learning_rate(
+                    self.step, self.total_steps, lr=c.lr, schedule=c.schedule, final_lr=c.final_lr,
+                    warmup_steps=round(c.warmup_epochs * self.steps_per_epoch),
+                )  # fmt: skip
+                norm = clip_by_global_norm(engine.grad, c.clip_norm)
+                self.optimizer.step(self.model.flat, engine.grad, lr)
+                if self.ema:
+                    self.ema.update(self.model.flat)
+                self.step, self.batch = self.step + 1, index + 1
+                running = self.running
+                running["loss"] += loss * size
+                running["correct"] += correct
+                running["seen"] += size
+                seen_since += size
+                bar.update()
+                if self.step % c.log_every == 0 or self.step == self.total_steps:
+                    now = time.monotonic()
+                    rate = seen_since / (now - since)
+                    since, seen_since = now, 0
+                    _log(
+                        metrics, kind="train", step=self.step, epoch=self.epoch + 1, lr=lr, loss=loss,
+                        accuracy=correct / size, grad_norm=float(norm), images_per_second=round(rate, 1),
+                    )  # fmt: skip
+                    bar.set_postfix_str(
+                        f"epoch {self.epoch + 1}/{c.epochs}  loss {running['loss'] / running['seen']:.3f}  "
+                        f"acc {running['correct'] / running['seen']:.1%}  {rate:,.0f} img/s"
+                    )
+                loss, correct = 0.0, 0
+                if self._stop is not None:
+                    break
+                if time.monotonic() - self._saved_at >= c.checkpoint_seconds:
+                    self.save()
+        finally:
+            stream.close()
+
+    def _end_epoch(self, engine, metrics):
+        c, data, running = self.config, self.dataset, self.running
+        self.epoch, self.batch = self.epoch + 1, 0
+        if self.epoch % c.evaluate_every and self.epoch < c.epochs:
+            return
+        loss, accuracy, _ = evaluate(engine, self.tested_model, data.test_images, data.test_labels)
+        train_loss, train_accuracy = running["loss"] / running["seen"], running["correct"] / running["seen"]
+        self.last_test = {"loss": loss, "accuracy": accuracy}
+        _log(
+            metrics, kind="test", step=self.step, epoch=self.epoch, loss=loss, accuracy=accuracy,
+            train_loss=train_loss, train_accuracy=train_accuracy, seconds=round(self._elapsed(), 2),
+        )  # fmt: skip
+        tqdm.write(
+            f"epoch {self.epoch:3d}/{c.epochs}  train loss {train_loss:.4f} accuracy {train_accuracy:6.2%}  "
+            f"test loss {loss:.4f} accuracy {accuracy:6.2%}  {self._elapsed():.0f} s",
+            file=sys.stdout,
+        )
+        sys.stdout.flush()
+        if accuracy > self.best["accuracy"]:
+            self.best = {"accuracy": accuracy, "epoch": self.epoch}
+            self.save(BEST)
+
+    def _finish(self, engine):
+        from minivit import plots  # matplotlib is slow to import, and only the end needs it
+
+        data = self.dataset
+        loss, accuracy, logits = evaluate(engine, self.tested_model, data.test_images, data.test_labels)
+        seconds = self._elapsed()
+        summary = {
+            "test_accuracy": accuracy,
+            "test_loss": loss,
+            "best_test_accuracy": self.best["accuracy"],
+            "best_epoch": self.best["epoch"],
+            "train_seconds": round(seconds, 2),
+            "images_per_second": round(self.config.epochs * len(data.train_images) / seconds, 1),
+            "epochs": self.config.epochs,
+            "steps": self.step,
+            "parameters": int(self.model.flat.size),
+            "test_images": len(data.test_images),
+            "data": data.source,
+            "workers": engine.workers,
+            "cores": available_cores(),
+            "settings": {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe},
+            "versions": versions(),
+        }
+        plots.save_curves(self.out / "curves.png", read_metrics(self.out / METRICS), title=data.name)
+        plots.save_predictions(self.out / "predictions.png", data.test_images, data.test_labels, logits, data.class_names)
+        write_json(self.out / SUMMARY, summary)
+        return summary
+
+    def _elapsed(self):
+        return self.seconds + (time.monotonic() - self._started)
+
+    def _trim_metrics(self):
+        """Drop the lines that an interrupted run wrote after its last checkpoint: those steps are made again."""
+        path = self.out / METRICS
+        records = read_metrics(path)
+        kept = [r for r in records if r["step"] < self.step or (r["step"] == self.step and self._has_passed(r))]
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(path, lambda file: file.write(lines.encode()))
+
+    def _has_passed(self, record):
+        return record["kind"] == "train" or record["epoch"] <= (self.epoch if self.batch == 0 else self.epoch - 1)
+
+    def stop(self, reason):
+        """Ask the run to stop after the step under way, with a checkpoint."""
+        self._stop = reason
+
+
+class _signals:
+    """While active, Ctrl-C and SIGTERM stop the run after its step; a second Ctrl-C interrupts at once."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def _handle(self, number, frame):
+        if self.trainer._stop is not None:
+            raise KeyboardInterrupt
+        self.trainer.stop(number)
+
+    def __enter__(self):
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():  # signals can be set nowhere else
+            self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _log(file, **record):
+    file.write(json.dumps(record) + "\n")
+    file.flush()
+
+
+def _difference(stored, asked, free=()):
+    """The first few settings that differ, in words; empty if none does."""
+    parts = [
+        f"{name} {stored.get(name)} there, {asked.get(name)} asked for"
+        for name in dict.fromkeys([*stored, *asked])
+        if name not in free and stored.get(name) != asked.get(name)
+    ]
+    return ", ".join(parts[:3]) + (", ..." if len(parts) > 3 else "")

@@ -1,0 +1,744 @@
+"""Write the float64 reference files of the test-suite from PyTorch/timm and JAX/Flax.
+
+The tests compare minivit with other people's code without installing it: this script runs that code once and
+stores what it computed in ``tests/data/NAME.npz``. Run it again only to change or to extend the references.
+
+=====================  ======  =======  ==  ==  ==  =====  ==  ==  ==  ===============================
+file                   source  pooling  B   N   D   depth  h   M   K   besides
+=====================  ======  =======  ==  ==  ==  =====  ==  ==  ==  ===============================
+timm_cls_h3            timm    cls      4   10  12  2      3   20  5   erf GELU
+timm_mean_h1           timm    mean     3   16  10  3      1   14  7   erf GELU, label smoothing 0.1
+flax_cls_prelogits_h2  Flax    cls      5   17  14  2      2   18  6   tanh GELU, pre-logits layer of 9
+flax_mean_h4           Flax    mean     2   9   16  2      4   24  3   tanh GELU, soft targets
+=====================  ======  =======  ==  ==  ==  =====  ==  ==  ==  ===============================
+
+The timm models are ``timm.models.vision_transformer.VisionTransformer``. The Flax model is written below from
+``flax.linen`` layers in the order of the official JAX ViT (Dosovitskiy et al., arXiv 2010.11929). In both,
+the last LayerNorm is applied to all tokens before the pooling, every LayerNorm has eps 1e-6, q, k and v have
+biases, and the position embedding covers all tokens, the class token included. Every parameter is random,
+also those that training starts from zero, so that each gradient is far from zero (but for the key bias, see
+below).
+
+Contents of a file
+------------------
+``config``
+    JSON text, the fields of ``minivit.ViTConfig``.
+``settings``
+    JSON text: source and versions, label smoothing, the AdamW settings, number of steps, seed.
+``images``, ``labels`` or ``targets``
+    (B, H, W, C) normalised pixels; (B,) class indices or (B, K) probabilities.
+``logits``, ``loss``
+    (B, K) and (): the forward pass, and the mean cross-entropy.
+``features/block{i}``, ``attn/block{i}``
+    (B, N, D) output of block i, and (B, h, N, N) its attention weights.
+``param/NAME``, ``grad/NAME``, ``after/NAME``
+    The parameters, the gradient of the loss, and the parameters after ten AdamW steps on the same batch.
+``losses``
+    (10,) the loss before each of the ten steps.
+
+NAME is timm's parameter name, and the arrays have minivit's layout: matrices are (in, out), the rows of
+``patch_embed.proj.weight`` run over (patch row, patch column, channel), the columns of ``attn.qkv.weight``
+are q, then k, then v, each head-major. AdamW decays the matrices only.
+
+The derivative of the loss by the key part of ``attn.qkv.bias`` is zero: softmax does not see it. The stored
+values are rounding errors, and AdamW may make up to 1e-9 of them in ``after``: compare that part with an
+absolute tolerance of 1e-8.
+
+Every file is checked before it is written: a NumPy forward pass on the stored arrays gives the same logits,
+loss, features and attention to 1e-12, central differences of the library's loss agree with the gradients, and
+ten AdamW steps written out in NumPy lead to the same parameters.
+
+Requirements
+------------
+::
+
+    pip install numpy torch torchvision timm "jax[cpu]" flax optax
+
+The files were written with Python 3.11, numpy 2.4.6, torch 2.14.1 and timm 1.0.31; jax 0.10.2, flax 0.12.8
+and optax 0.2.8 (every file names its own versions in ``settings``). Another version, or another processor,
+should change the last digits only.
+"""
+
+import argparse
+import json
+import math
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+REQUIREMENTS = 'numpy torch torchvision timm "jax[cpu]" flax optax'
+STEPS = 10
+ADAMW = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+REFERENCES = {
+    "timm_cls_h3": {
+        "config": {
+            "image_size": 12,
+            "patch_size": 4,
+            "channels": 3,
+            "num_classes": 5,
+            "width": 12,
+            "depth": 2,
+            "num_heads": 3,
+            "mlp_dim": 20,
+            "pooling": "cls",
+            "pos_embed": "learned",
+            "pre_logits": 0,
+            "gelu": "erf",
+            "layernorm_eps": 1e-6,
+        },
+        "batch_size": 4,
+        "label_smoothing": 0.0,
+        "answers": "labels",
+        "seed": 11,
+    },
+    "timm_mean_h1": {
+        "config": {
+            "image_size": 8,
+            "patch_size": 2,
+            "channels": 1,
+            "num_classes": 7,
+            "width": 10,
+            "depth": 3,
+            "num_heads": 1,
+            "mlp_dim": 14,
+            "pooling": "mean",
+            "pos_embed": "learned",
+            "pre_logits": 0,
+            "gelu": "erf",
+            "layernorm_eps": 1e-6,
+        },
+        "batch_size": 3,
+        "label_smoothing": 0.1,
+        "answers": "labels",
+        "seed": 12,
+    },
+    "flax_cls_prelogits_h2": {
+        "config": {
+            "image_size": 12,
+            "patch_size": 3,
+            "channels": 3,
+            "num_classes": 6,
+            "width": 14,
+            "depth": 2,
+            "num_heads": 2,
+            "mlp_dim": 18,
+            "pooling": "cls",
+            "pos_embed": "learned",
+            "pre_logits": 9,
+            "gelu": "tanh",
+            "layernorm_eps": 1e-6,
+        },
+        "batch_size": 5,
+        "label_smoothing": 0.0,
+        "answers": "labels",
+        "seed": 13,
+    },
+    "flax_mean_h4": {
+        "config": {
+            "image_size": 12,
+            "patch_size": 4,
+            "channels": 2,
+            "num_classes": 3,
+            "width": 16,
+            "depth": 2,
+            "num_heads": 4,
+            "mlp_dim": 24,
+            "pooling": "mean",
+            "pos_embed": "learned",
+            "pre_logits": 0,
+            "gelu": "tanh",
+            "layernorm_eps": 1e-6,
+        },
+        "batch_size": 2,
+        "label_smoothing": 0.0,
+        "answers": "targets",
+        "seed": 14,
+    },
+}
+
+
+# ------------------------------------------------------------------------------------------------ the inputs
+
+
+def parameter_shapes(config):
+    """Return the shape of every parameter, in minivit's layout, by timm's name."""
+    D, M, K = config["width"], config["mlp_dim"], config["num_classes"]
+    P, R = config["patch_size"], config["pre_logits"]
+    num_tokens = (config["image_size"] // P) ** 2 + (config["pooling"] == "cls")
+    shapes = {"patch_embed.proj.weight": (P * P * config["channels"], D), "patch_embed.proj.bias": (D,)}
+    if config["pooling"] == "cls":
+        shapes["cls_token"] = (1, 1, D)
+    shapes["pos_embed"] = (1, num_tokens, D)
+    for i in range(config["depth"]):
+        block = f"blocks.{i}."
+        shapes |= {block + "norm1.weight": (D,), block + "norm1.bias": (D,)}
+        shapes |= {block + "attn.qkv.weight": (D, 3 * D), block + "attn.qkv.bias": (3 * D,)}
+        shapes |= {block + "attn.proj.weight": (D, D), block + "attn.proj.bias": (D,)}
+        shapes |= {block + "norm2.weight": (D,), block + "norm2.bias": (D,)}
+        shapes |= {block + "mlp.fc1.weight": (D, M), block + "mlp.fc1.bias": (M,)}
+        shapes |= {block + "mlp.fc2.weight": (M, D), block + "mlp.fc2.bias": (D,)}
+    shapes |= {"norm.weight": (D,), "norm.bias": (D,)}
+    if R:
+        shapes |= {"pre_logits.weight": (D, R), "pre_logits.bias": (R,)}
+    return shapes | {"head.weight": (R or D, K), "head.bias": (K,)}
+
+
+def draw_parameters(config, rng):
+    """Draw all parameters far from zero: attention is peaked, and no gradient vanishes."""
+    params = {}
+    for name, shape in parameter_shapes(config).items():
+        noise = rng.standard_normal(shape)
+        if len(shape) == 2:  # matrices: a unit-variance input gives an output of standard deviation 1.2
+            params[name] = 1.2 / math.sqrt(shape[0]) * noise
+        elif "norm" in name and name.endswith("weight"):
+            params[name] = 1.0 + 0.1 * noise
+        else:
+            params[name] = 0.3 * noise
+    return params
+
+
+def draw_batch(config, batch_size, kind, rng):
+    """Draw normalised images, and class indices (``kind="labels"``) or probabilities (``kind="targets"``)."""
+    size, K = config["image_size"], config["num_classes"]
+    images = rng.standard_normal((batch_size, size, size, config["channels"]))
+    if kind == "labels":
+        return images, rng.integers(0, K, size=batch_size)
+    return images, rng.dirichlet(np.ones(K), size=batch_size)
+
+
+def is_decayed(name):
+    """Tell whether AdamW decays a parameter (timm's name): the matrices, not the other parameters."""
+    return name.endswith(".weight") and "norm" not in name
+
+
+# -------------------------------------------------------------------------------------------- PyTorch / timm
+
+
+class TimmReference:
+    """The model, its loss, gradients and training by PyTorch and timm, in minivit's layout at the border.
+
+    Parameters
+    ----------
+    config : dict
+        minivit's configuration.
+    images : ndarray (B, H, W, C)
+    answers : ndarray (B,) or (B, K)
+        Class indices or probabilities.
+    label_smoothing : float
+    """
+
+    packages = ("torch", "timm")
+
+    def __init__(self, config, images, answers, label_smoothing):
+        import torch
+        from timm.models.vision_transformer import VisionTransformer
+
+        self.torch, self.config = torch, config
+        self.model = VisionTransformer(
+            img_size=config["image_size"],
+            patch_size=config["patch_size"],
+            in_chans=config["channels"],
+            num_classes=config["num_classes"],
+            global_pool={"cls": "token", "mean": "avg"}[config["pooling"]],
+            class_token=config["pooling"] == "cls",
+            fc_norm=False,  # the last LayerNorm before the pooling
+            embed_dim=config["width"],
+            depth=config["depth"],
+            num_heads=config["num_heads"],
+            mlp_ratio=config["mlp_dim"] / config["width"],
+        ).double()
+        for block in self.model.blocks:
+            block.attn.fused_attn = False  # the written-out attention, whose weights a hook can see
+        self.images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        self.answers = torch.from_numpy(answers)
+        self.label_smoothing = label_smoothing
+
+    def load(self, params):
+        """Copy minivit's arrays into the model."""
+        P, C, D = (self.config[key] for key in ("patch_size", "channels", "width"))
+        state = {name: array.T if array.ndim == 2 else array for name, array in params.items()}
+        kernel = params["patch_embed.proj.weight"].reshape(P, P, C, D)
+        state["patch_embed.proj.weight"] = kernel.transpose(3, 2, 0, 1)  # (D, C, P, P)
+        state = {name: self.torch.from_numpy(array.copy()) for name, array in state.items()}
+        self.model.load_state_dict(state, strict=True)
+
+    def export(self, tensors):
+        """Return tensors in the model's layout as minivit's arrays."""
+        arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+        kernel = arrays["patch_embed.proj.weight"].transpose(2, 3, 1, 0)  # (P, P, C, D)
+        arrays = {name: array.T if array.ndim == 2 else array for name, array in arrays.items()}
+        arrays["patch_embed.proj.weight"] = kernel.reshape(-1, self.config["width"])
+        return {name: array.copy() for name, array in arrays.items()}
+
+    def current_loss(self):
+        """Return the loss of the parameters that the model holds, with its graph."""
+        logits = self.model(self.images)
+        cross_entropy = self.torch.nn.functional.cross_entropy
+        return cross_entropy(logits, self.answers, label_smoothing=self.label_smoothing)
+
+    def loss(self, params):
+        """Return the loss."""
+        self.load(params)
+        with self.torch.no_grad():
+            return self.current_loss().item()
+
+    def loss_and_grads(self, params):
+        """Return the loss and its gradient by every parameter."""
+        self.load(params)
+        self.model.zero_grad()
+        loss = self.current_loss()
+        loss.backward()
+        return loss.item(), self.export({name: p.grad for name, p in self.model.named_parameters()})
+
+    def forward(self, params):
+        """Return the logits, and lists of the blocks' outputs and attention weights."""
+        self.load(params)
+        features, attn, hooks = [], [], []
+
+        def keep_in(values):
+            return lambda module, inputs, output: values.append(output.numpy().copy())
+
+        for block in self.model.blocks:
+            hooks.append(block.register_forward_hook(keep_in(features)))
+            hooks.append(block.attn.attn_drop.register_forward_hook(keep_in(attn)))  # dropout of rate 0
+        with self.torch.no_grad():
+            logits = self.model(self.images).numpy()
+        for hook in hooks:
+            hook.remove()
+        return logits, features, attn
+
+    def train(self, params):
+        """Take the AdamW steps; return the loss before each, and the parameters after the last."""
+        self.load(params)
+        decayed = [p for name, p in self.model.named_parameters() if is_decayed(name)]
+        others = [p for name, p in self.model.named_parameters() if not is_decayed(name)]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        optimizer = self.torch.optim.AdamW(groups, **ADAMW)
+        losses = []
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss = self.current_loss()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses, self.export(dict(self.model.named_parameters()))
+
+
+# ------------------------------------------------------------------------------------------------ JAX / Flax
+
+
+def make_flax_model(config):
+    """Return a Flax module with the layers and the order of the official JAX ViT.
+
+    Its call gives the logits and the list of the blocks' outputs; the attention weights are "intermediates".
+    """
+    import flax.linen as nn
+    import jax.numpy as jnp
+
+    def layernorm(name):
+        return nn.LayerNorm(epsilon=config["layernorm_eps"], param_dtype=jnp.float64, name=name)
+
+    def dense(features, name):
+        return nn.Dense(features, param_dtype=jnp.float64, name=name)
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = layernorm("norm1")(x)
+            attention = nn.MultiHeadDotProductAttention(
+                num_heads=config["num_heads"], deterministic=True, param_dtype=jnp.float64, name="attn"
+            )
+            x = x + attention(y, y, sow_weights=True)
+            y = nn.gelu(dense(config["mlp_dim"], "fc1")(layernorm("norm2")(x)))  # tanh GELU
+            return x + dense(config["width"], "fc2")(y)
+
+    class VisionTransformer(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            D, zeros = config["width"], nn.initializers.zeros
+            patch = (config["patch_size"], config["patch_size"])
+            x = nn.Conv(D, patch, patch, padding="VALID", param_dtype=jnp.float64, name="embedding")(images)
+            x = x.reshape(x.shape[0], -1, D)
+            if config["pooling"] == "cls":
+                cls = self.param("cls", zeros, (1, 1, D), jnp.float64)
+                x = jnp.concatenate([jnp.tile(cls, (x.shape[0], 1, 1)), x], axis=1)
+            x = x + self.param("pos_embedding", zeros, (1, x.shape[1], D), jnp.float64)
+            features = []
+            for i in range(config["depth"]):
+                x = Block(name=f"block{i}")(x)
+                features.append(x)
+            x = layernorm("encoder_norm")(x)
+            x = x[:, 0] if config["pooling"] == "cls" else x.mean(axis=1)
+            if config["pre_logits"]:
+                x = nn.tanh(dense(config["pre_logits"], "pre_logits")(x))
+            return dense(config["num_classes"], "head")(x), features
+
+    return VisionTransformer()
+
+
+class FlaxReference:
+    """The model, its loss, gradients and training by JAX, Flax and Optax, in minivit's layout at the border.
+
+    Takes the same arguments and has the same methods as `TimmReference`.
+    """
+
+    packages = ("jax", "flax", "optax")
+
+    def __init__(self, config, images, answers, label_smoothing):
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_x64", True)
+        import optax
+
+        self.jax, self.optax, self.config = jax, optax, config
+        self.model = make_flax_model(config)
+        self.images = images
+        if answers.ndim == 1:
+            answers = jax.nn.one_hot(answers, config["num_classes"], dtype="float64")
+        targets = optax.smooth_labels(answers, label_smoothing)
+
+        def loss(tree):
+            logits, _ = self.model.apply({"params": tree}, images)
+            return optax.softmax_cross_entropy(logits, targets).mean()
+
+        self.tree_loss, self.tree_loss_and_grad = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
+
+    def load(self, params):
+        """Return minivit's arrays as the tree of the Flax module."""
+        P, C, D, h = (self.config[key] for key in ("patch_size", "channels", "width", "num_heads"))
+
+        def norm(name):
+            return {"scale": params[name + ".weight"], "bias": params[name + ".bias"]}
+
+        def dense(name):
+            return {"kernel": params[name + ".weight"], "bias": params[name + ".bias"]}
+
+        kernel = params["patch_embed.proj.weight"].reshape(P, P, C, D)
+        tree = {"embedding": {"kernel": kernel, "bias": params["patch_embed.proj.bias"]}}
+        tree |= {"pos_embedding": params["pos_embed"], "encoder_norm": norm("norm"), "head": dense("head")}
+        if self.config["pooling"] == "cls":
+            tree["cls"] = params["cls_token"]
+        if self.config["pre_logits"]:
+            tree["pre_logits"] = dense("pre_logits")
+        for i in range(self.config["depth"]):
+            block = f"blocks.{i}."
+            attention = {}
+            weights = np.split(params[block + "attn.qkv.weight"], 3, axis=1)
+            biases = np.split(params[block + "attn.qkv.bias"], 3)
+            for part, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+                attention[part] = {"kernel": weight.reshape(D, h, D // h), "bias": bias.reshape(h, D // h)}
+            out = params[block + "attn.proj.weight"].reshape(h, D // h, D)
+            attention["out"] = {"kernel": out, "bias": params[block + "attn.proj.bias"]}
+            tree[f"block{i}"] = {
+                "norm1": norm(block + "norm1"),
+                "attn": attention,
+                "norm2": norm(block + "norm2"),
+                "fc1": dense(block + "mlp.fc1"),
+                "fc2": dense(block + "mlp.fc2"),
+            }
+        return tree
+
+    def export(self, tree):
+        """Return a tree of the Flax module, parameters or gradients, as minivit's arrays."""
+        D = self.config["width"]
+        tree = self.jax.tree_util.tree_map(np.asarray, tree)
+        arrays = {}
+
+        def layer(name, leaves):
+            arrays[name + ".weight"] = leaves["scale" if "scale" in leaves else "kernel"]
+            arrays[name + ".bias"] = leaves["bias"]
+
+        layer("patch_embed.proj", tree["embedding"])
+        layer("norm", tree["encoder_norm"])
+        layer("head", tree["head"])
+        arrays["pos_embed"] = tree["pos_embedding"]
+        if "cls" in tree:
+            arrays["cls_token"] = tree["cls"]
+        if "pre_logits" in tree:
+            layer("pre_logits", tree["pre_logits"])
+        for i in range(self.config["depth"]):
+            name, block = f"blocks.{i}.", tree[f"block{i}"]
+            parts = [block["attn"][part] for part in ("query", "key", "value")]
+            arrays[name + "attn.qkv.weight"] = np.hstack([part["kernel"].reshape(D, D) for part in parts])
+            arrays[name + "attn.qkv.bias"] = np.hstack([part["bias"].reshape(D) for part in parts])
+            layer(name + "attn.proj", block["attn"]["out"])
+            layer(name + "norm1", block["norm1"])
+            layer(name + "norm2", block["norm2"])
+            layer(name + "mlp.fc1", block["fc1"])
+            layer(name + "mlp.fc2", block["fc2"])
+        # the embedding's (P, P, C, D) and the attention output's (h, Dh, D) kernels become matrices
+        shapes = parameter_shapes(self.config)
+        return {name: arrays[name].reshape(shape) for name, shape in shapes.items()}
+
+    def loss(self, params):
+        """Return the loss."""
+        return float(self.tree_loss(self.load(params)))
+
+    def loss_and_grads(self, params):
+        """Return the loss and its gradient by every parameter."""
+        loss, grads = self.tree_loss_and_grad(self.load(params))
+        return float(loss), self.export(grads)
+
+    def forward(self, params):
+        """Return the logits, and lists of the blocks' outputs and attention weights."""
+        variables = {"params": self.load(params)}
+        (logits, features), state = self.model.apply(variables, self.images, mutable=["intermediates"])
+        blocks = [state["intermediates"][f"block{i}"] for i in range(self.config["depth"])]
+        attn = [np.asarray(block["attn"]["attention_weights"][0]) for block in blocks]
+        return np.asarray(logits), [np.asarray(x) for x in features], attn
+
+    def train(self, params):
+        """Take the AdamW steps; return the loss before each, and the parameters after the last."""
+        tree = self.load(params)
+        mask = self.jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", tree)
+        lr, (b1, b2), eps, weight_decay = ADAMW.values()
+        optimizer = self.optax.adamw(lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+        state, losses = optimizer.init(tree), []
+        for _ in range(STEPS):
+            loss, grads = self.tree_loss_and_grad(tree)
+            updates, state = optimizer.update(grads, state, tree)
+            tree = self.optax.apply_updates(tree, updates)
+            losses.append(float(loss))
+        return losses, self.export(tree)
+
+
+# ------------------------------------------------------------------------------------------ the cross-checks
+
+
+def numpy_forward(config, params, images):
+    """Return logits, block outputs and attention weights from minivit's arrays, in a few lines of NumPy."""
+    P, C, D, h = (config[key] for key in ("patch_size", "channels", "width", "num_heads"))
+    B, rows = len(images), config["image_size"] // P
+
+    def linear(x, name):
+        return x @ params[name + ".weight"] + params[name + ".bias"]
+
+    def layernorm(x, name):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        std = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + config["layernorm_eps"])
+        return centred / std * params[name + ".weight"] + params[name + ".bias"]
+
+    def gelu(x):
+        if config["gelu"] == "erf":
+            return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+        return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+    patches = images.reshape(B, rows, P, rows, P, C).swapaxes(2, 3)  # (B, rows, rows, P, P, C)
+    x = linear(patches.reshape(B, rows * rows, P * P * C), "patch_embed.proj")
+    if config["pooling"] == "cls":
+        x = np.concatenate([np.repeat(params["cls_token"], B, axis=0), x], axis=1)
+    x = x + params["pos_embed"]
+    features, attn = [], []
+    for i in range(config["depth"]):
+        block = f"blocks.{i}."
+        q, k, v = np.split(linear(layernorm(x, block + "norm1"), block + "attn.qkv"), 3, axis=-1)
+        q, k, v = (a.reshape(B, -1, h, D // h).swapaxes(1, 2) for a in (q, k, v))  # (B, h, N, Dh)
+        scores = np.exp(q @ k.swapaxes(2, 3) / math.sqrt(D // h))
+        attn.append(scores / scores.sum(axis=-1, keepdims=True))
+        heads = (attn[-1] @ v).swapaxes(1, 2).reshape(x.shape)
+        x = x + linear(heads, block + "attn.proj")
+        x = x + linear(gelu(linear(layernorm(x, block + "norm2"), block + "mlp.fc1")), block + "mlp.fc2")
+        features.append(x)
+    x = layernorm(x, "norm")
+    x = x[:, 0] if config["pooling"] == "cls" else x.mean(axis=1)
+    if config["pre_logits"]:
+        x = np.tanh(linear(x, "pre_logits"))
+    return linear(x, "head"), features, attn
+
+
+def numpy_loss(logits, answers, label_smoothing):
+    """Return the mean cross-entropy of class indices or probabilities."""
+    K = logits.shape[1]
+    targets = np.eye(K)[answers] if answers.ndim == 1 else answers
+    targets = (1 - label_smoothing) * targets + label_smoothing / K
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return -(targets * log_probs).sum(axis=1).mean()
+
+
+def difference(a, b):
+    """Return the largest absolute difference of two arrays of the same shape."""
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.shape == b.shape, f"shapes {a.shape} and {b.shape}"
+    return np.abs(a - b).max()
+
+
+def check_forward(arrays):
+    """Read a file's arrays back as a test would and compare with NumPy; return the largest difference."""
+    config, settings = json.loads(str(arrays["config"])), json.loads(str(arrays["settings"]))
+    params = {name.removeprefix("param/"): a for name, a in arrays.items() if name.startswith("param/")}
+    answers = arrays["labels"] if "labels" in arrays else arrays["targets"]
+    logits, features, attn = numpy_forward(config, params, arrays["images"])
+    differences = [
+        difference(logits, arrays["logits"]),
+        difference(numpy_loss(logits, answers, settings["label_smoothing"]), arrays["loss"]),
+        difference(arrays["losses"][0], arrays["loss"]),
+    ]
+    for i in range(config["depth"]):
+        differences.append(difference(features[i], arrays[f"features/block{i}"]))
+        differences.append(difference(attn[i], arrays[f"attn/block{i}"]))
+        uniform = 1 / attn[i].shape[-1]
+        assert np.abs(attn[i] - uniform).mean() > 0.3 * uniform, f"block {i}: attention is nearly uniform"
+    assert max(differences) < 1e-12, f"NumPy's forward pass differs by {max(differences):.1e}"
+    return max(differences)
+
+
+def check_gradients(reference, params, grads, rng, entries=3, step=1e-5):
+    """Compare some entries of every gradient with central differences of the library's loss.
+
+    Returns
+    -------
+    float
+        The largest ``|a - n| / (1e-3 + |a|)`` of the analytic a and the numeric n.
+    """
+    worst = 0.0
+    for name, grad in grads.items():
+        parts = {name: grad}
+        if "qkv" in name:
+            parts = dict(zip(("query", "key", "value"), np.split(grad, 3, axis=-1), strict=True))
+        for part, values in parts.items():
+            norm = np.linalg.norm(values)
+            if part == "key" and name.endswith("bias"):
+                assert norm < 1e-14, f"{name}, {part}: the gradient should be zero, its norm is {norm:.1e}"
+            else:
+                assert norm > 1e-4, f"{name}, {part}: the gradient has a norm of only {norm:.1e}"
+        for flat in rng.choice(grad.size, size=min(entries, grad.size), replace=False):
+            index = np.unravel_index(flat, grad.shape)
+            sides = []
+            for sign in (+1, -1):
+                moved = params | {name: params[name].copy()}
+                moved[name][index] += sign * step
+                sides.append(reference.loss(moved))
+            numeric = (sides[0] - sides[1]) / (2 * step)
+            error = abs(grad[index] - numeric) / (1e-3 + abs(grad[index]))
+            assert error < 1e-6, f"{name}, entry {flat}: gradient {grad[index]}, by differences {numeric}"
+            worst = max(worst, error)
+    return worst
+
+
+def check_training(reference, params, losses, after):
+    """Take the AdamW steps in NumPy with the library's gradients; return the largest difference."""
+    lr, (b1, b2), eps, weight_decay = ADAMW.values()
+    params = dict(params)
+    m = {name: np.zeros_like(array) for name, array in params.items()}
+    v = {name: np.zeros_like(array) for name, array in params.items()}
+    worst = 0.0
+    for t in range(1, STEPS + 1):
+        loss, grads = reference.loss_and_grads(params)
+        worst = max(worst, abs(loss - losses[t - 1]))
+        for name, g in grads.items():
+            m[name] = b1 * m[name] + (1 - b1) * g
+            v[name] = b2 * v[name] + (1 - b2) * g**2
+            update = m[name] / (1 - b1**t) / (np.sqrt(v[name] / (1 - b2**t)) + eps)
+            if is_decayed(name):
+                update = update + weight_decay * params[name]
+            params[name] = params[name] - lr * update
+    for name, array in params.items():
+        ours, theirs = array, after[name]
+        if name.endswith("qkv.bias"):  # the middle third, the key's, holds amplified rounding errors
+            (q, k, v), (q_after, k_after, v_after) = np.split(ours, 3), np.split(theirs, 3)
+            assert difference(k, k_after) < 1e-8, f"{name}: the key part moved"
+            ours, theirs = np.append(q, v), np.append(q_after, v_after)
+        worst = max(worst, difference(ours, theirs))
+    assert worst < 1e-10, f"NumPy's AdamW differs by {worst:.1e}"
+    return worst
+
+
+# ------------------------------------------------------------------------------------------ the command line
+
+
+def make_reference(name):
+    """Compute and check one reference.
+
+    Returns
+    -------
+    arrays : dict of ndarray
+        The contents of the file.
+    differences : dict of float
+        The largest difference that each cross-check found.
+    """
+    spec = REFERENCES[name]
+    config, answers_name = spec["config"], spec["answers"]
+    rng = np.random.default_rng(spec["seed"])
+    params = draw_parameters(config, rng)
+    images, answers = draw_batch(config, spec["batch_size"], answers_name, rng)
+    source = TimmReference if name.startswith("timm") else FlaxReference
+    reference = source(config, images, answers, spec["label_smoothing"])
+    logits, features, attn = reference.forward(params)
+    loss, grads = reference.loss_and_grads(params)
+    losses, after = reference.train(params)
+
+    settings = {
+        "source": source.packages[1],
+        "versions": {package: version(package) for package in (*source.packages, "numpy")},
+        "label_smoothing": spec["label_smoothing"],
+        "adamw": ADAMW,
+        "steps": STEPS,
+        "seed": spec["seed"],
+    }
+    arrays = {"config": np.array(json.dumps(config)), "settings": np.array(json.dumps(settings))}
+    arrays |= {"images": images, answers_name: answers}
+    arrays |= {"logits": logits, "loss": np.array(loss), "losses": np.array(losses)}
+    arrays |= {f"features/block{i}": x for i, x in enumerate(features)}
+    arrays |= {f"attn/block{i}": x for i, x in enumerate(attn)}
+    for parameter, shape in parameter_shapes(config).items():
+        for prefix, table in (("param", params), ("grad", grads), ("after", after)):
+            assert table[parameter].shape == shape and len(table) == len(params)
+            arrays[f"{prefix}/{parameter}"] = table[parameter]
+    for key, array in arrays.items():
+        assert array.dtype.kind == "U" or array.dtype in (np.float64, np.int64), f"{key} is {array.dtype}"
+
+    differences = {
+        "forward": check_forward(arrays),
+        "gradient": check_gradients(reference, params, grads, rng),
+        "AdamW": check_training(reference, params, losses, after),
+    }
+    return arrays, differences
+
+
+def parse_arguments(argv=None):
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description="Write the float64 reference files of the tests from PyTorch/timm and JAX/Flax.",
+        epilog=f"files: {', '.join(REFERENCES)}. requirements: pip install {REQUIREMENTS}",
+    )
+    default = Path(__file__).resolve().parent.parent / "tests" / "data"
+    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="directory (tests/data)")
+    parser.add_argument("--only", metavar="NAME", help="write this file only, a name without .npz")
+    return parser.parse_args(argv)
+
+
+def fail(message):
+    """Print one line on what is wrong and return the exit status."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def main(argv=None):
+    """Write the files; return the exit status."""
+    arguments = parse_arguments(argv)
+    if arguments.only is not None and arguments.only not in REFERENCES:
+        return fail(f"--only {arguments.only}: choose from {', '.join(REFERENCES)}")
+    for name in [arguments.only] if arguments.only else REFERENCES:
+        try:
+            arrays, differences = make_reference(name)
+        except ImportError as error:
+            return fail(f"{name}: {error}: pip install {REQUIREMENTS}")
+        path = arguments.out / f"{name}.npz"
+        partial = path.with_suffix(".partial.npz")  # an interrupted run leaves the old file as it was
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(partial, **arrays)
+            partial.replace(path)
+        except OSError as error:
+            return fail(f"cannot write {path} ({error.strerror}): choose another --out")
+        size = f"{path.stat().st_size / 1000:.1f} kB"
+        checks = ", ".join(f"{check} {value:.1e}" for check, value in differences.items())
+        print(f"{path.name}: {size}, loss {arrays['loss']:.12f}, {len(arrays)} arrays; differences: {checks}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

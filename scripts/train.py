@@ -1,0 +1,143 @@
+"""Train a Vision Transformer, from nothing or from where a run stopped."""
+
+import sys
+from pathlib import Path
+
+from minivit import ViTConfig, checkpoint
+from minivit.cli import Parser, add_settings, given, read_toml, run
+from minivit.data import DATASETS, load
+from minivit.errors import InputError
+from minivit.model import preset_fields
+from minivit.settings import field_names, refuse_unknown
+from minivit.train import LAST, METRICS, TrainConfig, Trainer
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DATA_KEYS = {"data": "digits", "data_dir": "data", "image_size": None}
+
+EXAMPLES = """
+examples:
+  python scripts/train.py                                         the embedded digits, with configs/digits.toml
+  python scripts/train.py --data cifar10 --data-dir data          CIFAR-10, with configs/cifar10.toml
+  python scripts/train.py --resume --out runs/digits              go on where a run stopped
+  python scripts/train.py --config my.toml --lr 5e-4 --seed 1     a settings file, two of its values changed
+  python scripts/train.py --data folder --data-dir pictures --preset Micro/4 --image-size 48
+
+Settings come from, in rising order: their defaults, the preset, the settings file, the flags.
+A settings file has the tables [model] (and preset = "..." in it), [train] and [data]; the keys are the flags' names.
+"""
+
+
+def parse(argv):
+    """The command line as a namespace; settings that were not given are absent from it."""
+    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="train.py")
+    where = parser.add_argument_group("data and output")
+    where.add_argument("--data", choices=DATASETS, default=None, help="data set [digits]")
+    where.add_argument("--data-dir", metavar="DIR", default=None, help="where the data lie [data]")
+    where.add_argument("--out", metavar="DIR", help="folder for the run [runs/NAME, or the first free runs/NAME-2, ...]")
+    where.add_argument("--config", metavar="FILE.toml", help="settings file [configs/NAME.toml]")
+    where.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    where.add_argument("--quiet", action="store_true", help="no progress bar")
+    model = parser.add_argument_group("model")
+    model.add_argument("--preset", metavar="NAME", default=None, help="a named size, such as Micro/4 or Ti/16")
+    add_settings(model, ViTConfig)
+    add_settings(parser.add_argument_group("training"), TrainConfig)
+    return parser.parse_args(argv)
+
+
+def settings_of(arguments):
+    """The three groups of settings that were asked for: (data, model, train) dicts, files and flags merged."""
+    name = arguments.data or DATA_KEYS["data"]
+    file = arguments.config or CONFIGS / f"{name}.toml"
+    sections = {"data": DATA_KEYS, "model": ["preset", *field_names(ViTConfig)], "train": field_names(TrainConfig)}
+    if arguments.config or file.exists():
+        content = read_toml(file, sections)
+    else:
+        content = {section: {} for section in sections}
+    flags = {"data": arguments.data, "data_dir": arguments.data_dir}
+    data = DATA_KEYS | content["data"] | {key: value for key, value in flags.items() if value is not None}
+    refuse_unknown([data["data"]], DATASETS, "the list of data sets")
+    preset = arguments.preset or content["model"].get("preset")
+    model = preset_fields(preset) if preset else {}
+    for fitted in ("image_size", "channels", "num_classes"):
+        model.pop(fitted, None)  # these follow the data unless they are asked for by name
+    model |= {k: v for k, v in content["model"].items() if k != "preset"} | given(arguments, ViTConfig)
+    train = content["train"] | given(arguments, TrainConfig)
+    return data, model, train
+
+
+def free_folder(name):
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that holds no run yet."""
+    folder, number = Path("runs") / name, 2
+    while (folder / LAST).exists() or (folder / METRICS).exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+def start(arguments):
+    """A `Trainer` at the beginning of a new run."""
+    data, model, train = settings_of(arguments)
+    out = Path(arguments.out) if arguments.out else free_folder(data["data"])
+    if (out / LAST).exists() or (out / METRICS).exists():
+        raise InputError(f"{out} already holds a run; go on with --resume, or choose another --out")
+    config = TrainConfig(**train)
+    image_size = data["image_size"] or (model.get("image_size") if data["data"] == "folder" else None)
+    dataset = load(data["data"], data["data_dir"], image_size=image_size)
+    _, size, _, channels = dataset.train_images.shape
+    fitted = {"image_size": size, "channels": channels, "num_classes": len(dataset.class_names)}
+    describe = {"data": data["data"], "data_dir": str(data["data_dir"]), "image_size": image_size}
+    return Trainer(dataset, ViTConfig(**{**fitted, **model}), config, out, describe=describe, progress=not arguments.quiet)
+
+
+def resume(arguments):
+    """A `Trainer` where the run in --out stopped; settings asked for again must be those of the run."""
+    if not arguments.out:
+        raise InputError("--resume needs --out, the folder of the run to go on with")
+    path = Path(arguments.out) / LAST
+    _, meta = checkpoint.load(path)
+    model, train, data = meta.get("config"), meta.get("settings"), meta.get("data")
+    if not all(isinstance(part, dict) for part in (model, train, data)):
+        raise InputError(f"{path} lacks what is needed to resume")
+    refuse_unknown(train, field_names(TrainConfig), path)
+    asked_model, asked_train = given(arguments, ViTConfig), given(arguments, TrainConfig)
+    if arguments.preset or arguments.config:
+        _, asked_model, asked_train = settings_of(arguments)
+    name = data.get("data")
+    if arguments.data and arguments.data != name:
+        raise InputError(f"{path} was trained on {name}, not on {arguments.data}")
+    dataset = load(name, arguments.data_dir or data.get("data_dir", "data"), image_size=data.get("image_size"))
+    describe = {key: data.get(key) for key in DATA_KEYS}
+    model = ViTConfig(**{**vars(checkpoint.config_of(meta, path)), **asked_model})
+    trainer = Trainer(dataset, model, TrainConfig(**{**train, **asked_train}), arguments.out, describe=describe,
+                      progress=not arguments.quiet)  # fmt: skip
+    trainer.restore(path)
+    return trainer
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    arguments = parse(argv)
+    trainer = resume(arguments) if arguments.resume else start(arguments)
+    c, data = trainer.model.config, trainer.dataset
+    print(f"{data.name}: {data.source}")
+    print(
+        f"{len(data.train_images):,} training and {len(data.test_images):,} test pictures of "
+        f"{c.image_size}x{c.image_size}x{c.channels}, {len(data.class_names)} classes"
+    )
+    print(
+        f"ViT: patch {c.patch_size}, {c.num_tokens} tokens, width {c.width}, {c.depth} blocks, {c.num_heads} heads, "
+        f"{trainer.model.flat.size:,} parameters; writing to {trainer.out}"
+    )
+    if arguments.resume:
+        print(f"resuming at step {trainer.step} of {trainer.total_steps}")
+    summary = trainer.run()
+    if summary is None:
+        return 130
+    print(
+        f"test accuracy {summary['test_accuracy']:.2%} after {summary['epochs']} epochs in {summary['train_seconds']:.0f} s "
+        f"({summary['images_per_second']:,.0f} pictures/s); figures and checkpoints in {trainer.out}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))
