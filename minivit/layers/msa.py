@@ -16,7 +16,7 @@ Backward
     and their gradients are written through the same views into one (B, N, 3D) array, with no copies in between.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from minivit.backend import array_module
 from minivit.layers.attention import AttentionCache, attention_backward, attention_forward

@@ -15,7 +15,7 @@ Backward
     each gradient back.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
