@@ -1,0 +1,53 @@
+"""patch_embed: where each pixel goes, what is broadcast, and the fixed sine-cosine embedding."""
+
+import math
+
+import numpy as np
+import pytest
+
+from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward, patchify, sincos2d, unpatchify
+
+
+def test_patches_are_read_row_by_row_in_the_order_row_column_channel():
+    images = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    patches = patchify(images, 2)
+    assert patches.shape == (2, 6, 12)
+    for b in range(2):
+        for n in range(6):
+            row, column = 2 * (n // 3), 2 * (n % 3)
+            np.testing.assert_array_equal(patches[b, n], images[b, row : row + 2, column : column + 2].ravel())
+    np.testing.assert_array_equal(unpatchify(patches, images.shape, 2), images)
+
+
+def test_equation_1():
+    rng = np.random.default_rng(0)
+    images, W, b = rng.standard_normal((3, 4, 4, 2)), rng.standard_normal((8, 5)), rng.standard_normal(5)
+    cls_token, pos_embed = rng.standard_normal((1, 1, 5)), rng.standard_normal((1, 5, 5))
+    z, cache = patch_embed_forward(images, W, b, cls_token, pos_embed, patch_size=2)
+    np.testing.assert_allclose(z[:, 0], np.broadcast_to(cls_token[0] + pos_embed[:, 0], (3, 5)))
+    np.testing.assert_allclose(z[:, 1:], patchify(images, 2) @ W + b + pos_embed[:, 1:])
+    dz = rng.standard_normal(z.shape)
+    dimages, _, _, dcls_token, dpos_embed = patch_embed_backward(dz, cache)
+    np.testing.assert_allclose(dcls_token, dz[:, :1].sum(axis=0, keepdims=True))  # summed over the batch
+    np.testing.assert_allclose(dpos_embed, dz.sum(axis=0, keepdims=True))
+    assert dimages.shape == images.shape
+    assert patch_embed_backward(dz, cache, need_dimages=False)[0] is None
+
+
+def test_what_was_not_given_has_no_gradient():
+    z, cache = patch_embed_forward(np.ones((1, 2, 2, 1)), np.ones((1, 3)), np.zeros(3), patch_size=1)
+    assert z.shape == (1, 4, 3)
+    assert patch_embed_backward(z, cache)[3:] == (None, None)
+
+
+def test_sincos2d_by_its_formula():
+    table = sincos2d(3, 8, prefix_tokens=1)
+    assert table.shape == (1, 10, 8)
+    np.testing.assert_array_equal(table[0, 0], 0.0)
+    for row in range(3):
+        for column in range(3):
+            w = [1.0, 1e-4]
+            expected = [f(c * wi) for f, c in ((math.sin, column), (math.cos, column), (math.sin, row), (math.cos, row)) for wi in w]
+            np.testing.assert_allclose(table[0, 1 + 3 * row + column], expected, atol=1e-15)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        sincos2d(3, 6)

@@ -1,0 +1,137 @@
+"""The engine: micro-batches and threads change neither the gradient nor, for the same settings, a single bit."""
+
+import threading
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info
+
+from minivit import ViT, ViTConfig, softmax_cross_entropy_backward, softmax_cross_entropy_forward
+from minivit.engine import Engine, correct_count
+
+SETTINGS = {"image_size": 8, "patch_size": 2, "channels": 2, "num_classes": 5, "width": 12, "depth": 2, "num_heads": 3}
+
+
+def model_of(dtype=np.float64, **changes):
+    model = ViT(ViTConfig(**SETTINGS, **changes), dtype=dtype)
+    model.flat += (0.2 * np.random.default_rng(0).standard_normal(model.flat.shape)).astype(dtype)
+    return model
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(1)
+    return rng.integers(0, 256, (23, 8, 8, 2), dtype=np.uint8), rng.integers(0, 5, 23)
+
+
+def whole_batch(model, images, labels, **settings):
+    logits, cache = model.forward(images)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, labels, **settings)
+    flat, grads = model.gradient_buffer()
+    model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads)
+    return loss, flat, (logits.argmax(axis=1) == labels).sum()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch", [1, 4, 23, 50])
+def test_micro_batches_add_up_to_the_batch(data, workers, micro_batch):
+    model = model_of()
+    loss, flat, correct = whole_batch(model, *data, label_smoothing=0.1)
+    with Engine(model, workers=workers, micro_batch=micro_batch, label_smoothing=0.1) as engine:
+        for _ in range(2):  # the second call must not add to the first
+            result = engine.gradient(*data)
+        assert np.isclose(result.loss, loss, rtol=1e-12)
+        assert result.correct == correct
+        np.testing.assert_allclose(engine.grad, flat, rtol=1e-9, atol=1e-14)
+
+
+def test_soft_targets_and_their_count(data):
+    model, (images, labels) = model_of(), data
+    with Engine(model, workers=2, micro_batch=4) as engine:
+        hard = engine.gradient(images, labels)
+        gradient = engine.grad.copy()
+        soft = engine.gradient(images, np.eye(5)[labels])
+        np.testing.assert_allclose(engine.grad, gradient, rtol=1e-12, atol=1e-16)
+    assert soft.correct == hard.correct == correct_count(model.predict(images), labels)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_same_settings_give_the_same_bits(data, workers):
+    """With dropout, in float32; threads against the same work done one after the other in one thread."""
+    model = model_of(np.float32, dropout=0.2, attention_dropout=0.2, drop_path=0.2)
+
+    class OneByOne:
+        def map(self, work, items):
+            return [work(w) for w in reversed(list(items))][::-1]  # in the opposite order, too
+
+        def shutdown(self):
+            pass
+
+    gradients = []
+    for serial in (False, False, True):
+        with Engine(model, workers=workers, micro_batch=3, seed=7) as engine:
+            if serial:
+                engine._pool.shutdown()
+                engine._pool = OneByOne()
+            for step in range(3):
+                result = engine.gradient(*data, step=step)
+            gradients.append((engine.grad.tobytes(), float(result.loss)))
+    assert gradients[0] == gradients[1] == gradients[2]
+
+
+def test_dropout_differs_by_step_seed_and_micro_batch(data):
+    images, labels = data
+    model = model_of(dropout=0.3)
+    same = np.repeat(images[:1], 4, axis=0), np.repeat(labels[:1], 4)
+    with Engine(model, workers=1, micro_batch=2, seed=7) as engine:
+        engine.gradient(*same, step=0)
+        first = engine.grad.copy()
+        engine.gradient(*same, step=0)
+        np.testing.assert_array_equal(engine.grad, first)
+        engine.gradient(*same, step=1)
+        assert not np.array_equal(engine.grad, first)
+        engine.gradient(same[0][:2], same[1][:2], step=0)
+        assert not np.allclose(engine.grad, first, rtol=1e-6)  # else both micro-batches had the same masks
+    with Engine(model, workers=1, micro_batch=2, seed=8) as engine:
+        engine.gradient(*same, step=0)
+        assert not np.array_equal(engine.grad, first)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_accumulated_batches_are_one_batch(data, workers):
+    images, labels = data
+    model = model_of()
+    loss, flat, _ = whole_batch(model, images, labels)
+    with Engine(model, workers=workers, micro_batch=4) as engine:
+        total = 0.0
+        for k, part in enumerate((slice(0, 10), slice(10, 20), slice(20, 23))):
+            total += engine.gradient(images[part], labels[part], denominator=23, accumulate=k > 0).loss
+        np.testing.assert_allclose(engine.grad, flat, rtol=1e-9, atol=1e-14)
+        assert np.isclose(total, loss, rtol=1e-12)
+
+
+def test_predict_streams_every_picture(data):
+    model = model_of()
+    expected = model.predict(data[0])
+    other = model_of()
+    other.flat += 1.0
+    with Engine(model, workers=2, micro_batch=4) as engine:
+        np.testing.assert_allclose(engine.predict(data[0]), expected, rtol=1e-10)
+        np.testing.assert_allclose(engine.predict(data[0], other), other.predict(data[0]), rtol=1e-10)
+
+
+def test_blas_has_one_thread_inside_and_the_callers_setting_after():
+    def threads():
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    before = threads()
+    with Engine(model_of(), workers=2):
+        assert set(threads()) == {1}
+    assert threads() == before
+
+
+def test_an_error_in_a_worker_reaches_the_caller_and_threads_end(data):
+    images, labels = data
+    with pytest.raises(ValueError, match="labels must lie in"), Engine(model_of(), workers=2, micro_batch=4) as engine:
+        engine.gradient(images, labels + 5)
+    assert not [t for t in threading.enumerate() if t.name.startswith("minivit")]

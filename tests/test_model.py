@@ -1,0 +1,255 @@
+"""The model: parameter counts of the official models, validation, whole-model gradients, and the exact identities."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from minivit import (
+    PRESETS,
+    InputError,
+    ViT,
+    ViTConfig,
+    gradcheck,
+    params,
+    softmax_cross_entropy_backward,
+    softmax_cross_entropy_forward,
+)
+from minivit.gradcheck_cases import MODELS
+from minivit.model import parameter_table, pixels
+
+TINY = MODELS["vit"]
+
+
+def random_model(seed=0, dtype=np.float64, **changes):
+    config = ViTConfig(**{**TINY, **changes})
+    model = ViT(config, dtype=dtype)
+    model.flat += 0.3 * np.random.default_rng(seed).standard_normal(model.flat.shape)
+    return model
+
+
+def batch(model, count=3, seed=1):
+    rng, c = np.random.default_rng(seed), model.config
+    images = rng.standard_normal((count, c.image_size, c.image_size, c.channels))
+    return images, rng.integers(0, c.num_classes, count)
+
+
+def gradient(model, images, labels, **settings):
+    logits, cache = model.forward(images)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, labels, **settings)
+    flat, grads = model.gradient_buffer()
+    model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads)
+    return loss, flat, grads
+
+
+@pytest.mark.parametrize(
+    ("name", "with_head", "without_head"),
+    [
+        ("Ti/16", 5_717_416, 5_524_416),
+        ("S/16", 22_050_664, 21_665_664),
+        ("B/16", 86_567_656, 85_798_656),
+        ("B/32", 88_224_232, 87_455_232),
+        ("L/16", 304_326_632, 303_301_632),
+        ("L/32", 306_535_400, 305_510_400),
+        ("H/14", 632_045_800, 630_764_800),
+    ],
+)
+def test_parameter_counts_of_the_official_models(name, with_head, without_head):
+    table = parameter_table(ViTConfig.preset(name))
+    assert params.count(table) == with_head
+    assert params.count([spec for spec in table if not spec.name.startswith("head.")]) == without_head
+
+
+def test_parameter_count_with_pre_logits():
+    config = ViTConfig.preset("B/16", num_classes=21843, pre_logits=768)
+    assert params.count(parameter_table(config)) == 103_186_515
+
+
+def test_every_preset_is_a_model():
+    for name in PRESETS:
+        if name.endswith("/14") or "/" not in name:
+            continue
+        assert ViTConfig.preset(name).grid_size >= 1
+    assert ViTConfig.preset("H/14").grid_size == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 30}, "image_size 30 is not a multiple of patch_size 4"),
+        ({"width": 190}, "width 190 is not a multiple of num_heads 3"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"width": 191.5}, "width must be a whole number, got 191.5"),
+        ({"channels": True}, "channels must be a whole number, got True"),
+        ({"dropout": 1.0}, "dropout must be at least 0.0 and below 1.0, got 1.0"),
+        ({"drop_path": -0.1}, "drop_path must be at least"),
+        ({"attention_dropout": float("nan")}, "attention_dropout must be a finite number"),
+        ({"pooling": "max"}, "pooling must be one of cls, mean"),
+        ({"pos_embed": "rope"}, "pos_embed must be one of"),
+        ({"gelu": "relu"}, "gelu must be one of"),
+        ({"width": 66, "pos_embed": "sincos2d"}, "multiple of 4"),
+        ({"pre_logits": -1}, "pre_logits must be at least 0"),
+        ({"layernorm_eps": 0.0}, "layernorm_eps must be at least"),
+    ],
+)
+def test_impossible_settings_are_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        ViTConfig(**changes)
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(InputError, match="Ti/16"):
+        ViTConfig.preset("XXL/3")
+
+
+def test_mlp_width_follows_the_width():
+    assert ViTConfig(width=96).mlp_dim == 384
+    assert ViTConfig(width=96, mlp_dim=100).mlp_dim == 100
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ViTConfig().width = 3
+
+
+@pytest.mark.parametrize("method", gradcheck.METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_gradient_of_the_model_element_by_element(name, method):
+    model = random_model(**MODELS[name])
+    images, labels = batch(model)
+    results = gradcheck.check_model(
+        lambda flat: ViT(model.config, flat=flat),
+        images,
+        labels,
+        model.flat,
+        method=method,
+        elementwise=True,
+        label_smoothing=0.1,
+    )
+    assert [r.argument for r in results] == [*model.params, "images"]
+    for result in results:
+        assert result.passed, result
+
+
+def test_a_zero_head_costs_ln_k_and_gives_the_body_no_gradient():
+    model = ViT(ViTConfig(**TINY), dtype=np.float64)
+    images, labels = batch(model)
+    loss, _, grads = gradient(model, images, labels)
+    assert math.isclose(loss, math.log(4), rel_tol=1e-15)
+    for name, value in grads.items():
+        assert value.any() == name.startswith("head."), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_has_a_gradient_at_random_values(name):
+    model = random_model(**MODELS[name])
+    _, _, grads = gradient(model, *batch(model))
+    D = model.config.width
+    for parameter, value in grads.items():
+        if parameter.endswith("qkv.bias"):
+            assert np.abs(value[D : 2 * D]).max() < 1e-15, "the bias of the keys cannot matter"
+            value = np.delete(value, np.s_[D : 2 * D])
+        assert (value != 0).all(), parameter
+
+
+def test_backward_adds():
+    model = random_model()
+    images, labels = batch(model)
+    logits, cache = model.forward(images)
+    _, once, grads = gradient(model, images, labels)
+    dlogits = softmax_cross_entropy_backward(1.0, softmax_cross_entropy_forward(logits, labels)[1])
+    first = once.copy()
+    model.backward(dlogits, cache, grads)
+    np.testing.assert_allclose(once, 2 * first, rtol=1e-15)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predict_and_intermediates_are_the_forward_without_dropout(name):
+    model = random_model(**MODELS[name])
+    images, _ = batch(model)
+    logits, _ = model.forward(images)
+    np.testing.assert_array_equal(model.predict(images), logits)
+    seen = model.intermediates(images)
+    np.testing.assert_array_equal(seen.logits, logits)
+    c, N = model.config, model.config.num_tokens
+    assert [a.shape for a in seen.attention] == [(3, c.num_heads, N, N)] * c.depth
+    assert [f.shape for f in seen.features] == [(3, N, c.width)] * (c.depth + 1)
+    np.testing.assert_allclose(seen.attention[0].sum(axis=-1), 1.0)
+
+
+def test_dropout_is_drawn_from_the_generator_alone():
+    model = random_model(dropout=0.3, attention_dropout=0.3, drop_path=0.3)
+    images, _ = batch(model)
+    first, _ = model.forward(images, rng=np.random.default_rng(5))
+    again, _ = model.forward(images, rng=np.random.default_rng(5))
+    other, _ = model.forward(images, rng=np.random.default_rng(6))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_drop_path_rises_linearly_with_depth():
+    model = random_model(depth=5, drop_path=0.4)
+    assert [model._block_settings(i)["drop_path"] for i in range(5)] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_without_positions_patches_are_a_set():
+    model = random_model(pos_embed="none")
+    images, _ = batch(model)
+    patches = images.reshape(3, 3, 2, 3, 2, 2).transpose(0, 1, 3, 2, 4, 5).reshape(3, 9, 2, 2, 2)
+    shuffled = patches[:, np.random.default_rng(0).permutation(9)].reshape(3, 3, 3, 2, 2, 2)
+    shuffled = shuffled.transpose(0, 1, 3, 2, 4, 5).reshape(images.shape)
+    np.testing.assert_allclose(model.predict(shuffled), model.predict(images), rtol=1e-10)
+    with_positions = random_model()
+    assert not np.allclose(with_positions.predict(shuffled), with_positions.predict(images), rtol=1e-3)
+
+
+def test_a_batch_is_its_pictures():
+    model = random_model()
+    images, labels = batch(model, count=5)
+    loss, flat, _ = gradient(model, images, labels)
+    parts = [gradient(model, images[i : i + 1], labels[i : i + 1], denominator=5) for i in range(5)]
+    assert math.isclose(loss, sum(p[0] for p in parts), rel_tol=1e-13)
+    np.testing.assert_allclose(sum(p[1] for p in parts), flat, rtol=1e-9, atol=1e-15)
+
+
+def test_bytes_are_scaled_to_minus_one_and_one():
+    images = np.array([0, 255, 51], np.uint8).reshape(1, 1, 3, 1)
+    np.testing.assert_allclose(pixels(images, np.float32).ravel(), [-1, 1, -0.6], rtol=1e-6)
+    model = random_model(dtype=np.float32)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 6, 6, 2), dtype=np.uint8)
+    np.testing.assert_array_equal(model.predict(images), model.predict((images.astype(np.float32) - 127.5) / 127.5))
+
+
+def test_float32_stays_float32():
+    model = random_model(dtype=np.float32)
+    images, labels = batch(model)
+    logits, cache = model.forward(images)
+    assert logits.dtype == np.float32
+    flat, grads = model.gradient_buffer()
+    dlogits = softmax_cross_entropy_backward(1.0, softmax_cross_entropy_forward(logits, labels)[1])
+    dimages = model.backward(dlogits, cache, grads, need_dimages=True)
+    assert dlogits.dtype == flat.dtype == dimages.dtype == np.float32
+    reference = ViT(model.config, flat=model.flat.astype(np.float64))
+    _, expected, _ = gradient(reference, images, labels)
+    assert np.abs(flat - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 6, 6, 3)), r"takes pictures of shape \(B, 6, 6, 2\), got \(2, 6, 6, 3\)"),
+        (np.zeros((6, 6, 2)), "takes pictures"),
+        (np.full((2, 6, 6, 2), np.nan), "picture 0 .* NaN"),
+    ],
+)
+def test_pictures_that_do_not_fit_are_refused(images, message):
+    with pytest.raises(InputError, match=message):
+        random_model().forward(images)
+
+
+def test_the_model_wraps_a_buffer_without_copying():
+    flat = np.zeros(params.count(parameter_table(ViTConfig(**TINY))))
+    model = ViT(ViTConfig(**TINY), flat=flat)
+    flat[-1] = 7.0
+    assert model.params["head.bias"][-1] == 7.0
+    with pytest.raises(ValueError, match="parameter table"):
+        ViT(ViTConfig(**TINY), flat=flat[1:])
