@@ -1,7 +1,7 @@
 """Which array library an array belongs to, and the few operations that NumPy and CuPy spell differently.
 
-Every layer starts with ``xp = array_module(x)`` and then uses ``xp.exp``, ``xp.matmul``, ...: the arrays decide where the
-work is done, there is no global switch, and importing minivit never imports CuPy.
+Every layer starts with ``xp = array_module(x)`` and then uses ``xp.exp``, ``xp.matmul``, ...: the arrays
+decide where the work is done, there is no global switch, and importing minivit never imports CuPy.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def to_host(array):
 def matmul(x, W):
     """``x @ W`` for x (..., n) and a matrix W (n, m), as one two-dimensional product.
 
-    A batched product with a broadcast matrix would be cut into many small ones; one large product is what BLAS is good at.
+    A batched product with a broadcast matrix would be cut into many small ones; one large product is what
+    BLAS is good at.
     """
     return (x.reshape(-1, x.shape[-1]) @ W).reshape(*x.shape[:-1], W.shape[-1])
 

@@ -1,4 +1,4 @@
-"""Checkpoints: one ``.npz`` file that anybody can read with NumPy, written so that a crash never costs the previous one.
+"""Checkpoints: one ``.npz`` file that anybody can read with NumPy, written so that no crash costs the previous one.
 
 Inside are named arrays and ``meta``, a JSON text with everything that is not an array:
 
@@ -12,12 +12,14 @@ Inside are named arrays and ``meta``, a JSON text with everything that is not an
     >>> with np.load("runs/digits/last.npz") as checkpoint:                             # doctest: +SKIP
     ...     meta, head = json.loads(str(checkpoint["meta"])), checkpoint["params/head.weight"]
 
-Arrays are stored uncompressed and without pickles. Reading believes nothing: names, types and sizes are compared with the file's
-own length before memory is taken, and each array's checksum (CRC-32, part of the zip format) is verified.
+Arrays are stored uncompressed and without pickles. Reading believes nothing: names, types and sizes are compared with
+the file's own length before memory is taken, and each array's checksum (CRC-32, part of the zip format) is verified.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import math
@@ -42,7 +44,8 @@ def write_atomically(path, write):
     """Call ``write(file)`` on a temporary file beside ``path``, flush it to the disk, then rename it to ``path``.
 
     Whatever happens on the way, ``path`` holds either what it held before or the whole new content.
-    Raises  OSError: the disk is full, the folder cannot be written, ...; the temporary file is removed.
+    Raises  OSError: the disk is full, the folder cannot be written, ...; it names ``path``, and the temporary file is
+    removed.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
@@ -52,8 +55,14 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = (
+                str(path),
+                None,
+            )  # not the temporary file's name, which means nothing to a user
         raise
     if os.name == "posix":  # the rename itself must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)
@@ -86,12 +95,29 @@ def _read_npy(data, name):
         raise ValueError(f"array {name} has an unknown version")
     read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(stream)
-    if dtype.hasobject or dtype.kind not in "fiubU":
+    if dtype.kind not in "fiubU" or not dtype.itemsize:
         raise ValueError(f"array {name} holds {dtype}, not numbers")
     if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
         raise ValueError(f"array {name} is not as long as it says")
     stream.seek(0)
     return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def _read_members(path):
+    """All arrays of an uncompressed ``.npz`` file by name."""
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
+            raise ValueError("it is compressed")
+        if sum(m.file_size for m in members) > path.stat().st_size:
+            raise ValueError("its parts overlap")
+        for m in members:
+            name = m.filename.removesuffix(".npy")
+            if name in arrays:
+                raise ValueError(f"it holds {name} twice")
+            arrays[name] = _read_npy(archive.read(m), name)  # read() verifies the checksum
+    return arrays
 
 
 def load(path):
@@ -104,22 +130,16 @@ def load(path):
         raise InputError(f"there is no checkpoint at {path}")
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the checkpoint in it, such as {path / 'last.npz'}")
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
-                raise ValueError("it is compressed")
-            if sum(m.file_size for m in members) > path.stat().st_size:
-                raise ValueError("its parts overlap")
-            arrays = {}
-            for m in members:
-                name = m.filename.removesuffix(".npy")
-                arrays[name] = _read_npy(archive.read(m), name)  # read() verifies the checksum
-        meta = json.loads(str(arrays.pop("meta")))
+        arrays = _read_members(path)
+        meta = json.loads(str(arrays.pop("meta", "")))
         if meta["format"] != FORMAT:
             raise ValueError("its format is another one")
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, RecursionError, RuntimeError,
-            NotImplementedError) as error:  # fmt: skip
+    except Exception as error:  # zipfile and NumPy raise nearly anything for a broken file
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+            raise  # the file is not to blame; EINVAL is a seek to before its beginning
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a minivit checkpoint, or it is truncated or altered ({detail})") from None
     if meta.get("version") != VERSION:
@@ -136,13 +156,34 @@ def config_of(meta, path):
     if not isinstance(config, dict):
         raise InputError(f"{path} does not say which model it holds")
     refuse_unknown(config, field_names(ViTConfig), path)
-    return ViTConfig(**config)
+    try:
+        return ViTConfig(**config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def class_names_of(meta, path):
+    """The class names in a checkpoint's meta, one for each class of its model.
+
+    Raises  InputError: they are missing, or there are more or fewer.
+    """
+    names = meta.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path} does not say what its classes are called")
+    if len(names) != (classes := config_of(meta, path).num_classes):
+        raise InputError(f"{path} has a model of {classes} classes and names for {len(names)}")
+    return names
+
+
+def is_finite(array):
+    """Does it hold floating-point numbers, none of them NaN or infinite?"""
+    return array.dtype.kind == "f" and bool(np.isfinite(array).all())
 
 
 def fill(flat, table, arrays, prefix, path):
     """Copy the arrays ``prefix/NAME`` of a checkpoint into a flat buffer.
 
-    Raises  InputError: an array is missing, has another shape, or holds a value that is not finite; the buffer is then unchanged.
+    Raises  InputError: an array is missing, has another shape or is not finite; the buffer is unchanged then.
     """
     found = {}
     for spec in table:
@@ -151,7 +192,7 @@ def fill(flat, table, arrays, prefix, path):
             raise InputError(f"{path} lacks {prefix}/{spec.name}")
         if array.shape != spec.shape:
             raise InputError(f"{path}: {prefix}/{spec.name} has shape {array.shape}, the model needs {spec.shape}")
-        if array.dtype.kind != "f" or not np.isfinite(array).all():
+        if not is_finite(array):
             raise InputError(f"{path}: {prefix}/{spec.name} holds values that are not finite numbers")
         found[spec.name] = array
     for name, view in parameters.views(flat, table).items():
@@ -159,7 +200,7 @@ def fill(flat, table, arrays, prefix, path):
 
 
 def load_model(path, *, weights="auto"):
-    """A `ViT` from a checkpoint, and the checkpoint's meta.
+    """A `ViT` from a checkpoint, and the checkpoint's meta, with ``meta["weights"]`` saying which were taken.
 
     ``weights``: "params", "ema" (the moving average), or "auto": the average if there is one.
     Raises  InputError: see `load`, `config_of` and `fill`.
@@ -177,7 +218,7 @@ def load_model(path, *, weights="auto"):
         raise InputError(f"{path} holds fewer numbers than the {size:,} parameters of its model")
     flat = np.empty(size, np.float32)
     fill(flat, table, arrays, prefix, path)
-    return ViT(config, flat=flat), meta
+    return ViT(config, flat=flat), {**meta, "weights": prefix}
 
 
 def model_meta(config):

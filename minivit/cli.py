@@ -22,15 +22,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Print the message as one line and end with status 2."""
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_complain(f"{message} (--help lists the options)"))
 
 
 def run(main):
     """Run a script's ``main()`` and end the process; what the user can mend is one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # class and file names may be in any script
     try:
         status = main()
-    except InputError as error:
+    except (InputError, ImportError) as error:  # an import that fails this late is that of an optional library
         status = _complain(error)
     except MemoryError:
         status = _complain("not enough memory; use a smaller --batch-size, --micro-batch or model")
@@ -54,9 +56,13 @@ def describe_os_error(error):
     """One line for an OSError: what, which file, and what to do."""
     where = f"{error.filename}: " if error.filename else ""
     advice = {
-        errno.ENOSPC: "; free some space and go on with --resume",
+        errno.ENOSPC: "; free some space and try again (a training run goes on with --resume)",
         errno.EACCES: "; check the permissions or choose another place",
         errno.EROFS: "; choose a place that can be written",
+        errno.EEXIST: "; choose another place",
+        errno.ENOTDIR: "; choose another place",
+        errno.EISDIR: "; choose another name",
+        errno.ENOENT: "; check the name",
     }.get(error.errno, "")
     return f"{where}{error.strerror or error}{advice}"
 
@@ -88,12 +94,12 @@ def read_toml(path, sections):
     """
     path = Path(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except FileNotFoundError:
         raise InputError(f"there is no settings file {path}") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder, not a settings file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not a TOML file: {error}") from None
     refuse_unknown(content, sections, path)
     for section, values in content.items():

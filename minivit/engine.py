@@ -1,15 +1,16 @@
 """A batch -> micro-batches -> workers -> one summed flat gradient.
 
-The batch is cut into micro-batches of a few pictures. Worker w runs forward and backward on micro-batches w, w + W, w + 2W, ...
-one after the other and adds all of them into its own flat gradient buffer; the buffers are then summed in the order of the
-workers. Three things follow:
+The batch is cut into micro-batches of a few pictures. Worker w runs forward and backward on micro-batches w,
+w + W, w + 2W, ... one after the other and adds all of them into its own flat gradient buffer; the buffers are
+then summed in the order of the workers. Three things follow:
 
 * every processor core is busy with elementwise work too, not in the matrix products alone, because NumPy releases the
   interpreter lock in both; each worker's BLAS keeps to one thread;
 * activations of a few pictures stay in the cache, and memory does not grow with the batch;
 * the order of every sum is fixed, so the same seed and settings give the same bits, however the threads are scheduled.
 
-Each part's loss is divided by the size of the whole batch, hence the summed gradient is that of the whole batch's mean loss.
+Each part's loss is divided by the size of the whole batch, hence the summed gradient is that of the whole
+batch's mean loss.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def correct_count(logits, labels):
 class Engine:
     """Runs a model over batches with worker threads; use as a context manager.
 
-    Inside the ``with`` block BLAS is limited to one thread per call; the caller's setting is restored at its end.
-    ``grad`` is the flat gradient of the last `gradient` call.
+    Inside the ``with`` block BLAS is limited to one thread per call; the caller's setting is restored at its
+    end. ``grad`` is the flat gradient of the last `gradient` call.
     """
 
     def __init__(self, model, *, workers=0, micro_batch=8, label_smoothing=0.0, seed=0):
@@ -75,8 +76,8 @@ class Engine:
         """Gradient of the mean loss over a batch, left in ``self.grad``.
 
         Shapes  images (B, H, W, C) uint8 or float, labels (B,) or (B, K)  ->  StepResult
-        ``step`` seeds dropout, with the micro-batch's number. To accumulate over several batches, pass the number of all their
-        pictures as ``denominator`` and ``accumulate=True`` from the second one on.
+        ``step`` seeds dropout, with the micro-batch's number. To accumulate over several batches, pass the
+        number of all their pictures as ``denominator`` and ``accumulate=True`` from the second one on.
         """
         parts = self._cut(len(images))
         denominator = len(images) if denominator is None else denominator
@@ -108,7 +109,8 @@ class Engine:
     def predict(self, images, model=None):
         """Logits of any number of pictures, streamed through the workers without caches.
 
-        Shapes  images (n, H, W, C)  ->  logits (n, K);  ``model`` may be another one (averaged weights) of the same configuration
+        Shapes  images (n, H, W, C)  ->  logits (n, K)
+        ``model`` may be another one of the same configuration (averaged weights).
         """
         model = model or self.model
         logits = array_module(model.flat).empty((len(images), model.config.num_classes), model.flat.dtype)

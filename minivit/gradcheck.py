@@ -1,18 +1,22 @@
 r"""Gradient checking for any pair of the layer protocol, the reader's own functions included.
 
-For y = f(x_1, ..., x_n) and a fixed random cotangent dy of y's shape, let L = sum(dy * y). A correct backward returns
-dL/dx_i = J_i^T dy. Two ways find the same numbers from the forward alone, along a direction d (a random one of length 1, or one
-entry after the other):
+For y = f(x_1, ..., x_n) and a fixed random cotangent dy of y's shape, let L = sum(dy * y). A correct backward
+returns dL/dx_i = J_i^T dy. Two ways find the same numbers from the forward alone, along a direction d (a
+random one of length 1, or one entry after the other):
 
-    central difference   (L(x + h d) - L(x - h d)) / 2h     error: O(h^2) truncation + O(eps / h) rounding; best near h = 1e-5
-    complex step         Im L(x + i h d) / h, h = 1e-30     no subtraction, hence no rounding error to balance: exact to ~1e-16
-                                                            (Squire & Trapp 1998); needs a forward free of abs, max and the like
+    central difference   (L(x + h d) - L(x - h d)) / 2h     error O(h^2) truncation + O(eps / h) rounding,
+                                                            best near h = 1e-5
+    complex step         Im L(x + i h d) / h, h = 1e-30     no subtraction, hence no rounding to balance: exact
+                                                            to about 1e-16 (Squire & Trapp 1998); needs a
+                                                            forward free of abs, max and the like
 
-The verdict on an analytic value a against a numerical one n is |a - n| <= atol + rtol max(|a|, |n|). Reported is
+The verdict on an analytic value a against a numerical one n is |a - n| <= atol + rtol max(|a|, |n|). Reported
+is
 
     error = |a - n| / (atol / rtol + max(|a|, |n|)),   a relative error that stays finite where the gradient is 0,
 
-and ``error <= rtol`` is that verdict exactly. Everything is float64: in float32 rounding alone makes errors of 1e-3.
+and ``error <= rtol`` is that verdict exactly. Everything is float64: in float32 rounding alone makes errors
+of 1e-3.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ class Tolerance(NamedTuple):
     atol: float
 
 
-# A central difference of numbers of order 1 carries about 1e-16 / 1e-5 = 1e-11 of rounding; the complex step carries none.
+# A central difference of numbers of order 1 carries about 1e-16 / 1e-5 = 1e-11 of rounding; the complex step none.
 TOLERANCE = {"central": Tolerance(1e-6, 1e-9), "complex": Tolerance(1e-10, 1e-12)}
 
 
@@ -63,7 +67,8 @@ def numerical_derivative(forward, args, index, direction, dy, method):
     """Derivative of L = sum(dy * y) with respect to argument ``index`` along a direction.
 
     Shapes  direction like args[index], dy like y  ->  a float
-    The outputs are subtracted entry by entry before they are summed: subtracting two large sums would lose digits.
+    The outputs are subtracted entry by entry before they are summed: subtracting two large sums would lose
+    digits.
     """
     h = STEP[method]
     if method == "complex":
@@ -79,12 +84,14 @@ def numerical_derivative(forward, args, index, direction, dy, method):
 def check(forward, backward, args, *, names=None, method="central", elementwise=False, seed=0):
     """Compare a backward with numerical derivatives of its forward, argument by argument.
 
-    ``forward(*args) -> (y, cache)`` and ``backward(dy, cache) -> dx_1`` or ``(dx_1, ..., dx_n)`` in the order of the arguments;
-    fixed settings go in through a closure, and a forward that draws random numbers must draw the same ones at each call.
-    Arguments that are not float arrays (labels, None) are left out; their gradient, if one is returned, must be None.
+    ``forward(*args) -> (y, cache)`` and ``backward(dy, cache) -> dx_1`` or ``(dx_1, ..., dx_n)`` in the order
+    of the arguments; fixed settings go in through a closure, and a forward that draws random numbers must
+    draw the same ones at each call. Arguments that are not float arrays (labels, None) are left out; their
+    gradient, if one is returned, must be None.
 
     Shapes  args: float64 arrays of any shape  ->  a list of `Result`, one per float argument
-    Raises  TypeError: a float argument is not float64; ValueError: unknown method, or a gradient of the wrong count or shape.
+    Raises  TypeError: a float argument is not float64.
+            ValueError: unknown method, or gradients of the wrong count or shape.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
@@ -148,12 +155,13 @@ def compare(name, analytic, numerical, method, elements):
 
 
 def check_model(model_of, images, labels, flat, *, method="central", elementwise=False, label_smoothing=0.0, seed=0):
-    """Check a whole model's gradients, parameter by parameter, of the cross-entropy of a batch, and those of the pictures.
+    """Check a whole model, parameter by parameter and the pictures too, on the cross-entropy of a batch.
 
-    ``model_of(flat)`` makes the model around a parameter buffer; dropout, where the configuration has any, is active with the
-    same masks at each call.
+    ``model_of(flat)`` makes the model around a parameter buffer; dropout, where the configuration has any, is
+    active with the same masks at each call.
 
-    Shapes  images (B, H, W, C) float64, labels (B,), flat (n,) float64  ->  a list of `Result`, one per parameter and "images"
+    Shapes  images (B, H, W, C) float64, labels (B,), flat (n,) float64
+            ->  a list of `Result`, one per parameter and "images"
     """
     from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 

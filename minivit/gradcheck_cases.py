@@ -1,7 +1,8 @@
-"""What `scripts/gradcheck.py` and the tests check: every layer and the loss at shapes that reveal mistakes, and small models.
+"""What `scripts/gradcheck.py` and the tests check: every layer, the loss, small models, at shapes that reveal.
 
-All sizes differ from one another and the token counts are odd, so that a transposed axis, a sum over the wrong one or a factor
-of B, N or h cannot hide. A case is a function of a Generator that gives (forward, backward, args, argument names).
+All sizes differ from one another and the token counts are odd, so that a transposed axis, a sum over the
+wrong one or a factor of B, N or h cannot hide. A case is a function of a Generator that gives (forward,
+backward, args, argument names).
 """
 
 import numpy as np
@@ -194,7 +195,16 @@ LAYERS = {
     "loss-soft": _loss(True, 0.0),
 }
 
-_TINY = dict(image_size=6, patch_size=2, channels=2, num_classes=4, width=12, depth=2, num_heads=3, mlp_dim=7)
+_TINY = {
+    "image_size": 6,
+    "patch_size": 2,
+    "channels": 2,
+    "num_classes": 4,
+    "width": 12,
+    "depth": 2,
+    "num_heads": 3,
+    "mlp_dim": 7,
+}
 MODELS = {
     "vit": _TINY,
     "vit-mean": {**_TINY, "pooling": "mean", "gelu": "erf", "num_heads": 1},

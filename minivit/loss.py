@@ -5,15 +5,16 @@ Forward
 
         loss = -1/n sum_i sum_k t_ik log p_ik = 1/n sum_i (logsumexp(x_i) - sum_k t_ik x_ik),
 
-    with n = B unless told otherwise. A class index is the target that is 1 at that class. Label smoothing mixes every target
-    with the uniform one: t <- (1 - s) t + s/K (Szegedy et al. 2016). The logarithm of a softmax is never taken: the second form
-    is exact for logits of any size once the row's maximum is subtracted.
+    with n = B unless told otherwise. A class index is the target that is 1 at that class. Label smoothing
+    mixes every target with the uniform one: t <- (1 - s) t + s/K (Szegedy et al. 2016). The logarithm of a
+    softmax is never taken: the second form is exact for logits of any size once the row's maximum is
+    subtracted.
 
 Backward
         d loss / d x_ik = (p_ik - t_ik) / n.
 
-    d logsumexp(x) / dx = softmax(x), and the second term is linear. That p - t comes out so simply is the reason for making
-    softmax and cross-entropy one function; taken apart, 1/p would have to cancel against p.
+    d logsumexp(x) / dx = softmax(x), and the second term is linear. That p - t comes out so simply is the
+    reason for making softmax and cross-entropy one function; taken apart, 1/p would have to cancel against p.
 """
 
 from typing import Any, NamedTuple
@@ -63,7 +64,8 @@ def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denomi
     Shapes  logits (B, K), labels (B,) integers or (B, K) probabilities  ->  loss ()
     Cache   softmax(logits), the targets, n
     Raises  ValueError: labels of the wrong shape, kind or range.
-    A batch cut into micro-batches passes the whole batch's size as denominator, so that the parts' losses and gradients add up.
+    A batch cut into micro-batches passes the whole batch's size as denominator, so that the parts' losses and
+    gradients add up.
     """
     xp = array_module(logits, labels)
     B, K = logits.shape

@@ -1,4 +1,4 @@
-"""The Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929): configuration, parameter table, forward, backward, predict.
+"""The Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929).
 
 Letters, as in the paper, here and in every layer:
 
@@ -96,8 +96,8 @@ class ViTConfig:
     def preset(cls, name, **changes):
         """A named model, e.g. ``ViTConfig.preset("B/16")`` or ``ViTConfig.preset("Micro/4", num_classes=100)``.
 
-        Ti, S, B, L, H with patch 8, 14, 16, 32 at 224 pixels and 1000 classes; Nano, Micro, Mini, Midi with patch 2, 4, 8 at 32
-        pixels and 10 classes.
+        Ti, S, B, L, H with patch 8, 14, 16, 32 at 224 pixels and 1000 classes; Nano, Micro, Mini, Midi with
+        patch 2, 4, 8 at 32 pixels and 10 classes.
         """
         return cls(**{**preset_fields(name), **changes})
 
@@ -122,15 +122,15 @@ def preset_fields(name):
     size, patch = name.split("/")
     paper = size in PAPER_SIZES
     width, depth, num_heads, mlp_dim = (PAPER_SIZES if paper else SMALL_SIZES)[size]
-    fields = dict(patch_size=int(patch), width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
-    fields |= dict(image_size=224, num_classes=1000) if paper else dict(image_size=32, num_classes=10)
-    return fields
+    fields = {"patch_size": int(patch), "width": width, "depth": depth, "num_heads": num_heads, "mlp_dim": mlp_dim}
+    return fields | ({"image_size": 224, "num_classes": 1000} if paper else {"image_size": 32, "num_classes": 10})
 
 
 def parameter_table(config):
     """The model's parameters in the order of the forward pass, with timm's names and the official initialisers.
 
-    Weight decay applies to the matrices alone: not to biases, LayerNorm, the class token or the position embedding.
+    Weight decay applies to the matrices alone: not to biases, LayerNorm, the class token or the position
+    embedding.
     """
     c, D, M = config, config.width, config.mlp_dim
     pixels = c.patch_size**2 * c.channels
@@ -168,7 +168,7 @@ def parameter_table(config):
 
 
 def pixels(images, dtype):
-    """Pictures as the model wants them: uint8 becomes (x - 127.5) / 127.5 in [-1, 1]; floats are taken as already scaled.
+    """Pictures as the model wants them: uint8 is scaled to (x - 127.5) / 127.5; floats are taken as scaled already.
 
     Shapes  images (B, H, W, C)  ->  (B, H, W, C) of the given dtype
     Raises  InputError: (on the host) a float image that is not finite.
@@ -204,9 +204,9 @@ class Intermediates(NamedTuple):
 class ViT:
     """A configuration and its parameters; calls leave nothing behind, so threads may share one model.
 
-    ``flat`` is the buffer that holds every parameter (the model's dtype and device are its), ``params`` the named views into it.
-    Give ``flat`` to wrap an existing buffer (an average, a perturbed copy, a GPU array) without copying; otherwise the parameters
-    are initialised from ``seed``.
+    ``flat`` is the buffer that holds every parameter (the model's dtype and device are its), ``params`` the
+    named views into it. Give ``flat`` to wrap an existing buffer (an average, a perturbed copy, a GPU array)
+    without copying; otherwise the parameters are initialised from ``seed``.
     """
 
     def __init__(self, config, *, seed=0, dtype=np.float32, flat=None):
@@ -229,14 +229,14 @@ class ViT:
 
     def _block_settings(self, i):
         c = self.config
-        return dict(
-            num_heads=c.num_heads,
-            gelu=c.gelu,
-            eps=c.layernorm_eps,
-            dropout=c.dropout,
-            attention_dropout=c.attention_dropout,
-            drop_path=c.drop_path * i / max(c.depth - 1, 1),
-        )
+        return {
+            "num_heads": c.num_heads,
+            "gelu": c.gelu,
+            "eps": c.layernorm_eps,
+            "dropout": c.dropout,
+            "attention_dropout": c.attention_dropout,
+            "drop_path": c.drop_path * i / max(c.depth - 1, 1),
+        }
 
     def _embed(self, images, rng):
         c, p = self.config, self.params

@@ -1,15 +1,17 @@
 r"""Optimisers over the flat parameter buffer, learning-rate schedules, gradient clipping, weight averaging.
 
-With g the gradient, theta the parameters, eta the learning rate, lambda the weight decay, c the decay mask (1 for matrices, 0
-for biases, LayerNorm, tokens and positions):
+With g the gradient, theta the parameters, eta the learning rate, lambda the weight decay, c the decay mask (1
+for matrices, 0 for biases, LayerNorm, tokens and positions):
 
     SGD      g <- g + lambda c theta;  m <- mu m + g;  theta <- theta - eta m
     Adam     g <- g + lambda c theta;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
-             theta <- theta - eta (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)        (Kingma & Ba 2014, arXiv:1412.6980)
-    AdamW    the same with theta <- theta - eta lambda c theta instead of decay in g     (Loshchilov & Hutter 2017, 1711.05101)
+             theta <- theta - eta (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)    (Kingma & Ba 2014, arXiv:1412.6980)
+    AdamW    the same with theta <- theta - eta lambda c theta instead of decay in g
+                                                                (Loshchilov & Hutter 2017, arXiv:1711.05101)
 
-An optimiser is its settings, its state vectors and its step count; `step` updates the parameters in place. Vectors are worked
-through in pieces that stay in the processor's cache, since each formula reads them several times.
+An optimiser is its settings, its state vectors and its step count; `step` updates the parameters in place.
+Vectors are worked through in pieces that stay in the processor's cache, since each formula reads them several
+times.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ PIECE = 16384  # elements: five float32 vectors of this length fit an L2 cache o
 
 
 def _pieces(flat):
-    """Slices that cover a flat vector: cache-sized on the CPU, one slice on a GPU (where each piece would be a launch)."""
+    """Slices that cover a flat vector: cache-sized on the CPU, one on a GPU, where each would be a launch."""
     piece = PIECE if type(flat).__module__ == "numpy" else max(flat.size, 1)
     return [slice(start, start + piece) for start in range(0, flat.size, piece)]
 
@@ -120,7 +122,8 @@ SCHEDULES = ("cosine", "linear", "constant")
 def learning_rate(step, total_steps, *, lr, schedule="cosine", warmup_steps=0, final_lr=0.0):
     """The learning rate of a step, counted from 0.
 
-    Math    warm-up: lr (step + 1) / (warmup_steps + 1); after it, with p = (step - warmup) / (total - warmup) in [0, 1),
+    Math    warm-up: lr (step + 1) / (warmup_steps + 1);
+            after it, with p = (step - warmup) / (total - warmup) in [0, 1),
             cosine: final + (lr - final) (1 + cos(pi p)) / 2;  linear: lr + (final - lr) p;  constant: lr
     Raises  InputError: unknown schedule.
     """

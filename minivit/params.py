@@ -1,7 +1,7 @@
 """Parameters: a table of names, shapes, initialisers and decay flags; one flat buffer; named views into it.
 
-An optimiser sees one vector, a layer sees named arrays, and both are the same memory. The table alone (no buffer) answers
-"how many parameters?", so the largest models can be counted without being allocated.
+An optimiser sees one vector, a layer sees named arrays, and both are the same memory. The table alone (no
+buffer) answers "how many parameters?", so the largest models can be counted without being allocated.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def xavier_uniform(fan_in, fan_out):
 
 
 def lecun_normal(fan_in):
-    """A normal cut at two standard deviations, with variance 1 / fan_in after the cut (Flax's default for dense layers)."""
+    """A normal cut at two standard deviations, of variance 1 / fan_in after the cut (Flax's default)."""
     std = math.sqrt(1.0 / fan_in) / 0.87962566103423978  # the cut shrinks a unit normal to this standard deviation
 
     def init(rng, shape):
@@ -84,7 +84,8 @@ def views(flat, table):
 def initialise(table, *, seed=0, dtype=np.float32):
     """A new flat buffer with every parameter initialised.
 
-    Each parameter draws from its own stream, seeded by the seed and its name, so that adding a layer changes no other one.
+    Each parameter draws from its own stream, seeded by the seed and its name, so that adding a layer changes
+    no other one.
     """
     flat = np.empty(count(table), dtype)
     for spec, view in zip(table, views(flat, table).values(), strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,7 +21,17 @@ def _figure(width, height):
 
 
 def _save(figure, path):
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    with warnings.catch_warnings():
+        # a script that the font lacks shows as boxes, and names too long for the figure are cut: no reason to fail
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing|constrained_layout not applied|Tight layout")
+        write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def label(text, length=24):
+    """A name from outside as matplotlib shows it: one line, cut to a length, and "$" is no mathematics."""
+    text = " ".join(str(text).split())
+    text = text if len(text) <= length else text[: length - 1] + "…"
+    return text.replace("$", r"\$")
 
 
 def _style(axes, xlabel, ylabel, title):
@@ -35,6 +47,14 @@ def picture(image):
     return image[..., 0] if image.shape[-1] < 3 else image[..., :3]
 
 
+def _show(axes, image):
+    axes.imshow(picture(image), cmap="gray_r", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_color("#cccccc")
+
+
 def save_curves(path, records, *, title=""):
     """Loss, accuracy and learning rate of a run, from the records of its metrics.jsonl."""
     train = [r for r in records if r["kind"] == "train"]
@@ -44,17 +64,22 @@ def save_curves(path, records, *, title=""):
     loss, accuracy, lr = figure.subplots(1, 3)
     epochs = [r["step"] / per_epoch for r in train]
     loss.plot(epochs, [r["loss"] for r in train], color=TRAIN, lw=0.7, alpha=0.5, label="a training batch")
-    loss.plot([r["epoch"] for r in test], [r["train_loss"] for r in test], color=TRAIN, lw=2, label="training, epoch mean")
-    loss.plot([r["epoch"] for r in test], [r["loss"] for r in test], color=TEST, lw=2, label="test")
+    line = {"lw": 2, "marker": "o" if len(test) < 2 else None}  # a single point would have no line
+    loss.plot(
+        [r["epoch"] for r in test], [r["train_loss"] for r in test], color=TRAIN, label="training, epoch mean", **line
+    )
+    loss.plot([r["epoch"] for r in test], [r["loss"] for r in test], color=TEST, label="test", **line)
     _style(loss, "epoch", "cross-entropy, nats", f"{title}: loss" if title else "loss")
     loss.set_ylim(bottom=0)
     loss.legend(frameon=False, fontsize=8)
-    accuracy.plot([r["epoch"] for r in test], [100 * r["train_accuracy"] for r in test], color=TRAIN, lw=2, label="training")
-    accuracy.plot([r["epoch"] for r in test], [100 * r["accuracy"] for r in test], color=TEST, lw=2, label="test")
     if test:
+        accuracy.plot(
+            [r["epoch"] for r in test], [100 * r["train_accuracy"] for r in test], color=TRAIN, label="training", **line
+        )
+        accuracy.plot([r["epoch"] for r in test], [100 * r["accuracy"] for r in test], color=TEST, label="test", **line)
         last = test[-1]
         _style(accuracy, "epoch", "accuracy, %", f"accuracy: {last['accuracy']:.2%} on the test pictures at the end")
-    accuracy.legend(frameon=False, fontsize=8, loc="lower right")
+        accuracy.legend(frameon=False, fontsize=8, loc="lower right")
     lr.plot(epochs, [r["lr"] for r in train], color=TRAIN, lw=2)
     _style(lr, "epoch", "learning rate", "learning rate")
     lr.set_ylim(bottom=0)
@@ -67,14 +92,14 @@ def save_predictions(path, images, labels, logits, class_names, *, rows=4, colum
     count = min(rows * columns, len(images))
     figure = _figure(1.45 * columns, 1.75 * rows)
     for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axes.set_axis_off()
         if i >= count:
+            axes.set_axis_off()
             continue
-        axes.imshow(picture(images[i]), cmap="gray_r", interpolation="nearest")
+        _show(axes, images[i])
         guess, truth = int(probabilities[i].argmax()), int(labels[i])
-        text = f"{class_names[guess]} {probabilities[i, guess]:.0%}"
+        text = f"{label(class_names[guess], 16)} {probabilities[i, guess]:.0%}"
         if guess != truth:
-            text += f"\ntruly {class_names[truth]}"
+            text += f"\ntruly {label(class_names[truth], 16)}"
         axes.set_title(text, fontsize=8, color=GOOD if guess == truth else BAD)
     right = int((probabilities[:count].argmax(axis=1) == labels[:count]).sum())
     figure.suptitle(f"The first {count} test pictures: {right} right, {count - right} wrong", fontsize=11)
@@ -93,13 +118,17 @@ def save_confusion(path, confusion, class_names, *, title=""):
     axes = figure.subplots()
     shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     if K <= 30:  # with more, names and numbers would be too small to read
-        axes.set_xticks(range(K), class_names, rotation=60, ha="right")
-        axes.set_yticks(range(K), class_names)
+        names = [label(name) for name in class_names]
+        upright = max(map(len, names)) <= 3
+        axes.set_xticks(range(K), names, rotation=0 if upright else 60, ha="center" if upright else "right")
+        axes.set_yticks(range(K), names)
         for row in range(K):
             for column in range(K):
                 if confusion[row, column]:
                     color = "white" if share[row, column] > 0.5 else "black"
-                    axes.text(column, row, int(confusion[row, column]), ha="center", va="center", fontsize=8, color=color)
+                    axes.text(
+                        column, row, int(confusion[row, column]), ha="center", va="center", fontsize=8, color=color
+                    )
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.set_title(title, loc="left", fontsize=11)
@@ -107,25 +136,31 @@ def save_confusion(path, confusion, class_names, *, title=""):
     _save(figure, path)
 
 
-def save_attention(path, image, attention, probabilities, class_names, *, title="", top=5):
+def save_attention(path, image, attention, probabilities, class_names, *, title="", truth=None, top=5):
     """A picture, the same picture under its attention map, and the most probable classes.
 
     Shapes  image (H, W, C) uint8; attention (grid, grid), non-negative; probabilities (K,)
+    The first bar is green, or red if the true class is given and is another one.
     """
     H, W = image.shape[:2]
-    figure = _figure(10, 3.4)
-    original, overlay, bars = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
-    for axes, name in ((original, title), (overlay, "attention, mean of the last block's heads")):
-        axes.imshow(picture(image), cmap="gray_r" if image.shape[-1] < 3 else None, interpolation="nearest")
-        axes.set_axis_off()
-        axes.set_title(name, fontsize=10)
+    share = attention / max(float(attention.sum()), 1e-30)
+    figure = _figure(10, 3.3)
+    original, overlay, bars = figure.subplots(1, 3, width_ratios=[1, 1.2, 1.2])
+    _show(original, image)
+    original.set_title(label(title, 40), fontsize=11, loc="left")
+    _show(overlay, image)
     extent = (-0.5, W - 0.5, H - 0.5, -0.5)
-    shown = overlay.imshow(attention / attention.sum(), cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest")
-    figure.colorbar(shown, ax=overlay, fraction=0.046, pad=0.02, label="share of attention")
+    shown = overlay.imshow(100 * share, cmap="viridis", vmin=0, alpha=0.7, extent=extent, interpolation="nearest")
+    overlay.set_title("attention of the last block, mean of its heads", fontsize=9, loc="left")
+    figure.colorbar(shown, ax=overlay, fraction=0.046, pad=0.02, format="%.3g%%")
     order = np.argsort(probabilities)[::-1][:top]
-    bars.barh(range(len(order)), 100 * probabilities[order], color=TEST)
-    bars.set_yticks(range(len(order)), [class_names[k] for k in order])
+    first = BAD if truth is not None and truth != order[0] else GOOD
+    bars.barh(range(len(order)), 100 * probabilities[order], color=[first, *[TRAIN] * (len(order) - 1)], height=0.7)
+    for row, k in enumerate(order):
+        bars.text(100 * probabilities[k] + 1.5, row, f"{probabilities[k]:.1%}", va="center", fontsize=9)
+    bars.set_yticks(range(len(order)), [label(class_names[k]) for k in order])
     bars.invert_yaxis()
-    bars.set_xlim(0, 100)
-    _style(bars, "probability, %", "", "prediction")
+    bars.set_xlim(0, 118)
+    bars.set_xticks(range(0, 101, 25))
+    _style(bars, "probability, %", "", f"prediction: {label(class_names[order[0]])}")
     _save(figure, path)

@@ -33,7 +33,7 @@ def check_types(settings):
 
 
 def check_range(settings, low, high, *names, open_high=False):
-    """Raises InputError unless low <= value <= high (< high if ``open_high``; None for no bound) for each named field."""
+    """Raises InputError unless low <= value <= high (< high if ``open_high``; None: no bound) for each field."""
     for name in names:
         value = getattr(settings, name)
         if value < low or (high is not None and (value > high or (open_high and value == high))):

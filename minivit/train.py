@@ -1,28 +1,35 @@
 """The training loop: epochs, evaluation, logs, figures, checkpoints; exact to resume.
 
-All that a run depends on at any moment is in its checkpoint: parameters, optimiser state, moving average, the numbers of the
-step, epoch and batch, and the order of the epoch under way. Random numbers need no state of their own: shuffling, augmentation
-and dropout draw from generators seeded by (seed, purpose, epoch or step, batch or micro-batch), so the counters *are* the
-generators' states. A run that was interrupted anywhere therefore goes on bit for bit.
+All that a run depends on at any moment is in its checkpoint: parameters, optimiser state, moving average, the numbers
+of the step, epoch and batch, and the order of the epoch under way. Random numbers need no state of their own:
+shuffling, augmentation and dropout draw from generators seeded by (seed, purpose, epoch or step, batch or micro-batch),
+so the counters *are* the generators' states. A run that was interrupted anywhere therefore goes on bit for bit.
 
 A run's folder holds
 
     settings.json     what was asked for                    last.npz     the latest checkpoint, to resume from
     metrics.jsonl     a line per log step and evaluation    best.npz     the checkpoint of the best test accuracy
     summary.json      final figures, versions, wall time    curves.png, predictions.png
+
+``last.npz`` is the first of them to be written: a folder that holds anything of a run can be resumed. No checkpoint
+holds a number that is not finite: a run that diverges ends before it is written.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import platform
 import signal
 import sys
 import threading
 import time
+import warnings
 import zlib
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +37,17 @@ from tqdm import tqdm
 
 from minivit import __version__, checkpoint
 from minivit import params as parameters
-from minivit.checkpoint import fill, named_arrays, write_atomically
+from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
+from minivit.data import load as load_data
 from minivit.data.loader import batches, epoch_order
 from minivit.engine import Engine, available_cores
 from minivit.errors import InputError
 from minivit.loss import softmax_cross_entropy_forward
-from minivit.model import ViT
+from minivit.model import ViT, parameter_table
 from minivit.optim import EMA, OPTIMIZERS, SCHEDULES, clip_by_global_norm, learning_rate, make_optimizer
-from minivit.settings import check_choice, check_range, check_types, setting
+from minivit.settings import check_choice, check_range, check_types, field_names, refuse_unknown, setting
+
+MAX_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,14 @@ class TrainConfig:
     label_smoothing: float = setting(0.0, "share of each target given to all classes alike")
     crop_padding: int = setting(0, "random crops after padding by so many pixels")
     flip: bool = setting(False, "random horizontal flips")
+    rotate: float = setting(0.0, "random rotations by up to so many degrees")
+    zoom: float = setting(0.0, "random scaling of height and width by up to this share")
+    shear: float = setting(0.0, "random slant, pixels per row")
+    shift: float = setting(0.0, "random displacement by up to so many pixels, fractions included")
     seed: int = setting(0, "seed of initialisation, shuffling, augmentation and dropout")
-    workers: int = setting(0, "threads; 0 for one per core (part of the run: it fixes the order of sums)")
+    workers: int = setting(
+        0, "threads; 0 for one per core of the machine that starts the run (it fixes the order of sums)"
+    )
     micro_batch: int = setting(16, "pictures that a thread takes at a time")
     device: str = setting("cpu", "where to compute: cpu")
     log_every: int = setting(10, "steps between two lines of metrics.jsonl")
@@ -76,8 +92,14 @@ class TrainConfig:
     def __post_init__(self):
         check_types(self)
         check_range(self, 1, None, "epochs", "batch_size", "accumulate", "micro_batch", "log_every", "evaluate_every")
-        check_range(self, 0, None, "workers", "crop_padding", "seed")
-        check_range(self, 0.0, None, "lr", "weight_decay", "warmup_epochs", "final_lr", "clip_norm", "checkpoint_seconds")
+        check_range(self, 0, None, "crop_padding", "seed")
+        check_range(self, 0.0, 180.0, "rotate")
+        check_range(self, 0.0, None, "shear", "shift")
+        check_range(self, 0.0, 1.0, "zoom", open_high=True)
+        check_range(self, 0, MAX_WORKERS, "workers")
+        check_range(
+            self, 0.0, None, "lr", "weight_decay", "warmup_epochs", "final_lr", "clip_norm", "checkpoint_seconds"
+        )
         check_range(self, 0.0, 1.0, "momentum", "beta1", "beta2", "ema_decay", "label_smoothing", open_high=True)
         check_range(self, 1e-30, 1.0, "adam_eps")
         check_choice(self, "optimizer", OPTIMIZERS)
@@ -85,10 +107,22 @@ class TrainConfig:
         check_choice(self, "device", ("cpu",))
 
 
+# Settings that `minivit.data.augment` takes.
+AUGMENTATION = ("crop_padding", "flip", "rotate", "zoom", "shear", "shift")
+
 # Settings that a resumed run may change: they alter neither the numbers nor their order.
 FREE_ON_RESUME = ("log_every", "checkpoint_seconds")
 
 LAST, BEST, METRICS, SUMMARY, SETTINGS = "last.npz", "best.npz", "metrics.jsonl", "summary.json", "settings.json"
+CURVES, PREDICTIONS = "curves.png", "predictions.png"
+
+
+def refuse_used(folder):
+    """Raises InputError if a new run in the folder would overwrite something."""
+    for name in (LAST, BEST, METRICS, SUMMARY, SETTINGS, CURVES, PREDICTIONS):
+        if os.path.lexists(Path(folder) / name):
+            other = "go on with --resume, or choose" if name == LAST else "choose"
+            raise InputError(f"{folder} already holds a run's {name}; {other} another --out")
 
 
 def fingerprint(dataset):
@@ -97,6 +131,46 @@ def fingerprint(dataset):
     for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
         crc = zlib.crc32(np.ascontiguousarray(array), crc)
     return crc
+
+
+def dataset_of(meta, path, *, name=None, data_dir=None):
+    """The data set that a checkpoint's meta describes, or the one that is named instead.
+
+    Raises  InputError: meta does not say, or the data are missing, damaged or of other classes than the checkpoint's.
+    """
+    stored = meta.get("data")
+    stored = check_data(stored if isinstance(stored, dict) else {}, path)
+    name = name or stored.get("data")
+    if name is None:
+        raise InputError(f"{path} does not say which data set it was trained on; name one with --data")
+    size = stored.get("image_size") if name == stored.get("data") else None
+    dataset = load_data(name, data_dir or stored.get("data_dir", "data"), image_size=size)
+    if list(dataset.class_names) != meta.get("class_names"):
+        raise InputError(f"{path} was trained for other classes than those of {dataset.name} ({dataset.source})")
+    return dataset
+
+
+def check_workers(workers):
+    """The number of threads that a setting of ``workers`` means: itself, or one per core for 0.
+
+    Raises  InputError: it is negative or beyond reason.
+    """
+    if not 0 <= workers <= MAX_WORKERS:
+        raise InputError(f"workers must be at least 0 and at most {MAX_WORKERS}, got {workers}")
+    return workers or available_cores()
+
+
+def check_data(data, where):
+    """The dict itself, once its keys that say how to find a data set are known to have the right types.
+
+    Raises  InputError: one has another type.
+    """
+    texts = {str: "a text", int: "a whole number above 0"}
+    for key, kind in (("data", str), ("data_dir", str), ("image_size", int)):
+        value = data.get(key)
+        if value is not None and (type(value) is not kind or (kind is int and value < 1)):
+            raise InputError(f"{where}: {key} must be {texts[kind]}, got {value!r}")
+    return data
 
 
 def versions():
@@ -116,15 +190,24 @@ def write_json(path, content):
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
+_FIGURES = {
+    "train": ("step", "epoch", "lr", "loss"),
+    "test": ("step", "epoch", "loss", "accuracy", "train_loss", "train_accuracy"),
+}  # what save_curves draws
+
+
 def read_metrics(path):
-    """The records of a metrics.jsonl, as far as its lines are whole."""
+    """The records of a metrics.jsonl; a line that is no whole record (its process was killed) is left out."""
     records = []
     if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # the line that was being written when the process ended
+                record = json.loads(line)
+            except ValueError:
+                continue
+            figures = _FIGURES.get(record.get("kind")) if isinstance(record, dict) else None
+            if figures and all(type(record.get(name)) in (int, float) for name in figures):
+                records.append(record)
     return records
 
 
@@ -136,6 +219,7 @@ class Trainer:
     """
 
     def __init__(self, dataset, model_config, config, out, *, describe=None, progress=True):
+        config = replace(config, workers=check_workers(config.workers))
         self.dataset, self.config, self.out, self.progress = dataset, config, Path(out), progress
         self.describe = describe or {}
         height, width, channels = dataset.train_images.shape[1:]
@@ -144,8 +228,15 @@ class Trainer:
                 f"the pictures are {height}x{width}x{channels}, the model takes "
                 f"{model_config.image_size}x{model_config.image_size}x{model_config.channels}"
             )
-        if len(dataset.class_names) > model_config.num_classes:
-            raise InputError(f"the data have {len(dataset.class_names)} classes, the model has only {model_config.num_classes}")
+        if (K := len(dataset.class_names)) != model_config.num_classes:
+            raise InputError(
+                f"the data have {K} classes, the model has {model_config.num_classes}; leave num_classes out"
+            )
+        if config.crop_padding >= height:
+            raise InputError(
+                f"crop_padding {config.crop_padding} moves whole pictures out of sight; they have {height} pixels"
+            )
+        _check_memory(model_config, config)
         n = len(dataset.train_images)
         self.steps_per_epoch = -(-n // (config.batch_size * config.accumulate))
         self.total_steps = config.epochs * self.steps_per_epoch
@@ -162,20 +253,34 @@ class Trainer:
         self.order = None
         self.running = {"loss": 0.0, "correct": 0, "seen": 0}  # over the epoch under way
         self.best = {"accuracy": -1.0, "epoch": 0}
-        self.last_test = None
-        self.seconds = 0.0
+        self.seconds = 0.0  # of training, up to ...
+        self._started = None  # ... the moment when this process took it up
+        self._saved_at = time.monotonic()
+        self._restored = False
         self._stop = None
+
+    @property
+    def finished(self):
+        """Whether every epoch is done and evaluated."""
+        return self.epoch == self.config.epochs
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self, name=LAST):
-        """Write the run's state to a checkpoint in its folder."""
+        """Write the run's state to a checkpoint in its folder.
+
+        Raises  InputError: it holds a number that is not finite; nothing is written.  OSError: see `write_atomically`.
+        """
         arrays = named_arrays("params", self.model.flat, self.model.table)
         if self.ema:
             arrays |= named_arrays("ema", self.ema.flat, self.model.table)
         arrays |= {f"optimizer/{key}": vector for key, vector in self.optimizer.state.items()}
         if self.order is not None:
             arrays["order"] = self.order
+        if not all(
+            is_finite(array) for array in (self.tested_model.flat, self.model.flat, *self.optimizer.state.values())
+        ):
+            raise self._diverged("a parameter is not finite any more")
         meta = {
             **checkpoint.model_meta(self.model.config),
             "settings": asdict(self.config),
@@ -187,7 +292,6 @@ class Trainer:
                 "batch": self.batch,
                 "running": self.running,
                 "best": self.best,
-                "last_test": self.last_test,
                 "seconds": self._elapsed(),
                 "optimizer_steps": self.optimizer.steps,
                 "ema_steps": self.ema.steps if self.ema else 0,
@@ -195,89 +299,122 @@ class Trainer:
             "versions": versions(),
         }
         checkpoint.save(self.out / name, arrays, meta)
-        self._saved_at = time.monotonic()
+        if name == LAST:
+            self._saved_at = time.monotonic()
 
     def restore(self, path=None):
         """Take up the state of a checkpoint, by default the run's last one.
 
-        Raises  InputError: it is damaged, or belongs to another model, other settings or other data; nothing is changed then.
+        Raises  InputError: it is damaged, or belongs to another model, other settings or other data; nothing changes.
         """
         path = Path(path or self.out / LAST)
         arrays, meta = checkpoint.load(path)
         if (stored := checkpoint.config_of(meta, path)) != self.model.config:
             raise InputError(f"{path} holds another model: {_difference(asdict(stored), asdict(self.model.config))}")
-        difference = _difference(meta.get("settings", {}), asdict(self.config), FREE_ON_RESUME)
-        if difference:
-            raise InputError(f"{path} was trained with other settings: {difference}; start a new run with another --out")
-        if meta.get("data", {}).get("fingerprint") != self.fingerprint:
+        settings = asdict(config_from(meta, path))
+        if difference := _difference(settings, asdict(self.config), FREE_ON_RESUME):
+            raise InputError(
+                f"{path} was trained with other settings: {difference}; start a new run with another --out"
+            )
+        data = meta.get("data")
+        if not isinstance(data, dict) or data.get("fingerprint") != self.fingerprint:
             raise InputError(f"{path} was trained on other pictures than those of {self.dataset.name} found now")
+        order = arrays.get("order")
         try:
             progress = meta["progress"]
-            steps = progress["optimizer_steps"], progress["ema_steps"]
-            state = progress["step"], progress["epoch"], progress["batch"]
-            self._check_progress(*state, arrays.get("order"))
+            numbers = [progress[key] for key in ("step", "epoch", "batch", "optimizer_steps", "ema_steps")]
+            running = {key: progress["running"][key] for key in self.running}
+            best = {key: progress["best"][key] for key in self.best}
+            seconds = progress["seconds"]
+            self._check_progress(*numbers, order, [*running.values(), *best.values(), seconds])
             vectors = {key: arrays[f"optimizer/{key}"] for key in self.optimizer.state}
-            rest = dict(progress["running"]), dict(progress["best"]), progress["last_test"], float(progress["seconds"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} lacks what is needed to resume, or it does not fit together: {error}") from None
         for key, vector in vectors.items():
-            if vector.shape != self.model.flat.shape or not np.isfinite(vector).all():
+            if vector.shape != self.model.flat.shape or not is_finite(vector):
                 raise InputError(f"{path}: the optimiser state {key} does not fit the model")
         flat = np.empty_like(self.model.flat)
         fill(flat, self.model.table, arrays, "params", path)
         if self.ema:
             fill(self.ema.flat, self.model.table, arrays, "ema", path)
-            self.ema.steps = steps[1]
+            self.ema.steps = numbers[4]
         self.model.flat[...] = flat
         for key, vector in vectors.items():
             self.optimizer.state[key][...] = vector
-        self.optimizer.steps = steps[0]
-        self.step, self.epoch, self.batch = state
-        self.order = arrays.get("order")
-        self.running, self.best, self.last_test, self.seconds = rest
+        self.step, self.epoch, self.batch, self.optimizer.steps, _ = numbers
+        self.order, self.running, self.best, self.seconds = order, running, best, seconds
+        self._restored = True
 
-    def _check_progress(self, step, epoch, batch, order):
+    def _check_progress(self, step, epoch, batch, optimizer_steps, ema_steps, order, figures):
         n, c = len(self.dataset.train_images), self.config
-        in_epoch = batch // c.accumulate + bool(batch % c.accumulate)
-        if not (0 <= epoch <= c.epochs and step == epoch * self.steps_per_epoch + in_epoch <= self.total_steps):
+        if not all(type(number) is int for number in (step, epoch, batch, optimizer_steps, ema_steps)):
+            raise ValueError("its progress is not counted in whole numbers")
+        if not all(type(figure) in (int, float) and math.isfinite(figure) for figure in figures):
+            raise ValueError("its progress holds a figure that is not a finite number")
+        in_epoch, rest = divmod(batch, c.accumulate)
+        if rest and batch != -(-n // c.batch_size):
+            raise ValueError(f"batch {batch} is in the middle of an optimiser step")
+        in_epoch += bool(rest)
+        fits = 0 <= epoch <= c.epochs and 0 <= in_epoch <= self.steps_per_epoch
+        if not fits or step != epoch * self.steps_per_epoch + in_epoch or step > self.total_steps:
             raise ValueError(f"step {step}, epoch {epoch} and batch {batch} contradict each other")
-        if batch and (order is None or not np.array_equal(np.sort(order), np.arange(n))):
+        if optimizer_steps != step or ema_steps != (step if self.ema else 0):
+            raise ValueError("the optimiser or the moving average has made another number of steps")
+        if batch and (
+            order is None or order.dtype.kind not in "iu" or not np.array_equal(np.sort(order), np.arange(n))
+        ):
             raise ValueError("the order of the pictures is not a permutation of them")
+
+    def _diverged(self, what):
+        return InputError(
+            f"{what} at step {self.step} (epoch {self.epoch + 1}): the run diverged; {self.out / LAST} holds it "
+            "from before; start again with a lower --lr, a longer --warmup-epochs or another --clip-norm"
+        )
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def run(self):
-        """Train from where the run stands to its end; returns the summary, or None if it was stopped by a signal."""
+        """Train from where the run stands to its end; returns the summary, or None if it was stopped by a signal.
+
+        Raises  InputError: the folder holds another run, another process trains into it, or the run diverges.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
-        settings = {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe}
-        write_json(self.out / SETTINGS, settings)
-        self._trim_metrics()
-        c = self.config
+        with _locked(self.out), _signals(self), warnings.catch_warnings():
+            # a run that diverges overflows on its way; it is told of in one line, once a figure is not finite
+            warnings.filterwarnings("ignore", "(overflow|invalid value|divide by zero) encountered", RuntimeWarning)
+            if self._restored:
+                self._trim_metrics()
+            else:
+                refuse_used(self.out)
+                self.save()  # from here on there is always something to resume from
+            settings = {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe}
+            write_json(self.out / SETTINGS, settings)
+            c = self.config
+            engine = Engine(
+                self.model, workers=c.workers, micro_batch=c.micro_batch, label_smoothing=c.label_smoothing, seed=c.seed
+            )
+            with engine:
+                if not self.finished:
+                    self._train(engine)
+                if self.finished and self._stop is None:
+                    return self._finish(engine)
+        print(f"stopped at step {self.step} of {self.total_steps}; go on with --resume --out {self.out}")
+        return None
+
+    def _train(self, engine):
         self._started = self._saved_at = time.monotonic()
         # the bar goes to stderr and is off where that is not a terminal
         bar = tqdm(
             total=self.total_steps, initial=self.step, unit="step", mininterval=0.25, dynamic_ncols=True,
             disable=None if self.progress else True,
         )  # fmt: skip
-        with (
-            Engine(
-                self.model, workers=c.workers, micro_batch=c.micro_batch, label_smoothing=c.label_smoothing, seed=c.seed
-            ) as engine,
-            open(self.out / METRICS, "a", encoding="utf-8") as metrics,
-            _signals(self),
-            bar,
-        ):
-            if self.step == 0 and self._stop is None:
-                self.save()  # from here on there is always something to resume from
-            while self.epoch < c.epochs and self._stop is None:
+        with open(self.out / METRICS, "a", encoding="utf-8") as metrics, bar:
+            while not self.finished and self._stop is None:
                 self._train_epoch(engine, metrics, bar)
                 if self._stop is None:
                     self._end_epoch(engine, metrics)
+            self.seconds, self._started = self._elapsed(), None
             self.save()
-            if self._stop is None:
-                return self._finish(engine)
-        print(f"stopped at step {self.step} of {self.total_steps}; go on with --resume --out {self.out}")
-        return None
 
     def _train_epoch(self, engine, metrics, bar):
         c, data = self.config, self.dataset
@@ -286,7 +423,7 @@ class Trainer:
             self.running = {"loss": 0.0, "correct": 0, "seen": 0}
         stream = batches(
             data.train_images, data.train_labels, self.order, c.batch_size, seed=c.seed, epoch=self.epoch,
-            start=self.batch, crop_padding=c.crop_padding, flip=c.flip,
+            start=self.batch, **{name: getattr(c, name) for name in AUGMENTATION},
         )  # fmt: skip
         group = c.batch_size * c.accumulate  # pictures per optimiser step
         since, seen_since = time.monotonic(), 0
@@ -298,21 +435,22 @@ class Trainer:
                 size = min(group, len(self.order) - first)
                 position = index % c.accumulate
                 result = engine.gradient(
-                    images, labels, step=self.epoch * (last_batch + 1) + index, denominator=size, accumulate=position > 0
+                    images,
+                    labels,
+                    step=self.epoch * (last_batch + 1) + index,
+                    denominator=size,
+                    accumulate=position > 0,
                 )
                 loss, correct = loss + float(result.loss), correct + int(result.correct)
                 if position < c.accumulate - 1 and index < last_batch:
                     continue
-                if not math.isfinite(loss):
-                    raise InputError(
-                        f"the loss is {loss} at step {self.step} (epoch {self.epoch + 1}); {self.out / LAST} is as it was: "
-                        "lower --lr, raise --warmup-epochs or set --clip-norm"
-                    )
+                norm = clip_by_global_norm(engine.grad, c.clip_norm)
+                if not math.isfinite(loss) or not math.isfinite(norm):
+                    raise self._diverged(f"the loss is {loss}, its gradient's norm {float(norm)}")
                 lr = learning_rate(
                     self.step, self.total_steps, lr=c.lr, schedule=c.schedule, final_lr=c.final_lr,
                     warmup_steps=round(c.warmup_epochs * self.steps_per_epoch),
                 )  # fmt: skip
-                norm = clip_by_global_norm(engine.grad, c.clip_norm)
                 self.optimizer.step(self.model.flat, engine.grad, lr)
                 if self.ema:
                     self.ema.update(self.model.flat)
@@ -325,7 +463,7 @@ class Trainer:
                 bar.update()
                 if self.step % c.log_every == 0 or self.step == self.total_steps:
                     now = time.monotonic()
-                    rate = seen_since / (now - since)
+                    rate = seen_since / max(now - since, 1e-9)
                     since, seen_since = now, 0
                     _log(
                         metrics, kind="train", step=self.step, epoch=self.epoch + 1, lr=lr, loss=loss,
@@ -349,8 +487,9 @@ class Trainer:
         if self.epoch % c.evaluate_every and self.epoch < c.epochs:
             return
         loss, accuracy, _ = evaluate(engine, self.tested_model, data.test_images, data.test_labels)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the test loss is {loss}")
         train_loss, train_accuracy = running["loss"] / running["seen"], running["correct"] / running["seen"]
-        self.last_test = {"loss": loss, "accuracy": accuracy}
         _log(
             metrics, kind="test", step=self.step, epoch=self.epoch, loss=loss, accuracy=accuracy,
             train_loss=train_loss, train_accuracy=train_accuracy, seconds=round(self._elapsed(), 2),
@@ -370,14 +509,13 @@ class Trainer:
 
         data = self.dataset
         loss, accuracy, logits = evaluate(engine, self.tested_model, data.test_images, data.test_labels)
-        seconds = self._elapsed()
         summary = {
             "test_accuracy": accuracy,
             "test_loss": loss,
             "best_test_accuracy": self.best["accuracy"],
             "best_epoch": self.best["epoch"],
-            "train_seconds": round(seconds, 2),
-            "images_per_second": round(self.config.epochs * len(data.train_images) / seconds, 1),
+            "train_seconds": round(self.seconds, 2),  # with the evaluations, and of all the processes that took part
+            "images_per_second": round(self.config.epochs * len(data.train_images) / max(self.seconds, 1e-9), 1),
             "epochs": self.config.epochs,
             "steps": self.step,
             "parameters": int(self.model.flat.size),
@@ -388,24 +526,24 @@ class Trainer:
             "settings": {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe},
             "versions": versions(),
         }
-        plots.save_curves(self.out / "curves.png", read_metrics(self.out / METRICS), title=data.name)
-        plots.save_predictions(self.out / "predictions.png", data.test_images, data.test_labels, logits, data.class_names)
+        plots.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
+        plots.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
         write_json(self.out / SUMMARY, summary)
         return summary
 
     def _elapsed(self):
-        return self.seconds + (time.monotonic() - self._started)
+        return self.seconds + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def _trim_metrics(self):
         """Drop the lines that an interrupted run wrote after its last checkpoint: those steps are made again."""
         path = self.out / METRICS
-        records = read_metrics(path)
-        kept = [r for r in records if r["step"] < self.step or (r["step"] == self.step and self._has_passed(r))]
+        kept = [r for r in read_metrics(path) if self._has_passed(r)]
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(path, lambda file: file.write(lines.encode()))
 
     def _has_passed(self, record):
-        return record["kind"] == "train" or record["epoch"] <= (self.epoch if self.batch == 0 else self.epoch - 1)
+        # after its last step an epoch is evaluated: a checkpoint from between the two counts the epoch as not done
+        return record["step"] <= self.step and (record["kind"] == "train" or record["epoch"] <= self.epoch)
 
     def stop(self, reason):
         """Ask the run to stop after the step under way, with a checkpoint."""
@@ -431,6 +569,61 @@ class _signals:
     def __exit__(self, *exception):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _locked(folder):
+    """While active, no other process trains into the folder; the lock ends with the process, however that ends.
+
+    Raises  InputError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise InputError(f"another process is training into {folder}; choose another --out") from None
+            # otherwise this file system knows no locks
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check_memory(model, config):
+    """Raises InputError if training the model takes more memory than the machine has; nothing is allocated here."""
+    one, two = (parameters.count(parameter_table(replace(model, depth=depth))) for depth in (1, 2))
+    count = one + (model.depth - 1) * (two - one)
+    # parameters, decay mask, the optimiser's vectors, the average, and a gradient per worker; 4 bytes each
+    vectors = 2 + (1 if config.optimizer == "sgd" else 2) + bool(config.ema_decay) + config.workers
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if 4 * vectors * count > memory:
+            raise InputError(
+                f"the model has {count:,} parameters, training it takes at least {4e-9 * vectors * count:,.0f} GB of "
+                f"memory, this machine has {1e-9 * memory:,.0f}; choose a smaller width, depth, mlp_dim or preset, or "
+                "fewer workers"
+            )
+
+
+def config_from(meta, path):
+    """The `TrainConfig` that a checkpoint's meta describes.
+
+    Raises  InputError: it is missing, or holds unknown or impossible settings.
+    """
+    settings = meta.get("settings")
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} does not say how its model was trained")
+    refuse_unknown(settings, field_names(TrainConfig), path)
+    try:
+        return TrainConfig(**settings)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _log(file, **record):

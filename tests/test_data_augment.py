@@ -1,9 +1,9 @@
-"""Random crops and flips against pictures made one by one."""
+"""Random crops, flips and affine maps against pictures made one by one."""
 
 import numpy as np
 import pytest
 
-from minivit.data import augment, random_crop, random_flip
+from minivit.data import augment, random_affine, random_crop, random_flip
 
 
 @pytest.fixture
@@ -63,3 +63,57 @@ def test_one_picture_and_none():
     for n in (0, 1):
         images = np.ones((n, 4, 4, 1), np.uint8)
         assert augment(images, np.random.default_rng(0), crop_padding=1, flip=True).shape == images.shape
+
+
+def affine_by_hand(image, angle, scale, slant, shift):
+    """One picture, pixel by pixel, from the formula in the docstring."""
+    H, W, C = image.shape
+    centre = np.array([(H - 1) / 2, (W - 1) / 2])
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = np.diag(scale) @ rotation @ np.array([[1, 0], [slant, 1]])
+    result = np.zeros(image.shape)
+    for row in range(H):
+        for column in range(W):
+            y, x = matrix @ (np.array([row, column]) - centre) + shift + centre
+            for j in (int(np.floor(y)), int(np.floor(y)) + 1):
+                for i in (int(np.floor(x)), int(np.floor(x)) + 1):
+                    if 0 <= j < H and 0 <= i < W:
+                        result[row, column] += (1 - abs(y - j)) * (1 - abs(x - i)) * image[j, i]
+    return result
+
+
+def test_affine_is_its_formula(images):
+    before = images.copy()
+    result = random_affine(images, np.random.default_rng(3), rotate=40, zoom=0.3, shear=0.2, shift=1.5)
+    assert result.dtype == np.uint8 and result.shape == images.shape
+    np.testing.assert_array_equal(images, before)
+    rng, B = np.random.default_rng(3), len(images)
+    angle = np.deg2rad(rng.uniform(-40, 40, B))
+    scale = 1 + rng.uniform(-0.3, 0.3, (2, B))
+    slant = rng.uniform(-0.2, 0.2, B)
+    shift = rng.uniform(-1.5, 1.5, (2, B))
+    for i in range(B):
+        expected = affine_by_hand(images[i], angle[i], scale[:, i], slant[i], shift[:, i])
+        assert np.abs(result[i] - expected).max() <= 0.5001
+
+
+def test_affine_of_nothing_is_the_picture_itself(images):
+    np.testing.assert_array_equal(random_affine(images, np.random.default_rng(0)), images)
+
+
+def test_a_whole_pixel_shift_moves_the_picture(images):
+    class Ends:  # a Generator whose draws are all at the upper end
+        def uniform(self, low, high, size):
+            return np.full(size, float(high))
+
+    result = random_affine(images, Ends(), shift=1.0)
+    np.testing.assert_array_equal(result[:, :-1, :-1], images[:, 1:, 1:])
+    assert not result[:, -1].any() and not result[:, :, -1].any()
+    far = random_affine(images, Ends(), shift=50.0)
+    assert not far.any()
+
+
+def test_augment_takes_the_affine_settings(images):
+    result = augment(images, np.random.default_rng(3), rotate=40, zoom=0.3, shear=0.2, shift=1.5)
+    expected = random_affine(images, np.random.default_rng(3), rotate=40, zoom=0.3, shear=0.2, shift=1.5)
+    np.testing.assert_array_equal(result, expected)

@@ -66,7 +66,10 @@ def python_file(images, labels, name):
 
 def contents(name, form):
     make = binary_file if form == "binary" else python_file
-    return {file: make(images, labels, name) for file, (images, labels) in zip(NAMES[name, form], pictures(name), strict=True)}
+    return {
+        file: make(images, labels, name)
+        for file, (images, labels) in zip(NAMES[name, form], pictures(name), strict=True)
+    }
 
 
 def write_folder(folder, files):

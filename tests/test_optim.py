@@ -52,7 +52,9 @@ def test_adam_against_scalars(kind, decoupled):
         kept = g.copy()
         optimizer.step(theta, g, 0.05)
         np.testing.assert_array_equal(g, kept)  # the gradient is not written to
-    expected = [scalar_adam(start[i], gradients[:, i], 0.05, 0.8, 0.95, 1e-3, 0.2 * MASK[i], decoupled) for i in range(3)]
+    expected = [
+        scalar_adam(start[i], gradients[:, i], 0.05, 0.8, 0.95, 1e-3, 0.2 * MASK[i], decoupled) for i in range(3)
+    ]
     np.testing.assert_allclose(theta, expected, rtol=1e-12)
 
 

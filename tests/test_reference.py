@@ -1,4 +1,4 @@
-"""minivit against PyTorch/timm and Flax: logits, loss, every gradient and ten AdamW steps, from files of float64 numbers.
+"""minivit against PyTorch/timm and Flax: logits, loss, every gradient and ten AdamW steps, in float64.
 
 The files are written by scripts/make_reference.py, which needs those libraries; these tests need only the files.
 """

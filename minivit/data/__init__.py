@@ -9,7 +9,7 @@ folder                your own, ``data_dir/{train,test}/CLASS/*.png``      ``dat
 ====================  ===================================================  ============
 """
 
-from minivit.data.augment import augment, random_crop, random_flip
+from minivit.data.augment import augment, random_affine, random_crop, random_flip
 from minivit.data.cifar import fetch, load_cifar
 from minivit.data.dataset import Dataset, validated
 from minivit.data.digits import load_digits
@@ -27,6 +27,7 @@ __all__ = [
     "epoch_order",
     "fetch",
     "load",
+    "random_affine",
     "random_crop",
     "random_flip",
     "read_image",

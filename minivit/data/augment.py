@@ -1,10 +1,12 @@
-"""Random crops and flips for a whole batch of uint8 pictures at once.
+"""Random crops, flips and affine maps for a whole batch of uint8 pictures at once.
 
 The arrays may live on the host or on a device; the random numbers always come from a NumPy Generator, so that
 the same seed gives the same pictures everywhere.
 """
 
 import sys
+
+import numpy as np
 
 
 def _module_of(array):
@@ -63,18 +65,71 @@ def random_flip(images, rng):
     return rows.reshape(B, H, W, C)
 
 
-def augment(images, rng, *, crop_padding=0, flip=False):
-    """Crop, then flip, as asked; with neither, the result is ``images`` itself.
+def random_affine(images, rng, *, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0):
+    """Turn, scale, slant and move each picture a little, each by its own random amounts.
+
+    Every output pixel p (relative to the centre) is read, by bilinear interpolation, at the place
+
+        q = diag(1 + z) R(a) (1, 0; s, 1) p + t
+
+    of the input, where what lies outside is black.
 
     Parameters
     ----------
-    images : array, (B, H, W, C)
+    images : array, (B, H, W, C) uint8
+    rng : numpy.random.Generator
+    rotate : float
+        Angle a, drawn from +-rotate degrees.
+    zoom : float
+        Scales z of height and width, each drawn from +-zoom; below 1.
+    shear : float
+        Slant s, drawn from +-shear: columns move by s pixels per row.
+    shift : float
+        Displacement t, drawn from +-shift pixels in each direction; fractions count.
+
+    Returns
+    -------
+    array, (B, H, W, C) uint8; the input is left as it is
+    """
+    xp = _module_of(images)
+    B, H, W, C = images.shape
+    angle = xp.asarray(np.deg2rad(rng.uniform(-rotate, rotate, (B, 1, 1))))
+    scale_y, scale_x = xp.asarray(1.0 + rng.uniform(-zoom, zoom, (2, B, 1, 1)))
+    slant = xp.asarray(rng.uniform(-shear, shear, (B, 1, 1)))
+    shift_y, shift_x = xp.asarray(rng.uniform(-shift, shift, (2, B, 1, 1)))
+    y, x = xp.arange(H)[:, None] - (H - 1) / 2, xp.arange(W) - (W - 1) / 2  # relative to the centre
+    x = x + slant * y  # (B, H, W)
+    cos, sin = xp.cos(angle), xp.sin(angle)
+    source_y = scale_y * (cos * y - sin * x) + shift_y + (H - 1) / 2  # (B, H, W)
+    source_x = scale_x * (sin * y + cos * x) + shift_x + (W - 1) / 2
+    # A black frame, and no place farther out than it: then each place has four neighbours to read.
+    framed = xp.zeros((B, H + 3, W + 3, C), xp.float32)
+    framed[:, 1 : H + 1, 1 : W + 1] = images
+    source_y, source_x = xp.clip(source_y, -1, H) + 1, xp.clip(source_x, -1, W) + 1
+    top, left = source_y.astype(np.int64), source_x.astype(np.int64)  # the floor, since none is negative
+    down, right = (source_y - top)[..., None], (source_x - left)[..., None]  # (B, H, W, 1) in [0, 1)
+    b = xp.arange(B)[:, None, None]
+    upper = (1 - right) * framed[b, top, left] + right * framed[b, top, left + 1]  # (B, H, W, C)
+    lower = (1 - right) * framed[b, top + 1, left] + right * framed[b, top + 1, left + 1]
+    return xp.rint((1 - down) * upper + down * lower).astype(images.dtype)
+
+
+def augment(images, rng, *, crop_padding=0, flip=False, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0):
+    """Affine map, crop, flip, in this order, each only if asked for; with none, the result is ``images`` itself.
+
+    Parameters
+    ----------
+    images : array, (B, H, W, C) uint8
     rng : numpy.random.Generator
     crop_padding : int
-        Pixels for ``random_crop``; 0 leaves it out.
+        Pixels for ``random_crop``.
     flip : bool
         Whether to apply ``random_flip``. Leave it off where left and right matter, as with digits.
+    rotate, zoom, shear, shift : float
+        Largest amounts for ``random_affine``.
     """
+    if rotate or zoom or shear or shift:
+        images = random_affine(images, rng, rotate=rotate, zoom=zoom, shear=shear, shift=shift)
     if crop_padding:
         images = random_crop(images, crop_padding, rng)
     if flip:

@@ -29,20 +29,7 @@ def epoch_order(n, *, seed, epoch):
     return _generator(seed, _SHUFFLE, epoch).permutation(n)
 
 
-def batches(
-    images,
-    labels,
-    order,
-    batch_size,
-    *,
-    seed,
-    epoch,
-    start=0,
-    crop_padding=0,
-    flip=False,
-    prefetch=2,
-    drop_last=False,
-):
+def batches(images, labels, order, batch_size, *, seed, epoch, start=0, prefetch=2, drop_last=False, **augmentation):
     """Yield ``(index, images, labels)`` for batch ``start``, ``start + 1``, ... of an epoch.
 
     Batch i takes ``order[i * batch_size : (i + 1) * batch_size]``, and its augmentation is drawn from a
@@ -58,8 +45,8 @@ def batches(
     seed, epoch : int
     start : int
         First batch to yield.
-    crop_padding, flip
-        As in ``augment``.
+    augmentation
+        Keyword settings of ``augment``.
     prefetch : int
         Batches that one background thread prepares ahead; 0 prepares each when asked for. Same batches.
         An error there is raised here; closing the generator ends the thread.
@@ -78,7 +65,7 @@ def batches(
     def prepare(index):
         rows = order[index * batch_size : (index + 1) * batch_size]
         rng = _generator(seed, _AUGMENT, epoch, index)
-        return index, augment(images[rows], rng, crop_padding=crop_padding, flip=flip), labels[rows]
+        return index, augment(images[rows], rng, **augmentation), labels[rows]
 
     stop = len(order) // batch_size if drop_last else -(-len(order) // batch_size)
     indices = range(start, stop)

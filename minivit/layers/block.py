@@ -4,19 +4,19 @@ Forward
         z'  = MSA(LN(z)) + z          (Eq. 2)
         z'' = MLP(LN(z')) + z'        (Eq. 3)
 
-    The official code's dropout follows the output projection of the MSA and the second dense layer of the MLP; stochastic depth,
-    where used, drops a whole branch just before it is added.
+    The official code's dropout follows the output projection of the MSA and the second dense layer of the
+    MLP; stochastic depth, where used, drops a whole branch just before it is added.
 
 Backward
     A sum hands its gradient to both terms. With f the branch, z' = f(z) + z gives
 
         dz = dz' + f^T(dz'),
 
-    f^T being the branch's own backward, from its last step to its first. The residual path carries dz' unchanged: that is why
-    gradients survive many blocks.
+    f^T being the branch's own backward, from its last step to its first. The residual path carries dz'
+    unchanged: that is why gradients survive many blocks.
 
-This file is glue: it takes the block's parameters by name from a mapping, and its backward *adds* each gradient into a mapping
-of the same names (the layers themselves only return gradients).
+This file is glue: it takes the block's parameters by name from a mapping, and its backward *adds* each
+gradient into a mapping of the same names (the layers themselves only return gradients).
 """
 
 from typing import NamedTuple
@@ -47,7 +47,9 @@ class BlockCache(NamedTuple):
     path2: DropoutCache
 
 
-def block_forward(z, params, *, num_heads, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0, rng=None):
+def block_forward(
+    z, params, *, num_heads, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0, rng=None
+):
     """One encoder block.
 
     Math    z' = MSA(LN(z)) + z;  z'' = MLP(LN(z')) + z'                                               (Eq. 2-3)

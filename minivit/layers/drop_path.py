@@ -1,13 +1,14 @@
-r"""Stochastic depth, or drop path (Huang et al. 2016, arXiv:1603.09382): dropout of a whole residual branch, picture by picture.
+r"""Stochastic depth, or drop path (Huang et al. 2016, arXiv:1603.09382): dropout of a whole residual branch.
 
 Forward
-    Let f(x) be a residual branch, so that the block computes x + f(x). With probability ``rate`` a picture skips the branch;
-    otherwise the branch is scaled to keep its expectation:
+    Let f(x) be a residual branch, so that the block computes x + f(x). With probability ``rate`` a picture
+    skips the branch; otherwise the branch is scaled to keep its expectation:
 
         y_b = f_b m_b / (1 - rate),      m_b in {0, 1} one number per picture b.
 
 Backward
-    Linear in f: df_b = dy_b m_b / (1 - rate). It is `dropout` with a mask of shape (B, 1, ..., 1), and is computed as such.
+    Linear in f: df_b = dy_b m_b / (1 - rate). It is `dropout` with a mask of shape (B, 1, ..., 1), and is
+    computed as such.
 """
 
 from minivit.backend import array_module

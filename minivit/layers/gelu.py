@@ -4,14 +4,15 @@ Forward
     exact        y = x Phi(x),  Phi(x) = (1 + erf(x / sqrt 2)) / 2                       (timm and PyTorch's default)
     tanh form    y = x/2 (1 + t),  t = tanh(u),  u = sqrt(2/pi) (x + 0.044715 x^3)       (the official ViT code)
 
-    They differ by up to 4.7e-4 (at |x| = 2.7): small, but weights trained with one are not evaluated with the other.
+    They differ by up to 4.7e-4 (at |x| = 2.7): small, but weights trained with one are not evaluated with the
+    other.
 
 Backward
     exact        dy/dx = Phi(x) + x phi(x),  phi(x) = exp(-x^2 / 2) / sqrt(2 pi)
     tanh form    dy/dx = (1 + t)/2 + x/2 (1 - t^2) u',  u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2)
 
-    using d tanh(u) = (1 - t^2) du. Each form's backward is the derivative of that form. t (or Phi) is the dear part of the
-    forward, so it is kept; the polynomials are cheap and computed again.
+    using d tanh(u) = (1 - t^2) du. Each form's backward is the derivative of that form. t (or Phi) is the
+    dear part of the forward, so it is kept; the polynomials are cheap and computed again.
 """
 
 import math

@@ -6,7 +6,8 @@ Forward
         y      = tanh(y W_pre + b_pre)     only with a pre-logits layer (the paper's pre-training head)
         logits = y W_head + b_head
 
-    LayerNorm works token by token, so with "cls" only the class token is normalised: the same numbers for 1/N of the work.
+    LayerNorm works token by token, so with "cls" only the class token is normalised: the same numbers for 1/N
+    of the work.
 
 Backward
         y = tanh(u)          =>   du = dy (1 - y^2)

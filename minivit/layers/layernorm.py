@@ -6,7 +6,8 @@ Forward
         mean = 1/D sum_j x_j            var = 1/D sum_j (x_j - mean)^2
         rstd = (var + eps)^(-1/2)       xhat_j = (x_j - mean) rstd          y_j = xhat_j w_j + b_j.
 
-    The variance is that of the centred row; the shorter E[x^2] - E[x]^2 cancels in float32 when the mean is large.
+    The variance is that of the centred row; the shorter E[x^2] - E[x]^2 cancels in float32 when the mean is
+    large.
 
 Backward
     w and b are shared by all rows, so their gradients are sums over the rows:
@@ -19,12 +20,13 @@ Backward
         d rstd / d xc_i = -1/2 rstd^3 (2 xc_i / D) = -rstd^2 xhat_i / D
         so  dxc_i = rstd (dxhat_i - xhat_i mean(dxhat xhat)),
 
-    and from xc = x - mean(x), whose Jacobian I - 1/D 1 1^T only removes the mean, dx_i = dxc_i - mean(dxc). The mean of xhat
-    is 0, hence
+    and from xc = x - mean(x), whose Jacobian I - 1/D 1 1^T only removes the mean, dx_i = dxc_i - mean(dxc).
+    The mean of xhat is 0, hence
 
         dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)).
 
-    In words: the two directions that the forward pass removes, a common shift and a common scale, get no gradient.
+    In words: the two directions that the forward pass removes, a common shift and a common scale, get no
+    gradient.
 """
 
 from typing import Any, NamedTuple

@@ -6,11 +6,11 @@ Forward
         y[i, k] = sum_j x[i, j] W[j, k] + b[k].
 
 Backward
-    Let dy[i, k] be the derivative of a scalar loss with respect to y[i, k]. Each entry of x, W and b reaches the loss only
-    through y, so by the chain rule
+    Let dy[i, k] be the derivative of a scalar loss with respect to y[i, k]. Each entry of x, W and b reaches
+    the loss only through y, so by the chain rule
 
         dW[j, k] = sum_i x[i, j] dy[i, k]       dW = x^T dy
-        db[k]    = sum_i dy[i, k]               db = 1^T dy      b was broadcast over the rows, so its gradient is summed
+        db[k]    = sum_i dy[i, k]               db = 1^T dy      (b was broadcast over the rows: a sum over them)
         dx[i, j] = sum_k dy[i, k] W[j, k]       dx = dy W^T
 
     A batch or a row of tokens only adds leading axes; they are flattened into the rows.
@@ -45,7 +45,8 @@ def linear_backward(dy, cache, *, need_dx=True):
 
     Math    dW = x^T dy,  db = 1^T dy,  dx = dy W^T
     Shapes  dy (..., m)  ->  dx (..., d), dW (d, m), db (m,)
-    With ``need_dx=False`` dx is None and its product is saved (the first layer of a network has nobody to hand it to).
+    With ``need_dx=False`` dx is None and its product is saved (the first layer of a network has nobody to
+    hand it to).
     """
     x, W = cache
     xp = array_module(dy)

@@ -5,8 +5,8 @@ Forward
         y      = dropout(hidden) W2 + b2  (N, D)
 
 Backward
-    The chain rule through the same steps in reverse order; nothing mixes tokens, so nothing is summed over them but the
-    gradients of the shared weights.
+    The chain rule through the same steps in reverse order; nothing mixes tokens, so nothing is summed over
+    them but the gradients of the shared weights.
 """
 
 from typing import NamedTuple

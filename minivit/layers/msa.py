@@ -1,19 +1,20 @@
 r"""Multi-head self-attention (Eq. 5-8 of the ViT paper; Vaswani et al. 2017).
 
 Forward
-    One matrix makes queries, keys and values of all h heads, each head attends in its own Dh = D / h dimensions, and the heads'
-    results, side by side, are mixed by the output projection:
+    One matrix makes queries, keys and values of all h heads, each head attends in its own Dh = D / h
+    dimensions, and the heads' results, side by side, are mixed by the output projection:
 
         [q, k, v] = x U_qkv + b_qkv                      (N, 3D), read as (N, 3, h, Dh)                  (Eq. 5)
         SA_i      = softmax(q_i k_i^T / sqrt(Dh)) v_i    (N, Dh) for each head i                         (Eq. 6-7)
         y         = [SA_1, ..., SA_h] U_msa + b_msa      (N, D)                                          (Eq. 8)
 
-    The paper writes no biases, its code has them. The bias of the keys never matters: it adds the same number to a whole row
-    of scores, and softmax ignores that, so its gradient is exactly zero.
+    The paper writes no biases, its code has them. The bias of the keys never matters: it adds the same number
+    to a whole row of scores, and softmax ignores that, so its gradient is exactly zero.
 
 Backward
-    The three steps in reverse. Splitting and joining heads only relabels axes: q, k and v are views of the (B, N, 3D) product,
-    and their gradients are written through the same views into one (B, N, 3D) array, with no copies in between.
+    The three steps in reverse. Splitting and joining heads only relabels axes: q, k and v are views of the
+    (B, N, 3D) product, and their gradients are written through the same views into one (B, N, 3D) array, with
+    no copies in between.
 """
 
 from typing import NamedTuple

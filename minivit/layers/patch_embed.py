@@ -1,18 +1,18 @@
 r"""Patch embedding, class token and position embedding (Eq. 1 of the ViT paper).
 
 Forward
-    An image of H x W pixels and C channels is cut into N = H W / P^2 square patches, read row by row. Each patch, flattened in
-    the order (row, column, channel), is mapped to the model's width by one matrix; a learned token may be put in front; and a
-    vector that tells the position is added:
+    An image of H x W pixels and C channels is cut into N = H W / P^2 square patches, read row by row. Each
+    patch, flattened in the order (row, column, channel), is mapped to the model's width by one matrix; a
+    learned token may be put in front; and a vector that tells the position is added:
 
         z_0 = [x_class; x_p^1 E; x_p^2 E; ...; x_p^N E] + E_pos,      E in R^(P^2 C x D)                 (Eq. 1)
 
     The official code writes the same map as a convolution with kernel and stride P.
 
 Backward
-    The class token and E_pos are broadcast over the batch, so their gradients are sums over it; the class token is row 0 of
-    each picture, the patches are the rest. Cutting into patches moves every pixel to exactly one place, so its backward moves
-    each gradient back.
+    The class token and E_pos are broadcast over the batch, so their gradients are sums over it; the class
+    token is row 0 of each picture, the patches are the rest. Cutting into patches moves every pixel to
+    exactly one place, so its backward moves each gradient back.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,8 @@ class PatchEmbedCache(NamedTuple):
 def patchify(images, patch_size):
     """Cut images into flattened patches.
 
-    Shapes  images (B, H, W, C)  ->  patches (B, H/P * W/P, P*P*C), patches row by row, entries ordered (row, column, channel)
+    Shapes  images (B, H, W, C)  ->  patches (B, H/P * W/P, P*P*C)
+    Patches are read row by row, the entries of each in the order (row, column, channel).
     """
     B, H, W, C = images.shape
     P = patch_size
@@ -79,7 +80,8 @@ def patch_embed_backward(dz, cache, *, need_dimages=True):
 
     Math    dE_pos = sum_B dz;  dx_class = sum_B dz[:, 0];  dW, db from the rows of the patches
     Shapes  dz (B, N, D)  ->  dimages (B, H, W, C), dW (P*P*C, D), db (D,), dcls_token (1, 1, D), dpos_embed (1, N, D)
-    None stands for the gradient of what was not given, and for dimages with ``need_dimages=False`` (training).
+    None stands for the gradient of what was not given, and for dimages with ``need_dimages=False``
+    (training).
     """
     dcls_token = dpos_embed = None
     # z += pos_embed, broadcast over the batch

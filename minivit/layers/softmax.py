@@ -1,16 +1,16 @@
 r"""Softmax over the last axis.
 
 Forward
-    y_i = exp(x_i) / sum_j exp(x_j). Adding a constant to all x_i of a row changes nothing, so the row's maximum is taken off
-    first: the largest exponent is then exp(0) = 1 and nothing overflows.
+    y_i = exp(x_i) / sum_j exp(x_j). Adding a constant to all x_i of a row changes nothing, so the row's
+    maximum is taken off first: the largest exponent is then exp(0) = 1 and nothing overflows.
 
 Backward
     With s = sum_j exp(x_j), dy_i/dx_k = y_i (delta_ik - y_k), so
 
         dx_k = sum_i dy_i y_i (delta_ik - y_k) = y_k (dy_k - sum_i dy_i y_i).
 
-    The Jacobian is never built: one row-wise sum replaces it. The shift drops out of the derivative because softmax does not
-    depend on it; for the same reason each row of dx sums to zero.
+    The Jacobian is never built: one row-wise sum replaces it. The shift drops out of the derivative because
+    softmax does not depend on it; for the same reason each row of dx sums to zero.
 """
 
 from typing import Any, NamedTuple

@@ -72,6 +72,11 @@ def test_the_key_bias_has_no_gradient_and_no_effect():
 def test_permuting_tokens_permutes_the_output():
     rng = np.random.default_rng(5)
     x, order = rng.standard_normal((2, 5, 12)), rng.permutation(5)
-    args = rng.standard_normal((12, 36)), rng.standard_normal(36), rng.standard_normal((12, 12)), rng.standard_normal(12)
+    args = (
+        rng.standard_normal((12, 36)),
+        rng.standard_normal(36),
+        rng.standard_normal((12, 12)),
+        rng.standard_normal(12),
+    )
     y, _ = msa_forward(x, *args, num_heads=3)
     np.testing.assert_allclose(msa_forward(x[:, order], *args, num_heads=3)[0], y[:, order], rtol=1e-10)

@@ -13,7 +13,7 @@ def test_worked_example():
     dx, dw, db = layernorm_backward(np.array([[1.0, 0.0, 0.0, 0.0]]), cache)
     np.testing.assert_allclose(dw, [-3 * s, 0, 0, 0])
     np.testing.assert_allclose(db, [1, 0, 0, 0])
-    # dxhat = (1, 0, 0, 0): s (dxhat - 1/4 - xhat mean(dxhat xhat)), xhat = s (-3, -1, 1, 3), mean(dxhat xhat) = -3 s / 4
+    # dx = s (dxhat - 1/4 - xhat mean(dxhat xhat)) with dxhat = (1, 0, 0, 0), xhat = s (-3, -1, 1, 3)
     np.testing.assert_allclose(dx, s * np.array([[0.3, -0.4, -0.1, 0.2]]), atol=1e-15)
 
 
@@ -24,7 +24,8 @@ def test_shift_and_scale_of_a_row_change_nothing_and_get_no_gradient():
     np.testing.assert_allclose(layernorm_forward(5.0 * x + 2.0, w, b, eps=0.0)[0], y, rtol=1e-12)
     dx, *_ = layernorm_backward(rng.standard_normal((3, 7)), cache)
     np.testing.assert_allclose(dx.sum(axis=1), 0.0, atol=1e-13)  # orthogonal to a common shift
-    np.testing.assert_allclose((dx * (x - x.mean(axis=1, keepdims=True))).sum(axis=1), 0.0, atol=1e-13)  # and to a common scale
+    centred = x - x.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose((dx * centred).sum(axis=1), 0.0, atol=1e-13)  # and to a common scale
 
 
 def test_a_large_mean_does_not_cancel_in_float32():
@@ -42,7 +43,12 @@ def test_a_constant_row_is_finite():
 
 def test_vectors_and_images_of_tokens_are_treated_alike():
     rng = np.random.default_rng(2)
-    x, w, b, dy = rng.standard_normal((6, 4)), rng.standard_normal(4), rng.standard_normal(4), rng.standard_normal((6, 4))
+    x, w, b, dy = (
+        rng.standard_normal((6, 4)),
+        rng.standard_normal(4),
+        rng.standard_normal(4),
+        rng.standard_normal((6, 4)),
+    )
     expected = layernorm_backward(dy, layernorm_forward(x, w, b)[1])
     for shape in ((2, 3, 4), (1, 2, 3, 4)):
         got = layernorm_backward(dy.reshape(shape), layernorm_forward(x.reshape(shape), w, b)[1])

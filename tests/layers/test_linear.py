@@ -6,7 +6,11 @@ from minivit.layers.linear import linear_backward, linear_forward
 
 
 def test_worked_example():
-    x, W, b = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]]), np.array([0.5, 0.0, -0.5])
+    x, W, b = (
+        np.array([[1.0, 2.0], [3.0, 4.0]]),
+        np.array([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]]),
+        np.array([0.5, 0.0, -0.5]),
+    )
     y, cache = linear_forward(x, W, b)
     np.testing.assert_array_equal(y, [[1.5, 2.0, -0.5], [3.5, 4.0, 1.5]])
     dx, dW, db = linear_backward(np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]), cache)

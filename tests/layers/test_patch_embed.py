@@ -46,8 +46,8 @@ def test_sincos2d_by_its_formula():
     np.testing.assert_array_equal(table[0, 0], 0.0)
     for row in range(3):
         for column in range(3):
-            w = [1.0, 1e-4]
-            expected = [f(c * wi) for f, c in ((math.sin, column), (math.cos, column), (math.sin, row), (math.cos, row)) for wi in w]
+            parts = ((math.sin, column), (math.cos, column), (math.sin, row), (math.cos, row))
+            expected = [f(c * w) for f, c in parts for w in (1.0, 1e-4)]
             np.testing.assert_allclose(table[0, 1 + 3 * row + column], expected, atol=1e-15)
     with pytest.raises(ValueError, match="multiple of 4"):
         sincos2d(3, 6)

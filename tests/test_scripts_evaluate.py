@@ -1,0 +1,88 @@
+"""The command line ``scripts/evaluate.py``: its figures against scikit-like ones written out, and its files."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import load_script
+
+from minivit import checkpoint
+from minivit.data import load
+from minivit.train import LAST, SUMMARY
+
+
+def by_hand(run, weights="auto"):
+    """Logits and labels of the run's test set from the model alone."""
+    data = load("digits")
+    model, _ = checkpoint.load_model(run / LAST, weights=weights)
+    return model.predict(data.test_images).astype(np.float64), data.test_labels
+
+
+def test_the_figures(trained, tmp_path, call):
+    ended = call("evaluate", trained / LAST, "--out", tmp_path / "new" / "folder", "--json", tmp_path / "e.json")
+    assert ended.status == 0 and ended.err == ""
+    facts = json.loads((tmp_path / "e.json").read_text())
+    logits, labels = by_hand(trained)
+    guesses = logits.argmax(axis=1)
+    assert facts["accuracy"] == json.loads((trained / SUMMARY).read_text())["test_accuracy"]
+    assert facts["accuracy"] == np.mean(guesses == labels)
+    ranks = (logits > logits[np.arange(360), labels][:, None]).sum(axis=1)
+    assert facts["top5_accuracy"] == np.mean(ranks < 5)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(facts["loss"], -log_p[np.arange(360), labels].mean(), rtol=1e-5)
+    for k, each in enumerate(facts["classes"]):
+        assert each["name"] == str(k) and each["count"] == np.sum(labels == k)
+        assert each["recall"] == np.mean(guesses[labels == k] == k)
+        assert each["precision"] == (np.mean(labels[guesses == k] == k) if (guesses == k).any() else None)
+        assert facts["confusion"][k] == np.bincount(guesses[labels == k], minlength=10).tolist()
+    assert facts["images_per_second"] > 0 and facts["weights"] == "ema" and facts["pictures_of_training_run"] is True
+    assert (tmp_path / "new/folder/confusion.png").read_bytes().startswith(b"\x89PNG")
+    for shown in (f"accuracy   {facts['accuracy']:.2%}", f"top 5      {facts['top5_accuracy']:.2%}", "pictures/s with"):
+        assert shown in ended.out
+    rows = [line for line in ended.out.splitlines() if line.endswith("%") and line[0].isdigit()]
+    assert len(rows) == 10 and rows[3].split()[:2] == ["3", "37"]
+
+
+def test_the_weights_are_chosen(trained, tmp_path, call):
+    losses = {}
+    for weights in ("params", "ema"):
+        file = tmp_path / f"{weights}.json"
+        assert call("evaluate", trained / LAST, "--weights", weights, "--out", tmp_path, "--json", file).status == 0
+        facts = json.loads(file.read_text())
+        logits, labels = by_hand(trained, weights)
+        assert facts["weights"] == weights and facts["accuracy"] == np.mean(logits.argmax(axis=1) == labels)
+        losses[weights] = facts["loss"]
+    assert losses["params"] != losses["ema"]
+
+
+def test_the_figure_goes_beside_the_checkpoint(run_copy, call):
+    ended = call("evaluate", run_copy / LAST)
+    assert ended.status == 0 and f"confusion matrix in {run_copy / 'confusion.png'}" in ended.out
+    assert (run_copy / "confusion.png").exists()
+
+
+def test_workers_change_nothing(trained, tmp_path):
+    evaluate = load_script("evaluate")
+    model, _ = checkpoint.load_model(trained / LAST)
+    images = load("digits").test_images[:50]
+    one, three = (evaluate.predict_all(model, images, workers=w, micro_batch=7) for w in (1, 3))
+    np.testing.assert_array_equal(one, three)
+
+
+def test_few_classes_have_no_top_five():
+    measure = load_script("evaluate").measure
+    logits = np.eye(3)[[0, 0, 1, 1]]
+    figures, confusion = measure(logits, np.array([0, 1, 1, 1]), ("a", "b", "c"))
+    assert "top5_accuracy" not in figures and figures["accuracy"] == 0.75
+    assert confusion.tolist() == [[1, 0, 0], [1, 2, 0], [0, 0, 0]]
+    assert [c["precision"] for c in figures["classes"]] == [0.5, 1.0, None]
+    assert [c["recall"] for c in figures["classes"]] == [1.0, pytest.approx(2 / 3), None]
+
+
+def test_top_five_of_many_classes():
+    measure = load_script("evaluate").measure
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((200, 50)), rng.integers(0, 50, 200)
+    figures, _ = measure(logits, labels, [str(k) for k in range(50)])
+    expected = np.mean([label in np.argsort(row)[-5:] for row, label in zip(logits, labels, strict=True)])
+    assert 0.02 < figures["top5_accuracy"] == expected < 0.25

@@ -1,0 +1,656 @@
+"""Training: resumed = uninterrupted, bit for bit; what diverges, crashes or is altered costs nothing; it learns."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, load_script
+
+from minivit import ViTConfig, checkpoint, train
+from minivit.data import load
+from minivit.engine import Engine
+from minivit.errors import InputError
+from minivit.model import ViT
+from minivit.optim import learning_rate
+from minivit.train import BEST, LAST, METRICS, SETTINGS, SUMMARY, TrainConfig, Trainer, read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+DIGITS = load("digits")
+# 60 pictures in batches of 8, two batches a step: 8 batches, 4 steps an epoch, the last of both smaller than the others
+FEW = DIGITS._replace(
+    train_images=DIGITS.train_images[:60],
+    train_labels=DIGITS.train_labels[:60],
+    test_images=DIGITS.test_images[:40],
+    test_labels=DIGITS.test_labels[:40],
+)
+MODEL = ViTConfig(
+    image_size=8, patch_size=4, channels=1, width=8, depth=2, num_heads=2, mlp_dim=16, dropout=0.1,
+    attention_dropout=0.1, drop_path=0.2,
+)  # fmt: skip
+HARD = TrainConfig(
+    epochs=3, batch_size=8, accumulate=2, lr=0.01, ema_decay=0.9, crop_padding=1, flip=True, label_smoothing=0.1,
+    micro_batch=3, workers=1, log_every=1, checkpoint_seconds=1000.0, seed=5,
+)  # fmt: skip
+STEPS = 12
+
+
+class Crash(BaseException):
+    """Not an Exception, so that nothing handles it on its way: the nearest to a kill that one process can have."""
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch, request):
+    """Figures take most of a small run's time; the tests of the scripts and of the plots draw them."""
+    from minivit import plots
+
+    monkeypatch.setattr(plots, "save_curves", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(plots, "save_predictions", lambda *arguments, **keywords: None)
+
+
+def trainer(out, config=HARD, *, model=MODEL, data=FEW):
+    return Trainer(data, model, config, out, describe={"data": "digits"}, progress=False)
+
+
+def resumed(out, config=HARD, **keywords):
+    again = trainer(out, config, **keywords)
+    again.restore()
+    return again
+
+
+def before_step(run, step, action):
+    """Call ``action`` when the optimiser is about to make a step (counted from 1)."""
+    real = run.optimizer.step
+
+    def counted(*arguments):
+        if run.step + 1 == step:
+            action()
+        real(*arguments)
+
+    run.optimizer.step = counted
+
+
+def crash():
+    raise Crash
+
+
+def timeless(path):
+    """The lines of a metrics.jsonl without the figures that no two runs share."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def assert_same_run(out, other):
+    for name in (LAST, BEST):
+        (arrays, meta), (others, other_meta) = checkpoint.load(out / name), checkpoint.load(other / name)
+        assert arrays.keys() == others.keys()
+        for key in arrays:
+            np.testing.assert_array_equal(arrays[key], others[key], err_msg=f"{name}: {key}")
+        for each in (meta, other_meta):
+            del each["progress"]["seconds"], each["settings"]["checkpoint_seconds"]
+        assert meta == other_meta
+    assert timeless(out / METRICS) == timeless(other / METRICS)
+    summaries = [json.loads((folder / SUMMARY).read_text()) for folder in (out, other)]
+    for key in ("test_accuracy", "test_loss", "best_test_accuracy", "best_epoch", "steps"):
+        assert summaries[0][key] == summaries[1][key]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted run with given settings, each run once."""
+    done = {}
+
+    def folder(config=HARD):
+        if config not in done:
+            done[config] = tmp_path_factory.mktemp("whole")
+            assert trainer(done[config], config).run()["steps"] == STEPS
+        return done[config]
+
+    return folder
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 7, 12])
+def test_a_stopped_run_goes_on_exactly(tmp_path, whole, step):
+    run = trainer(tmp_path)
+    before_step(run, step, lambda: run.stop("test"))
+    assert run.run() is None
+    progress = checkpoint.load(tmp_path / LAST)[1]["progress"]
+    assert progress["step"] == step and progress["batch"] == 2 * (step - progress["epoch"] * 4)
+    assert not (tmp_path / SUMMARY).exists()
+    assert resumed(tmp_path).run()["steps"] == STEPS
+    assert_same_run(tmp_path, whole())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_optimiser_and_worker_count_resumes_exactly(tmp_path, whole, optimizer, workers):
+    config = replace(HARD, optimizer=optimizer, workers=workers)
+    run = trainer(tmp_path, config)
+    before_step(run, 6, lambda: run.stop("test"))
+    assert run.run() is None
+    run = resumed(tmp_path, config)
+    before_step(run, 9, lambda: run.stop("test"))  # and once more
+    assert run.run() is None
+    resumed(tmp_path, config).run()
+    assert_same_run(tmp_path, whole(config))
+
+
+@pytest.mark.parametrize("every", [0.0, 1000.0], ids=["a checkpoint per step", "only the first checkpoint"])
+@pytest.mark.parametrize("step", [1, 2, 5, 8, 9, 12])
+def test_a_crash_costs_the_steps_since_the_checkpoint_and_nothing_else(tmp_path, whole, step, every):
+    config = replace(HARD, checkpoint_seconds=every)
+    run = trainer(tmp_path, config)
+    before_step(run, step, crash)
+    with pytest.raises(Crash):
+        run.run()
+    assert checkpoint.load(tmp_path / LAST)[1]["progress"]["step"] == (0 if every else step - 1)
+    resumed(tmp_path, config).run()
+    assert_same_run(tmp_path, whole())
+
+
+def test_a_crash_between_an_epochs_last_step_and_its_evaluation(tmp_path, whole, monkeypatch):
+    run = trainer(tmp_path, replace(HARD, checkpoint_seconds=0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *arguments: crash())
+        with pytest.raises(Crash):
+            run.run()
+    progress = checkpoint.load(tmp_path / LAST)[1]["progress"]
+    assert (progress["step"], progress["epoch"], progress["batch"]) == (4, 0, 8)
+    assert progress["running"]["seen"] == 60
+    resumed(tmp_path).run()
+    assert_same_run(tmp_path, whole())
+
+
+@pytest.mark.parametrize("name", [BEST, LAST])
+def test_a_crash_around_the_best_checkpoint(tmp_path, whole, name, monkeypatch):
+    """Killed after best.npz is written and before last.npz is, or before best.npz is: both end as they should."""
+    run = trainer(tmp_path, replace(HARD, checkpoint_seconds=0.0))
+    real = run.save
+
+    def save(name=LAST):
+        if name == BEST and broken == LAST:
+            raise Crash
+        real(name)
+        if name == BEST:
+            raise Crash
+
+    broken = name
+    run.save = save
+    with pytest.raises(Crash):
+        run.run()
+    assert (tmp_path / BEST).exists() == (name == BEST)
+    resumed(tmp_path).run()
+    assert_same_run(tmp_path, whole())
+
+
+def test_a_stop_during_the_evaluation(tmp_path, whole, monkeypatch):
+    run = trainer(tmp_path)
+    real = train.evaluate
+
+    def evaluate(*arguments):
+        run.stop("test")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", evaluate)
+        assert run.run() is None
+    progress = checkpoint.load(tmp_path / LAST)[1]["progress"]
+    assert (progress["step"], progress["epoch"], progress["batch"]) == (4, 1, 0)
+    assert [r["kind"] for r in timeless(tmp_path / METRICS)] == ["train"] * 4 + ["test"]
+    resumed(tmp_path).run()
+    assert_same_run(tmp_path, whole())
+
+
+def test_an_evaluation_that_is_skipped(tmp_path):
+    config = replace(HARD, evaluate_every=2)
+    trainer(tmp_path / "a", config).run()
+    records = [r["epoch"] for r in timeless(tmp_path / "a" / METRICS) if r["kind"] == "test"]
+    assert records == [2, 3]
+    run = trainer(tmp_path / "b", config)
+    before_step(run, 4, lambda: run.stop("test"))
+    run.run()
+    resumed(tmp_path / "b", config).run()
+    assert_same_run(tmp_path / "b", tmp_path / "a")
+
+
+def test_metrics_with_a_half_written_line_and_foreign_ones(tmp_path, whole):
+    run = trainer(tmp_path)
+    before_step(run, 7, lambda: run.stop("test"))
+    run.run()
+    lines = (tmp_path / METRICS).read_bytes().splitlines(keepends=True)
+    foreign = [b"\n", b"7\n", b'{"kind": "train"}\n', b'{"kind": "test", "step": "x", "epoch": 1}\n', b"\xff\xfe\0\0\n"]
+    later = b'{"kind": "train", "step": 8, "epoch": 2, "lr": 1, "loss": 1}\n'  # of a step that will be made again
+    (tmp_path / METRICS).write_bytes(b"".join([*lines[:2], *foreign, *lines[2:], later, lines[-1][:20]]))
+    resumed(tmp_path).run()
+    assert_same_run(tmp_path, whole())
+
+
+def test_metrics_that_were_lost_are_no_reason_to_fail(tmp_path):
+    run = trainer(tmp_path)
+    before_step(run, 7, lambda: run.stop("test"))
+    run.run()
+    (tmp_path / METRICS).unlink()
+    assert resumed(tmp_path).run()["steps"] == STEPS
+
+
+def test_the_timer_of_the_last_checkpoint_is_not_reset_by_the_best_one(tmp_path, monkeypatch):
+    """With an epoch shorter than checkpoint_seconds and a best one after another, last.npz must still be written."""
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    run = trainer(tmp_path, replace(HARD, epochs=10, checkpoint_seconds=30.0))
+    steps = iter(range(1000))
+    real_evaluate, accuracy = train.evaluate, iter(np.linspace(0.1, 0.9, 20))
+    monkeypatch.setattr(train, "evaluate", lambda *a: (1.0, next(accuracy), real_evaluate(*a)[2]))
+    saved = []
+    real = run.save
+    run.save = lambda name=LAST: (saved.append((name, run.step)), real(name))
+    real_step = run.optimizer.step
+    run.optimizer.step = lambda *a: (clock.__setitem__(0, 5.0 * next(steps)), real_step(*a))  # an epoch takes 20 s
+    run.run()
+    assert sum(name == BEST for name, _ in saved) == 10
+    assert [step for name, step in saved if name == LAST] == [0, 7, 13, 19, 25, 31, 37, 40]
+
+
+def test_seconds_add_up(tmp_path):
+    run = trainer(tmp_path)
+    before_step(run, 7, lambda: run.stop("test"))
+    run.run()
+    first = checkpoint.load(tmp_path / LAST)[1]["progress"]["seconds"]
+    assert 0 < first < 60
+    run = resumed(tmp_path)
+    run.seconds += 1000.0  # as if the first part had taken so much longer
+    assert 1000 + first < run.run()["train_seconds"] < 1100
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, whole):
+    trainer(tmp_path).run()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    again = resumed(tmp_path)
+    assert again.finished
+    summary = again.run()
+    assert summary == json.loads(before[SUMMARY])
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert_same_run(tmp_path, whole())
+
+
+def test_all_cores_become_a_number(tmp_path, monkeypatch):
+    """workers = 0 is resolved when the run starts: a machine with more cores goes on with the same order of sums."""
+    monkeypatch.setattr(train, "available_cores", lambda: 2)
+    run = trainer(tmp_path, replace(HARD, workers=0))
+    before_step(run, 5, lambda: run.stop("test"))
+    run.run()
+    monkeypatch.setattr(train, "available_cores", lambda: 7)
+    _, meta = checkpoint.load(tmp_path / LAST)
+    assert meta["settings"]["workers"] == 2
+    assert resumed(tmp_path, train.config_from(meta, "x")).config.workers == 2
+
+
+# ---- refusing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The arrays and meta of a run stopped in the middle of its second epoch."""
+    out = tmp_path_factory.mktemp("stopped")
+    run = trainer(out)
+    before_step(run, 6, lambda: run.stop("test"))
+    run.run()
+    return checkpoint.load(out / LAST)
+
+
+def altered(key, value, section="progress"):
+    def change(arrays, meta):
+        if value is None:
+            del meta[section][key]
+        else:
+            meta[section][key] = value
+
+    return change
+
+
+def array(key, value):
+    def change(arrays, meta):
+        if value is None:
+            del arrays[key]
+        else:
+            arrays[key] = value(arrays[key])
+
+    return change
+
+
+def whole_section(section, value):
+    return lambda arrays, meta: meta.__setitem__(section, value)
+
+
+ALTERED = {
+    "no progress": whole_section("progress", None),
+    "progress a list": whole_section("progress", [1]),
+    "no step": altered("step", None),
+    "step of another": altered("step", 7),
+    "step a float": altered("step", 6.0),
+    "step a text": altered("step", "6"),
+    "negative": altered("epoch", -1),
+    "epoch beyond the end": altered("epoch", 9),
+    "odd batch": altered("batch", 3),
+    "batch beyond the end": altered("batch", 400),
+    "optimiser steps": altered("optimizer_steps", 5),
+    "average's steps": altered("ema_steps", 0),
+    "running a number": altered("running", 3),
+    "running incomplete": altered("running", {"loss": 1.0}),
+    "running NaN": altered("running", {"loss": math.nan, "correct": 1, "seen": 2}),
+    "best a text": altered("best", {"accuracy": "high", "epoch": 1}),
+    "seconds a text": altered("seconds", "many"),
+    "order missing": array("order", None),
+    "order no permutation": array("order", lambda a: a * 0),
+    "order of floats": array("order", lambda a: a.astype(float)),
+    "order of texts": array("order", lambda a: a.astype(str)),
+    "order too short": array("order", lambda a: a[:-1]),
+    "optimiser missing": array("optimizer/m", None),
+    "optimiser short": array("optimizer/m", lambda a: a[:-1]),
+    "optimiser NaN": array("optimizer/v", lambda a: a * np.nan),
+    "optimiser of texts": array("optimizer/v", lambda a: a.astype("U4")),
+    "average NaN": array("ema/head.weight", lambda a: a * np.nan),
+    "parameter missing": array("params/head.weight", None),
+    "parameter NaN": array("params/norm.bias", lambda a: a + np.inf),
+    "settings missing": whole_section("settings", None),
+    "settings a list": whole_section("settings", []),
+    "settings unknown": altered("speed", 3, "settings"),
+    "settings of another type": altered("lr", "fast", "settings"),
+    "other settings": altered("lr", 0.5, "settings"),
+    "other model": altered("width", 16, "config"),
+    "data missing": whole_section("data", None),
+    "other pictures": altered("fingerprint", 3, "data"),
+}
+
+
+@pytest.mark.parametrize("change", ALTERED.values(), ids=ALTERED.keys())
+def test_an_altered_checkpoint_is_refused_and_changes_nothing(tmp_path, stopped, change):
+    arrays, meta = dict(stopped[0]), json.loads(json.dumps(stopped[1]))
+    change(arrays, meta)
+    checkpoint.save(tmp_path / LAST, arrays, meta)
+    run = trainer(tmp_path)
+    flat, average = run.model.flat.copy(), run.ema.flat.copy()
+    with pytest.raises(InputError) as raised:
+        run.restore()
+    assert str(tmp_path / LAST) in str(raised.value)
+    np.testing.assert_array_equal(run.model.flat, flat)
+    np.testing.assert_array_equal(run.ema.flat, average)
+    assert run.step == run.optimizer.steps == run.ema.steps == 0
+
+
+def test_settings_that_change_no_number_may_change(tmp_path, stopped):
+    checkpoint.save(tmp_path / LAST, *stopped)
+    run = resumed(tmp_path, replace(HARD, log_every=5, checkpoint_seconds=1.0))
+    assert run.step == 6
+    for name, value in asdict(replace(HARD, lr=0.02, seed=6, workers=2)).items():
+        if value != getattr(HARD, name):
+            with pytest.raises(InputError, match=f"other settings: {name} "):
+                resumed(tmp_path, replace(HARD, **{name: value}))
+
+
+def test_a_new_run_overwrites_nothing(tmp_path):
+    for name in (LAST, BEST, METRICS, SUMMARY, SETTINGS, "curves.png", "predictions.png"):
+        out = tmp_path / name.replace(".", "-")
+        out.mkdir()
+        (out / name).write_text("mine")
+        with pytest.raises(InputError, match="already holds a run"):
+            trainer(out).run()
+        assert [(p.name, p.read_text()) for p in out.iterdir()] == [(name, "mine")]
+
+
+def test_two_processes_cannot_train_into_one_folder(tmp_path):
+    run = trainer(tmp_path, replace(HARD, checkpoint_seconds=0.0))
+    refused = []
+
+    def intrude():
+        for other in (trainer(tmp_path), resumed(tmp_path)):
+            with pytest.raises(InputError, match="another process is training into") as raised:
+                other.run()
+            refused.append(raised.value)
+
+    before_step(run, 4, intrude)
+    assert run.run()["steps"] == STEPS and len(refused) == 2
+    assert resumed(tmp_path).run()["steps"] == STEPS  # the lock is gone
+
+
+SIZES = {
+    "other size": (replace(MODEL, image_size=16), HARD, "the pictures are 8x8x1, the model takes 16x16x1"),
+    "other channels": (replace(MODEL, channels=3), HARD, "the pictures are 8x8x1, the model takes 8x8x3"),
+    "fewer classes": (replace(MODEL, num_classes=9), HARD, "the data have 10 classes, the model has 9"),
+    "more classes": (replace(MODEL, num_classes=11), HARD, "the data have 10 classes, the model has 11"),
+    "crops": (MODEL, replace(HARD, crop_padding=8), "crop_padding 8 moves whole pictures out of sight"),
+    "wide": (replace(MODEL, width=1 << 30, mlp_dim=1), HARD, "GB of memory"),
+    "deep": (replace(MODEL, depth=10**15), HARD, "GB of memory"),
+    "wide MLP": (replace(MODEL, mlp_dim=10**15), HARD, "GB of memory"),
+    "pre-logits": (replace(MODEL, pre_logits=10**15), HARD, "GB of memory"),
+}
+
+
+@pytest.mark.parametrize(("model", "config", "said"), SIZES.values(), ids=SIZES.keys())
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, model, config, said):
+    with pytest.raises(InputError, match=said):
+        trainer(tmp_path / "out", config, model=model)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- diverging -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 1e30, "optimizer": "sgd", "clip_norm": 0.0},
+        {"lr": 1e38, "optimizer": "adamw", "weight_decay": 1.0},
+        {"lr": 1e12, "optimizer": "sgd", "checkpoint_seconds": 1000.0},
+        {"lr": 3e38, "optimizer": "adam", "ema_decay": 0.0, "epochs": 1, "batch_size": 64},  # at its last step
+    ],
+    ids=["sgd", "adamw", "sgd with clipping", "the last step"],
+)
+def test_a_diverging_run_ends_in_one_line_and_can_be_resumed(tmp_path, changes):
+    config = replace(HARD, checkpoint_seconds=0.0, warmup_epochs=0.0)
+    config = replace(config, **changes)
+    with pytest.raises(InputError, match=r"the run diverged; .*last\.npz holds it from before; start again with"):
+        trainer(tmp_path, config).run()
+    arrays, _ = checkpoint.load(tmp_path / LAST)
+    assert all(np.isfinite(a).all() for a in arrays.values())
+    assert resumed(tmp_path, config).step < STEPS
+    assert not list(tmp_path.glob(".*"))
+    for line in (tmp_path / METRICS).read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_noticed_before_the_step(tmp_path):
+    run = trainer(tmp_path, replace(HARD, checkpoint_seconds=0.0))
+    real = Engine.gradient
+
+    def gradient(self, *arguments, **keywords):
+        result = real(self, *arguments, **keywords)
+        if run.step == 2:
+            self.grad[3] = np.inf
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="gradient's norm inf at step 2"):
+        patch.setattr(Engine, "gradient", gradient)
+        run.run()
+    assert checkpoint.load(tmp_path / LAST)[1]["progress"]["step"] == 2
+
+
+# ---- learning --------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls(tmp_path):
+    config = TrainConfig(epochs=25, batch_size=16, lr=0.01, workers=1, log_every=1, warmup_epochs=2.0)
+    summary = trainer(tmp_path, config, model=replace(MODEL, dropout=0.0, attention_dropout=0.0, drop_path=0.0)).run()
+    tests = [r for r in read_metrics(tmp_path / METRICS) if r["kind"] == "test"]
+    assert tests[0]["train_loss"] > 2.1 and tests[-1]["train_loss"] < 1.0
+    assert tests[-1]["train_accuracy"] > 0.8
+    assert tests[-1]["loss"] == summary["test_loss"] and tests[-1]["accuracy"] == summary["test_accuracy"]
+    assert summary["best_test_accuracy"] == max(r["accuracy"] for r in tests)
+    first = next(r for r in tests if r["accuracy"] == summary["best_test_accuracy"])
+    assert summary["best_epoch"] == first["epoch"]
+    assert checkpoint.load(tmp_path / BEST)[1]["progress"]["epoch"] == first["epoch"]
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    plain = replace(MODEL, dropout=0.0, attention_dropout=0.0, drop_path=0.0)
+    config = replace(HARD, batch_size=16, accumulate=1, crop_padding=0, flip=False, optimizer="sgd")
+    trainer(tmp_path / "large", config, model=plain).run()
+    trainer(tmp_path / "small", replace(config, batch_size=4, accumulate=4), model=plain).run()
+    large, small = (checkpoint.load_model(tmp_path / name / LAST)[0].flat for name in ("large", "small"))
+    np.testing.assert_allclose(small, large, rtol=1e-4, atol=1e-6)
+    assert not np.array_equal(small, ViT(plain, seed=5).flat)
+    for a, b in zip(
+        read_metrics(tmp_path / "large" / METRICS), read_metrics(tmp_path / "small" / METRICS), strict=True
+    ):
+        assert a["step"] == b["step"] and a["lr"] == b["lr"] if a["kind"] == "train" else a["epoch"] == b["epoch"]
+        assert a["accuracy"] == b["accuracy"]
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+
+
+def test_metrics_say_what_was_done(whole):
+    records = timeless(whole() / METRICS)
+    steps = [r for r in records if r["kind"] == "train"]
+    assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
+    assert [r["epoch"] for r in steps] == [1] * 4 + [2] * 4 + [3] * 4
+    for r in steps:
+        expected = learning_rate(r["step"] - 1, STEPS, lr=0.01, schedule="cosine", warmup_steps=4, final_lr=0.0)
+        assert r["lr"] == expected
+    tests = [r for r in records if r["kind"] == "test"]
+    assert [(r["step"], r["epoch"]) for r in tests] == [(4, 1), (8, 2), (12, 3)]
+    for r in tests:  # the epoch's mean is that of its steps, each weighted by its pictures: 16, 16, 16, 12
+        mine = [s for s in steps if s["epoch"] == r["epoch"]]
+        weights = np.array([16, 16, 16, 12]) / 60
+        np.testing.assert_allclose(r["train_loss"], weights @ [s["loss"] for s in mine], rtol=1e-12)
+        np.testing.assert_allclose(r["train_accuracy"], weights @ [s["accuracy"] for s in mine], rtol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.0])
+def test_the_moving_average_is_what_is_tested(tmp_path, decay):
+    config = replace(HARD, ema_decay=decay)
+    summary = trainer(tmp_path, config).run()
+    with Engine(ViT(MODEL), workers=1, micro_batch=3) as engine:
+        losses = {
+            weights: train.evaluate(
+                engine, checkpoint.load_model(tmp_path / LAST, weights=weights)[0], FEW.test_images, FEW.test_labels
+            )[0]
+            for weights in ("params", "auto")
+        }
+    assert summary["test_loss"] == losses["auto"]
+    assert (losses["params"] == losses["auto"]) == (decay == 0.0)
+
+
+def test_evaluation_by_hand():
+    model = ViT(MODEL, seed=3)
+    model.params["head.weight"][...] = np.random.default_rng(0).standard_normal((8, 10))
+    with Engine(model, workers=2, micro_batch=7) as engine:
+        loss, accuracy, logits = train.evaluate(engine, model, FEW.test_images, FEW.test_labels)
+    expected = model.predict(FEW.test_images).astype(np.float64)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    log_p = expected - np.log(np.exp(expected).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(loss, -log_p[np.arange(40), FEW.test_labels].mean(), rtol=1e-5)
+    assert accuracy == np.mean(expected.argmax(axis=1) == FEW.test_labels)
+
+
+def test_the_fingerprint_sees_every_part():
+    base = train.fingerprint(FEW)
+    assert base == train.fingerprint(FEW)
+    for field in ("train_images", "train_labels", "test_images", "test_labels"):
+        changed = getattr(FEW, field).copy()
+        changed.flat[7] ^= 1
+        assert train.fingerprint(FEW._replace(**{field: changed})) != base
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+FLAGS = [
+    *TINY,
+    *"--width 8 --batch-size 32 --accumulate 2 --dropout 0.1 --epochs 12 --log-every 1 --checkpoint-seconds 0.05".split(),
+]
+
+
+def launch(out, *more):
+    """scripts/train.py in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", ROOT / "scripts" / "train.py", *FLAGS, "--out", out, *more],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(out, step):
+    deadline = time.monotonic() + 30
+    while len(read_metrics(out / METRICS)) < step and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert load_script("train").main([*FLAGS, "--out", str(out)]) == 0
+    return out
+
+
+def finish(out, capsys):
+    assert load_script("train").main(["--resume", "--quiet", "--out", str(out)]) == 0
+    return capsys.readouterr().out
+
+
+def test_ctrl_c_in_another_process(tmp_path, uninterrupted, capsys):
+    out = tmp_path / "run"
+    process = launch(out)
+    wait_for_step(out, 100)
+    process.send_signal(signal.SIGINT)
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130 and complaint == ""
+    step = checkpoint.load(out / LAST)[1]["progress"]["step"]
+    assert 95 < step < 276
+    assert said.splitlines()[-1] == f"stopped at step {step} of 276; go on with --resume --out {out}"
+    assert f"resuming at step {step} of 276" in finish(out, capsys)
+    assert_same_run(out, uninterrupted)
+
+
+def test_kill_9_in_another_process(tmp_path, uninterrupted, capsys):
+    out = tmp_path / "run"
+    process = launch(out)
+    wait_for_step(out, 100)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    step = checkpoint.load(out / LAST)[1]["progress"]["step"]
+    assert 0 < step < 276
+    assert f"resuming at step {step} of 276" in finish(out, capsys)
+    assert_same_run(out, uninterrupted)
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
+    run = trainer(tmp_path)
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        assert run._stop == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+
+    before_step(run, 6, twice)
+    previous = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert signal.getsignal(signal.SIGINT) is previous
+    assert resumed(tmp_path).step == 0  # the first checkpoint, whole
+
+
+def test_training_in_another_thread_leaves_signals_alone(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(trainer(tmp_path).run()))
+    thread.start()
+    thread.join(60)
+    assert results[0]["steps"] == STEPS
