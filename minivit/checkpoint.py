@@ -58,11 +58,8 @@ def write_atomically(path, write):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename, error.filename2 = (
-                str(path),
-                None,
-            )  # not the temporary file's name, which means nothing to a user
+        if isinstance(error, OSError):  # the temporary file's name means nothing to a user
+            error.filename, error.filename2 = str(path), None
         raise
     if os.name == "posix":  # the rename itself must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)

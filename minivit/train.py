@@ -379,9 +379,7 @@ class Trainer:
         Raises  InputError: the folder holds another run, another process trains into it, or the run diverges.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        with _locked(self.out), _signals(self), warnings.catch_warnings():
-            # a run that diverges overflows on its way; it is told of in one line, once a figure is not finite
-            warnings.filterwarnings("ignore", "(overflow|invalid value|divide by zero) encountered", RuntimeWarning)
+        with _locked(self.out), _signals(self), quiet_overflow():
             if self._restored:
                 self._trim_metrics()
             else:
@@ -569,6 +567,14 @@ class _signals:
     def __exit__(self, *exception):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def quiet_overflow():
+    """While active, NumPy does not warn of numbers that overflow: its user tells of figures that are not finite."""
+    with warnings.catch_warnings():  # not np.errstate, which other threads would not see
+        warnings.filterwarnings("ignore", "(overflow|invalid value|divide by zero) encountered", RuntimeWarning)
+        yield
 
 
 @contextmanager

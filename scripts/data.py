@@ -1,14 +1,13 @@
 """Download a data set, or show what is in one."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from minivit.cli import Parser, run
 from minivit.data import DATASETS, fetch, load
-from minivit.errors import InputError
 
 EXAMPLES = """examples:
   python scripts/data.py fetch cifar10
@@ -74,12 +73,7 @@ def show(facts):
 
 def parser():
     """Return the command line."""
-    main_parser = argparse.ArgumentParser(
-        prog="data.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    main_parser = Parser(prog="data.py", description=__doc__, epilog=EXAMPLES)
     commands = main_parser.add_subparsers(dest="command", required=True)
     get = commands.add_parser(
         "fetch",
@@ -114,8 +108,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(lambda: main(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """Train a Vision Transformer, from nothing or from where a run stopped."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from minivit import ViTConfig, checkpoint
@@ -8,8 +9,8 @@ from minivit.cli import Parser, add_settings, given, read_toml, run
 from minivit.data import DATASETS, load
 from minivit.errors import InputError
 from minivit.model import preset_fields
-from minivit.settings import field_names, refuse_unknown
-from minivit.train import LAST, METRICS, TrainConfig, Trainer
+from minivit.settings import field_names
+from minivit.train import LAST, TrainConfig, Trainer, check_data, config_from, dataset_of, refuse_used
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DATA_KEYS = {"data": "digits", "data_dir": "data", "image_size": None}
@@ -33,7 +34,9 @@ def parse(argv):
     where = parser.add_argument_group("data and output")
     where.add_argument("--data", choices=DATASETS, default=None, help="data set [digits]")
     where.add_argument("--data-dir", metavar="DIR", default=None, help="where the data lie [data]")
-    where.add_argument("--out", metavar="DIR", help="folder for the run [runs/NAME, or the first free runs/NAME-2, ...]")
+    where.add_argument(
+        "--out", metavar="DIR", help="folder for the run [runs/NAME, or the first free runs/NAME-2, ...]"
+    )
     where.add_argument("--config", metavar="FILE.toml", help="settings file [configs/NAME.toml]")
     where.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     where.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -44,9 +47,11 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def settings_of(arguments):
-    """The three groups of settings that were asked for: (data, model, train) dicts, files and flags merged."""
-    name = arguments.data or DATA_KEYS["data"]
+def settings_of(arguments, name):
+    """The three groups of settings that were asked for: (data, model, train) dicts, files and flags merged.
+
+    ``name`` is the data set whose settings file is read unless a file is named.
+    """
     file = arguments.config or CONFIGS / f"{name}.toml"
     sections = {"data": DATA_KEYS, "model": ["preset", *field_names(ViTConfig)], "train": field_names(TrainConfig)}
     if arguments.config or file.exists():
@@ -55,9 +60,11 @@ def settings_of(arguments):
         content = {section: {} for section in sections}
     flags = {"data": arguments.data, "data_dir": arguments.data_dir}
     data = DATA_KEYS | content["data"] | {key: value for key, value in flags.items() if value is not None}
-    refuse_unknown([data["data"]], DATASETS, "the list of data sets")
+    check_data(data, file)
+    if data["data"] not in DATASETS:
+        raise InputError(f"{file}: unknown data set {data['data']!r}; choose one of {', '.join(DATASETS)}")
     preset = arguments.preset or content["model"].get("preset")
-    model = preset_fields(preset) if preset else {}
+    model = {} if preset is None else preset_fields(preset)
     for fitted in ("image_size", "channels", "num_classes"):
         model.pop(fitted, None)  # these follow the data unless they are asked for by name
     model |= {k: v for k, v in content["model"].items() if k != "preset"} | given(arguments, ViTConfig)
@@ -66,26 +73,27 @@ def settings_of(arguments):
 
 
 def free_folder(name):
-    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that holds no run yet."""
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that holds nothing yet."""
     folder, number = Path("runs") / name, 2
-    while (folder / LAST).exists() or (folder / METRICS).exists():
+    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         folder, number = Path("runs") / f"{name}-{number}", number + 1
     return folder
 
 
 def start(arguments):
     """A `Trainer` at the beginning of a new run."""
-    data, model, train = settings_of(arguments)
+    data, model, train = settings_of(arguments, arguments.data or DATA_KEYS["data"])
     out = Path(arguments.out) if arguments.out else free_folder(data["data"])
-    if (out / LAST).exists() or (out / METRICS).exists():
-        raise InputError(f"{out} already holds a run; go on with --resume, or choose another --out")
+    refuse_used(out)
     config = TrainConfig(**train)
     image_size = data["image_size"] or (model.get("image_size") if data["data"] == "folder" else None)
     dataset = load(data["data"], data["data_dir"], image_size=image_size)
     _, size, _, channels = dataset.train_images.shape
     fitted = {"image_size": size, "channels": channels, "num_classes": len(dataset.class_names)}
     describe = {"data": data["data"], "data_dir": str(data["data_dir"]), "image_size": image_size}
-    return Trainer(dataset, ViTConfig(**{**fitted, **model}), config, out, describe=describe, progress=not arguments.quiet)
+    return Trainer(
+        dataset, ViTConfig(**{**fitted, **model}), config, out, describe=describe, progress=not arguments.quiet
+    )
 
 
 def resume(arguments):
@@ -94,21 +102,18 @@ def resume(arguments):
         raise InputError("--resume needs --out, the folder of the run to go on with")
     path = Path(arguments.out) / LAST
     _, meta = checkpoint.load(path)
-    model, train, data = meta.get("config"), meta.get("settings"), meta.get("data")
-    if not all(isinstance(part, dict) for part in (model, train, data)):
-        raise InputError(f"{path} lacks what is needed to resume")
-    refuse_unknown(train, field_names(TrainConfig), path)
-    asked_model, asked_train = given(arguments, ViTConfig), given(arguments, TrainConfig)
+    model, train = checkpoint.config_of(meta, path), config_from(meta, path)
+    dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
+    describe = {key: meta["data"].get(key) for key in DATA_KEYS}
+    describe["data_dir"] = arguments.data_dir or describe["data_dir"]
+    asked_data, asked_model, asked_train = {}, given(arguments, ViTConfig), given(arguments, TrainConfig)
     if arguments.preset or arguments.config:
-        _, asked_model, asked_train = settings_of(arguments)
-    name = data.get("data")
-    if arguments.data and arguments.data != name:
-        raise InputError(f"{path} was trained on {name}, not on {arguments.data}")
-    dataset = load(name, arguments.data_dir or data.get("data_dir", "data"), image_size=data.get("image_size"))
-    describe = {key: data.get(key) for key in DATA_KEYS}
-    model = ViTConfig(**{**vars(checkpoint.config_of(meta, path)), **asked_model})
-    trainer = Trainer(dataset, model, TrainConfig(**{**train, **asked_train}), arguments.out, describe=describe,
-                      progress=not arguments.quiet)  # fmt: skip
+        asked_data, asked_model, asked_train = settings_of(arguments, describe["data"])
+    name = arguments.data or asked_data.get("data", describe["data"])
+    if name != describe["data"]:
+        raise InputError(f"{path} was trained on {describe['data']}, not on {name}")
+    model, train = replace(model, **asked_model), replace(train, **asked_train)
+    trainer = Trainer(dataset, model, train, arguments.out, describe=describe, progress=not arguments.quiet)
     trainer.restore(path)
     return trainer
 
@@ -128,13 +133,17 @@ def main(argv=None):
         f"{trainer.model.flat.size:,} parameters; writing to {trainer.out}"
     )
     if arguments.resume:
-        print(f"resuming at step {trainer.step} of {trainer.total_steps}")
+        if trainer.finished:
+            print(f"this run has made all of its {trainer.total_steps} steps: its figures are drawn again")
+        else:
+            print(f"resuming at step {trainer.step} of {trainer.total_steps}")
     summary = trainer.run()
     if summary is None:
         return 130
     print(
-        f"test accuracy {summary['test_accuracy']:.2%} after {summary['epochs']} epochs in {summary['train_seconds']:.0f} s "
-        f"({summary['images_per_second']:,.0f} pictures/s); figures and checkpoints in {trainer.out}"
+        f"test accuracy {summary['test_accuracy']:.2%} after {summary['epochs']} epochs in "
+        f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} pictures/s); "
+        f"figures and checkpoints in {trainer.out}"
     )
     return 0
 

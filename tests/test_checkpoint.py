@@ -311,17 +311,17 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch, case):
 def test_the_same_member_twice_is_refused(tmp_path):
     with pytest.warns(UserWarning, match="Duplicate name"):
         write_zip(tmp_path / "x.npz", [*members(), ("params/head.bias.npy", npy(np.zeros(3, np.float32)))])
-    with pytest.raises(InputError, match="twice"):
+    with pytest.raises(InputError, match=r"\(it holds params/head.bias twice\)"):
         load(tmp_path / "x.npz")
 
 
 def test_compressed_files_are_refused(tmp_path):
     write_zip(tmp_path / "x.npz", members(), compression=zipfile.ZIP_DEFLATED)
-    with pytest.raises(InputError, match="compressed"):
+    with pytest.raises(InputError, match=r"\(it is compressed\)"):
         load(tmp_path / "x.npz")
     arrays, meta = content()
     np.savez_compressed(tmp_path / "x.npz", meta=np.array(json.dumps(meta)), **arrays)
-    with pytest.raises(InputError, match="compressed"):
+    with pytest.raises(InputError, match=r"\(it is compressed\)"):
         load(tmp_path / "x.npz")
 
 
@@ -333,7 +333,7 @@ def test_a_bomb_takes_no_memory(tmp_path):
     del zeros
     assert (tmp_path / "x.npz").stat().st_size < 1_000_000
     tracemalloc.start()
-    with pytest.raises(InputError, match="compressed"):
+    with pytest.raises(InputError, match=r"\(it is compressed\)"):
         load(tmp_path / "x.npz")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -351,7 +351,7 @@ def test_parts_that_overlap_are_refused(tmp_path):
     tail[8:12] = struct.pack("<HH", 100, 100)
     tail[12:16] = struct.pack("<I", 100 * len(entry))
     (tmp_path / "many.npz").write_bytes(raw[:start] + entry * 100 + bytes(tail))
-    with pytest.raises(InputError, match="overlap"):
+    with pytest.raises(InputError, match=r"\(its parts overlap\)"):
         load(tmp_path / "many.npz")
 
 

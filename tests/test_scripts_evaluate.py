@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import load_script
 
-from minivit import checkpoint
+from minivit import checkpoint, train
 from minivit.data import load
 from minivit.train import LAST, SUMMARY
 
@@ -67,6 +67,17 @@ def test_workers_change_nothing(trained, tmp_path):
     images = load("digits").test_images[:50]
     one, three = (evaluate.predict_all(model, images, workers=w, micro_batch=7) for w in (1, 3))
     np.testing.assert_array_equal(one, three)
+
+
+def test_pictures_of_another_size_are_refused(trained, tmp_path, call, monkeypatch):
+    data = load("digits")
+    larger = data._replace(
+        train_images=np.repeat(data.train_images, 2, 1), test_images=np.repeat(data.test_images, 2, 1)
+    )
+    monkeypatch.setattr(train, "load_data", lambda *arguments, **keywords: larger)
+    ended = call("evaluate", trained / LAST, "--out", tmp_path / "new")
+    assert ended.status == 2 and "takes 8x8x1 pictures of 10 classes; digits has 16x8x1 pictures of 10" in ended.err
+    assert not (tmp_path / "new").exists()
 
 
 def test_few_classes_have_no_top_five():

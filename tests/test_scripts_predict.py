@@ -1,4 +1,4 @@
-"""The command line ``scripts/predict.py``: pictures from files, arrays and the test set; probabilities and attention."""
+"""The command line ``scripts/predict.py``: pictures from files, arrays and the test set; what it says and draws."""
 
 import json
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_attention_of_a_known_map(pooling):
             np.testing.assert_allclose(shown[row, column], expected, rtol=1e-12)
 
 
-def test_a_model_with_mean_pooling(tmp_path, call):
+def test_a_model_with_mean_pooling(tmp_path, call, no_figures):
     flags = [*TINY, "--pooling", "mean", "--epochs", 1, "--out", tmp_path / "run"]
     assert call("train", *flags).status == 0
     assert len(predictions(call, tmp_path / "run", tmp_path, "--test", 0)) == 1

@@ -30,7 +30,7 @@ def test_what_a_run_leaves(trained):
         assert (trained / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_a_run_says(tmp_path, call):
+def test_what_a_run_says(tmp_path, call, no_figures):
     ended = call("train", *TINY, "--epochs", 1, "--out", tmp_path / "a")
     assert ended.status == 0 and ended.err == ""
     lines = ended.out.splitlines()
@@ -41,7 +41,7 @@ def test_what_a_run_says(tmp_path, call):
     assert lines[4].startswith("test accuracy ") and lines[4].endswith(f"figures and checkpoints in {tmp_path / 'a'}")
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path, call):
+def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path, call, no_figures):
     flats = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert call("train", *TINY, "--epochs", 1, "--seed", seed, "--out", tmp_path / name).status == 0
@@ -49,7 +49,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path, call
     assert np.array_equal(flats[0], flats[1]) and not np.array_equal(flats[0], flats[2])
 
 
-def test_runs_are_numbered(tmp_path, monkeypatch, call):
+def test_runs_are_numbered(tmp_path, monkeypatch, call, no_figures):
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/digits", "runs/digits-2", "runs/digits-3"):
         ended = call("train", *TINY, "--epochs", 1)
@@ -71,7 +71,7 @@ def test_a_finished_run_says_so_and_draws_its_figures_again(run_copy, call):
     assert {p.name: p.read_bytes() for p in run_copy.iterdir()} == before
 
 
-def test_the_whole_command_may_be_given_again(run_copy, call):
+def test_the_whole_command_may_be_given_again(run_copy, call, no_figures):
     assert call("train", *TINY, "--epochs", 3, "--resume", "--out", run_copy).status == 0
     assert (
         call("train", "--resume", "--out", run_copy, "--mlp-dim", 32, "--data", "digits", "--log-every", 3).status == 0
@@ -139,6 +139,11 @@ def test_a_folder_of_pictures(tmp_path, call):
     assert json.loads((tmp_path / "a" / SUMMARY).read_text())["test_accuracy"] == 1.0
     # --image-size was given as the model's; the data are found again without it
     assert call("train", "--resume", "--quiet", "--out", tmp_path / "a").status == 0
+    (tmp_path / "data").rename(tmp_path / "moved")
+    ended = call("train", "--resume", "--quiet", "--out", tmp_path / "a")
+    assert ended.status == 2 and f"there is no folder {tmp_path / 'data'}" in ended.err
+    assert call("train", "--resume", "--data-dir", tmp_path / "moved", "--out", tmp_path / "a").status == 0
+    (tmp_path / "moved").rename(tmp_path / "data")
     ended = call("evaluate", tmp_path / "a" / LAST)
     assert ended.status == 0 and ended.err == "" and "accuracy   100.00%" in ended.out and "猫" in ended.out
     ended = call("predict", tmp_path / "a" / LAST, tmp_path / "data/test/猫/0.png", "--test", 0)

@@ -43,17 +43,11 @@ HARD = TrainConfig(
 STEPS = 12
 
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
 class Crash(BaseException):
     """Not an Exception, so that nothing handles it on its way: the nearest to a kill that one process can have."""
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch, request):
-    """Figures take most of a small run's time; the tests of the scripts and of the plots draw them."""
-    from minivit import plots
-
-    monkeypatch.setattr(plots, "save_curves", lambda *arguments, **keywords: None)
-    monkeypatch.setattr(plots, "save_predictions", lambda *arguments, **keywords: None)
 
 
 def trainer(out, config=HARD, *, model=MODEL, data=FEW):
@@ -486,6 +480,14 @@ def test_an_infinite_gradient_of_a_finite_loss_is_noticed_before_the_step(tmp_pa
     assert checkpoint.load(tmp_path / LAST)[1]["progress"]["step"] == 2
 
 
+def test_a_test_loss_that_is_not_finite_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: (math.nan, 0.1, None))
+    with pytest.raises(InputError, match="the test loss is nan at step 4"):
+        trainer(tmp_path).run()
+    assert not (tmp_path / BEST).exists() and resumed(tmp_path).step == 0
+    assert all(r["kind"] == "train" for r in timeless(tmp_path / METRICS))
+
+
 # ---- learning --------------------------------------------------------------------------------------------------------
 
 
@@ -535,6 +537,21 @@ def test_metrics_say_what_was_done(whole):
         np.testing.assert_allclose(r["train_accuracy"], weights @ [s["accuracy"] for s in mine], rtol=1e-12)
 
 
+def test_every_batch_has_random_numbers_of_its_own(tmp_path, monkeypatch):
+    numbers, real = [], Engine.gradient
+
+    def gradient(self, *arguments, step, **keywords):
+        numbers.append(step)
+        return real(self, *arguments, step=step, **keywords)
+
+    monkeypatch.setattr(Engine, "gradient", gradient)
+    run = trainer(tmp_path)
+    before_step(run, 7, lambda: run.stop("test"))
+    run.run()
+    resumed(tmp_path).run()
+    assert numbers == list(range(24))
+
+
 @pytest.mark.parametrize("decay", [0.9, 0.0])
 def test_the_moving_average_is_what_is_tested(tmp_path, decay):
     config = replace(HARD, ema_decay=decay)
@@ -575,7 +592,8 @@ def test_the_fingerprint_sees_every_part():
 
 FLAGS = [
     *TINY,
-    *"--width 8 --batch-size 32 --accumulate 2 --dropout 0.1 --epochs 12 --log-every 1 --checkpoint-seconds 0.05".split(),
+    *"--width 8 --batch-size 32 --accumulate 2 --dropout 0.1".split(),
+    *"--epochs 12 --log-every 1 --checkpoint-seconds 0.05".split(),
 ]
 
 

@@ -460,5 +460,5 @@ def _download(url, part, data_dir, progress):
             return
         reason = f"the connection broke off after {have} of {total} bytes"
     raise InputError(
-        f"could not download {url} ({reason}); fetch again to go on, or download it by other means into {data_dir}"
+        f"could not download {url} ({reason}); fetch again to go on, or get it by other means and put it in {data_dir}"
     )

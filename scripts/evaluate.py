@@ -1,0 +1,138 @@
+"""Test a checkpoint: accuracy, a table of the classes, the confusion matrix."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from minivit import checkpoint, plots
+from minivit.cli import Parser, run
+from minivit.data import DATASETS
+from minivit.engine import Engine
+from minivit.errors import InputError
+from minivit.loss import softmax_cross_entropy_forward
+from minivit.train import check_workers, dataset_of, fingerprint, quiet_overflow, write_json
+
+EXAMPLES = """
+examples:
+  python scripts/evaluate.py runs/digits/best.npz
+  python scripts/evaluate.py runs/cifar10/last.npz --data-dir ~/datasets --json result.json
+  python scripts/evaluate.py runs/pets/best.npz --data-dir more_pets --weights params --out more_pets_result
+"""
+CHUNK = 512  # pictures between two steps of the progress bar
+
+
+def predict_all(model, images, *, workers=0, micro_batch=16):
+    """Logits of all pictures, (n, H, W, C) -> (n, K), with a progress bar if it takes over a second."""
+    bar = tqdm(total=len(images), desc="pictures", unit="", delay=1, disable=None)
+    with Engine(model, workers=workers, micro_batch=micro_batch) as engine, bar, quiet_overflow():
+        parts = []
+        for i in range(0, len(images), CHUNK):
+            parts.append(engine.predict(images[i : i + CHUNK]))
+            bar.update(len(parts[-1]))
+    return np.concatenate(parts)
+
+
+def measure(logits, labels, class_names):
+    """The figures of a set of logits (n, K) and labels (n,): (dict ready for JSON, confusion matrix (K, K))."""
+    K = len(class_names)
+    guesses = logits.argmax(axis=1)
+    confusion = np.bincount(labels * K + guesses, minlength=K * K).reshape(K, K)  # rows: true classes
+    right, count, guessed = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    loss, _ = softmax_cross_entropy_forward(logits.astype(np.float64), labels)
+    figures = {"images": len(labels), "accuracy": float(right.sum() / len(labels))}
+    if K > 5:
+        top = np.argpartition(logits, -5, axis=1)[:, -5:]
+        figures["top5_accuracy"] = float((top == labels[:, None]).any(axis=1).mean())
+    figures["loss"] = float(loss)
+    figures["classes"] = [
+        {
+            "name": class_names[k],
+            "count": int(count[k]),
+            "precision": float(right[k] / guessed[k]) if guessed[k] else None,  # None: the class was never predicted,
+            "recall": float(right[k] / count[k]) if count[k] else None,  # or has no pictures
+        }
+        for k in range(K)
+    ]
+    figures["confusion"] = confusion.tolist()
+    return figures, confusion
+
+
+def show(facts):
+    """Print the figures as a page to read."""
+    print(f"accuracy   {facts['accuracy']:.2%}")
+    if "top5_accuracy" in facts:
+        print(f"top 5      {facts['top5_accuracy']:.2%}")
+    print(f"loss       {facts['loss']:.4f}")
+    print(f"speed      {facts['images_per_second']:,.0f} pictures/s with {facts['workers']} workers")
+    width = max(5, *(len(each["name"]) for each in facts["classes"]))
+    print(f"\n{'class':{width}}  pictures  precision   recall")
+    for each in facts["classes"]:
+        precision, recall = ("-" if value is None else f"{value:.1%}" for value in (each["precision"], each["recall"]))
+        print(f"{each['name']:{width}}  {each['count']:8,}  {precision:>9}  {recall:>7}")
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="evaluate.py")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/best.npz")
+    parser.add_argument("--data", choices=DATASETS, help="data set [the one it was trained on]")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
+    parser.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
+                        help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads; 0 for one per core [0]")
+    parser.add_argument("--out", metavar="DIR", help="folder for confusion.png [the checkpoint's]")
+    parser.add_argument("--json", metavar="FILE", help="write every figure as JSON")
+    arguments = parser.parse_args(argv)
+    workers = check_workers(arguments.workers)
+    path = Path(arguments.checkpoint)
+    model, meta = checkpoint.load_model(path, weights=arguments.weights)
+    dataset = dataset_of(meta, path, name=arguments.data, data_dir=arguments.data_dir)
+    images, labels, names = dataset.test_images, dataset.test_labels, dataset.class_names
+    config = model.config
+    if images.shape[1:] != (config.image_size, config.image_size, config.channels) or len(names) != config.num_classes:
+        raise InputError(
+            f"{path} takes {config.image_size}x{config.image_size}x{config.channels} pictures of {config.num_classes} "
+            f"classes; {dataset.name} has {'x'.join(map(str, images.shape[1:]))} pictures of {len(names)}"
+        )
+    print(f"{path} on {len(images):,} test pictures of {dataset.name}: {dataset.source}")
+    trained_on = meta.get("data")
+    same = isinstance(trained_on, dict) and trained_on.get("fingerprint") == fingerprint(dataset)
+    if not same:
+        print(
+            "warning: these are not the pictures of its training run, perhaps another version of them", file=sys.stderr
+        )
+    out = Path(arguments.out or path.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    logits = predict_all(model, images, workers=workers)
+    seconds = time.perf_counter() - started
+    if not np.isfinite(logits).all():
+        raise InputError(f"{path} gives logits that are not finite numbers: its parameters are far too large")
+    figures, confusion = measure(logits, labels, names)
+    facts = {
+        "checkpoint": str(path),
+        "weights": meta["weights"],
+        "data": dataset.name,
+        "source": dataset.source,
+        "pictures_of_training_run": same,
+        "workers": workers,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(len(images) / seconds, 1),
+        **figures,
+    }
+    show(facts)
+    figure = out / "confusion.png"
+    plots.save_confusion(
+        figure, confusion, names, title=f"{dataset.name}: {facts['accuracy']:.2%} of {len(images):,} right"
+    )
+    if arguments.json:
+        write_json(arguments.json, facts)
+    print(f"\nconfusion matrix in {figure}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""What several test files share: scripts called in this process, and one small run on the digits."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from minivit import cli, plots
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--config", str(ROOT / "tests" / "tiny.toml"), "--quiet"]  # flags of a training that takes a moment
+
+
+class Ended(NamedTuple):
+    """How a script ended, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+def load_script(name):
+    """A file of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def call(capsys):
+    """``call("train", "--epochs", 1, ...)`` runs a script's ``main`` as its last lines do: an `Ended`."""
+
+    def run(name, *arguments):
+        main = load_script(name).main
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.run(lambda: main([str(argument) for argument in arguments]))
+        captured = capsys.readouterr()
+        return Ended(end.value.code or 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a small finished run on the digits, with a moving average. Read it; `run_copy` is for writing."""
+    out = tmp_path_factory.mktemp("trained") / "digits"
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: load_script("train").main([*TINY, "--epochs", "3", "--out", str(out)]))
+    assert not end.value.code
+    return out
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Training writes empty figures: drawing them takes most of a small run's time."""
+    for name in ("save_curves", "save_predictions"):
+        monkeypatch.setattr(plots, name, lambda path, *arguments, **keywords: Path(path).write_bytes(b""))
+
+
+@pytest.fixture
+def run_copy(trained, tmp_path):
+    """A copy of the small finished run, to be changed at will."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))

@@ -1,0 +1,155 @@
+"""Figures: whole PNG files from any names and any sizes, without a warning; what they show is what was given."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from matplotlib.figure import Figure
+from PIL import Image
+
+from minivit import plots
+
+NAMES = ["a $x_1$ ^ b$", "$\\frac{", "猫", "a" * 300, "two\nlines", "", "_x", "\\"]
+
+
+def records(tests, steps_per_epoch=5):
+    train = [
+        {"kind": "train", "step": s, "epoch": -(-s // steps_per_epoch), "loss": 1 / s, "lr": 0.1 / s}
+        for s in range(1, steps_per_epoch * max(tests, 1) + 1)
+    ]
+    figures = {"loss": 0.5, "accuracy": 0.75, "train_loss": 0.25, "train_accuracy": 0.875}
+    return train + [{"kind": "test", "step": steps_per_epoch * e, "epoch": e, **figures} for e in range(1, tests + 1)]
+
+
+def whole(path, minimum=300):
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG" and min(image.size) >= minimum
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, to look into."""
+    figures, real = [], Figure.savefig
+
+    def savefig(self, *arguments, **keywords):
+        figures.append(self)
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+@pytest.mark.parametrize("tests", [0, 1, 4])
+def test_curves(tmp_path, drawn, tests):
+    plots.save_curves(tmp_path / "c.png", records(tests), title="digits")
+    whole(tmp_path / "c.png")
+    loss, accuracy, lr = drawn[0].axes
+    np.testing.assert_allclose(loss.lines[0].get_ydata(), 1 / np.arange(1, 5 * max(tests, 1) + 1))
+    assert loss.lines[2].get_ydata().tolist() == [0.5] * tests
+    if tests:  # the steps' axis is that of the epochs
+        assert loss.lines[0].get_xdata()[-1] == tests == loss.lines[2].get_xdata()[-1]
+        assert accuracy.lines[1].get_ydata().tolist() == [75.0] * tests
+        assert "75.00%" in accuracy.get_title("left")
+    assert lr.lines[0].get_ydata()[0] == 0.1
+
+
+def test_curves_of_nothing(tmp_path):
+    plots.save_curves(tmp_path / "c.png", [])
+    whole(tmp_path / "c.png")
+
+
+def test_predictions(tmp_path, drawn):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
+    logits = np.eye(8, dtype=np.float32)[[0, 1, 2, 3, 4]] * 9
+    plots.save_predictions(tmp_path / "p.png", images, np.array([0, 1, 2, 3, 5]), logits, NAMES)
+    whole(tmp_path / "p.png")
+    texts = [axes.get_title() for axes in drawn[0].axes]
+    assert texts[2] == "猫 100%" and "truly _" not in texts[2] and "\ntruly " in texts[4]
+    assert drawn[0].get_suptitle() == "The first 5 test pictures: 4 right, 1 wrong"
+    shown = drawn[0].axes[1].images[0]
+    np.testing.assert_array_equal(shown.get_array(), images[1, ..., 0])
+    assert shown.get_clim() == (0, 255)  # a dark picture stays dark
+
+
+@pytest.mark.parametrize("K", [1, 2, 8, 10, 31, 100])
+def test_confusion(tmp_path, drawn, K):
+    counts = np.random.default_rng(0).integers(0, 9, (K, K))
+    counts[0] = 0  # a class without pictures
+    plots.save_confusion(tmp_path / "c.png", counts, (NAMES * 13)[:K], title="t")
+    whole(tmp_path / "c.png")
+    axes = drawn[0].axes[0]
+    shown = np.asarray(axes.images[0].get_array())
+    np.testing.assert_allclose(shown.sum(axis=1), (counts.sum(axis=1) > 0).astype(float), rtol=1e-12)
+    if K <= 30:
+        texts = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in axes.texts}
+        assert texts == {(r, c): str(counts[r, c]) for r in range(K) for c in range(K) if counts[r, c]}
+
+
+@pytest.mark.parametrize(("size", "channels", "grid"), [(8, 1, 2), (8, 2, 4), (32, 3, 8), (12, 5, 1)])
+def test_attention(tmp_path, drawn, size, channels, grid):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (size, size, channels), dtype=np.uint8)
+    attention = rng.random((grid, grid))
+    probabilities = np.array([0.05, 0.1, 0.02, 0.5, 0.01, 0.02, 0.3, 0.0])
+    plots.save_attention(tmp_path / "a.png", image, attention, probabilities, NAMES, title="x $y")
+    whole(tmp_path / "a.png")
+    original, overlay, bars, _ = drawn[0].axes
+    np.testing.assert_allclose(overlay.images[1].get_array(), 100 * attention / attention.sum())
+    assert overlay.images[1].get_extent() == [-0.5, size - 0.5, size - 0.5, -0.5]
+    assert [t.get_text() for t in bars.texts] == ["50.0%", "30.0%", "10.0%", "5.0%", "2.0%"]
+    assert [t.get_text() for t in bars.get_yticklabels()][:2] == [plots.label(NAMES[3]), "_x"]
+    assert original.get_title("left") == r"x \$y"
+
+
+def test_attention_of_few_classes_or_none_at_all(tmp_path):
+    image = np.zeros((4, 4, 3), np.uint8)
+    plots.save_attention(tmp_path / "a.png", image, np.zeros((2, 2)), np.array([1.0]), ["only"])
+    whole(tmp_path / "a.png")
+
+
+def test_a_wrong_prediction_is_red(tmp_path, drawn):
+    image, p = np.zeros((4, 4, 1), np.uint8), np.array([0.2, 0.8])
+    for truth in (1, 0, None):
+        plots.save_attention(tmp_path / "a.png", image, np.ones((2, 2)), p, "ab", truth=truth)
+    colors = [figure.axes[2].patches[0].get_facecolor()[:3] for figure in drawn]
+    assert colors[0] == colors[2] != colors[1]
+
+
+def test_labels():
+    assert plots.label("a  b\nc\t") == "a b c"
+    assert plots.label("x" * 50) == "x" * 23 + "…" and plots.label("x" * 24) == "x" * 24
+    assert plots.label("a$b") == r"a\$b" and plots.label(7) == "7"
+
+
+def test_pictures():
+    image = np.arange(4 * 4 * 5).reshape(4, 4, 5)
+    assert plots.picture(image).shape == (4, 4, 3) and plots.picture(image[..., :2]).shape == (4, 4)
+
+
+def test_a_failure_leaves_the_old_figure(tmp_path, monkeypatch):
+    (tmp_path / "c.png").write_bytes(b"old")
+
+    def savefig(self, file, **keywords):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    with pytest.raises(KeyboardInterrupt):
+        plots.save_curves(tmp_path / "c.png", records(2))
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("c.png", b"old")]
+
+
+def test_figures_need_no_display_and_no_global_state(tmp_path):
+    code = (
+        "import sys, minivit.plots as p, numpy as np; p.save_confusion(sys.argv[1], np.eye(2), 'ab');"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "DISPLAY"} | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-W", "error", "-c", code, tmp_path / "c.png"], env=environment, check=True)
+    whole(tmp_path / "c.png")
