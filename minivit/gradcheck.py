@@ -197,3 +197,24 @@ def check_model(model_of, images, labels, flat, *, method="central", elementwise
         results.append(compare(spec.name, analytic, numerical, method, elements))
     results.append(_check_argument(forward, [flat, images], 1, "images", dimages, one, method, elementwise, rng))
     return results
+
+
+def adjoint_error(forward, backward, jvp, args, *, seed=0):
+    """How far a backward is from being the transpose of a forward-mode derivative: no step size, no truncation.
+
+    Math    for J = dy/dx, random tangents v and a random cotangent u: |<J v, u> - <v, J^T u>| / (|J v| |u|),
+            a few 1e-16 where both are right
+    ``jvp(*tangents, cache) -> ydot`` takes a tangent for each argument of ``forward``, None where the argument is no
+    float array.
+    """
+    rng = np.random.default_rng(seed)
+    y, cache = forward(*args)
+    tangents = [
+        rng.standard_normal(a.shape) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else None for a in args
+    ]
+    u = rng.standard_normal(np.shape(y))
+    ydot = jvp(*tangents, cache)
+    gradients = backward(u, cache)
+    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+    transposed = sum((v * g).sum() for v, g in zip(tangents, gradients, strict=False) if v is not None)
+    return float(abs((ydot * u).sum() - transposed) / (np.linalg.norm(ydot) * np.linalg.norm(u)))

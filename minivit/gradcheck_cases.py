@@ -7,19 +7,19 @@ backward, args, argument names).
 
 import numpy as np
 
-from minivit.layers.attention import attention_backward, attention_forward
-from minivit.layers.block import ATTN, BLOCK_PARAMETERS, MLP, block_backward, block_forward
-from minivit.layers.drop_path import drop_path_backward, drop_path_forward
-from minivit.layers.dropout import dropout_backward, dropout_forward
-from minivit.layers.gelu import gelu_backward, gelu_forward
-from minivit.layers.head import head_backward, head_forward
-from minivit.layers.layernorm import layernorm_backward, layernorm_forward
-from minivit.layers.linear import linear_backward, linear_forward
-from minivit.layers.mlp import mlp_backward, mlp_forward
-from minivit.layers.msa import msa_backward, msa_forward
-from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward
-from minivit.layers.softmax import softmax_backward, softmax_forward
-from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
+from minivit.layers.attention import attention_backward, attention_forward, attention_jvp
+from minivit.layers.block import ATTN, BLOCK_PARAMETERS, MLP, block_backward, block_forward, block_jvp
+from minivit.layers.drop_path import drop_path_backward, drop_path_forward, drop_path_jvp
+from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp
+from minivit.layers.gelu import gelu_backward, gelu_forward, gelu_jvp
+from minivit.layers.head import head_backward, head_forward, head_jvp
+from minivit.layers.layernorm import layernorm_backward, layernorm_forward, layernorm_jvp
+from minivit.layers.linear import linear_backward, linear_forward, linear_jvp
+from minivit.layers.mlp import mlp_backward, mlp_forward, mlp_jvp
+from minivit.layers.msa import msa_backward, msa_forward, msa_jvp
+from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward, patch_embed_jvp
+from minivit.layers.softmax import softmax_backward, softmax_forward, softmax_jvp
+from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward, softmax_cross_entropy_jvp
 
 B, N, D, H, M, K = 2, 5, 12, 3, 7, 4  # pictures, tokens, width, heads, MLP width, classes
 
@@ -194,6 +194,38 @@ LAYERS = {
     "loss": _loss(False, 0.1),
     "loss-soft": _loss(True, 0.0),
 }
+
+
+def _named_jvp(jvp):
+    """The derivative of a glue function, which takes a mapping, in the protocol of the layers."""
+    names = {
+        len(BLOCK_PARAMETERS): BLOCK_PARAMETERS,
+        4: ("norm.weight", "norm.bias", "head.weight", "head.bias"),
+        6: ("norm.weight", "norm.bias", "pre_logits.weight", "pre_logits.bias", "head.weight", "head.bias"),
+    }
+
+    def positional(zdot, *rest):
+        *tangents, cache = rest
+        return jvp(zdot, dict(zip(names[len(tangents)], tangents, strict=True)), cache)
+
+    return positional
+
+
+JVPS = {
+    "linear": linear_jvp,
+    "layernorm": layernorm_jvp,
+    "gelu": gelu_jvp,
+    "softmax": softmax_jvp,
+    "dropout": dropout_jvp,
+    "drop_path": drop_path_jvp,
+    "attention": attention_jvp,
+    "msa": msa_jvp,
+    "mlp": mlp_jvp,
+    "block": _named_jvp(block_jvp),
+    "patch_embed": patch_embed_jvp,
+    "head": _named_jvp(head_jvp),
+    "loss": softmax_cross_entropy_jvp,
+}  # of each case in LAYERS, by the part of its name before "-"
 
 _TINY = {
     "image_size": 6,

@@ -93,3 +93,13 @@ def softmax_cross_entropy_backward(dloss, cache):
     dlogits = probabilities - targets
     dlogits *= dloss / denominator
     return dlogits
+
+
+def softmax_cross_entropy_jvp(logitsdot, cache):
+    """Forward-mode derivative of `softmax_cross_entropy_forward`.
+
+    Math    lossdot = sum_ik (p_ik - t_ik) logitsdot_ik / n
+    Shapes  logitsdot (B, K)  ->  lossdot ()
+    """
+    probabilities, targets, denominator = cache
+    return ((probabilities - targets) * logitsdot).sum() / denominator

@@ -18,11 +18,17 @@ import numpy as np
 from minivit import params as parameters
 from minivit.backend import array_module
 from minivit.errors import InputError
-from minivit.layers.block import BLOCK_PARAMETERS, BlockCache, block_backward, block_forward
-from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward
+from minivit.layers.block import BLOCK_PARAMETERS, BlockCache, block_backward, block_forward, block_jvp
+from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.gelu import KINDS as GELUS
-from minivit.layers.head import POOLINGS, HeadCache, head_backward, head_forward
-from minivit.layers.patch_embed import PatchEmbedCache, patch_embed_backward, patch_embed_forward, sincos2d
+from minivit.layers.head import POOLINGS, HeadCache, head_backward, head_forward, head_jvp
+from minivit.layers.patch_embed import (
+    PatchEmbedCache,
+    patch_embed_backward,
+    patch_embed_forward,
+    patch_embed_jvp,
+    sincos2d,
+)
 from minivit.params import ParameterSpec, lecun_normal, normal, ones, xavier_uniform, zeros
 from minivit.settings import check_choice, check_range, check_types, setting
 
@@ -298,6 +304,28 @@ class ViT:
         if "pos_embed" in grads:  # a fixed sine-cosine embedding has no gradient to keep
             grads["pos_embed"] += dpos_embed
         return dimages
+
+    def jvp(self, imagesdot, flatdot, cache):
+        """Forward-mode derivative of `forward`: how the logits move when pictures and parameters move.
+
+        Shapes  imagesdot (B, H, W, C) in scaled pixels, flatdot (n,) like the parameters  ->  logitsdot (B, K)
+        """
+        tangents = parameters.views(flatdot, self.table)
+        position = tangents.get("pos_embed")
+        if position is None and self._position is not None:  # a fixed sine-cosine embedding does not move
+            position = array_module(self.flat).zeros_like(self._position)
+        zdot = patch_embed_jvp(
+            imagesdot,
+            tangents["patch_embed.proj.weight"],
+            tangents["patch_embed.proj.bias"],
+            tangents.get("cls_token"),
+            position,
+            cache.embed,
+        )
+        zdot = dropout_jvp(zdot, cache.dropout)
+        for i in range(self.config.depth):
+            zdot = block_jvp(zdot, self._of_block(tangents, i), cache.blocks[i])  # (B, N, D)
+        return head_jvp(zdot, tangents, cache.head)  # (B, K)
 
     def predict(self, images):
         """Logits alone, with no dropout; each block's cache is dropped at once.

@@ -129,6 +129,20 @@ def test_every_gradient_of_the_model_element_by_element(name, method):
         assert result.passed, result
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_backward_is_the_transpose_of_jvp(name):
+    model = random_model(**MODELS[name])
+    images, _ = batch(model)
+    logits, cache = model.forward(images, rng=np.random.default_rng(1))
+    rng = np.random.default_rng(2)
+    imagesdot, flatdot, u = (rng.standard_normal(shape) for shape in (images.shape, model.flat.shape, logits.shape))
+    logitsdot = model.jvp(imagesdot, flatdot, cache)
+    flat, grads = model.gradient_buffer()
+    dimages = model.backward(u, cache, grads, need_dimages=True)
+    difference = (u * logitsdot).sum() - (flat @ flatdot + (dimages * imagesdot).sum())
+    assert abs(difference) < 1e-13 * np.linalg.norm(u) * np.linalg.norm(logitsdot)
+
+
 def test_a_zero_head_costs_ln_k_and_gives_the_body_no_gradient():
     model = ViT(ViTConfig(**TINY), dtype=np.float64)
     images, labels = batch(model)

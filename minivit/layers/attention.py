@@ -20,8 +20,8 @@ Backward, the same lines from the last to the first
 from typing import Any, NamedTuple
 
 from minivit.backend import array_module
-from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward
-from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forward
+from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
+from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forward, softmax_jvp
 
 
 class AttentionCache(NamedTuple):
@@ -75,3 +75,21 @@ def attention_backward(dy, cache, *, out=(None, None, None)):
     dq = xp.matmul(dscores, k, out=out_dq)
     dk = xp.matmul(dscores.swapaxes(-1, -2), q, out=out_dk)
     return dq, dk, dv
+
+
+def attention_jvp(qdot, kdot, vdot, cache):
+    """Forward-mode derivative of `attention_forward`.
+
+    Math    scoresdot = (qdot k^T + q kdot^T) / sqrt(Dh);  attndot = softmax'(scoresdot);
+            ydot = dropout(attndot) v + dropout(attn) vdot
+    Shapes  qdot, kdot, vdot (..., N, Dh)  ->  ydot (..., N, Dh)
+    """
+    q, k, v, softmax_cache, dropout_cache = cache
+    # scores = q k^T / sqrt(Dh)
+    scoresdot = qdot @ k.swapaxes(-1, -2)
+    scoresdot += q @ kdot.swapaxes(-1, -2)
+    scoresdot *= q.shape[-1] ** -0.5
+    # attn = softmax(scores)
+    attndot = softmax_jvp(scoresdot, softmax_cache)
+    # y = dropout(attn) v
+    return dropout_jvp(attndot, dropout_cache) @ v + dropout_jvp(softmax_cache.y, dropout_cache) @ vdot

@@ -21,11 +21,11 @@ gradient into a mapping of the same names (the layers themselves only return gra
 
 from typing import NamedTuple
 
-from minivit.layers.drop_path import drop_path_backward, drop_path_forward
-from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward
-from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward
-from minivit.layers.mlp import MLPCache, mlp_backward, mlp_forward
-from minivit.layers.msa import MSACache, msa_backward, msa_forward
+from minivit.layers.drop_path import drop_path_backward, drop_path_forward, drop_path_jvp
+from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
+from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward, layernorm_jvp
+from minivit.layers.mlp import MLPCache, mlp_backward, mlp_forward, mlp_jvp
+from minivit.layers.msa import MSACache, msa_backward, msa_forward, msa_jvp
 
 NORM1 = ("norm1.weight", "norm1.bias")
 ATTN = ("attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias")
@@ -103,3 +103,25 @@ def block_backward(dz, cache, grads):
     add(NORM1, dnorm1)
     dz = dz + du
     return dz
+
+
+def block_jvp(zdot, paramsdot, cache):
+    """Forward-mode derivative of `block_forward`.
+
+    Math    z'dot = zdot + (MSA LN)' zdot;  z''dot = z'dot + (MLP LN)' z'dot
+    Shapes  zdot (B, N, D), paramsdot like params  ->  z''dot (B, N, D)
+    """
+
+    def take(names):
+        return [paramsdot[name] for name in names]
+
+    # Eq. 2
+    udot = layernorm_jvp(zdot, *take(NORM1), cache.norm1)
+    udot = msa_jvp(udot, *take(ATTN), cache.msa)
+    udot = dropout_jvp(udot, cache.dropout1)
+    zdot = zdot + drop_path_jvp(udot, cache.path1)
+    # Eq. 3
+    udot = layernorm_jvp(zdot, *take(NORM2), cache.norm2)
+    udot = mlp_jvp(udot, *take(MLP), cache.mlp)
+    udot = dropout_jvp(udot, cache.dropout2)
+    return zdot + drop_path_jvp(udot, cache.path2)

@@ -12,7 +12,7 @@ Backward
 """
 
 from minivit.backend import array_module
-from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_mask
+from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp, dropout_mask
 
 
 def drop_path_forward(x, *, rate=0.0, rng=None, mask=None):
@@ -36,3 +36,12 @@ def drop_path_backward(dy, cache):
     """
     # y_b = x_b m_b scale
     return dropout_backward(dy, cache)
+
+
+def drop_path_jvp(xdot, cache):
+    """Forward-mode derivative of `drop_path_forward`.
+
+    Math    ydot_b = xdot_b m_b / (1 - rate)
+    Shapes  xdot (B, ...)  ->  ydot (B, ...)
+    """
+    return dropout_jvp(xdot, cache)

@@ -66,3 +66,12 @@ def dropout_backward(dy, cache):
     dx = dy * mask
     dx *= scale
     return dx
+
+
+def dropout_jvp(xdot, cache):
+    """Forward-mode derivative of `dropout_forward`: linear in x with a diagonal matrix, so the same as the backward.
+
+    Math    ydot = xdot m / (1 - rate)
+    Shapes  xdot (...)  ->  ydot (...)
+    """
+    return dropout_backward(xdot, cache)

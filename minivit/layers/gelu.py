@@ -62,36 +62,57 @@ def gelu_forward(x, *, kind="tanh"):
     return y, GeluCache(x, gate, kind)
 
 
+def gelu_slope(cache):
+    """The derivative dy/dx of `gelu_forward`, entry by entry.
+
+    Math    "tanh": (1 + t)/2 + x/2 (1 - t^2) u';  "erf": Phi(x) + x phi(x)
+    Shapes  ->  (...), like x
+    """
+    x, gate, kind = cache
+    xp = array_module(x)
+    if kind == "erf":
+        # y = x Phi(x)  =>  dy/dx = Phi(x) + x phi(x)
+        slope = x * x
+        slope *= -0.5
+        xp.exp(slope, out=slope)
+        slope *= INV_SQRT_2PI  # phi(x)
+        slope *= x
+        slope += gate
+        return slope
+    # u = sqrt(2/pi) (x + 0.044715 x^3)  =>  u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2)
+    slope = x * x
+    slope *= 3.0 * SQRT_2_OVER_PI * CUBIC
+    slope += SQRT_2_OVER_PI
+    # t = tanh(u)  =>  dt/dx = (1 - t^2) u'
+    dtanh = gate * gate
+    dtanh -= 1.0  # -(1 - t^2)
+    slope *= dtanh
+    # y = x/2 (1 + t)  =>  dy/dx = (1 + t)/2 + x/2 dt/dx
+    slope *= x
+    slope -= gate
+    slope -= 1.0  # -2 dy/dx
+    slope *= -0.5
+    return slope
+
+
 def gelu_backward(dy, cache):
     """Backward of `gelu_forward`.
 
-    Math    "tanh": dx = dy ((1 + t)/2 + x/2 (1 - t^2) u');  "erf": dx = dy (Phi(x) + x phi(x))
+    Math    dx = dy dy/dx, with dy/dx from `gelu_slope`
     Shapes  dy (...)  ->  dx (...)
     """
-    x, gate, kind = cache
-    xp = array_module(dy)
-    if kind == "erf":
-        # y = x Phi(x)  =>  dy/dx = Phi(x) + x phi(x)
-        dx = x * x
-        dx *= -0.5
-        xp.exp(dx, out=dx)
-        dx *= INV_SQRT_2PI  # phi(x)
-        dx *= x
-        dx += gate
-        dx *= dy
-        return dx
-    # u = sqrt(2/pi) (x + 0.044715 x^3)  =>  u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2)
-    dx = x * x
-    dx *= 3.0 * SQRT_2_OVER_PI * CUBIC
-    dx += SQRT_2_OVER_PI
-    # t = tanh(u)  =>  dt/dx = (1 - t^2) u'
-    slope = gate * gate
-    slope -= 1.0  # -(1 - t^2)
-    dx *= slope
-    # y = x/2 (1 + t)  =>  dy/dx = (1 + t)/2 + x/2 dt/dx
-    dx *= x
-    dx -= gate
-    dx -= 1.0  # -2 dy/dx
+    # each y depends on its own x alone
+    dx = gelu_slope(cache)
     dx *= dy
-    dx *= -0.5
     return dx
+
+
+def gelu_jvp(xdot, cache):
+    """Forward-mode derivative of `gelu_forward`.
+
+    Math    ydot = dy/dx xdot
+    Shapes  xdot (...)  ->  ydot (...)
+    """
+    ydot = gelu_slope(cache)
+    ydot *= xdot
+    return ydot

@@ -20,8 +20,8 @@ Like `block`, this is glue: parameters come by name, gradients are added by name
 from typing import Any, NamedTuple
 
 from minivit.backend import array_module
-from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward
-from minivit.layers.linear import LinearCache, linear_backward, linear_forward
+from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward, layernorm_jvp
+from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
 
 POOLINGS = ("cls", "mean")
 
@@ -90,3 +90,25 @@ def head_backward(dlogits, cache, grads):
         dz, dw, db = layernorm_backward(dnormed, cache.norm)
     add("norm", dw, db)
     return dz
+
+
+def head_jvp(zdot, paramsdot, cache):
+    """Forward-mode derivative of `head_forward`.
+
+    Shapes  zdot (B, N, D), paramsdot like params  ->  logitsdot (B, K)
+    """
+
+    def take(name):
+        return paramsdot[f"{name}.weight"], paramsdot[f"{name}.bias"]
+
+    if cache.pooling == "cls":
+        # y = LN(z[:, 0])
+        ydot = layernorm_jvp(zdot[:, 0], *take("norm"), cache.norm)
+    else:
+        # y = mean_N LN(z)
+        ydot = layernorm_jvp(zdot, *take("norm"), cache.norm).mean(axis=1)
+    # y = tanh(y W_pre + b_pre)
+    if cache.pre_logits is not None:
+        ydot = linear_jvp(ydot, *take("pre_logits"), cache.pre_logits) * (1.0 - cache.tanh * cache.tanh)
+    # logits = y W_head + b_head
+    return linear_jvp(ydot, *take("head"), cache.head)

@@ -79,3 +79,18 @@ def layernorm_backward(dy, cache):
     dx -= xhat * product.mean(axis=-1, keepdims=True)
     dx *= rstd
     return dx, dw, db
+
+
+def layernorm_jvp(xdot, wdot, bdot, cache):
+    """Forward-mode derivative of `layernorm_forward`.
+
+    Math    xcdot = xdot - mean(xdot);  xhatdot = rstd (xcdot - xhat mean(xhat xcdot));
+            ydot = xhatdot w + xhat wdot + bdot
+    Shapes  xdot (..., D), wdot (D,), bdot (D,)  ->  ydot (..., D)
+    """
+    xhat, rstd, w = cache
+    # xhat = (x - mean(x)) * rstd, where rstd depends on x too
+    xcdot = xdot - xdot.mean(axis=-1, keepdims=True)
+    xhatdot = rstd * (xcdot - xhat * (xhat * xcdot).mean(axis=-1, keepdims=True))
+    # y = xhat * w + b
+    return xhatdot * w + xhat * wdot + bdot

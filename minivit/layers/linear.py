@@ -57,3 +57,16 @@ def linear_backward(dy, cache, *, need_dx=True):
     dW = x.reshape(-1, x.shape[-1]).T @ dy_rows
     dx = matmul(dy, W.T) if need_dx else None
     return dx, dW, db
+
+
+def linear_jvp(xdot, Wdot, bdot, cache):
+    """Forward-mode derivative of `linear_forward`: how y moves when x, W and b move along xdot, Wdot and bdot.
+
+    Math    ydot = xdot W + x Wdot + bdot
+    Shapes  xdot (..., d), Wdot (d, m), bdot (m,)  ->  ydot (..., m)
+    """
+    x, W = cache
+    ydot = matmul(xdot, W)
+    ydot += matmul(x, Wdot)
+    ydot += bdot
+    return ydot

@@ -11,9 +11,9 @@ Backward
 
 from typing import NamedTuple
 
-from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward
-from minivit.layers.gelu import GeluCache, gelu_backward, gelu_forward
-from minivit.layers.linear import LinearCache, linear_backward, linear_forward
+from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
+from minivit.layers.gelu import GeluCache, gelu_backward, gelu_forward, gelu_jvp
+from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
 
 
 class MLPCache(NamedTuple):
@@ -51,3 +51,16 @@ def mlp_backward(dy, cache):
     du = gelu_backward(du, cache.gelu)
     dx, dW1, db1 = linear_backward(du, cache.fc1)  # (..., D)
     return dx, dW1, db1, dW2, db2
+
+
+def mlp_jvp(xdot, W1dot, b1dot, W2dot, b2dot, cache):
+    """Forward-mode derivative of `mlp_forward`.
+
+    Shapes  tangents like x, W1, b1, W2, b2  ->  ydot (..., D)
+    """
+    # u = dropout(gelu(x W1 + b1))
+    udot = linear_jvp(xdot, W1dot, b1dot, cache.fc1)
+    udot = gelu_jvp(udot, cache.gelu)
+    udot = dropout_jvp(udot, cache.dropout)
+    # y = u W2 + b2
+    return linear_jvp(udot, W2dot, b2dot, cache.fc2)

@@ -20,8 +20,8 @@ Backward
 from typing import NamedTuple
 
 from minivit.backend import array_module
-from minivit.layers.attention import AttentionCache, attention_backward, attention_forward
-from minivit.layers.linear import LinearCache, linear_backward, linear_forward
+from minivit.layers.attention import AttentionCache, attention_backward, attention_forward, attention_jvp
+from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
 
 
 class MSACache(NamedTuple):
@@ -75,3 +75,19 @@ def msa_backward(dy, cache):
     # qkv = x Wqkv + bqkv
     dx, dWqkv, dbqkv = linear_backward(dqkv, cache.qkv)
     return dx, dWqkv, dbqkv, dWproj, dbproj
+
+
+def msa_jvp(xdot, Wqkvdot, bqkvdot, Wprojdot, bprojdot, cache):
+    """Forward-mode derivative of `msa_forward`.
+
+    Math    Eq. 5, then Eq. 6-7 per head, then Eq. 8, each by its own derivative
+    Shapes  tangents like x, Wqkv, bqkv, Wproj, bproj  ->  ydot (B, N, D)
+    """
+    B, N, D = xdot.shape
+    # qkv = x Wqkv + bqkv
+    qkvdot = linear_jvp(xdot, Wqkvdot, bqkvdot, cache.qkv)
+    # heads = attention(q, k, v)
+    num_heads = cache.attention.q.shape[1]
+    headsdot = attention_jvp(*split_heads(qkvdot, num_heads), cache.attention)  # (B, h, N, Dh)
+    # y = heads Wproj + bproj
+    return linear_jvp(headsdot.transpose(0, 2, 1, 3).reshape(B, N, D), Wprojdot, bprojdot, cache.proj)

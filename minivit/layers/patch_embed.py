@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minivit.backend import array_module
-from minivit.layers.linear import LinearCache, linear_backward, linear_forward
+from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
 
 
 class PatchEmbedCache(NamedTuple):
@@ -96,6 +96,22 @@ def patch_embed_backward(dz, cache, *, need_dimages=True):
     # patches = patchify(images)
     dimages = unpatchify(dpatches, cache.image_shape, cache.patch_size) if need_dimages else None
     return dimages, dW, db, dcls_token, dpos_embed
+
+
+def patch_embed_jvp(imagesdot, Wdot, bdot, cls_tokendot, pos_embeddot, cache):
+    """Forward-mode derivative of `patch_embed_forward`.
+
+    Math    zdot = [x_classdot; patchesdot W + patches Wdot + bdot] + E_posdot
+    Shapes  tangents like the forward's arguments, None for what was not given  ->  zdot (B, N, D)
+    """
+    xp = array_module(imagesdot)
+    zdot = linear_jvp(patchify(imagesdot, cache.patch_size), Wdot, bdot, cache.linear)  # (B, N, D)
+    if cache.has_class_token:
+        first = xp.broadcast_to(cls_tokendot, (len(zdot), 1, zdot.shape[-1]))
+        zdot = xp.concatenate([first, zdot], axis=1)
+    if cache.has_position:
+        zdot += pos_embeddot
+    return zdot
 
 
 def sincos2d(grid_size, width, *, prefix_tokens=0, temperature=10000.0):

@@ -53,3 +53,13 @@ def softmax_backward(dy, cache, *, out=None):
     dx = xp.subtract(dy, (dy * y).sum(axis=-1, keepdims=True), out=out)
     dx *= y
     return dx
+
+
+def softmax_jvp(xdot, cache):
+    """Forward-mode derivative of `softmax_forward`.
+
+    Math    ydot = y (xdot - sum_i y_i xdot_i): the Jacobian diag(y) - y y^T is symmetric, so this is the backward too
+    Shapes  xdot (..., n)  ->  ydot (..., n)
+    """
+    (y,) = cache
+    return y * (xdot - (y * xdot).sum(axis=-1, keepdims=True))

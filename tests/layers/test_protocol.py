@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minivit import gradcheck, layers
-from minivit.gradcheck_cases import LAYERS
+from minivit.gradcheck_cases import JVPS, LAYERS
 
 CASES = sorted(LAYERS)
 
@@ -40,6 +40,26 @@ def test_gradients_along_a_random_direction_at_other_values(name):
     forward, backward, args, names = build(name, seed=11)
     for result in gradcheck.check(forward, backward, args, names=names, method="complex", seed=12):
         assert result.passed, result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_backward_is_the_transpose_of_the_forward_mode_derivative(name):
+    forward, backward, args, _ = build(name)
+    assert gradcheck.adjoint_error(forward, backward, JVPS[name.partition("-")[0]], args) < 1e-13
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_forward_mode_derivative_is_that_of_the_forward(name):
+    """By the complex step in the direction of random tangents: exact, and independent of the backward."""
+    forward, _, args, _ = build(name)
+    rng = np.random.default_rng(8)
+    tangents = [a if a is None else rng.standard_normal(a.shape) for a in args]
+    _, cache = forward(*args)
+    moved, _ = forward(*[a if a is None else a + 1e-30j * v for a, v in zip(args, tangents, strict=True)])
+    ydot = JVPS[name.partition("-")[0]](*tangents, cache)
+    expected = moved.imag / 1e-30
+    assert np.shape(ydot) == np.shape(expected)
+    assert np.abs(ydot - expected).max() <= 1e-13 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", CASES)
