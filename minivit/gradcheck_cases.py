@@ -57,6 +57,10 @@ def _dropout(rng):
     return forward, dropout_backward, _arrays(rng, (B, N, D)), ("x",)
 
 
+def _dropout_off(rng):
+    return lambda x: dropout_forward(x, rate=0.4), dropout_backward, _arrays(rng, (B, N, D)), ("x",)
+
+
 def _drop_path(rng):
     seed = int(rng.integers(1 << 30))
 
@@ -179,6 +183,7 @@ LAYERS = {
     "gelu-erf": _gelu("erf"),
     "softmax": _softmax,
     "dropout": _dropout,
+    "dropout-off": _dropout_off,
     "drop_path": _drop_path,
     "attention": _attention(0.0),
     "attention-dropout": _attention(0.3),

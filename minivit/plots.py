@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from minivit.checkpoint import write_atomically
 from minivit.layers.softmax import softmax_forward
@@ -40,6 +41,8 @@ def _style(axes, xlabel, ylabel, title):
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
+    if xlabel == "epoch":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def picture(image):
@@ -78,7 +81,7 @@ def save_curves(path, records, *, title=""):
         )
         accuracy.plot([r["epoch"] for r in test], [100 * r["accuracy"] for r in test], color=TEST, label="test", **line)
         last = test[-1]
-        _style(accuracy, "epoch", "accuracy, %", f"accuracy: {last['accuracy']:.2%} on the test pictures at the end")
+        _style(accuracy, "epoch", "accuracy, %", f"accuracy: {last['accuracy']:.2%} at the end")
         accuracy.legend(frameon=False, fontsize=8, loc="lower right")
     lr.plot(epochs, [r["lr"] for r in train], color=TRAIN, lw=2)
     _style(lr, "epoch", "learning rate", "learning rate")

@@ -1,6 +1,7 @@
 """The checker itself: it passes what is right, fails what is wrong, and refuses what it cannot judge."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -23,15 +24,32 @@ X = np.random.default_rng(0).standard_normal((3, 4))
 
 @pytest.mark.parametrize("method", gradcheck.METHODS)
 @pytest.mark.parametrize("elementwise", [True, False])
-def test_a_right_gradient_passes_and_a_factor_of_one_in_a_million_does_not(method, elementwise):
+def test_a_right_gradient_passes_and_one_off_by_three_tolerances_does_not(method, elementwise):
     def check(backward):
         (result,) = gradcheck.check(cube_forward, backward, [X], method=method, elementwise=elementwise)
         return result
 
-    right, wrong = check(cube_backward), check(lambda dy, x: (1 + 3e-6) * cube_backward(dy, x))
+    off = 1 + 3 * gradcheck.METHODS[method].rtol
+    right, wrong = check(cube_backward), check(lambda dy, x: off * cube_backward(dy, x))
     assert right.passed and right.checked == (12 if elementwise else 1)
-    assert not wrong.passed and wrong.max_relative_error > 1e-6
-    assert "WRONG" in str(wrong) and "ok" in str(right)
+    assert not wrong.passed and wrong.max_relative_error > gradcheck.METHODS[method].rtol
+    assert "WRONG" in str(wrong) and "ok" in str(right) and f"{gradcheck.METHODS[method].step:.0e}" in str(right)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"), [("forward", (1e-3, 1e-4)), ("central", (1e-2, 1e-3)), ("five-point", (1e-1, 1e-2))]
+)
+def test_the_error_of_a_difference_falls_with_its_order(method, steps):
+    def forward(x):
+        return np.sin(3 * x), None
+
+    exact = 3 * np.cos(3 * 0.4)
+    args = [np.array([0.4])]
+    errors = [
+        abs(gradcheck.numerical_derivative(forward, args, 0, np.ones(1), np.ones(1), method, h) - exact) for h in steps
+    ]
+    order = gradcheck.METHODS[method].order
+    assert 0.9 * 10**order < errors[0] / errors[1] < 1.2 * 10**order
 
 
 def test_one_wrong_element_is_found_and_named():
@@ -98,15 +116,126 @@ def test_labels_and_none_are_left_out():
 
 
 @pytest.mark.parametrize(
-    ("backward", "args", "settings", "error", "message"),
+    ("forward", "backward", "args", "settings", "error", "message"),
     [
-        (cube_backward, [X.astype(np.float32)], {}, TypeError, "float32; gradients are checked in float64"),
-        (cube_backward, [X], {"method": "magic"}, ValueError, "central, complex"),
-        (lambda dy, x: dy[0], [X], {}, ValueError, r"dx0 has shape \(4,\), x0 has \(3, 4\)"),
-        (lambda dy, x: (), [X], {}, ValueError, "0 gradients for 1 arguments"),
-        (lambda dy, x: None, [X], {}, ValueError, "dx0 has shape"),
+        (cube_forward, cube_backward, [X], {"method": "magic"}, ValueError, "forward, central, five-point, complex"),
+        (cube_forward, lambda dy, x: dy[0], [X], {}, ValueError, r"dx0 has shape \(4,\), x0 has \(3, 4\)"),
+        (cube_forward, lambda dy, x: (), [X], {}, ValueError, "0 gradients for 1 arguments"),
+        (cube_forward, lambda dy, x: None, [X], {}, ValueError, "dx0 has shape None"),
+        (lambda x: x * x, cube_backward, [X], {}, TypeError, r"must return \(y, cache\), it returned ndarray"),
+        (lambda x: (x / 0, x), cube_backward, [X], {}, ValueError, "a value that is not finite"),
+        (cube_forward, cube_backward, [np.array([1.0, np.nan])], {"names": ["x"]}, ValueError, "x holds .* NaN"),
+        (cube_forward, cube_backward, [np.arange(3)], {"names": ["x"]}, ValueError, "differentiate: x is int64"),
+        (cube_forward, cube_backward, [[1.0, 2.0]], {"names": ["x"]}, ValueError, "x is list"),
+        (
+            lambda x, b: (x + b, None), lambda dy, c: (dy, dy), [X, X[0]], {"names": ["x", "b"]}, ValueError,
+            r"db has shape \(3, 4\), b has \(4,\): it was broadcast, so its gradient must be summed",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_judged_is_refused(forward, backward, args, settings, error, message):
+    with np.errstate(all="ignore"), pytest.raises(error, match=message):
+        gradcheck.check(forward, backward, args, **settings)
+
+
+def test_float32_is_checked_as_float64_with_a_warning():
+    with pytest.warns(UserWarning, match="x is float32; it is checked as float64"):
+        (result,) = gradcheck.check(cube_forward, cube_backward, [X.astype(np.float32)], names=["x"])
+    assert result.passed and result.max_relative_error < 1e-8
+    with pytest.warns(UserWarning, match="returned float32 for float64 arguments"):
+        gradcheck.check(lambda x: (np.float32(x), x), lambda dy, x: dy, [X])
+
+
+ROOT = np.random.default_rng(3).standard_normal((4, 4))
+
+
+def matrix_forward(x, W, b):
+    return x @ W + b, (x, W)
+
+
+def matrix_backward(dy, cache):
+    x, W = cache
+    return dy @ W.T, x.T @ dy, dy.sum(axis=0)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (
+            lambda dx, dW, db: (dx, dW, db / 3),
+            "3 times too small: a mean where a sum belongs.* 3 is the length of axis 0 of x",
+        ),
+        (lambda dx, dW, db: (dx, dW * 3, db), "3 times too large: a sum where a mean belongs"),
+        (lambda dx, dW, db: (dx / 2, dW, db), r"sqrt\(4\) times too small.* 4 is the length of axis 1 of x"),
+        (lambda dx, dW, db: (dx, dW * 1.1, db), "everywhere 1.1 times the true value"),
+        (lambda dx, dW, db: (-dx, dW, db), "the sign is reversed"),
+        (lambda dx, dW, db: (dx, dW.T, db), "the transpose"),
+        (lambda dx, dW, db: (dx, dW, db[::-1]), "the right numbers in the wrong places"),
+        (lambda dx, dW, db: (0 * dx, dW, db), "the gradient is zero everywhere"),
+        (lambda dx, dW, db: (dx * np.nan, dW, db), "12 of 12 values are NaN"),
+        (lambda dx, dW, db: (dx * [1, 1, 2, 1], dW, db), r"only index 2 of axis 1 is wrong \(3 of 12 values\)"),
+        (
+            lambda dx, dW, db: (dx - dx.mean(axis=1, keepdims=True), dW, db),
+            "the same all along axis 1.* such as a mean",
+        ),
+        (lambda dx, dW, db: (dx + 0.3 * abs(dx), dW, db), "nearly the right direction"),
+        (lambda dx, dW, db: (np.cos(9 * dx), dW, db), "another direction"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(backward, args, settings, error, message):
-    with pytest.raises(error, match=message):
-        gradcheck.check(cube_forward, backward, args, **settings)
+def test_the_pattern_of_a_mistake_is_named(mistake, message):
+    def backward(dy, cache):
+        return mistake(*matrix_backward(dy, cache))
+
+    args = [X, ROOT, np.zeros(4)]
+    results = gradcheck.check(matrix_forward, backward, args, names=["x", "W", "b"], elementwise=True)
+    wrong = [r for r in results if not r.passed]
+    assert len(wrong) == 1
+    assert re.search(message, wrong[0].diagnosis), wrong[0].diagnosis
+    assert wrong[0].diagnosis in str(wrong[0])
+
+
+def test_the_random_cotangent_is_not_the_callers_random_input():
+    seen = {}
+
+    def backward(dy, x):
+        seen["dy"] = dy
+        return cube_backward(dy, x)
+
+    for seed in (0, 1):
+        gradcheck.check(cube_forward, backward, [np.random.default_rng(seed).standard_normal((3, 4))], seed=seed)
+        assert not np.isclose(seen["dy"], np.random.default_rng(seed).standard_normal((3, 4))).any()
+
+
+def test_a_gradient_where_there_should_be_none_is_named():
+    results = gradcheck.check(lambda x: (0 * x + 1, x), lambda dy, x: dy, [X], elementwise=True)
+    assert "does not depend on this argument" in results[0].diagnosis
+
+
+def test_the_adjoint_of_a_wrong_backward_is_off():
+    def jvp(xdot, x):
+        return 3 * x * x * xdot
+
+    assert gradcheck.adjoint_error(cube_forward, cube_backward, jvp, [X]) < 1e-15
+    assert gradcheck.adjoint_error(cube_forward, lambda dy, x: 1.001 * cube_backward(dy, x), jvp, [X]) > 1e-5
+
+
+# The reader's own layer, wrong on purpose: the derivative of the logistic function is s (1 - s).
+
+
+def swish_forward(x):
+    s = 1 / (1 + np.exp(-x))
+    return x * s, (x, s)
+
+
+def swish_backward(dy, cache):
+    x, s = cache
+    return dy * (s + x * s)
+
+
+def test_the_readers_own_wrong_swish():
+    (result,) = gradcheck.check(swish_forward, swish_backward, [X], names=["x"], elementwise=True)
+    assert not result.passed and result.diagnosis
+    (right,) = gradcheck.check(
+        swish_forward, lambda dy, c: dy * (c[1] + c[0] * c[1] * (1 - c[1])), [X], method="complex", elementwise=True
+    )
+    assert right.passed and right.max_relative_error < 1e-14

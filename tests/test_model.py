@@ -110,7 +110,7 @@ def test_mlp_width_follows_the_width():
         ViTConfig().width = 3
 
 
-@pytest.mark.parametrize("method", gradcheck.METHODS)
+@pytest.mark.parametrize("method", ["central", "complex"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_gradient_of_the_model_element_by_element(name, method):
     model = random_model(**MODELS[name])

@@ -27,7 +27,7 @@ def call_backward(backward, dy, cache):
     return list(gradients) if isinstance(gradients, tuple) else [gradients]
 
 
-@pytest.mark.parametrize("method", gradcheck.METHODS)
+@pytest.mark.parametrize("method", ["central", "complex"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_gradient_element_by_element(name, method):
     forward, backward, args, names = build(name)

@@ -1,0 +1,182 @@
+"""Exact facts: what is true of a right implementation whatever its parameters, checked without any derivative.
+
+A gradient check compares a backward with its own forward; it cannot see a forward that computes the wrong thing, an
+optimiser, a schedule or the summing of micro-batches. Each fact here is a function that returns how far the code is
+from the truth, as a relative number; rounding in float64 stays below `TOLERANCE`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from minivit.engine import Engine
+from minivit.layers.attention import attention_forward
+from minivit.layers.layernorm import layernorm_forward
+from minivit.layers.softmax import softmax_forward
+from minivit.loss import soft_targets, softmax_cross_entropy_backward, softmax_cross_entropy_forward
+from minivit.model import ViT, ViTConfig
+from minivit.optim import EMA, SGD, Adam, AdamW, clip_by_global_norm, learning_rate
+
+TOLERANCE = 1e-10
+
+
+def _error(actual, expected):
+    """Largest difference, relative to the largest expected number; infinite if anything is not finite."""
+    actual, expected = np.asarray(actual, float), np.asarray(expected, float)
+    if not np.isfinite(actual).all():
+        return math.inf
+    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-300))
+
+
+def softmax_is_normalised_exponentials():
+    """softmax(x)_i = exp(x_i) / sum exp(x_j), for arrays of any rank."""
+    x = np.random.default_rng(0).standard_normal((2, 3, 5, 4))
+    return _error(softmax_forward(x)[0], np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def attention_is_equations_6_and_7():
+    """attention(q, k, v) by a loop over pictures, heads and tokens."""
+    q, k, v = np.random.default_rng(1).standard_normal((3, 2, 3, 5, 4))
+    expected = np.zeros_like(q)
+    for place in np.ndindex(2, 3, 5):
+        weights = np.exp(k[place[:2]] @ q[place] / math.sqrt(4))
+        expected[place] = weights @ v[place[:2]] / weights.sum()
+    return _error(attention_forward(q, k, v)[0], expected)
+
+
+def layernorm_rows_have_mean_0_and_variance_1():
+    """After LayerNorm with w = 1, b = 0 and eps = 0: mean 0, mean square 1."""
+    y, _ = layernorm_forward(np.random.default_rng(2).standard_normal((3, 4, 7)), np.ones(7), np.zeros(7), eps=0.0)
+    return max(float(np.abs(y.mean(axis=-1)).max()), _error((y * y).mean(axis=-1), np.ones((3, 4))))
+
+
+def equal_logits_cost_ln_k():
+    """Cross-entropy of equal logits is ln K, smoothed or not."""
+    losses = [
+        softmax_cross_entropy_forward(np.zeros((3, 7)), np.array([0, 3, 6]), label_smoothing=s)[0] for s in (0, 0.3)
+    ]
+    return _error(losses, [math.log(7)] * 2)
+
+
+def large_logits_are_no_trouble():
+    """Cross-entropy of logits of 10,000, one right and one wrong."""
+    with np.errstate(all="ignore"):
+        loss, _ = softmax_cross_entropy_forward(np.array([[1e4, 0.0], [1e4, 0.0]]), np.array([0, 1]))
+    return _error(loss, 5e3)
+
+
+def targets_are_probabilities():
+    """Smoothed targets of a row sum to 1."""
+    return _error(soft_targets(np.array([0, 2]), 4, 0.2, np.float64).sum(axis=1), np.ones(2))
+
+
+def _two_steps(kind, **settings):
+    theta, mask = np.array([1.0, -2.0, 3.0]), np.array([1.0, 1.0, 0.0])
+    optimizer = kind(theta, mask, **settings)
+    for g in (np.array([0.5, 1.0, -1.0]), np.array([-1.0, 0.25, 2.0])):
+        optimizer.step(theta, g, 0.1)
+    return theta
+
+
+def sgd_by_scalars():
+    """Two steps of SGD with momentum and masked decay, one number at a time."""
+    expected = []
+    for theta, c, gradients in ((1.0, 1, (0.5, -1.0)), (-2.0, 1, (1.0, 0.25)), (3.0, 0, (-1.0, 2.0))):
+        m = 0.0
+        for g in gradients:
+            m = 0.9 * m + g + 0.2 * c * theta
+            theta -= 0.1 * m
+        expected.append(theta)
+    return _error(_two_steps(SGD, momentum=0.9, weight_decay=0.2), expected)
+
+
+def _adam_by_scalars(kind, decoupled):
+    expected = []
+    for theta, c, gradients in ((1.0, 1, (0.5, -1.0)), (-2.0, 1, (1.0, 0.25)), (3.0, 0, (-1.0, 2.0))):
+        m = v = 0.0
+        for t, g in enumerate(gradients, start=1):
+            if decoupled:
+                theta -= 0.1 * 0.2 * c * theta
+            else:
+                g += 0.2 * c * theta
+            m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g * g
+            theta -= 0.1 * (m / (1 - 0.8**t)) / (math.sqrt(v / (1 - 0.95**t)) + 1e-2)
+        expected.append(theta)
+    return _error(_two_steps(kind, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.2), expected)
+
+
+def adam_by_scalars():
+    """Two steps of Adam with L2 decay, one number at a time."""
+    return _adam_by_scalars(Adam, decoupled=False)
+
+
+def adamw_by_scalars():
+    """Two steps of AdamW, one number at a time."""
+    return _adam_by_scalars(AdamW, decoupled=True)
+
+
+def clipping_limits_the_norm_and_nothing_else():
+    """A gradient of norm 5 is scaled to norm 2; one of norm 0.5 is left alone."""
+    long, short = np.array([3.0, 4.0]), np.array([0.3, 0.4])
+    clip_by_global_norm(long, 2.0)
+    clip_by_global_norm(short, 2.0)
+    return max(_error(long, [1.2, 1.6]), _error(short, [0.3, 0.4]))
+
+
+def the_schedule_peaks_after_the_warm_up():
+    """Full rate when the warm-up ends, half of it half way from there to the end."""
+    rates = [learning_rate(step, 110, lr=1.0, warmup_steps=10) for step in (10, 60)]
+    return _error(rates, [1.0, 0.5])
+
+
+def the_average_by_its_formula():
+    """Three updates of the moving average."""
+    theta, expected = np.array([1.0]), 1.0
+    ema = EMA(theta, 0.25)
+    for t in (1, 2, 3):
+        theta += 1.0
+        ema.update(theta)
+        d = min(0.25, (1 + t) / (10 + t))
+        expected = d * expected + (1 - d) * theta[0]
+    return _error(ema.flat, [expected])
+
+
+def micro_batches_add_up_to_the_batch():
+    """The engine's gradient with two workers and small parts is that of the whole batch, also the second time."""
+    config = ViTConfig(image_size=4, patch_size=2, channels=1, num_classes=3, width=6, depth=2, num_heads=2, mlp_dim=5)
+    rng = np.random.default_rng(5)
+    model = ViT(config, dtype=np.float64)
+    model.flat += 0.3 * rng.standard_normal(model.flat.shape)
+    images, labels = rng.standard_normal((5, 4, 4, 1)), rng.integers(0, 3, 5)
+    logits, cache = model.forward(images)
+    _, loss_cache = softmax_cross_entropy_forward(logits, labels)
+    expected, grads = model.gradient_buffer()
+    model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads)
+    with Engine(model, workers=2, micro_batch=1) as engine:
+        errors = []
+        for _ in range(2):
+            engine.gradient(images, labels)
+            errors.append(_error(engine.grad, expected))
+    return max(errors)
+
+
+FACTS = {
+    function.__name__: function
+    for function in (
+        softmax_is_normalised_exponentials,
+        attention_is_equations_6_and_7,
+        layernorm_rows_have_mean_0_and_variance_1,
+        equal_logits_cost_ln_k,
+        large_logits_are_no_trouble,
+        targets_are_probabilities,
+        sgd_by_scalars,
+        adam_by_scalars,
+        adamw_by_scalars,
+        clipping_limits_the_norm_and_nothing_else,
+        the_schedule_peaks_after_the_warm_up,
+        the_average_by_its_formula,
+        micro_batches_add_up_to_the_batch,
+    )
+}
