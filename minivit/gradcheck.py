@@ -62,6 +62,7 @@ class Result:
     numerical: float
     element: tuple | None  # where that is; None for a check along one random direction
     checked: int  # how many numbers were compared
+    size: float  # root mean square of the analytic gradient: what a derivative along a random direction is like
     passed: bool
     diagnosis: str = ""  # what kind of mistake the pattern of the errors suggests
 
@@ -188,13 +189,19 @@ def _check_argument(forward, args, i, name, gradient, dy, method, elementwise, r
         elements = [None]
         analytic = np.array([(gradient * direction).sum()])
         numerical = np.array([numerical_derivative(forward, args, i, direction, dy, method)])
-    return compare(name, analytic, numerical, method, elements, shape=shape if elementwise else None, sizes=sizes)
+    shape = shape if elementwise else None
+    return compare(name, analytic, numerical, method, elements, _rms(gradient), shape=shape, sizes=sizes)
 
 
-def compare(name, analytic, numerical, method, elements, *, shape=None, sizes=None):
+def _rms(gradient):
+    return float(np.linalg.norm(gradient) / max(gradient.size, 1) ** 0.5)
+
+
+def compare(name, analytic, numerical, method, elements, size, *, shape=None, sizes=None):
     """The `Result` of analytic against numerical values, (n,) each, at the given elements.
 
-    With ``shape``, the shape of the whole gradient, a wrong one is diagnosed; ``sizes`` names the lengths of axes.
+    ``size`` is the root mean square of the whole gradient. With ``shape``, that of the whole gradient, a wrong one is
+    diagnosed; ``sizes`` names the lengths of axes.
     """
     step, rtol, atol, _ = METHODS[method]
     error = np.abs(analytic - numerical) / (atol / rtol + np.maximum(np.abs(analytic), np.abs(numerical)))
@@ -217,6 +224,7 @@ def compare(name, analytic, numerical, method, elements, *, shape=None, sizes=No
         float(numerical[worst]),
         elements[worst],
         len(error),
+        size,
         passed,
         diagnosis,
     )
@@ -324,7 +332,8 @@ def check_model(model_of, images, labels, flat, *, method="central", elementwise
             analytic = np.array([gradient @ direction])
             numerical = np.array([numerical_derivative(forward, [flat, images], 0, direction, one, method)])
         shape = spec.shape if elementwise else None
-        results.append(compare(spec.name, analytic, numerical, method, elements, shape=shape, sizes=sizes))
+        size = _rms(gradient[part])
+        results.append(compare(spec.name, analytic, numerical, method, elements, size, shape=shape, sizes=sizes))
     args = [flat, images]
     results.append(_check_argument(forward, args, 1, "images", dimages, one, method, elementwise, rng, sizes))
     return results
@@ -349,3 +358,77 @@ def adjoint_error(forward, backward, jvp, args, *, seed=0):
     gradients = gradients if isinstance(gradients, tuple) else (gradients,)
     transposed = sum((v * g).sum() for v, g in zip(tangents, gradients, strict=False) if v is not None)
     return float(abs((ydot * u).sum() - transposed) / (np.linalg.norm(ydot) * np.linalg.norm(u)))
+
+
+def symmetry_error(forward, backward, args, *, seed=0):
+    """How far the second derivatives of L = sum(dy * y), taken through the backward, are from being symmetric.
+
+    Math    H v = Im g(x + i h v) / h with g the gradient that the backward returns, h = 1e-30;
+            |u^T H v - v^T H u| / (|u| |H v| + |v| |H u|): rounding, if the backward is the gradient of anything at all
+    All float arguments are moved together; 0 where L is linear in them.
+    """
+    rng = np.random.default_rng([seed, COTANGENT_STREAM])
+    moving = [i for i, a in enumerate(args) if isinstance(a, np.ndarray) and a.dtype.kind == "f"]
+    dy = rng.standard_normal(np.shape(forward(*args)[0]))
+    h = METHODS["complex"].step
+
+    def product(tangents):
+        moved = list(args)
+        for i, v in zip(moving, tangents, strict=True):
+            moved[i] = args[i] + 1j * h * v
+        gradients = backward(dy.astype(complex), forward(*moved)[1])
+        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+        return np.concatenate([(gradients[i].imag / h).ravel() for i in moving])
+
+    u, v = ([rng.standard_normal(args[i].shape) for i in moving] for _ in range(2))
+    Hu, Hv = product(u), product(v)
+    u, v = (np.concatenate([part.ravel() for part in parts]) for parts in (u, v))
+    scale = np.linalg.norm(u) * np.linalg.norm(Hv) + np.linalg.norm(v) * np.linalg.norm(Hu)
+    return float(abs(u @ Hv - v @ Hu) / scale) if scale else 0.0
+
+
+class Curve(NamedTuple):
+    """The error of a method against its step: what `error_curve` measures."""
+
+    steps: np.ndarray  # (n,)
+    errors: np.ndarray  # (n,) relative to the derivative, which the complex step gives
+    derivative: float
+
+
+def error_curve(forward, args, index, method, *, dtype=np.float64, steps=None, seed=0):
+    """The V-curve of one argument: relative error of a numerical derivative along a random direction, step by step.
+
+    The arithmetic is done in ``dtype``; the truth is the complex step in float64.
+
+    Shapes  args as in `check`, steps (n,) or None for 10^-14 ... 10^-0.5  ->  `Curve`
+    """
+    steps = np.logspace(-14, -0.5, 82) if steps is None else np.asarray(steps)
+    rng = np.random.default_rng([seed, COTANGENT_STREAM])
+    dy = rng.standard_normal(np.shape(forward(*args)[0]))
+    direction = rng.standard_normal(args[index].shape)
+    direction /= np.linalg.norm(direction)
+    truth = numerical_derivative(forward, args, index, direction, dy, "complex")
+    narrow = [a.astype(dtype) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args]
+    found = [numerical_derivative(forward, narrow, index, direction.astype(dtype), dy, method, dtype(h)) for h in steps]
+    errors = np.abs(np.array(found) - truth) / abs(truth)
+    return Curve(steps, np.maximum(errors, 1e-17), truth)  # 0 has no place on a logarithmic axis
+
+
+class Knee(NamedTuple):
+    """Where a V-curve is lowest, what theory says, and how it falls to there."""
+
+    step: float
+    error: float
+    predicted_step: float  # eps^(1 / (order + 1)): truncation h^order and rounding eps / h balance there
+    slope: float  # of log(error) against log(step) on the truncation side, nan if there are too few points
+
+
+def knee(curve, method, dtype=np.float64):
+    """The lowest point of a V-curve, smoothed over neighbours, and the slope of its truncation side."""
+    order, eps = METHODS[method].order, float(np.finfo(dtype).eps)
+    logs, x = np.log10(curve.errors), np.log10(curve.steps)
+    smooth = np.array([np.median(logs[max(i - 3, 0) : i + 4]) for i in range(len(logs))])
+    best = int(smooth.argmin())
+    rising = (x > x[best] + 0.5) & (x < -1.0) & (smooth > smooth[best] + 1.0)
+    slope = float(np.polyfit(x[rising], logs[rising], 1)[0]) if rising.sum() >= 4 else float("nan")
+    return Knee(float(curve.steps[best]), float(10 ** smooth[best]), eps ** (1 / (order + 1)), slope)

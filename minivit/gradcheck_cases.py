@@ -105,7 +105,7 @@ def _by_position(forward, backward, names):
         return forward(z, dict(zip(names, values, strict=True)))
 
     def positional_backward(dy, cache, values):
-        grads = {name: np.zeros_like(value) for name, value in zip(names, values, strict=True)}
+        grads = {name: np.zeros(value.shape, dy.dtype) for name, value in zip(names, values, strict=True)}
         dz = backward(dy, cache, grads)
         return (dz, *grads.values())
 

@@ -109,6 +109,40 @@ def save_predictions(path, images, labels, logits, class_names, *, rows=4, colum
     _save(figure, path)
 
 
+def save_v_curves(path, panels, *, title=""):
+    """Error of numerical derivatives against their step: the V-curves of one function.
+
+    ``panels``: {argument: {(method, dtype name): (`gradcheck.Curve`, `gradcheck.Knee`)}}, a panel for each argument
+    """
+    colors = {"forward": "#64748b", "central": "#1d4ed8", "five-point": "#15803d", "complex": TEST}
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = _figure(4.6 * columns + 1.5, 4.0 * rows + 0.6)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes, (argument, curves) in zip(grid.flat, panels.items(), strict=False):
+        for (method, dtype), (curve, found) in curves.items():
+            narrow = dtype == "float32"
+            color = colors[method]
+            axes.loglog(curve.steps, curve.errors, color=color, lw=1.0 if narrow else 1.8, ls=":" if narrow else "-",
+                        zorder=1 if method == "complex" else 2,
+                        label=f"{method}, {dtype}")  # fmt: skip
+            if found.slope == found.slope and method != "complex":  # a slope was measured: there is a knee
+                axes.plot(found.step, found.error, "o", color=color, ms=7, mec="white", zorder=3)
+        _style(axes, "step h", "relative error", f"derivative with respect to {argument}")
+        axes.set_xlim(1e-14, 10**-0.5)
+        axes.set_ylim(3e-18, 1e3)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_axis_off()
+    first = grid[0, 0]
+    first.text(2e-13, 2e-14, "complex step: nothing is subtracted", fontsize=8, color=colors["complex"])
+    first.text(2e-13, 2e1, "rounding: error ~ eps / h", fontsize=8, color="#334155")
+    first.text(0.28, 2e1, "truncation: error ~ h^order", fontsize=8, color="#334155", ha="right")
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
 def save_confusion(path, confusion, class_names, *, title=""):
     """The confusion matrix: rows are true classes, columns predicted ones, entries the share of the row.
 
