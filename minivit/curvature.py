@@ -58,6 +58,7 @@ class Spectrum(NamedTuple):
     """What `lanczos` found."""
 
     eigenvalues: Any  # (k,) the largest ones, descending
+    eigenvectors: Any  # (k, size), of length 1
     residuals: Any  # (k,) |H x - lambda x| of each: how far it may be off
     products: int  # how many products H v were made
 
@@ -92,4 +93,58 @@ def lanczos(product, size, *, count=1, steps=40, seed=0, rtol=1e-3):
             break
         betas.append(beta)
         basis.append(w / beta)
-    return Spectrum(values[largest], residuals[largest], made)
+    return Spectrum(values[largest], vectors[:, largest].T @ Q, residuals[largest], made)
+
+
+def sharpness(config, flat, images, labels, *, label_smoothing=0.0, scale=None, count=1, steps=40, seed=0):
+    """The largest eigenvalues of the loss's Hessian, or of the Hessian as an adaptive optimiser sees it.
+
+    Math    of H; with ``scale`` = p (n,), of P^(-1/2) H P^(-1/2), P = diag(p): an optimiser that divides each
+            gradient by p_i does gradient descent in the coordinates sqrt(p_i) theta_i, whose Hessian this is
+    Shapes  flat (n,)  ->  `Spectrum`
+    """
+    root = 1.0 if scale is None else 1.0 / np.sqrt(scale)
+    flat = flat.astype(np.float64)
+
+    def product(v):
+        Hv = hessian_vector_product(config, flat, images, labels, root * v, label_smoothing=label_smoothing)
+        return root * Hv
+
+    return lanczos(product, flat.size, count=count, steps=steps, seed=seed)
+
+
+def stability_edge(optimizer, lr):
+    """The curvature beyond which an optimiser's steps overshoot more than they gain, on a quadratic.
+
+    Math    heavy-ball momentum m <- mu m + g:                2 (1 + mu) / lr   (gradient descent, mu = 0: 2 / lr)
+            Adam's m <- b m + (1 - b) g, preconditioned:      2 (1 + b) / ((1 - b) lr)
+    Source  Cohen et al. 2021, arXiv:2103.00065; 2022, arXiv:2207.14484.
+    """
+    if hasattr(optimizer, "betas"):
+        beta = optimizer.betas[0]
+        return 2.0 * (1.0 + beta) / ((1.0 - beta) * lr)
+    return 2.0 * (1.0 + optimizer.momentum) / lr
+
+
+def adam_scale(optimizer):
+    """What Adam divides a gradient by: sqrt(v / (1 - b2^t)) + eps, (n,) float64; None for other optimisers."""
+    if not hasattr(optimizer, "betas") or not optimizer.steps:
+        return None
+    v = optimizer.state["v"].astype(np.float64)
+    return np.sqrt(v / (1.0 - optimizer.betas[1] ** optimizer.steps)) + optimizer.eps
+
+
+def loss_slice(config, flat, images, labels, directions, radius, *, points=25, label_smoothing=0.0):
+    """The loss on a square around a parameter vector, in the plane of two directions.
+
+    Shapes  flat (n,), directions (2, n), radius: half the side, in lengths of the directions
+            ->  offsets (points,), losses (points, points): row i, column j at flat + o_i d_2 + o_j d_1
+    """
+    flat = flat.astype(np.float64)
+    offsets = np.linspace(-radius, radius, points)
+    losses = np.empty((points, points))
+    for i, j in np.ndindex(points, points):
+        model = ViT(config, flat=flat + offsets[j] * directions[0] + offsets[i] * directions[1])
+        logits = model.predict(images)
+        losses[i, j], _ = softmax_cross_entropy_forward(logits, labels, label_smoothing=label_smoothing)
+    return offsets, losses

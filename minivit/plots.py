@@ -143,6 +143,44 @@ def save_v_curves(path, panels, *, title=""):
     _save(figure, path)
 
 
+def save_curvature(path, records, *, edge, slice_=None, title=""):
+    """Sharpness beside the loss along a run, with the edge of stability, and the loss surface at its end.
+
+    ``records``: dicts with epoch, loss, lr, eigenvalues, edge and, for adaptive optimisers, preconditioned;
+    ``edge``: what the edge belongs to, in words; ``slice_``: (offsets, losses) of `curvature.loss_slice`, or None
+    """
+    figure = _figure(13.5 if slice_ else 9.0, 4.0)
+    panels = figure.subplots(1, 3 if slice_ else 2)
+    epochs = [r["epoch"] for r in records]
+    loss, sharp = panels[:2]
+    loss.plot(epochs, [r["loss"] for r in records], color=TEST, lw=2, marker="o", ms=3)
+    _style(loss, "epoch", "cross-entropy, nats", f"{title}: loss on the pictures measured")
+    loss.set_ylim(bottom=0)
+    count = min(len(r["eigenvalues"]) for r in records)
+    for k in range(count):
+        label = "largest eigenvalues of H" if k == 0 else None
+        sharp.semilogy(epochs, [r["eigenvalues"][k] for r in records], color=TRAIN, lw=2.2 - 0.5 * k, label=label)
+    adaptive = [r for r in records if r.get("preconditioned")]
+    if adaptive:
+        sharp.semilogy([r["epoch"] for r in adaptive], [r["preconditioned"] for r in adaptive], color="#1d4ed8", lw=2,
+                       label="largest, as the optimiser sees it")  # fmt: skip
+    finite = [r for r in records if r["edge"]]
+    sharp.semilogy([r["epoch"] for r in finite], [r["edge"] for r in finite], color=BAD, ls="--", label=edge)
+    _style(sharp, "epoch", "curvature", "sharpness and the edge of stability")
+    highest = max(max(*r["eigenvalues"], r.get("preconditioned", 0.0)) for r in records)
+    sharp.set_ylim(top=30 * highest)  # the edge goes to infinity as the learning rate goes to 0
+    sharp.legend(frameon=False, fontsize=8)
+    if slice_:
+        offsets, losses = slice_
+        surface = panels[2]
+        filled = surface.contourf(offsets, offsets, np.log10(losses), levels=24, cmap="viridis")
+        surface.plot(0, 0, "o", color="white", ms=6, mec="black")
+        figure.colorbar(filled, ax=surface, label="log10 of the loss")
+        _style(surface, "along the sharpest direction", "along the second", "loss surface at the end")
+        surface.grid(False)
+    _save(figure, path)
+
+
 def save_confusion(path, confusion, class_names, *, title=""):
     """The confusion matrix: rows are true classes, columns predicted ones, entries the share of the row.
 

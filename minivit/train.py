@@ -215,13 +215,14 @@ class Trainer:
     """One run: a model, an optimiser, where they stand, and the folder they write to.
 
     ``describe`` is stored in checkpoints beside the model's configuration and the settings: how to find the data again.
+    ``on_epoch(trainer)``, if given, is called after each epoch, to look at the run; it must not change it.
     Raises  InputError: settings, data and folder do not fit together; nothing has been written then.
     """
 
-    def __init__(self, dataset, model_config, config, out, *, describe=None, progress=True):
+    def __init__(self, dataset, model_config, config, out, *, describe=None, progress=True, on_epoch=None):
         config = replace(config, workers=check_workers(config.workers))
         self.dataset, self.config, self.out, self.progress = dataset, config, Path(out), progress
-        self.describe = describe or {}
+        self.describe, self.on_epoch = describe or {}, on_epoch
         height, width, channels = dataset.train_images.shape[1:]
         if (height, width, channels) != (model_config.image_size, model_config.image_size, model_config.channels):
             raise InputError(
@@ -482,6 +483,8 @@ class Trainer:
     def _end_epoch(self, engine, metrics):
         c, data, running = self.config, self.dataset, self.running
         self.epoch, self.batch = self.epoch + 1, 0
+        if self.on_epoch:
+            self.on_epoch(self)
         if self.epoch % c.evaluate_every and self.epoch < c.epochs:
             return
         loss, accuracy, _ = evaluate(engine, self.tested_model, data.test_images, data.test_labels)

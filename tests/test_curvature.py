@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 
 from minivit import ViT, ViTConfig
-from minivit.curvature import hessian_vector_product, lanczos, loss_gradient
+from minivit.curvature import (
+    adam_scale,
+    hessian_vector_product,
+    lanczos,
+    loss_gradient,
+    loss_slice,
+    sharpness,
+    stability_edge,
+)
 from minivit.gradcheck_cases import MODELS
+from minivit.optim import SGD, Adam
 
 
 def problem(name, **changes):
@@ -63,6 +72,9 @@ def test_lanczos_finds_the_eigenvalues_of_the_whole_hessian():
     np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-7)
     assert (abs(found.eigenvalues - expected) <= found.residuals + 1e-12).all()
     assert found.products <= 60
+    for value, vector in zip(found.eigenvalues, found.eigenvectors, strict=True):
+        np.testing.assert_allclose(H @ vector, value * vector, atol=1e-6 * abs(value))
+        assert np.isclose(np.linalg.norm(vector), 1.0)
 
 
 def test_lanczos_on_a_known_matrix():
@@ -74,3 +86,53 @@ def test_lanczos_on_a_known_matrix():
     assert found.products <= 5
     with pytest.raises(ValueError, match="at least 1"):
         lanczos(lambda v: A @ v, 5, count=0)
+
+
+def test_sharpness_with_a_scale_is_that_of_the_scaled_hessian():
+    config, flat, images, labels, rng = problem("vit", depth=1, width=4, num_heads=2, mlp_dim=3, pooling="mean")
+    scale = rng.uniform(0.5, 2.0, flat.size)
+    H = np.array([hessian_vector_product(config, flat, images, labels, e) for e in np.eye(flat.size)])
+    for p, matrix in ((None, H), (scale, H / np.sqrt(scale) / np.sqrt(scale)[:, None])):
+        found = sharpness(config, flat, images, labels, scale=p, count=2, steps=60)
+        np.testing.assert_allclose(found.eigenvalues, np.linalg.eigvalsh(matrix)[::-1][:2], rtol=1e-3)
+
+
+def diverges(optimizer, curvature, lr):
+    """Does an optimiser run away on curvature x^2 / 2?"""
+    x = np.ones(1)
+    for _ in range(2000):
+        optimizer.step(x, curvature * x, lr)
+    return abs(x[0]) > 1.0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_the_edge_is_where_sgd_runs_away(momentum):
+    edge = stability_edge(SGD(np.ones(1), np.ones(1), momentum=momentum), 0.1)
+    assert edge == pytest.approx(2 * (1 + momentum) / 0.1)
+    for factor, expected in ((0.98, False), (1.02, True)):
+        with np.errstate(over="ignore", invalid="ignore"):
+            assert diverges(SGD(np.ones(1), np.ones(1), momentum=momentum), factor * edge, 0.1) == expected
+
+
+def test_the_edge_and_the_scale_of_adam():
+    adam = Adam(np.zeros(2), np.zeros(2), betas=(0.9, 0.99), eps=1e-3)
+    assert adam_scale(adam) is None and adam_scale(SGD(np.zeros(2), np.zeros(2))) is None
+    assert stability_edge(adam, 0.1) == pytest.approx(380.0)
+    adam.step(np.zeros(2), np.array([3.0, -4.0]), 0.1)
+    np.testing.assert_allclose(adam_scale(adam), [3.001, 4.001])  # after one step v / (1 - b2) is g^2
+
+
+def test_the_slice_passes_through_the_loss_and_curves_as_the_hessian_says():
+    config, flat, images, labels, rng = problem("vit")
+    directions = np.linalg.qr(rng.standard_normal((flat.size, 2)))[0].T
+    offsets, losses = loss_slice(config, flat, images, labels, directions, 1e-3, points=5)
+    loss, gradient = loss_gradient(config, flat, images, labels)
+    assert losses[2, 2] == pytest.approx(float(loss), rel=1e-12)
+    o = offsets[3]
+    for (ahead, behind), d in (
+        ((losses[2, 3], losses[2, 1]), directions[0]),
+        ((losses[3, 2], losses[1, 2]), directions[1]),
+    ):
+        assert (ahead - behind) / (2 * o) == pytest.approx(gradient @ d, rel=1e-4)
+        Hd = hessian_vector_product(config, flat, images, labels, d)
+        assert (ahead + behind - 2 * loss) / o**2 == pytest.approx(d @ Hd, rel=1e-3)

@@ -1,0 +1,149 @@
+"""Draw what a trained model has inside."""
+
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from minivit import checkpoint, curvature
+from minivit.cli import Parser, run
+from minivit.errors import InputError
+from minivit.optim import learning_rate
+from minivit.train import Trainer, config_from, dataset_of, write_json
+
+EXAMPLES = """
+examples:
+  python scripts/visualize.py curvature runs/digits/last.npz
+  python scripts/visualize.py curvature runs/digits/last.npz --every 10 --pictures 128 --count 3
+  python scripts/visualize.py curvature runs/digits/last.npz --optimizer sgd --lr 0.05 --epochs 40 --out sgd
+
+curvature: the training of the checkpoint is made again, in memory, with its own settings (or those given here), and
+every few epochs the largest eigenvalues of the loss's Hessian are computed, exactly, on a fixed set of training
+pictures. Gradient descent on a loss of curvature c is stable while c < 2 / lr (more with momentum; for Adam the
+curvature counts that its scaling leaves). Training often climbs to this edge and stays there. The last panel is the
+loss around the checkpoint in the plane of the two sharpest directions.
+"""
+
+
+def measured_pictures(dataset, count, seed):
+    """A fixed random set of training pictures: (images, labels)."""
+    chosen = np.random.default_rng(seed).permutation(len(dataset.train_images))[:count]
+    return dataset.train_images[chosen], dataset.train_labels[chosen]
+
+
+def along_training(dataset, config, settings, images, labels, *, every, count, steps):
+    """Train once more and measure; returns a record per measurement, ready for JSON."""
+    records = []
+
+    def measure(trainer):
+        if trainer.epoch % every and trainer.epoch != settings.epochs:
+            return
+        smoothing = settings.label_smoothing
+        flat = trainer.model.flat.astype(np.float64)
+        loss, _ = curvature.loss_gradient(config, flat, images, labels, label_smoothing=smoothing)
+        spectrum = curvature.sharpness(
+            config, flat, images, labels, label_smoothing=smoothing, count=count, steps=steps
+        )
+        lr = learning_rate(
+            trainer.step - 1, trainer.total_steps, lr=settings.lr, schedule=settings.schedule,
+            final_lr=settings.final_lr, warmup_steps=round(settings.warmup_epochs * trainer.steps_per_epoch),
+        )  # fmt: skip
+        record = {"epoch": trainer.epoch, "loss": float(loss), "lr": lr}
+        record["eigenvalues"] = [float(value) for value in spectrum.eigenvalues]
+        record["edge"] = curvature.stability_edge(trainer.optimizer, lr) if lr else None
+        shown = f"largest eigenvalue {record['eigenvalues'][0]:9.3g}"
+        if (scale := curvature.adam_scale(trainer.optimizer)) is not None:
+            seen = curvature.sharpness(
+                config, flat, images, labels, label_smoothing=smoothing, scale=scale, steps=steps
+            )
+            record["preconditioned"] = float(seen.eigenvalues[0])
+            shown += f", as Adam sees it {record['preconditioned']:9.3g}"
+        edge = f", edge {record['edge']:9.3g}" if lr else ""
+        print(f"epoch {trainer.epoch:4d}  loss {loss:.4f}  {shown}{edge}", flush=True)
+        records.append(record)
+
+    quiet = dataclasses.replace(settings, evaluate_every=settings.epochs, checkpoint_seconds=1e9)
+    with tempfile.TemporaryDirectory() as folder:
+        if Trainer(dataset, config, quiet, Path(folder) / "run", progress=False, on_epoch=measure).run() is None:
+            return None
+    return records
+
+
+def draw_curvature(arguments):
+    """The subcommand ``curvature``; returns the exit status."""
+    from minivit import plots  # matplotlib is slow to import
+
+    path = Path(arguments.checkpoint)
+    model, meta = checkpoint.load_model(path, weights="params")
+    settings = config_from(meta, path)
+    changes = {key: value for key in ("optimizer", "lr", "epochs") if (value := getattr(arguments, key)) is not None}
+    settings = dataclasses.replace(settings, **changes)
+    for name in ("every", "count", "steps", "pictures", "points"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
+    images, labels = measured_pictures(dataset, arguments.pictures, settings.seed)
+    out = Path(arguments.out or path.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    print(
+        f"{model.flat.size:,} parameters; Hessian of the mean loss of {len(images)} training pictures of {dataset.name}"
+    )
+    measured = {"every": arguments.every, "count": arguments.count, "steps": arguments.steps}
+    records = along_training(dataset, model.config, settings, images, labels, **measured)
+    if records is None:
+        return 130
+    smoothing = settings.label_smoothing
+    spectrum = curvature.sharpness(
+        model.config, model.flat, images, labels, label_smoothing=smoothing, count=2, steps=2 * arguments.steps
+    )
+    # far enough along the sharpest direction to raise the loss by about one
+    radius = float(np.sqrt(2.0 / max(spectrum.eigenvalues[0], 1e-6)))
+    surface = curvature.loss_slice(
+        model.config, model.flat, images, labels, spectrum.eigenvectors, radius, points=arguments.points,
+        label_smoothing=smoothing,
+    )  # fmt: skip
+    figure = out / "curvature.png"
+    momentum = f"momentum {settings.momentum:g}" if settings.optimizer == "sgd" else settings.optimizer
+    plots.save_curvature(figure, records, edge=f"edge of stability ({momentum})", slice_=surface, title=dataset.name)
+    report = {
+        "checkpoint": str(path),
+        "settings": dataclasses.asdict(settings),
+        "pictures": len(images),
+        "records": records,
+        "at_checkpoint": {
+            "eigenvalues": [float(value) for value in spectrum.eigenvalues],
+            "residuals": [float(value) for value in spectrum.residuals],
+            "products": spectrum.products,
+        },
+    }
+    write_json(arguments.json or out / "curvature.json", report)
+    eigenvalues = ", ".join(f"{value:.4g}" for value in spectrum.eigenvalues)
+    print(f"at the checkpoint: largest eigenvalues {eigenvalues}; drawn in {figure}")
+    return 0
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="visualize.py")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT", parser_class=Parser)
+    parts = commands.add_parser("curvature", help="largest eigenvalues of the Hessian along training, loss surface",
+                                description="Sharpness along training and the loss surface.", epilog=EXAMPLES)  # fmt: skip
+    parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
+    parts.add_argument("--every", type=int, default=5, metavar="N", help="epochs between two measurements [5]")
+    parts.add_argument("--pictures", type=int, default=64, metavar="N", help="training pictures measured on [64]")
+    parts.add_argument("--count", type=int, default=2, metavar="N", help="eigenvalues to follow [2]")
+    parts.add_argument("--steps", type=int, default=20, metavar="N", help="most Hessian-vector products each [20]")
+    parts.add_argument("--points", type=int, default=21, metavar="N", help="points along a side of the surface [21]")
+    parts.add_argument("--optimizer", metavar="NAME", help="train with this one [the run's]")
+    parts.add_argument("--lr", type=float, metavar="X", help="train with this peak learning rate [the run's]")
+    parts.add_argument("--epochs", type=int, metavar="N", help="train for so long [the run's]")
+    parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
+    parts.add_argument("--out", metavar="DIR", help="folder for curvature.png and .json [the checkpoint's]")
+    parts.add_argument("--json", metavar="FILE", help="the measurements [curvature.json in --out]")
+    return draw_curvature(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))
