@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 
 from minivit.checkpoint import write_atomically
@@ -239,3 +240,133 @@ def save_attention(path, image, attention, probabilities, class_names, *, title=
     bars.set_xticks(range(0, 101, 25))
     _style(bars, "probability, %", "", f"prediction: {label(class_names[order[0]])}")
     _save(figure, path)
+
+
+FORWARD_COLOR = "#1d4ed8"
+
+
+def save_trace(file, trace, *, title=""):
+    """The network of a `minivit.trace.Trace` as boxes, its first block opened, with the tensors on the arrows.
+
+    Forward tensors, with their shapes, run to the right in one colour; gradients, with their norms, run back in the
+    other. Each box tells its equation, the bytes that its cache keeps and its share of the time: of the whole step in
+    the upper row, of its block in the lower rows.
+    """
+    records = {(r.path, r.direction): r for r in reversed(trace.records)}  # the first of each path
+    figure = Figure(figsize=(16, 9.4), dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 16), ylim=(0, 9.4))
+    axes.set_axis_off()
+    step = sum(r.seconds for r in trace.records if r.depth == 0)
+    first_block = sum(r.seconds for r in trace.records if r.path == "blocks.0")
+    wide, high = 1.75, 1.25
+
+    def box(x, y, name, paths, whole):
+        """A box centred at (x, y) for the records of some paths."""
+        inside = [r for p in paths for d in ("forward", "backward") if (r := records.get((p, d)))]
+        cached, seconds = sum(r.cached for r in inside), sum(r.seconds for r in inside)
+        axes.add_patch(
+            FancyBboxPatch((x - wide / 2, y - high / 2), wide, high, boxstyle="round,pad=0,rounding_size=0.12",
+                           facecolor="white", edgecolor="#334155", lw=1.2, zorder=3)
+        )  # fmt: skip
+        equation = f"Eq. {inside[0].equation}" if inside[0].equation else "cross-entropy"
+        axes.text(x, y + 0.4, name, ha="center", va="center", fontsize=11, weight="bold", zorder=4)
+        axes.text(x, y + 0.13, equation, ha="center", va="center", fontsize=9, color="#475569", zorder=4)
+        axes.text(x, y - 0.15, f"cached {cached / 2**20:.3g} MiB", ha="center", va="center", fontsize=9, zorder=4)
+        axes.text(x, y - 0.41, f"time {seconds / whole:.1%}", ha="center", va="center", fontsize=9, zorder=4)
+
+    def arrows(left, right, y, name, shape, gradient):
+        """The arrow forward from ``left`` to ``right``, and the one back under it unless ``gradient`` is None."""
+        middle = (left + right) / 2
+        style = {"arrowstyle": "-|>", "lw": 1.6, "shrinkA": 2, "shrinkB": 2, "mutation_scale": 13}
+        axes.annotate("", (right, y + 0.14), (left, y + 0.14), arrowprops={**style, "color": FORWARD_COLOR})
+        text = f"{name}\n{'×'.join(map(str, shape)) or 'one number'}"
+        axes.text(middle, y + 0.22, text, ha="center", va="bottom", fontsize=8.5, color=FORWARD_COLOR)
+        if gradient is not None:
+            axes.annotate("", (left, y - 0.14), (right, y - 0.14), arrowprops={**style, "color": TEST})
+            axes.text(middle, y - 0.22, gradient, ha="center", va="top", fontsize=8.5, color=TEST)
+
+    def norm_of(path, name, *, incoming=False):
+        """The text under an arrow: the gradient that the backward of ``path`` gives, or the one that it gets."""
+        r = records.get((path, "backward"))
+        if r is None:
+            return None
+        value = r.incoming if incoming else next(iter(r.norms.values()))
+        return f"d{name}\nnorm {value:.2g}"
+
+    def shape_of(path):
+        return records[path, "forward"].shape
+
+    # the whole network
+    c, L, y = trace.config, trace.config.depth, 7.75
+    embed = ["patch_embed", "dropout"]
+    xs = [3.3, 6.6, 9.9, 13.2]
+    blocks = [f"blocks.{i}" for i in range(L)]
+    for x, name, paths in zip(
+        xs, ("embedding", f"{L} blocks" if L > 1 else "1 block", "head", "loss"), (embed, blocks, ["head"], ["loss"]),
+        strict=True,
+    ):  # fmt: skip
+        box(x, y, name, paths, step)
+    half = wide / 2
+    pictures = (trace.batch, c.image_size, c.image_size, c.channels)
+    backward = ("loss", "backward") in records
+    arrows(xs[0] - 3.3 + half, xs[0] - half, y, "images", pictures, "no gradient\nneeded" if backward else None)
+    arrows(xs[0] + half, xs[1] - half, y, "z_0", shape_of("patch_embed"), norm_of("blocks.0", "z_0"))
+    arrows(xs[1] + half, xs[2] - half, y, f"z_{L}", shape_of(blocks[-1]), norm_of("head", f"z_{L}"))
+    arrows(xs[2] + half, xs[3] - half, y, "logits", shape_of("head"), norm_of("loss", "logits"))
+    loss = f"loss {float(trace.loss):.4g}"
+    arrows(xs[3] + half, 15.7, y, loss, (), norm_of("loss", "loss", incoming=True))
+
+    # one block: two branches, each added to what goes around it
+    axes.add_patch(
+        FancyBboxPatch((0.25, 0.35), 15.5, 6.1, boxstyle="round,pad=0,rounding_size=0.2", facecolor="#f1f5f9",
+                       edgecolor="#cbd5e1", zorder=0)
+    )  # fmt: skip
+    for x in (xs[1] - half, xs[1] + half):
+        axes.plot([x, 0.45 if x < xs[1] else 15.55], [y - high / 2, 6.45], color="#cbd5e1", lw=1, zorder=0)
+    axes.text(0.5, 6.15, f"block 0, one of {L}: shares of time are of this block", va="center", fontsize=10)
+    rows = (
+        (4.55, "z_0", "z'_1", [
+            ("norm1", "u", ["norm1"]), ("qkv", "q, k, v", ["msa.qkv"]), ("attention", "heads", ["msa.attention"]),
+            ("proj", "msa", ["msa.proj", "dropout1", "path1"]),
+        ]),
+        (1.75, "z'_1", "z_1", [
+            ("norm2", "v", ["norm2"]), ("fc1", "hidden", ["mlp.fc1"]), ("gelu", "gelu", ["mlp.gelu", "mlp.dropout"]),
+            ("fc2", "mlp", ["mlp.fc2", "dropout2", "path2"]),
+        ]),
+    )  # fmt: skip
+    xs, plus, tokens = [2.75, 5.95, 9.15, 12.35], 14.55, shape_of("blocks.0")
+    for y, source, target, steps in rows:
+        for x, (name, _, parts) in zip(xs, steps, strict=True):
+            box(x, y, name, [f"blocks.0.{part}" for part in parts], first_block)
+        paths = [f"blocks.0.{parts[0]}" for _, _, parts in steps]
+        path = f"blocks.0.path{1 if y > 3 else 2}"
+        if y > 3:
+            total = norm_of("blocks.0", source)
+        else:
+            total = norm_of("blocks.0.path1", source, incoming=True)
+        arrows(0.4, xs[0] - half, y, source, tokens, total)
+        for left, right, name, p, after in zip(xs, xs[1:], [s[1] for s in steps], paths, paths[1:], strict=False):
+            arrows(left + half, right - half, y, name, shape_of(p), norm_of(after, name.replace(", ", ", d")))
+        arrows(xs[-1] + half, plus - 0.2, y, steps[-1][1], tokens, norm_of(path, steps[-1][1]))
+        axes.add_patch(Circle((plus, y), 0.2, facecolor="white", edgecolor="#334155", lw=1.2, zorder=3))
+        axes.text(plus, y, "+", ha="center", va="center", fontsize=13, zorder=4)
+        arrows(plus + 0.2, 15.65, y, target, (), norm_of(path, target, incoming=True))
+        # what goes around
+        top, start = y + 1.15, 0.62
+        axes.plot([start, start, plus, plus], [y + 0.14, top, top, y + 0.2], color=FORWARD_COLOR, lw=1.6, zorder=1)
+        axes.text((start + plus) / 2, top + 0.05, "unchanged, forward and back", ha="center", va="bottom", fontsize=8.5,
+                  color="#475569")  # fmt: skip
+    axes.text(0.3, 9.05, label(title, 60), fontsize=13, weight="bold", va="center")
+    t = trace.totals
+    figures = (
+        f"{trace.batch} pictures, {trace.dtype}, {t.parameters:,} parameters, {1e-9 * t.forward_flops:.3g} + "
+        f"{1e-9 * t.backward_flops:.3g} GFLOP in {1e3 * t.forward_seconds:.3g} + {1e3 * t.backward_seconds:.3g} ms, "
+        f"{t.cached / 2**20:.3g} MiB cached"
+    )
+    axes.text(0.3, 8.7, figures, fontsize=10, va="center", color="#475569")
+    axes.text(15.7, 9.05, "tensor, shape →", fontsize=10, va="center", ha="right", color=FORWARD_COLOR)
+    if backward:
+        axes.text(15.7, 8.7, "← gradient, norm", fontsize=10, va="center", ha="right", color=TEST)
+    _save(figure, file)

@@ -128,7 +128,7 @@ def main(argv=None):
     """Entry point; returns the exit status."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="visualize.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT", parser_class=Parser)
-    parts = commands.add_parser("curvature", help="largest eigenvalues of the Hessian along training, loss surface",
+    parts = commands.add_parser("curvature", help="largest Hessian eigenvalues along training, loss surface",
                                 description="Sharpness along training and the loss surface.", epilog=EXAMPLES)  # fmt: skip
     parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
     parts.add_argument("--every", type=int, default=5, metavar="N", help="epochs between two measurements [5]")
