@@ -128,8 +128,8 @@ def main(argv=None):
     """Entry point; returns the exit status."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="visualize.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT", parser_class=Parser)
-    parts = commands.add_parser("curvature", help="largest Hessian eigenvalues along training, loss surface",
-                                description="Sharpness along training and the loss surface.", epilog=EXAMPLES)  # fmt: skip
+    about = "largest Hessian eigenvalues along training, loss surface"
+    parts = commands.add_parser("curvature", help=about, description=about, epilog=EXAMPLES)
     parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
     parts.add_argument("--every", type=int, default=5, metavar="N", help="epochs between two measurements [5]")
     parts.add_argument("--pictures", type=int, default=64, metavar="N", help="training pictures measured on [64]")
