@@ -67,6 +67,14 @@ def describe_os_error(error):
     return f"{where}{error.strerror or error}{advice}"
 
 
+def output_file(text):
+    """An argument's type: the name of a file to write, in a folder that exists."""
+    folder = Path(text).parent
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {folder} to write {Path(text).name} to")
+    return text
+
+
 def add_settings(parser, cls, *, skip=()):
     """One flag per field of a settings class; a flag that is not given leaves no trace in the namespace."""
     for f in dataclasses.fields(cls):

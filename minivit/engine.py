@@ -69,7 +69,8 @@ class Engine:
         self._pool.shutdown()
         self._limits.restore_original_limits()
 
-    def _cut(self, count):
+    def parts(self, count):
+        """The micro-batches of a batch of ``count`` pictures, as slices."""
         return [slice(i, i + self.micro_batch) for i in range(0, count, self.micro_batch)]
 
     def gradient(self, images, labels, *, step=0, denominator=None, accumulate=False):
@@ -79,7 +80,7 @@ class Engine:
         ``step`` seeds dropout, with the micro-batch's number. To accumulate over several batches, pass the
         number of all their pictures as ``denominator`` and ``accumulate=True`` from the second one on.
         """
-        parts = self._cut(len(images))
+        parts = self.parts(len(images))
         denominator = len(images) if denominator is None else denominator
 
         def work(w):
@@ -88,8 +89,8 @@ class Engine:
                 flat[...] = 0.0
             results = []
             for m in range(w, len(parts), self.workers):
-                rng = np.random.default_rng([self.seed, DROPOUT_STREAM, step, m])
-                results.append(self._forward_backward(images[parts[m]], labels[parts[m]], grads, denominator, rng))
+                rng = self.generator(step, m)
+                results.append(self.forward_backward(images[parts[m]], labels[parts[m]], grads, denominator, rng))
             return results
 
         results = [result for worker in self._pool.map(work, range(self.workers)) for result in worker]
@@ -97,7 +98,12 @@ class Engine:
             self.grad += flat
         return StepResult(sum(r.loss for r in results), sum(r.correct for r in results))
 
-    def _forward_backward(self, images, labels, grads, denominator, rng):
+    def generator(self, step, micro_batch):
+        """The Generator of dropout for a micro-batch of a step."""
+        return np.random.default_rng([self.seed, DROPOUT_STREAM, step, micro_batch])
+
+    def forward_backward(self, images, labels, grads, denominator, rng):
+        """One micro-batch: adds its gradient into ``grads`` and returns its `StepResult`."""
         logits, cache = self.model.forward(images, rng=rng)
         loss, loss_cache = softmax_cross_entropy_forward(
             logits, labels, label_smoothing=self.label_smoothing, denominator=denominator
@@ -114,7 +120,7 @@ class Engine:
         """
         model = model or self.model
         logits = array_module(model.flat).empty((len(images), model.config.num_classes), model.flat.dtype)
-        parts = self._cut(len(images))
+        parts = self.parts(len(images))
 
         def work(w):
             for part in parts[w :: self.workers]:

@@ -21,7 +21,7 @@ from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward
 from minivit.layers.softmax import softmax_backward, softmax_forward, softmax_jvp
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward, softmax_cross_entropy_jvp
 
-B, N, D, H, M, K = 2, 5, 12, 3, 7, 4  # pictures, tokens, width, heads, MLP width, classes
+B, N, D, HEADS, M, K = 2, 5, 12, 3, 7, 6  # pictures, tokens, width, heads (so Dh = 4), MLP width, classes
 
 
 def _arrays(rng, *shapes):
@@ -45,7 +45,7 @@ def _gelu(kind):
 
 
 def _softmax(rng):
-    return softmax_forward, softmax_backward, [3.0 * rng.standard_normal((B, H, N, M))], ("x",)
+    return softmax_forward, softmax_backward, [3.0 * rng.standard_normal((B, HEADS, N, M))], ("x",)
 
 
 def _dropout(rng):
@@ -67,7 +67,7 @@ def _drop_path(rng):
     def forward(x):
         return drop_path_forward(x, rate=0.4, rng=np.random.default_rng(seed))
 
-    return forward, drop_path_backward, _arrays(rng, (7, N, M)), ("x",)
+    return forward, drop_path_backward, _arrays(rng, (11, N, M)), ("x",)
 
 
 def _attention(dropout):
@@ -75,7 +75,7 @@ def _attention(dropout):
         def forward(q, k, v):
             return attention_forward(q, k, v, dropout=dropout, rng=np.random.default_rng(1))
 
-        shapes = [(B, H, N, 4)] * 3
+        shapes = [(B, HEADS, N, D // HEADS)] * 3
         return forward, attention_backward, _arrays(rng, *shapes), ("q", "k", "v")
 
     return case
@@ -83,7 +83,7 @@ def _attention(dropout):
 
 def _msa(rng):
     def forward(*args):
-        return msa_forward(*args, num_heads=H, attention_dropout=0.3, rng=np.random.default_rng(2))
+        return msa_forward(*args, num_heads=HEADS, attention_dropout=0.3, rng=np.random.default_rng(2))
 
     x, *weights = _arrays(rng, (B, N, D), (D, 3 * D), (3 * D,), (D, D), (D,))
     args = [x, *(0.3 * W for W in weights)]  # scores of order 1: a saturated softmax has gradients too small to compare
@@ -121,12 +121,12 @@ def _block(dropout):
 
         def block(z, params):
             return block_forward(
-                z, params, num_heads=H, dropout=dropout, attention_dropout=dropout, drop_path=dropout,
+                z, params, num_heads=HEADS, dropout=dropout, attention_dropout=dropout, drop_path=dropout,
                 rng=np.random.default_rng(4),
             )  # fmt: skip
 
         forward, backward = _by_position(block, block_backward, BLOCK_PARAMETERS)
-        z = rng.standard_normal((3, N, D))
+        z = rng.standard_normal((8, N, D))  # enough pictures for stochastic depth to drop some
         return forward, lambda dy, cache: backward(dy, cache, values), [z, *values], ("z", *BLOCK_PARAMETERS)
 
     return case
@@ -134,9 +134,10 @@ def _block(dropout):
 
 def _patch_embed(cls_token, position):
     def case(rng):
-        P, C, patches = 2, 3, 6  # pictures of 4 x 6 pixels: 2 x 3 patches
-        tokens = patches + cls_token
-        args = _arrays(rng, (B, 4, 6, C), (P * P * C, D), (D,))
+        P, C = 2, 4
+        height, width = (4, 6) if cls_token else (6, 10)  # 2 x 3 patches and the class token, or 3 x 5 patches
+        tokens = height * width // P**2 + cls_token
+        args = _arrays(rng, (3, height, width, C), (P * P * C, D), (D,))
         args += _arrays(rng, (1, 1, D)) if cls_token else [None]
         args += _arrays(rng, (1, tokens, D)) if position else [None]
         names = ("images", "W", "b", "cls_token", "pos_embed")
@@ -233,18 +234,22 @@ JVPS = {
 }  # of each case in LAYERS, by the part of its name before "-"
 
 _TINY = {
-    "image_size": 6,
+    "image_size": 4,  # N = 5: four patches and the class token; mean pooling takes 6 pixels, so that N = 9
     "patch_size": 2,
-    "channels": 2,
-    "num_classes": 4,
-    "width": 12,
+    "channels": 3,
+    "num_classes": K,
+    "width": D,
     "depth": 2,
-    "num_heads": 3,
-    "mlp_dim": 7,
+    "num_heads": HEADS,
+    "mlp_dim": M,
 }
 MODELS = {
     "vit": _TINY,
-    "vit-mean": {**_TINY, "pooling": "mean", "gelu": "erf", "num_heads": 1},
-    "vit-pre_logits": {**_TINY, "pre_logits": 5, "pos_embed": "sincos2d"},
+    "vit-mean": {**_TINY, "image_size": 6, "pooling": "mean", "num_heads": 1},
+    "vit-erf": {**_TINY, "gelu": "erf"},
+    "vit-pre_logits": {**_TINY, "pre_logits": 10, "pos_embed": "sincos2d"},
     "vit-dropout": {**_TINY, "dropout": 0.2, "attention_dropout": 0.3, "drop_path": 0.4, "pos_embed": "none"},
 }
+MODEL_BATCH = 8  # pictures, for the models
+
+NEED_SCIPY = ("gelu-erf", "vit-erf")  # SciPy is optional

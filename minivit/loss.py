@@ -1,9 +1,9 @@
 r"""Softmax cross-entropy, from logits, as one pair.
 
 Forward
-    For logits x (B, K), p = softmax(x) and target probabilities t (B, K) whose rows sum to 1,
+    For logits x (B, K), p = softmax(x) and targets t (B, K), usually probabilities, with row sums w_i = sum_k t_ik,
 
-        loss = -1/n sum_i sum_k t_ik log p_ik = 1/n sum_i (logsumexp(x_i) - sum_k t_ik x_ik),
+        loss = -1/n sum_i sum_k t_ik log p_ik = 1/n sum_i (w_i logsumexp(x_i) - sum_k t_ik x_ik),
 
     with n = B unless told otherwise. A class index is the target that is 1 at that class. Label smoothing
     mixes every target with the uniform one: t <- (1 - s) t + s/K (Szegedy et al. 2016). The logarithm of a
@@ -11,7 +11,7 @@ Forward
     subtracted.
 
 Backward
-        d loss / d x_ik = (p_ik - t_ik) / n.
+        d loss / d x_ik = (w_i p_ik - t_ik) / n,    for probabilities, w_i = 1, simply (p - t) / n.
 
     d logsumexp(x) / dx = softmax(x), and the second term is linear. That p - t comes out so simply is the
     reason for making softmax and cross-entropy one function; taken apart, 1/p would have to cancel against p.
@@ -29,6 +29,7 @@ class CrossEntropyCache(NamedTuple):
 
     probabilities: Any  # (B, K)
     targets: Any  # (B, K)
+    weights: Any  # (B, 1)  row sums of the targets, 1 for probabilities
     denominator: float
 
 
@@ -60,9 +61,9 @@ def soft_targets(labels, num_classes, label_smoothing, dtype, xp=np):
 def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denominator=None):
     """Mean cross-entropy of softmax(logits) against the labels.
 
-    Math    loss = 1/n sum_i (logsumexp(x_i) - sum_k t_ik x_ik), in nats; n = ``denominator`` or B
+    Math    loss = 1/n sum_i (w_i logsumexp(x_i) - sum_k t_ik x_ik), in nats; n = ``denominator`` or B
     Shapes  logits (B, K), labels (B,) integers or (B, K) probabilities  ->  loss ()
-    Cache   softmax(logits), the targets, n
+    Cache   softmax(logits), the targets and their row sums, n
     Raises  ValueError: labels of the wrong shape, kind or range.
     A batch cut into micro-batches passes the whole batch's size as denominator, so that the parts' losses and
     gradients add up.
@@ -77,20 +78,21 @@ def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denomi
     probabilities = xp.exp(shifted)
     total = probabilities.sum(axis=1, keepdims=True)  # (B, 1)
     probabilities /= total
-    # sum_k t_ik = 1, so the same shift may be taken off both terms
-    loss = (xp.log(total[:, 0]) - (targets * shifted).sum(axis=1)).sum() / denominator
-    return loss, CrossEntropyCache(probabilities, targets, denominator)
+    weights = targets.sum(axis=1, keepdims=True)  # (B, 1)
+    # the shift drops out: w (log total + max) - sum t (shifted + max) has no max left
+    loss = ((weights * xp.log(total)).sum() - (targets * shifted).sum()) / denominator
+    return loss, CrossEntropyCache(probabilities, targets, weights, denominator)
 
 
 def softmax_cross_entropy_backward(dloss, cache):
     """Backward of `softmax_cross_entropy_forward`.
 
-    Math    dlogits = dloss (p - t) / n
+    Math    dlogits = dloss (w p - t) / n
     Shapes  dloss () -> dlogits (B, K)
     """
-    probabilities, targets, denominator = cache
-    # loss = sum_i (logsumexp(x_i) - sum_k t_ik x_ik) / n
-    dlogits = probabilities - targets
+    probabilities, targets, weights, denominator = cache
+    # loss = sum_i (w_i logsumexp(x_i) - sum_k t_ik x_ik) / n
+    dlogits = weights * probabilities - targets
     dlogits *= dloss / denominator
     return dlogits
 
@@ -98,8 +100,8 @@ def softmax_cross_entropy_backward(dloss, cache):
 def softmax_cross_entropy_jvp(logitsdot, cache):
     """Forward-mode derivative of `softmax_cross_entropy_forward`.
 
-    Math    lossdot = sum_ik (p_ik - t_ik) logitsdot_ik / n
+    Math    lossdot = sum_ik (w_i p_ik - t_ik) logitsdot_ik / n
     Shapes  logitsdot (B, K)  ->  lossdot ()
     """
-    probabilities, targets, denominator = cache
-    return ((probabilities - targets) * logitsdot).sum() / denominator
+    probabilities, targets, weights, denominator = cache
+    return ((weights * probabilities - targets) * logitsdot).sum() / denominator

@@ -44,12 +44,12 @@ def _in(module, function):
 
 _linear = _in("layers.linear", "linear_backward")
 _layernorm = _in("layers.layernorm", "layernorm_backward")
-_layernorm_forward = _in("layers.layernorm", "layernorm_forward")
+_forward_of_layernorm = _in("layers.layernorm", "layernorm_forward")
 _gelu = _in("layers.gelu", "gelu_slope")
-_softmax_forward = _in("layers.softmax", "softmax_forward")
+_forward_of_softmax = _in("layers.softmax", "softmax_forward")
 _softmax = _in("layers.softmax", "softmax_backward")
 _dropout = _in("layers.dropout", "dropout_backward")
-_attention_forward = _in("layers.attention", "attention_forward")
+_forward_of_attention = _in("layers.attention", "attention_forward")
 _attention = _in("layers.attention", "attention_backward")
 _msa = _in("layers.msa", "msa_backward")
 _mlp = _in("layers.mlp", "mlp_backward")
@@ -57,7 +57,7 @@ _block = _in("layers.block", "block_backward")
 _patch = _in("layers.patch_embed", "patch_embed_backward")
 _unpatchify = _in("layers.patch_embed", "unpatchify")
 _head = _in("layers.head", "head_backward")
-_loss_forward = _in("loss", "softmax_cross_entropy_forward")
+_forward_of_loss = _in("loss", "softmax_cross_entropy_forward")
 _loss = _in("loss", "softmax_cross_entropy_backward")
 _targets = _in("loss", "soft_targets")
 _model = _in("model", "ViT.backward")
@@ -67,7 +67,6 @@ _clip = _in("optim", "clip_by_global_norm")
 _schedule = _in("optim", "learning_rate")
 _ema = _in("optim", "EMA.update")
 _engine = _in("engine", "Engine.gradient")
-_engine_part = _in("engine", "Engine._forward_backward")
 
 MISTAKES = (
     _linear(
@@ -132,7 +131,7 @@ MISTAKES = (
         "the variance term is averaged over the batch instead of the features", "which axis was normalised?",
         "wrong for inputs of rank three and more, right for none: tests at rank two passed",
     ),
-    _layernorm_forward(
+    _forward_of_layernorm(
         "layernorm-unbiased", "var = (xc * xc).mean(axis=-1, keepdims=True)",
         "var = (xc * xc).sum(axis=-1, keepdims=True) / (x.shape[-1] - 1)",
         "the forward divides the variance by D - 1, the backward differentiates 1/D",
@@ -185,7 +184,7 @@ MISTAKES = (
         "softmax-square", "dx *= y", "dx *= y * (1 - y)",
         "the derivative of the logistic function stands in for that of softmax", "is the Jacobian diagonal?",
     ),
-    _softmax_forward(
+    _forward_of_softmax(
         "softmax-shift-axis", "x.real.max(axis=-1, keepdims=True)", "x.real.max(axis=-2, keepdims=True)",
         "the shift varies along the softmax axis, so the result is not a softmax of x",
         "softmax ignores a shift only if it is the same along the row",
@@ -203,7 +202,7 @@ MISTAKES = (
         "without a mask, in evaluation, the gradient is scaled anyway", "what is the backward of the identity?",
         "a dropout whose backward masks in evaluation, for want of a return",
     ),
-    _attention_forward(
+    _forward_of_attention(
         "attention-scale-forward", "q.shape[-1] ** -0.5", "(q.shape[-1] * q.shape[-3]) ** -0.5",
         "scores are divided by sqrt(D) instead of sqrt(Dh)", "per head, how long are q and k?",
         "seen in a published CIFAR ViT",
@@ -310,7 +309,7 @@ MISTAKES = (
         "the position embedding's gradient runs through the tokens backwards", "does row 0 belong to the class token?",
     ),
     _patch(
-        "patch-class-token-kept", "dz = dz[:, 1:]  # (B, N, D)", "dz = dz[:, :-1]  # (B, N, D)",
+        "patch-class-token-kept", "dz = dz[:, 1:]", "dz = dz[:, :-1]",
         "the last token is cut off instead of the class token", "where was the class token put?",
     ),
     _unpatchify(
@@ -347,10 +346,10 @@ MISTAKES = (
         "dloss is ignored", "what if the loss is scaled?",
     ),
     _loss(
-        "loss-sign", "probabilities - targets", "targets - probabilities", "the sign is reversed: training climbs",
-        "which way is downhill?",
+        "loss-sign", "weights * probabilities - targets", "targets - weights * probabilities",
+        "the sign is reversed: training climbs", "which way is downhill?",
     ),
-    _loss_forward(
+    _forward_of_loss(
         "loss-no-shift", "logits - logits.real.max(axis=1, keepdims=True)", "logits * 1.0",
         "the maximum is not subtracted: exp overflows for large logits", "try logits of 1000",
         "NaN at logit 1000 in a published loss",

@@ -177,13 +177,15 @@ def pixels(images, dtype):
     """Pictures as the model wants them: uint8 is scaled to (x - 127.5) / 127.5; floats are taken as scaled already.
 
     Shapes  images (B, H, W, C)  ->  (B, H, W, C) of the given dtype
-    Raises  InputError: (on the host) a float image that is not finite.
+    Raises  InputError: pictures of another integer type; (on the host) a float picture that is not finite.
     """
     if images.dtype == np.uint8:
         x = images.astype(dtype)
         x -= 127.5
         x /= 127.5
         return x
+    if images.dtype.kind in "iub":
+        raise InputError(f"pictures are {images.dtype}; give them as uint8 (0..255), or as floats scaled to -1..1")
     if isinstance(images, np.ndarray) and not np.isfinite(images).all():
         bad = int(np.argmin(np.isfinite(images).reshape(len(images), -1).all(axis=1)))
         raise InputError(f"picture {bad} of the batch has a pixel that is NaN or infinite")
@@ -241,7 +243,7 @@ class ViT:
             "eps": c.layernorm_eps,
             "dropout": c.dropout,
             "attention_dropout": c.attention_dropout,
-            "drop_path": c.drop_path * i / max(c.depth - 1, 1),
+            "drop_path": c.drop_path * (i / (c.depth - 1) if c.depth > 1 else 1.0),
         }
 
     def _embed(self, images, rng):

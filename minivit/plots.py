@@ -70,7 +70,11 @@ def save_curves(path, records, *, title=""):
     loss.plot(epochs, [r["loss"] for r in train], color=TRAIN, lw=0.7, alpha=0.5, label="a training batch")
     line = {"lw": 2, "marker": "o" if len(test) < 2 else None}  # a single point would have no line
     loss.plot(
-        [r["epoch"] for r in test], [r["train_loss"] for r in test], color=TRAIN, label="training, epoch mean", **line
+        [r["epoch"] for r in test],
+        [r["train_loss"] for r in test],
+        color=TRAIN,
+        label="training (augmented, smoothed targets)",
+        **line,
     )
     loss.plot([r["epoch"] for r in test], [r["loss"] for r in test], color=TEST, label="test", **line)
     _style(loss, "epoch", "cross-entropy, nats", f"{title}: loss" if title else "loss")
@@ -84,17 +88,20 @@ def save_curves(path, records, *, title=""):
         last = test[-1]
         _style(accuracy, "epoch", "accuracy, %", f"accuracy: {last['accuracy']:.2%} at the end")
         accuracy.legend(frameon=False, fontsize=8, loc="lower right")
-    lr.plot(epochs, [r["lr"] for r in train], color=TRAIN, lw=2)
+    lr.plot(epochs, [r["lr"] for r in train], color=TRAIN, lw=2, marker="o" if len(train) < 2 else None)
     _style(lr, "epoch", "learning rate", "learning rate")
     lr.set_ylim(bottom=0)
     _save(figure, path)
 
 
 def save_predictions(path, images, labels, logits, class_names, *, rows=4, columns=8):
-    """A grid of the first test pictures: predicted class and its probability, and the true class where they differ."""
-    probabilities, _ = softmax_forward(np.asarray(logits))
+    """A grid of test pictures, evenly spaced over the set: predicted class, its probability, the true one if wrong."""
     count = min(rows * columns, len(images))
-    figure = _figure(1.45 * columns, 1.75 * rows)
+    rows = -(-count // columns)
+    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)  # a folder's pictures are sorted by class
+    images, labels = images[chosen], labels[chosen]
+    probabilities, _ = softmax_forward(np.asarray(logits)[chosen])
+    figure = _figure(1.45 * columns, 1.75 * rows + 0.3)
     for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         if i >= count:
             axes.set_axis_off()
@@ -105,8 +112,8 @@ def save_predictions(path, images, labels, logits, class_names, *, rows=4, colum
         if guess != truth:
             text += f"\ntruly {label(class_names[truth], 16)}"
         axes.set_title(text, fontsize=8, color=GOOD if guess == truth else BAD)
-    right = int((probabilities[:count].argmax(axis=1) == labels[:count]).sum())
-    figure.suptitle(f"The first {count} test pictures: {right} right, {count - right} wrong", fontsize=11)
+    right = int((probabilities.argmax(axis=1) == labels).sum())
+    figure.suptitle(f"{count} of the test pictures: {right} right, {count - right} wrong", fontsize=11)
     _save(figure, path)
 
 
@@ -253,14 +260,23 @@ def save_trace(file, trace, *, title=""):
     the upper row, of its block in the lower rows.
     """
     records = {(r.path, r.direction): r for r in reversed(trace.records)}  # the first of each path
-    figure = Figure(figsize=(16, 9.4), dpi=120)
+    figure = Figure(figsize=(16, 8.8), dpi=120)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, 16), ylim=(0, 9.4))
+    axes.set(xlim=(0, 16), ylim=(0.6, 9.4))
     axes.set_axis_off()
     step = sum(r.seconds for r in trace.records if r.depth == 0)
     first_block = sum(r.seconds for r in trace.records if r.path == "blocks.0")
     wide, high = 1.75, 1.25
+
+    def shape_of(path):
+        return records[path, "forward"].shape
+
+    def sizes(shape):
+        return "×".join(map(str, shape)) or "one number"
+
+    def size_of(count):
+        return f"{count / 2**20:.3g} MiB" if count >= 2**17 else f"{count / 2**10:.3g} KiB"
 
     def box(x, y, name, paths, whole):
         """A box centred at (x, y) for the records of some paths."""
@@ -272,8 +288,8 @@ def save_trace(file, trace, *, title=""):
         )  # fmt: skip
         equation = f"Eq. {inside[0].equation}" if inside[0].equation else "cross-entropy"
         axes.text(x, y + 0.4, name, ha="center", va="center", fontsize=11, weight="bold", zorder=4)
-        axes.text(x, y + 0.13, equation, ha="center", va="center", fontsize=9, color="#475569", zorder=4)
-        axes.text(x, y - 0.15, f"cached {cached / 2**20:.3g} MiB", ha="center", va="center", fontsize=9, zorder=4)
+        axes.text(x, y + 0.13, equation, ha="center", va="center", fontsize=8.5, color="#475569", zorder=4)
+        axes.text(x, y - 0.15, f"cached {size_of(cached)}", ha="center", va="center", fontsize=9, zorder=4)
         axes.text(x, y - 0.41, f"time {seconds / whole:.1%}", ha="center", va="center", fontsize=9, zorder=4)
 
     def arrows(left, right, y, name, shape, gradient):
@@ -281,7 +297,7 @@ def save_trace(file, trace, *, title=""):
         middle = (left + right) / 2
         style = {"arrowstyle": "-|>", "lw": 1.6, "shrinkA": 2, "shrinkB": 2, "mutation_scale": 13}
         axes.annotate("", (right, y + 0.14), (left, y + 0.14), arrowprops={**style, "color": FORWARD_COLOR})
-        text = f"{name}\n{'×'.join(map(str, shape)) or 'one number'}"
+        text = f"{name}\n{sizes(shape)}"
         axes.text(middle, y + 0.22, text, ha="center", va="bottom", fontsize=8.5, color=FORWARD_COLOR)
         if gradient is not None:
             axes.annotate("", (left, y - 0.14), (right, y - 0.14), arrowprops={**style, "color": TEST})
@@ -292,11 +308,9 @@ def save_trace(file, trace, *, title=""):
         r = records.get((path, "backward"))
         if r is None:
             return None
-        value = r.incoming if incoming else next(iter(r.norms.values()))
+        parts = [r.norms[key] for key in ("dq", "dk", "dv") if key in r.norms] or [next(iter(r.norms.values()))]
+        value = r.incoming if incoming else np.linalg.norm(parts)
         return f"d{name}\nnorm {value:.2g}"
-
-    def shape_of(path):
-        return records[path, "forward"].shape
 
     # the whole network
     c, L, y = trace.config, trace.config.depth, 7.75
@@ -320,18 +334,18 @@ def save_trace(file, trace, *, title=""):
 
     # one block: two branches, each added to what goes around it
     axes.add_patch(
-        FancyBboxPatch((0.25, 0.35), 15.5, 6.1, boxstyle="round,pad=0,rounding_size=0.2", facecolor="#f1f5f9",
+        FancyBboxPatch((0.25, 0.8), 15.5, 5.65, boxstyle="round,pad=0,rounding_size=0.2", facecolor="#f1f5f9",
                        edgecolor="#cbd5e1", zorder=0)
     )  # fmt: skip
     for x in (xs[1] - half, xs[1] + half):
         axes.plot([x, 0.45 if x < xs[1] else 15.55], [y - high / 2, 6.45], color="#cbd5e1", lw=1, zorder=0)
     axes.text(0.5, 6.15, f"block 0, one of {L}: shares of time are of this block", va="center", fontsize=10)
     rows = (
-        (4.55, "z_0", "z'_1", [
+        (4.6, "z_0", "z'_1", [
             ("norm1", "u", ["norm1"]), ("qkv", "q, k, v", ["msa.qkv"]), ("attention", "heads", ["msa.attention"]),
             ("proj", "msa", ["msa.proj", "dropout1", "path1"]),
         ]),
-        (1.75, "z'_1", "z_1", [
+        (1.95, "z'_1", "z_1", [
             ("norm2", "v", ["norm2"]), ("fc1", "hidden", ["mlp.fc1"]), ("gelu", "gelu", ["mlp.gelu", "mlp.dropout"]),
             ("fc2", "mlp", ["mlp.fc2", "dropout2", "path2"]),
         ]),
@@ -340,19 +354,19 @@ def save_trace(file, trace, *, title=""):
     for y, source, target, steps in rows:
         for x, (name, _, parts) in zip(xs, steps, strict=True):
             box(x, y, name, [f"blocks.0.{part}" for part in parts], first_block)
+        if y > 3:
+            attn = f"attn {sizes(shape_of('blocks.0.msa.attention.softmax'))}"
+            axes.text(xs[2], y + high / 2 + 0.06, attn, ha="center", va="bottom", fontsize=8.5, color=FORWARD_COLOR)
         paths = [f"blocks.0.{parts[0]}" for _, _, parts in steps]
         path = f"blocks.0.path{1 if y > 3 else 2}"
-        if y > 3:
-            total = norm_of("blocks.0", source)
-        else:
-            total = norm_of("blocks.0.path1", source, incoming=True)
-        arrows(0.4, xs[0] - half, y, source, tokens, total)
+        around = norm_of("blocks.0", source) if y > 3 else norm_of("blocks.0.path1", source, incoming=True)
+        arrows(0.4, xs[0] - half, y, source, tokens, around)
         for left, right, name, p, after in zip(xs, xs[1:], [s[1] for s in steps], paths, paths[1:], strict=False):
             arrows(left + half, right - half, y, name, shape_of(p), norm_of(after, name.replace(", ", ", d")))
-        arrows(xs[-1] + half, plus - 0.2, y, steps[-1][1], tokens, norm_of(path, steps[-1][1]))
+        arrows(xs[-1] + half, plus - 0.2, y, steps[-1][1], tokens, norm_of(path, steps[-1][1], incoming=True))
         axes.add_patch(Circle((plus, y), 0.2, facecolor="white", edgecolor="#334155", lw=1.2, zorder=3))
         axes.text(plus, y, "+", ha="center", va="center", fontsize=13, zorder=4)
-        arrows(plus + 0.2, 15.65, y, target, (), norm_of(path, target, incoming=True))
+        arrows(plus + 0.2, 15.65, y, target, tokens, norm_of(path, target, incoming=True))
         # what goes around
         top, start = y + 1.15, 0.62
         axes.plot([start, start, plus, plus], [y + 0.14, top, top, y + 0.2], color=FORWARD_COLOR, lw=1.6, zorder=1)
@@ -361,10 +375,11 @@ def save_trace(file, trace, *, title=""):
     axes.text(0.3, 9.05, label(title, 60), fontsize=13, weight="bold", va="center")
     t = trace.totals
     figures = (
-        f"{trace.batch} pictures, {trace.dtype}, {t.parameters:,} parameters, {1e-9 * t.forward_flops:.3g} + "
-        f"{1e-9 * t.backward_flops:.3g} GFLOP in {1e3 * t.forward_seconds:.3g} + {1e3 * t.backward_seconds:.3g} ms, "
-        f"{t.cached / 2**20:.3g} MiB cached"
+        f"{trace.batch} pictures, {trace.dtype}, {t.parameters:,} parameters, {size_of(t.cached)} cached; "
+        f"forward {1e-9 * t.forward_flops:.3g} GFLOP in {1e3 * t.forward_seconds:,.1f} ms"
     )
+    if backward:
+        figures += f", backward {1e-9 * t.backward_flops:.3g} GFLOP in {1e3 * t.backward_seconds:,.1f} ms"
     axes.text(0.3, 8.7, figures, fontsize=10, va="center", color="#475569")
     axes.text(15.7, 9.05, "tensor, shape →", fontsize=10, va="center", ha="right", color=FORWARD_COLOR)
     if backward:

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import sys
 import threading
@@ -37,6 +38,7 @@ from tqdm import tqdm
 
 from minivit import __version__, checkpoint
 from minivit import params as parameters
+from minivit.backend import erf
 from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
 from minivit.data import load as load_data
 from minivit.data.loader import batches, epoch_order
@@ -46,6 +48,7 @@ from minivit.loss import softmax_cross_entropy_forward
 from minivit.model import ViT, parameter_table
 from minivit.optim import EMA, OPTIMIZERS, SCHEDULES, clip_by_global_norm, learning_rate, make_optimizer
 from minivit.settings import check_choice, check_range, check_types, field_names, refuse_unknown, setting
+from minivit.trace import first_non_finite, recording
 
 MAX_WORKERS = 1024
 
@@ -68,7 +71,7 @@ class TrainConfig:
     adam_eps: float = setting(1e-8, "added to adam's denominator")
     weight_decay: float = setting(0.05, "weight decay of the matrices")
     schedule: str = setting("cosine", "cosine, linear or constant, after the warm-up")
-    warmup_epochs: float = setting(1.0, "epochs over which the learning rate rises linearly")
+    warmup_epochs: float = setting(1.0, "epochs over which the learning rate rises linearly; at most half of the run")
     final_lr: float = setting(0.0, "learning rate at the end of the schedule")
     clip_norm: float = setting(1.0, "largest global norm of the gradient; 0 for no clipping")
     ema_decay: float = setting(0.0, "decay of the moving average of the weights, tested in their place; 0 for none")
@@ -114,6 +117,7 @@ AUGMENTATION = ("crop_padding", "flip", "rotate", "zoom", "shear", "shift")
 FREE_ON_RESUME = ("log_every", "checkpoint_seconds")
 
 LAST, BEST, METRICS, SUMMARY, SETTINGS = "last.npz", "best.npz", "metrics.jsonl", "summary.json", "settings.json"
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"  # images/s is in the postfix
 CURVES, PREDICTIONS = "curves.png", "predictions.png"
 
 
@@ -144,7 +148,10 @@ def dataset_of(meta, path, *, name=None, data_dir=None):
     if name is None:
         raise InputError(f"{path} does not say which data set it was trained on; name one with --data")
     size = stored.get("image_size") if name == stored.get("data") else None
-    dataset = load_data(name, data_dir or stored.get("data_dir", "data"), image_size=size)
+    try:
+        dataset = load_data(name, data_dir or stored.get("data_dir", "data"), image_size=size)
+    except InputError as error:
+        raise InputError(f"{error}; if the data lie elsewhere now, name the place with --data-dir") from None
     if list(dataset.class_names) != meta.get("class_names"):
         raise InputError(f"{path} was trained for other classes than those of {dataset.name} ({dataset.source})")
     return dataset
@@ -238,6 +245,8 @@ class Trainer:
                 f"crop_padding {config.crop_padding} moves whole pictures out of sight; they have {height} pixels"
             )
         _check_memory(model_config, config)
+        if model_config.gelu == "erf":
+            erf(np.zeros(1))  # SciPy is optional: say so before anything is written
         n = len(dataset.train_images)
         self.steps_per_epoch = -(-n // (config.batch_size * config.accumulate))
         self.total_steps = config.epochs * self.steps_per_epoch
@@ -259,6 +268,14 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._restored = False
         self._stop = None
+
+    def learning_rate(self, step):
+        """The learning rate of a step, counted from 0."""
+        c = self.config
+        warmup = min(round(c.warmup_epochs * self.steps_per_epoch), self.total_steps // 2)
+        return learning_rate(
+            step, self.total_steps, lr=c.lr, schedule=c.schedule, final_lr=c.final_lr, warmup_steps=warmup
+        )
 
     @property
     def finished(self):
@@ -366,6 +383,16 @@ class Trainer:
         ):
             raise ValueError("the order of the pictures is not a permutation of them")
 
+    def _origin(self, engine, images, labels, index, denominator):
+        """Where the first number that is not finite came from, in words: the batch once more, recorded."""
+        for m, part in enumerate(engine.parts(len(images))):
+            with recording([self.model.flat]) as recorder:
+                grads = self.model.gradient_buffer()[1]
+                engine.forward_backward(images[part], labels[part], grads, denominator, engine.generator(index, m))
+            if found := first_non_finite(recorder):
+                return f": {found.message}"
+        return ""
+
     def _diverged(self, what):
         return InputError(
             f"{what} at step {self.step} (epoch {self.epoch + 1}): the run diverged; {self.out / LAST} holds it "
@@ -397,14 +424,16 @@ class Trainer:
                     self._train(engine)
                 if self.finished and self._stop is None:
                     return self._finish(engine)
-        print(f"stopped at step {self.step} of {self.total_steps}; go on with --resume --out {self.out}")
+        print(
+            f"stopped at step {self.step} of {self.total_steps}; go on with --resume --out {shlex.quote(str(self.out))}"
+        )
         return None
 
     def _train(self, engine):
         self._started = self._saved_at = time.monotonic()
         # the bar goes to stderr and is off where that is not a terminal
         bar = tqdm(
-            total=self.total_steps, initial=self.step, unit="step", mininterval=0.25, dynamic_ncols=True,
+            total=self.total_steps, initial=self.step, mininterval=0.25, dynamic_ncols=True, bar_format=BAR,
             disable=None if self.progress else True,
         )  # fmt: skip
         with open(self.out / METRICS, "a", encoding="utf-8") as metrics, bar:
@@ -445,11 +474,9 @@ class Trainer:
                     continue
                 norm = clip_by_global_norm(engine.grad, c.clip_norm)
                 if not math.isfinite(loss) or not math.isfinite(norm):
-                    raise self._diverged(f"the loss is {loss}, its gradient's norm {float(norm)}")
-                lr = learning_rate(
-                    self.step, self.total_steps, lr=c.lr, schedule=c.schedule, final_lr=c.final_lr,
-                    warmup_steps=round(c.warmup_epochs * self.steps_per_epoch),
-                )  # fmt: skip
+                    origin = self._origin(engine, images, labels, self.epoch * (last_batch + 1) + index, size)
+                    raise self._diverged(f"the loss is {loss}, its gradient's norm {float(norm)}{origin}")
+                lr = self.learning_rate(self.step)
                 self.optimizer.step(self.model.flat, engine.grad, lr)
                 if self.ema:
                     self.ema.update(self.model.flat)
@@ -469,8 +496,8 @@ class Trainer:
                         accuracy=correct / size, grad_norm=float(norm), images_per_second=round(rate, 1),
                     )  # fmt: skip
                     bar.set_postfix_str(
-                        f"epoch {self.epoch + 1}/{c.epochs}  loss {running['loss'] / running['seen']:.3f}  "
-                        f"acc {running['correct'] / running['seen']:.1%}  {rate:,.0f} img/s"
+                        f"loss {running['loss'] / running['seen']:.3f} acc {running['correct'] / running['seen']:.1%} "
+                        f"{rate:,.0f} img/s"
                     )
                 loss, correct = 0.0, 0
                 if self._stop is not None:

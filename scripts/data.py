@@ -1,13 +1,12 @@
 """Download a data set, or show what is in one."""
 
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from minivit.cli import Parser, run
+from minivit.cli import Parser, output_file, run
 from minivit.data import DATASETS, fetch, load
+from minivit.train import write_json
 
 EXAMPLES = """examples:
   python scripts/data.py fetch cifar10
@@ -90,7 +89,7 @@ def parser():
     for command in (get, info):
         command.add_argument("--data-dir", default="data", metavar="DIR", help="default: %(default)s")
     info.add_argument("--image-size", type=int, metavar="N", help="for folder: scale to N x N (default: 32)")
-    info.add_argument("--json", type=Path, metavar="FILE", help="also write the facts to FILE")
+    info.add_argument("--json", type=output_file, metavar="FILE", help="also write the facts to FILE")
     return main_parser
 
 
@@ -103,7 +102,7 @@ def main(argv=None):
     facts = describe(load(arguments.name, arguments.data_dir, image_size=arguments.image_size))
     show(facts)
     if arguments.json:
-        arguments.json.write_text(json.dumps(facts, indent=2) + "\n")
+        write_json(arguments.json, facts)
     return 0
 
 

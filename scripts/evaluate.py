@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minivit import checkpoint, plots
-from minivit.cli import Parser, run
+from minivit.cli import Parser, output_file, run
 from minivit.data import DATASETS
 from minivit.engine import Engine
 from minivit.errors import InputError
@@ -17,9 +17,9 @@ from minivit.train import check_workers, dataset_of, fingerprint, quiet_overflow
 
 EXAMPLES = """
 examples:
-  python scripts/evaluate.py runs/digits/best.npz
+  python scripts/evaluate.py runs/digits/last.npz
   python scripts/evaluate.py runs/cifar10/last.npz --data-dir ~/datasets --json result.json
-  python scripts/evaluate.py runs/pets/best.npz --data-dir more_pets --weights params --out more_pets_result
+  python scripts/evaluate.py runs/pets/last.npz --data-dir more_pets --weights params --out more_pets_result
 """
 CHUNK = 512  # pictures between two steps of the progress bar
 
@@ -77,14 +77,14 @@ def show(facts):
 def main(argv=None):
     """Entry point; returns the exit status."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="evaluate.py")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/best.npz")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
     parser.add_argument("--data", choices=DATASETS, help="data set [the one it was trained on]")
     parser.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
     parser.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
                         help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads; 0 for one per core [0]")
-    parser.add_argument("--out", metavar="DIR", help="folder for confusion.png [the checkpoint's]")
-    parser.add_argument("--json", metavar="FILE", help="write every figure as JSON")
+    parser.add_argument("--out", metavar="DIR", help="folder for confusion-NAME.png [the checkpoint's]")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write every figure as JSON")
     arguments = parser.parse_args(argv)
     workers = check_workers(arguments.workers)
     path = Path(arguments.checkpoint)
@@ -124,7 +124,7 @@ def main(argv=None):
         **figures,
     }
     show(facts)
-    figure = out / "confusion.png"
+    figure = out / f"confusion-{path.stem}.png"
     plots.save_confusion(
         figure, confusion, names, title=f"{dataset.name}: {facts['accuracy']:.2%} of {len(images):,} right"
     )

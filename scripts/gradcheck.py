@@ -1,5 +1,6 @@
 """Check every hand-written gradient, look into one of them, or plant a mistake and watch what exposes it."""
 
+import importlib.util
 import random
 import sys
 import time
@@ -8,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from minivit import InputError, ViT, ViTConfig, gradcheck
-from minivit.cli import Parser, run
+from minivit.cli import Parser, output_file, run
 from minivit.curvature import hessian_vector_product
 from minivit.facts import FACTS, TOLERANCE
-from minivit.gradcheck_cases import JVPS, LAYERS, MODELS
+from minivit.gradcheck_cases import JVPS, LAYERS, MODEL_BATCH, MODELS, NEED_SCIPY
 from minivit.mistakes import BY_NAME, find, planted, source_of
 from minivit.train import quiet_overflow, write_json
 
@@ -30,14 +31,19 @@ The exit status is 0 if every gradient agrees (for --plant: if the mistake was e
 DTYPES = (np.float64, np.float32)
 
 
+def available(names):
+    """Those of the names that can be checked here: without SciPy, the exact GELU cannot."""
+    return [name for name in names if name not in NEED_SCIPY or importlib.util.find_spec("scipy")]
+
+
 def model_problem(name, seed):
     """(config, flat, images, labels) of a small model away from the zeros of its initialisation."""
     config = ViTConfig(**MODELS[name])
     rng = np.random.default_rng(seed)
     flat = ViT(config, seed=seed, dtype=np.float64).flat
     flat += 0.3 * rng.standard_normal(flat.shape)
-    images = rng.standard_normal((3, config.image_size, config.image_size, config.channels))
-    return config, flat, images, rng.integers(0, config.num_classes, 3)
+    images = rng.standard_normal((MODEL_BATCH, config.image_size, config.image_size, config.channels))
+    return config, flat, images, rng.integers(0, config.num_classes, MODEL_BATCH)
 
 
 def results_of(name, method, seed, *, elementwise=True):
@@ -221,11 +227,11 @@ def expose(mistake, seed):
     with planted(mistake.name), quiet_overflow():
         for name in FACTS:
             attempt(name, lambda name=name: fact(name))
-        for name in LAYERS:
+        for name in available(LAYERS):
             attempt(name, lambda name=name: gradients(name))
             attempt(name, lambda name=name: adjoint(name))
         if len(findings) < 3:
-            for name in MODELS:
+            for name in available(MODELS):
                 attempt(name, lambda name=name: gradients(name))
     return findings
 
@@ -297,7 +303,9 @@ def main(argv=None):
     mode.add_argument("--plant", metavar="MISTAKE", help="plant a mistake: its name, list, or random")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random arguments [0]")
     parser.add_argument("--out", metavar="DIR", default=".", help="folder for the figures of --depth [.]")
-    parser.add_argument("--json", metavar="FILE", help="write the table, and max_relative_error, as JSON")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the table, and max_relative_error, as JSON"
+    )
     arguments = parser.parse_args(argv)
     for name in arguments.names:
         if name not in known:
@@ -306,18 +314,21 @@ def main(argv=None):
         raise InputError(f"--seed must be at least 0, got {arguments.seed}")
     if arguments.plant:
         return plant(arguments.plant, arguments.seed)
+    names = available(arguments.names or known)
+    if skipped := [name for name in arguments.names or known if name not in names]:
+        print(f'skipped, for want of SciPy (pip install "minivit[interop]"): {", ".join(skipped)}')
     if arguments.depth:
         if not arguments.names or any(name in MODELS for name in arguments.names):
             raise InputError(f"--depth needs the name of a layer: {', '.join(LAYERS)}")
-        report = {name: depth(name, arguments.seed, Path(arguments.out)) for name in arguments.names}
+        report = {name: depth(name, arguments.seed, Path(arguments.out)) for name in names}
         passed = True
     elif arguments.all:
-        rows, largest = table_of_everything(arguments.names or known, arguments.seed)
+        rows, largest = table_of_everything(names, arguments.seed)
         passed = all(largest[key] <= limit for key, limit in LIMITS.items())
         report = {"passed": passed, "largest": largest, "limits": LIMITS, "seed": arguments.seed, "results": rows}
     else:
         methods = ("central", "complex") if arguments.method == "both" else (arguments.method,)
-        rows, largest = table_of_elements(arguments.names or known, methods, arguments.seed)
+        rows, largest = table_of_elements(names, methods, arguments.seed)
         passed = all(row["passed"] for row in rows)
         report = {
             "passed": passed,

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minivit import checkpoint, plots
-from minivit.cli import Parser, run
+from minivit.cli import Parser, output_file, run
 from minivit.data import read_image
 from minivit.errors import InputError
 from minivit.layers.softmax import softmax_forward
@@ -16,9 +16,9 @@ from minivit.train import dataset_of, quiet_overflow, write_json
 
 EXAMPLES = """
 examples:
-  python scripts/predict.py runs/digits/best.npz --test 0 1 2          pictures of its own test set, by number
-  python scripts/predict.py runs/cifar10/best.npz cat.jpg dog.png      files: png, jpg, bmp, gif, webp
-  python scripts/predict.py runs/digits/best.npz digit.npy --out out   an array (H, W) or (H, W, C), of the model's size
+  python scripts/predict.py runs/digits/last.npz --test 0 1 2          pictures of its own test set, by number
+  python scripts/predict.py runs/cifar10/last.npz cat.jpg dog.png      files: png, jpg, bmp, gif, webp
+  python scripts/predict.py runs/digits/last.npz digit.npy --out out   an array (H, W) or (H, W, C), of the model's size
 
 An array holds uint8 pixels 0..255, or floats scaled to [-1, 1]. The digits are bright ink (255) on black (0); a file
 that shows dark ink on white paper needs --invert.
@@ -106,7 +106,7 @@ def gather(arguments, model, meta):
         image = read(path, size, channels)
         if arguments.invert:
             image = 255 - image if image.dtype == np.uint8 else -image
-        pictures.append((path.name, image, None))
+        pictures.append((path.stem, image, None))
     if arguments.test:
         dataset = dataset_of(meta, arguments.checkpoint, data_dir=arguments.data_dir)
         count = len(dataset.test_images)
@@ -120,7 +120,7 @@ def gather(arguments, model, meta):
 def main(argv=None):
     """Entry point; returns the exit status."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="predict.py")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/best.npz")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files or .npy arrays")
     parser.add_argument(
         "--test", nargs="+", type=int, default=[], metavar="INDEX", help="pictures of the run's own test set"
@@ -132,7 +132,7 @@ def main(argv=None):
     parser.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
                         help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder for the figures [the checkpoint's]")
-    parser.add_argument("--json", metavar="FILE", help="write the predictions as JSON")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the predictions as JSON")
     arguments = parser.parse_args(argv)
     if not arguments.images and not arguments.test:
         raise InputError("no picture is named; name files, or --test 0 for the first picture of the test set")

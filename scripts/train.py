@@ -23,7 +23,7 @@ examples:
   python scripts/train.py --config my.toml --lr 5e-4 --seed 1     a settings file, two of its values changed
   python scripts/train.py --data folder --data-dir pictures --preset Micro/4 --image-size 48
 
-Settings come from, in rising order: their defaults, the preset, the settings file, the flags.
+Settings come from, in rising order: their defaults, the settings file (its preset, then its keys), --preset, the flags.
 A settings file has the tables [model] (and preset = "..." in it), [train] and [data]; the keys are the flags' names.
 """
 
@@ -63,13 +63,16 @@ def settings_of(arguments, name):
     check_data(data, file)
     if data["data"] not in DATASETS:
         raise InputError(f"{file}: unknown data set {data['data']!r}; choose one of {', '.join(DATASETS)}")
-    preset = arguments.preset or content["model"].get("preset")
-    model = {} if preset is None else preset_fields(preset)
-    for fitted in ("image_size", "channels", "num_classes"):
-        model.pop(fitted, None)  # these follow the data unless they are asked for by name
-    model |= {k: v for k, v in content["model"].items() if k != "preset"} | given(arguments, ViTConfig)
+    model = sizes_of(content["model"].pop("preset", None)) | content["model"]
+    model |= sizes_of(arguments.preset) | given(arguments, ViTConfig)  # what was typed wins over any file
     train = content["train"] | given(arguments, TrainConfig)
     return data, model, train
+
+
+def sizes_of(preset):
+    """The sizes that a preset sets; what follows the data stays out unless it is asked for by name."""
+    fields = {} if preset is None else preset_fields(preset)
+    return {name: value for name, value in fields.items() if name not in ("image_size", "channels", "num_classes")}
 
 
 def free_folder(name):

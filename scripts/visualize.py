@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from minivit import checkpoint, curvature
-from minivit.cli import Parser, run
+from minivit.cli import Parser, output_file, run
 from minivit.errors import InputError
-from minivit.optim import learning_rate
 from minivit.train import Trainer, config_from, dataset_of, write_json
 
 EXAMPLES = """
@@ -46,10 +45,7 @@ def along_training(dataset, config, settings, images, labels, *, every, count, s
         spectrum = curvature.sharpness(
             config, flat, images, labels, label_smoothing=smoothing, count=count, steps=steps
         )
-        lr = learning_rate(
-            trainer.step - 1, trainer.total_steps, lr=settings.lr, schedule=settings.schedule,
-            final_lr=settings.final_lr, warmup_steps=round(settings.warmup_epochs * trainer.steps_per_epoch),
-        )  # fmt: skip
+        lr = trainer.learning_rate(trainer.step - 1)
         record = {"epoch": trainer.epoch, "loss": float(loss), "lr": lr}
         record["eigenvalues"] = [float(value) for value in spectrum.eigenvalues]
         record["edge"] = curvature.stability_edge(trainer.optimizer, lr) if lr else None
@@ -141,7 +137,7 @@ def main(argv=None):
     parts.add_argument("--epochs", type=int, metavar="N", help="train for so long [the run's]")
     parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
     parts.add_argument("--out", metavar="DIR", help="folder for curvature.png and .json [the checkpoint's]")
-    parts.add_argument("--json", metavar="FILE", help="the measurements [curvature.json in --out]")
+    parts.add_argument("--json", type=output_file, metavar="FILE", help="the measurements [curvature.json in --out]")
     return draw_curvature(parser.parse_args(argv))
 
 

@@ -287,7 +287,7 @@ CASES = {
     "data: missing": ("data info cifar10 --data-dir nowhere", "scripts/data.py fetch cifar10"),
     "data: size": ("data info digits --image-size 9", "digits pictures are 8x8, not 9x9"),
     "data: no command": ("data", "required: command"),
-    "data: json": ("data info digits --json file/x.json", "Not a directory; choose another place"),
+    "data: json": ("data info digits --json file/x.json", "there is no folder file to write x.json to"),
     # the others
     "gradcheck: unknown": ("gradcheck nothing", "nothing called 'nothing' to check"),
     "kill_check: kills": ("kill_check --kills 0", "must be at least 1"),

@@ -82,15 +82,17 @@ def test_flags_that_are_not_given_leave_no_trace():
 # ---- precedence ------------------------------------------------------------------------------------------------------
 
 
-def test_defaults_then_preset_then_file_then_flags(tmp_path):
+def test_defaults_then_file_then_preset_then_flags(tmp_path):
     file = tmp_path / "x.toml"
     file.write_text('[model]\npreset = "Nano/4"\nwidth = 96\n[train]\nlr = 0.5\nepochs = 7\n')
     _, model, train = settings("--config", file, "--epochs", 9, "--depth", 2)
     assert model == {"patch_size": 4, "width": 96, "depth": 2, "num_heads": 4, "mlp_dim": 128}  # depth: a flag
     assert train == {"lr": 0.5, "epochs": 9}
     assert TrainConfig(**train).batch_size == TrainConfig.batch_size  # a default
-    _, model, _ = settings("--config", file, "--preset", "Micro/8", "--width", 32)
-    assert model == {"patch_size": 8, "width": 32, "depth": 6, "num_heads": 4, "mlp_dim": 256}
+    _, model, _ = settings("--config", file, "--preset", "Micro/8", "--depth", 3)
+    assert model == {"patch_size": 8, "width": 128, "depth": 3, "num_heads": 4, "mlp_dim": 256}  # what is typed wins
+    _, model, _ = settings("--preset", "Nano/8")  # over the data set's own file, too
+    assert {key: model[key] for key in ("patch_size", "width", "depth")} == {"patch_size": 8, "width": 64, "depth": 4}
 
 
 def test_the_data_sets_own_file_is_read():

@@ -1,13 +1,15 @@
 """The engine: micro-batches and threads change neither the gradient nor, for the same settings, a single bit."""
 
+import os
 import threading
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from minivit import ViT, ViTConfig, softmax_cross_entropy_backward, softmax_cross_entropy_forward
-from minivit.engine import Engine, correct_count
+from minivit import engine as engine_module
+from minivit.engine import Engine, available_cores, correct_count
 
 SETTINGS = {"image_size": 8, "patch_size": 2, "channels": 2, "num_classes": 5, "width": 12, "depth": 2, "num_heads": 3}
 
@@ -135,3 +137,45 @@ def test_an_error_in_a_worker_reaches_the_caller_and_threads_end(data):
     with pytest.raises(ValueError, match="labels must lie in"), Engine(model_of(), workers=2, micro_batch=4) as engine:
         engine.gradient(images, labels + 5)
     assert not [t for t in threading.enumerate() if t.name.startswith("minivit")]
+
+
+def test_dropout_draws_from_the_stream_of_seed_step_and_micro_batch(data):
+    """[seed, 3, step, micro-batch], written out: another order would change every run that was ever made."""
+    images, labels = data[0][:6], data[1][:6]
+    model = model_of(dropout=0.3)
+    for settings, call, seed, step in (({}, {}, 0, 0), ({"seed": 7}, {"step": 5}, 7, 5)):
+        expected, grads = model.gradient_buffer()
+        for m, part in enumerate((slice(0, 4), slice(4, 6))):
+            logits, cache = model.forward(images[part], rng=np.random.default_rng([seed, 3, step, m]))
+            _, loss_cache = softmax_cross_entropy_forward(logits, labels[part], denominator=6)
+            model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads)
+        with Engine(model, workers=2, micro_batch=4, **settings) as engine:
+            engine.gradient(images, labels, **call)
+            np.testing.assert_allclose(engine.grad, expected, rtol=1e-9, atol=1e-14)
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0: {1, 4, 6}}[process], raising=False)
+    assert available_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    for count, expected in ((5, 5), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert available_cores() == expected
+
+
+def test_a_worker_for_every_core_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(engine_module, "available_cores", lambda: 5)
+    model = model_of()
+    default, told = Engine(model), Engine(model, workers=3, micro_batch=4)
+    assert (default.workers, default.micro_batch, len(default._buffers)) == (5, 8, 5)
+    assert (told.workers, told.micro_batch, len(told._buffers)) == (3, 4, 3)
+    assert told.parts(8) == [slice(0, 4), slice(4, 8)]
+
+
+def test_the_callers_blas_setting_is_back_and_threads_have_a_name(data):
+    with threadpool_limits(2, user_api="blas"):
+        before = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+        with Engine(model_of(), workers=2, micro_batch=4) as engine:
+            engine.gradient(*data)
+            assert [t for t in threading.enumerate() if t.name.startswith("minivit")]
+        assert [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"] == before

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from minivit import gradcheck
 from minivit import softmax_cross_entropy_backward as backward
 from minivit import softmax_cross_entropy_forward as forward
+from minivit.loss import soft_targets, softmax_cross_entropy_jvp
 
 
 def test_worked_example():
@@ -59,6 +61,14 @@ def test_rows_of_the_gradient_sum_to_zero_and_dloss_scales_it():
     np.testing.assert_allclose(backward(3.0, cache), 3.0 * dlogits, rtol=1e-14)
 
 
+def test_targets_that_are_no_probabilities_have_the_right_gradient_too():
+    targets = np.array([[2.0, 0.0, 1.0], [0.0, 0.5, -0.25]])
+    results = gradcheck.check(
+        lambda x: forward(x, targets), backward, [np.random.default_rng(0).standard_normal((2, 3))], method="complex"
+    )
+    assert results[0].passed
+
+
 @pytest.mark.parametrize(
     ("labels", "settings", "message"),
     [
@@ -73,3 +83,35 @@ def test_rows_of_the_gradient_sum_to_zero_and_dloss_scales_it():
 def test_labels_that_do_not_fit_are_refused(labels, settings, message):
     with pytest.raises(ValueError, match=message):
         forward(np.zeros((2, 4)), labels, **settings)
+
+
+def test_rows_of_very_different_size():
+    logits = np.array([[1e4, 1e4 - 1.0], [-1e4, -1e4 - 1.0]])
+    assert math.isclose(forward(logits, np.array([0, 0]))[0], math.log(1 + math.exp(-1)))
+
+
+def test_no_rows_at_all_and_labels_of_every_wrong_rank():
+    assert soft_targets(np.zeros(0, int), 4, 0.0, np.float64).shape == (0, 4)
+    for shape in ((), (2, 4, 1)):
+        with pytest.raises(ValueError, match="neither"):
+            soft_targets(np.zeros(shape), 4, 0.0, np.float64)
+    with pytest.raises(ValueError, match="got -0.5"):
+        soft_targets(np.zeros(2, int), 4, -0.5, np.float64)
+
+
+def test_lists_are_refused():
+    for logits, labels in (([[1.0, 2.0]], np.array([0])), (np.array([[1.0, 2.0]]), [0])):
+        with pytest.raises(TypeError, match="expected a NumPy or CuPy array, got list"):
+            forward(logits, labels)
+
+
+def test_targets_whose_rows_do_not_sum_to_one_count_with_their_weight():
+    rng = np.random.default_rng(3)
+    logits, targets = rng.standard_normal((5, 4)), rng.random((5, 4))
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    loss, cache = forward(logits, targets)
+    assert math.isclose(loss, -(targets * np.log(p)).sum() / 5, rel_tol=1e-13)
+    expected = (targets.sum(axis=1, keepdims=True) * p - targets) / 5
+    np.testing.assert_allclose(backward(1.0, cache), expected, rtol=1e-12, atol=1e-16)
+    moved = rng.standard_normal((5, 4))
+    assert math.isclose(softmax_cross_entropy_jvp(moved, cache), (expected * moved).sum(), rel_tol=1e-12)

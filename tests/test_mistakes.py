@@ -8,7 +8,7 @@ import pytest
 
 from minivit import InputError, ViT, ViTConfig, gradcheck
 from minivit.facts import FACTS, TOLERANCE
-from minivit.gradcheck_cases import LAYERS, MODELS
+from minivit.gradcheck_cases import LAYERS, MODEL_BATCH, MODELS
 from minivit.mistakes import BY_NAME, MISTAKES, find, planted, source_of
 
 # What exposes the mistakes that no derivative shows, or not of a single layer.
@@ -55,7 +55,9 @@ def wrong_model_gradients():
         rng = np.random.default_rng(0)
         flat = ViT(config, dtype=np.float64).flat
         flat += 0.3 * rng.standard_normal(flat.shape)
-        images, labels = rng.standard_normal((3, 6, 6, 2)), rng.integers(0, 4, 3)
+        size, channels = config.image_size, config.channels
+        images = rng.standard_normal((MODEL_BATCH, size, size, channels))
+        labels = rng.integers(0, config.num_classes, MODEL_BATCH)
         results = gradcheck.check_model(lambda f, c=config: ViT(c, flat=f), images, labels, flat, method="complex")
         for result in results:
             if not result.passed:

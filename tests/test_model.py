@@ -16,7 +16,8 @@ from minivit import (
     softmax_cross_entropy_backward,
     softmax_cross_entropy_forward,
 )
-from minivit.gradcheck_cases import MODELS
+from minivit.gradcheck_cases import MODEL_BATCH, MODELS
+from minivit.layers.patch_embed import patchify, unpatchify
 from minivit.model import parameter_table, pixels
 
 TINY = MODELS["vit"]
@@ -29,7 +30,7 @@ def random_model(seed=0, dtype=np.float64, **changes):
     return model
 
 
-def batch(model, count=3, seed=1):
+def batch(model, count=MODEL_BATCH, seed=1):
     rng, c = np.random.default_rng(seed), model.config
     images = rng.standard_normal((count, c.image_size, c.image_size, c.channels))
     return images, rng.integers(0, c.num_classes, count)
@@ -147,7 +148,7 @@ def test_a_zero_head_costs_ln_k_and_gives_the_body_no_gradient():
     model = ViT(ViTConfig(**TINY), dtype=np.float64)
     images, labels = batch(model)
     loss, _, grads = gradient(model, images, labels)
-    assert math.isclose(loss, math.log(4), rel_tol=1e-15)
+    assert math.isclose(loss, math.log(model.config.num_classes), rel_tol=1e-15)
     for name, value in grads.items():
         assert value.any() == name.startswith("head."), name
 
@@ -184,8 +185,8 @@ def test_predict_and_intermediates_are_the_forward_without_dropout(name):
     seen = model.intermediates(images)
     np.testing.assert_array_equal(seen.logits, logits)
     c, N = model.config, model.config.num_tokens
-    assert [a.shape for a in seen.attention] == [(3, c.num_heads, N, N)] * c.depth
-    assert [f.shape for f in seen.features] == [(3, N, c.width)] * (c.depth + 1)
+    assert [a.shape for a in seen.attention] == [(MODEL_BATCH, c.num_heads, N, N)] * c.depth
+    assert [f.shape for f in seen.features] == [(MODEL_BATCH, N, c.width)] * (c.depth + 1)
     np.testing.assert_allclose(seen.attention[0].sum(axis=-1), 1.0)
 
 
@@ -204,12 +205,78 @@ def test_drop_path_rises_linearly_with_depth():
     assert [model._block_settings(i)["drop_path"] for i in range(5)] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
+class Recorder:
+    """A Generator that remembers the shapes of its draws, and keeps every entry (``drop=False``) or none."""
+
+    def __init__(self, *, drop):
+        self.shapes, self.value = [], 0.0 if drop else 0.999
+
+    def random(self, shape, dtype):
+        self.shapes.append(tuple(shape))
+        return np.full(shape, self.value, dtype)
+
+
+@pytest.mark.parametrize(
+    ("rate", "embedding", "block"),
+    [
+        ("dropout", [(8, 5, 12)], [(8, 5, 12), (8, 5, 7), (8, 5, 12)]),  # projection, GELU, second dense layer
+        ("attention_dropout", [], [(8, 3, 5, 5)]),
+        ("drop_path", [], [(8, 1, 1), (8, 1, 1)]),
+    ],
+)
+def test_the_dropout_sites_of_the_official_code(rate, embedding, block):
+    model = random_model(**{rate: 0.25})
+    images, _ = batch(model)
+    keep = Recorder(drop=False)
+    kept, _ = model.forward(images, rng=keep)
+    blocks = 1 if rate == "drop_path" else 2  # stochastic depth rises from 0 in the first block
+    assert keep.shapes == embedding + blocks * block
+    # nothing dropped, but what is kept is scaled by 1 / (1 - rate)
+    assert not np.allclose(kept, model.predict(images), rtol=1e-3)
+    dropped, _ = model.forward(images, rng=Recorder(drop=True))
+    assert not np.allclose(dropped, kept, rtol=1e-3)
+    np.testing.assert_array_equal(model.forward(images)[0], model.predict(images))
+
+
+def test_every_mask_acts_where_it_is_drawn():
+    """Each dropout site alone set to drop everything changes the logits: none of the masks is drawn in vain."""
+    model = random_model(dropout=0.25, attention_dropout=0.25, drop_path=0.25)
+    images, _ = batch(model)
+    reference = Recorder(drop=False)
+    kept, _ = model.forward(images, rng=reference)
+    assert len(reference.shapes) == 1 + 2 * 4 + 2
+    for site in range(len(reference.shapes)):
+
+        class One(Recorder):
+            def random(self, shape, dtype, site=site):
+                self.value = 0.0 if len(self.shapes) == site else 0.999
+                return super().random(shape, dtype)
+
+        changed, _ = model.forward(images, rng=One(drop=False))
+        assert not np.allclose(changed, kept, rtol=1e-6), f"site {site}"
+
+
+def test_the_layernorm_epsilon_reaches_every_layernorm():
+    images, _ = batch(random_model())
+    usual, large = random_model(), random_model(layernorm_eps=0.5)
+    a, b = usual.intermediates(images), large.intermediates(images)
+    for i in (1, 2):
+        assert not np.allclose(a.features[i], b.features[i], rtol=1e-3)
+    from minivit.layers.head import head_forward
+
+    tokens = a.features[-1]
+    assert np.array_equal(large._head(tokens)[0], head_forward(tokens, large.params, eps=0.5)[0])
+    assert not np.allclose(large._head(tokens)[0], usual._head(tokens)[0], rtol=1e-3)
+
+
+def test_stochastic_depth_of_a_single_block():
+    assert random_model(depth=1, drop_path=0.4)._block_settings(0)["drop_path"] == 0.4
+
+
 def test_without_positions_patches_are_a_set():
     model = random_model(pos_embed="none")
     images, _ = batch(model)
-    patches = images.reshape(3, 3, 2, 3, 2, 2).transpose(0, 1, 3, 2, 4, 5).reshape(3, 9, 2, 2, 2)
-    shuffled = patches[:, np.random.default_rng(0).permutation(9)].reshape(3, 3, 3, 2, 2, 2)
-    shuffled = shuffled.transpose(0, 1, 3, 2, 4, 5).reshape(images.shape)
+    shuffled = unpatchify(patchify(images, 2)[:, [2, 0, 3, 1]], images.shape, 2)
     np.testing.assert_allclose(model.predict(shuffled), model.predict(images), rtol=1e-10)
     with_positions = random_model()
     assert not np.allclose(with_positions.predict(shuffled), with_positions.predict(images), rtol=1e-3)
@@ -229,7 +296,7 @@ def test_bytes_are_scaled_to_minus_one_and_one():
     np.testing.assert_allclose(pixels(images, np.float32).ravel(), [-1, 1, -0.6], rtol=1e-6)
     model = random_model(dtype=np.float32)
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (2, 6, 6, 2), dtype=np.uint8)
+    images = rng.integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     np.testing.assert_array_equal(model.predict(images), model.predict((images.astype(np.float32) - 127.5) / 127.5))
 
 
@@ -250,9 +317,11 @@ def test_float32_stays_float32():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((2, 6, 6, 3)), r"takes pictures of shape \(B, 6, 6, 2\), got \(2, 6, 6, 3\)"),
-        (np.zeros((6, 6, 2)), "takes pictures"),
-        (np.full((2, 6, 6, 2), np.nan), "picture 0 .* NaN"),
+        (np.zeros((2, 4, 4, 2)), r"takes pictures of shape \(B, 4, 4, 3\), got \(2, 4, 4, 2\)"),
+        (np.zeros((4, 4, 3)), "takes pictures"),
+        (np.full((2, 4, 4, 3), np.nan), "picture 0 .* NaN"),
+        (np.zeros((2, 4, 4, 3), int), "pictures are int64; give them as uint8"),
+        (np.zeros((2, 4, 4, 3), bool), "pictures are bool; give them as uint8"),
     ],
 )
 def test_pictures_that_do_not_fit_are_refused(images, message):

@@ -12,6 +12,7 @@ from minivit.optim import (
     SGD,
     Adam,
     AdamW,
+    _pieces,
     clip_by_global_norm,
     learning_rate,
     make_optimizer,
@@ -130,3 +131,85 @@ def test_the_moving_average_by_its_formula():
         expected = d * expected + (1 - d) * theta[0]
         assert math.isclose(ema.flat[0], expected, rel_tol=1e-13)
     assert theta[0] == 12.0
+
+
+SETTINGS = {"momentum": 0.5, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.2}
+
+
+@pytest.mark.parametrize("settings", [{}, SETTINGS])
+@pytest.mark.parametrize(("name", "kind"), [("sgd", SGD), ("adam", Adam), ("adamw", AdamW)])
+def test_an_optimizer_by_name_has_every_setting_and_the_papers_defaults(name, kind, settings):
+    flat, mask = np.ones(3, np.float32), np.array([1.0, 0.0, 1.0])
+    expected = {"momentum": 0.9, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0} | settings
+    made = [make_optimizer(name, flat, mask, **settings)]
+    if not settings:
+        made.append(kind(flat, mask))
+    for optimizer in made:
+        assert type(optimizer) is kind and optimizer.decay_mask is mask and optimizer.steps == 0
+        assert optimizer.weight_decay == expected["weight_decay"]
+        if kind is SGD:
+            assert optimizer.momentum == expected["momentum"]
+        else:
+            assert (optimizer.betas, optimizer.eps) == ((expected["beta1"], expected["beta2"]), expected["eps"])
+        assert all(s.dtype == np.float32 and s.shape == (3,) and not s.any() for s in optimizer.state.values())
+
+
+def test_the_state_by_its_names_and_the_count_of_steps():
+    g = np.array([1.0, -2.0, 4.0])
+    for kind in (SGD, Adam, AdamW):
+        theta = np.zeros(3)
+        optimizer = kind(theta, MASK)
+        optimizer.step(theta, g, 0.1)
+        optimizer.step(theta, 0 * g, 0.1)
+        assert optimizer.steps == 2
+        if kind is SGD:
+            np.testing.assert_allclose(optimizer.state["momentum"], 0.9 * g)
+        else:
+            np.testing.assert_allclose(optimizer.state["m"], 0.9 * 0.1 * g)
+            np.testing.assert_allclose(optimizer.state["v"], 0.999 * 0.001 * g * g)
+
+
+def test_pieces_are_short_on_the_cpu_and_one_on_another_device():
+    assert _pieces(np.zeros(2 * PIECE)) == [slice(0, PIECE), slice(PIECE, 2 * PIECE)]
+
+    class Elsewhere:
+        def __init__(self, size):
+            self.size = size
+
+    Elsewhere.__module__ = "cupy"
+    for size in (1, 3 * PIECE):
+        assert _pieces(Elsewhere(size)) == [slice(0, size)]
+    assert _pieces(Elsewhere(0)) == []
+
+
+def test_arrays_of_another_kind_are_refused():
+    optimizer = Adam(np.ones(3), MASK)
+    for flat, grad in ((np.ones(3), [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], np.ones(3))):
+        with pytest.raises(TypeError, match="expected a NumPy or CuPy array, got list"):
+            optimizer.step(flat, grad, 0.1)
+
+
+def test_what_may_be_chosen_is_named():
+    with pytest.raises(InputError, match="one of adamw, adam, sgd; got 'lbfgs'"):
+        make_optimizer("lbfgs", np.zeros(1), np.zeros(1))
+    with pytest.raises(InputError, match="one of cosine, linear, constant; got 'step'"):
+        learning_rate(0, 1, lr=1.0, schedule="step")
+
+
+def test_the_schedule_at_its_edges():
+    assert math.isclose(learning_rate(1, 10, lr=0.6, warmup_steps=3), 0.3)
+    assert learning_rate(5, 5, lr=1.0, warmup_steps=5) == 1.0  # nothing is left after the warm-up
+    rates = [learning_rate(t, 4, lr=1.0, schedule="linear", final_lr=0.2, warmup_steps=3) for t in (3, 4)]
+    np.testing.assert_allclose(rates, [1.0, 0.2])
+
+
+def test_clipping_leaves_the_tiniest_gradient_alone():
+    g = np.array([3e-14, -4e-14])
+    clip_by_global_norm(g, 1.0)
+    np.testing.assert_array_equal(g, [3e-14, -4e-14])
+
+
+def test_the_tiny_number_of_the_clipping_is_1e_12():
+    g = np.array([3e-12, -4e-12])  # of norm 5e-12, to at most 3e-12: by 3 / (5 + 1)
+    clip_by_global_norm(g, 3e-12)
+    np.testing.assert_allclose(g, [1.5e-12, -2e-12], rtol=1e-12)

@@ -68,10 +68,10 @@ def test_predictions(tmp_path, drawn):
     images = rng.integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
     logits = np.eye(8, dtype=np.float32)[[0, 1, 2, 3, 4]] * 9
     plots.save_predictions(tmp_path / "p.png", images, np.array([0, 1, 2, 3, 5]), logits, NAMES)
-    whole(tmp_path / "p.png")
+    whole(tmp_path / "p.png", 240)
     texts = [axes.get_title() for axes in drawn[0].axes]
     assert texts[2] == "猫 100%" and "truly _" not in texts[2] and "\ntruly " in texts[4]
-    assert drawn[0].get_suptitle() == "The first 5 test pictures: 4 right, 1 wrong"
+    assert drawn[0].get_suptitle() == "5 of the test pictures: 4 right, 1 wrong"
     shown = drawn[0].axes[1].images[0]
     np.testing.assert_array_equal(shown.get_array(), images[1, ..., 0])
     assert shown.get_clim() == (0, 255)  # a dark picture stays dark

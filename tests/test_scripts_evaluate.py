@@ -36,7 +36,7 @@ def test_the_figures(trained, tmp_path, call):
         assert each["precision"] == (np.mean(labels[guesses == k] == k) if (guesses == k).any() else None)
         assert facts["confusion"][k] == np.bincount(guesses[labels == k], minlength=10).tolist()
     assert facts["images_per_second"] > 0 and facts["weights"] == "ema" and facts["pictures_of_training_run"] is True
-    assert (tmp_path / "new/folder/confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new/folder/confusion-last.png").read_bytes().startswith(b"\x89PNG")
     for shown in (f"accuracy   {facts['accuracy']:.2%}", f"top 5      {facts['top5_accuracy']:.2%}", "pictures/s with"):
         assert shown in ended.out
     rows = [line for line in ended.out.splitlines() if line.endswith("%") and line[0].isdigit()]
@@ -57,8 +57,8 @@ def test_the_weights_are_chosen(trained, tmp_path, call):
 
 def test_the_figure_goes_beside_the_checkpoint(run_copy, call):
     ended = call("evaluate", run_copy / LAST)
-    assert ended.status == 0 and f"confusion matrix in {run_copy / 'confusion.png'}" in ended.out
-    assert (run_copy / "confusion.png").exists()
+    assert ended.status == 0 and f"confusion matrix in {run_copy / 'confusion-last.png'}" in ended.out
+    assert (run_copy / "confusion-last.png").exists()
 
 
 def test_workers_change_nothing(trained, tmp_path):

@@ -80,8 +80,8 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(trained, tmp_path, cal
         np.save(tmp_path / folder / "x y.npy", DATA.test_images[3])
     facts = predictions(call, trained, tmp_path, tmp_path / "a/x y.npy", tmp_path / "b/x y.npy")
     assert [each["figure"].rpartition("/")[2] for each in facts] == [
-        "prediction-x_y.npy.png",
-        "prediction-x_y.npy-2.png",
+        "prediction-x_y.png",
+        "prediction-x_y-2.png",
     ]
 
 

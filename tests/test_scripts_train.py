@@ -147,7 +147,7 @@ def test_a_folder_of_pictures(tmp_path, call):
     ended = call("evaluate", tmp_path / "a" / LAST)
     assert ended.status == 0 and ended.err == "" and "accuracy   100.00%" in ended.out and "猫" in ended.out
     ended = call("predict", tmp_path / "a" / LAST, tmp_path / "data/test/猫/0.png", "--test", 0)
-    assert ended.status == 0 and ended.err == "" and "0.png: 猫 " in ended.out and "truly dark $x_1$: dark" in ended.out
+    assert ended.status == 0 and ended.err == "" and "0: 猫 " in ended.out and "truly dark $x_1$: dark" in ended.out
     (tmp_path / "data/train/dark $x_1$/0.png").unlink()
     ended = call("train", "--resume", "--out", tmp_path / "a")
     assert ended.status == 2 and "was trained on other pictures" in ended.err

@@ -672,3 +672,42 @@ def test_training_in_another_thread_leaves_signals_alone(tmp_path):
     thread.start()
     thread.join(60)
     assert results[0]["steps"] == STEPS
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_decay_falls_on_the_matrices_alone(tmp_path, optimizer):
+    run = trainer(tmp_path, replace(HARD, optimizer=optimizer, weight_decay=0.5))
+    run.model.flat[...] = 1.0
+    run.optimizer.step(run.model.flat, np.zeros_like(run.model.flat), 0.1)
+    for name, value in run.model.params.items():
+        decayed = name.endswith("weight") and "norm" not in name
+        assert ((value < 1.0) if decayed else (value == 1.0)).all(), name
+
+
+def test_the_warm_up_takes_half_of_a_short_run_at_most(tmp_path):
+    run = trainer(tmp_path, replace(HARD, warmup_epochs=100.0))
+    rates = [run.learning_rate(step) for step in range(run.total_steps)]
+    assert max(rates) == rates[run.total_steps // 2] == HARD.lr
+    assert rates == sorted(rates[:6]) + sorted(rates[6:], reverse=True)
+    usual = trainer(tmp_path, replace(HARD, warmup_epochs=1.0))
+    assert usual.learning_rate(4) == HARD.lr > usual.learning_rate(3)
+
+
+def test_a_missing_library_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    with pytest.raises(ImportError, match=r"pip install .minivit\[interop\]"):
+        trainer(tmp_path / "run", model=replace(MODEL, gelu="erf"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverging_run_names_the_first_tensor_that_is_not_finite(tmp_path):
+    run = trainer(tmp_path / "run", replace(HARD, workers=2))
+
+    def spoil():
+        run.model.params["blocks.1.mlp.fc1.weight"][...] = 1e38
+
+    before_step(run, 6, spoil)  # between the gradient and the update of step 6: the loss of step 7 overflows
+    with pytest.raises(InputError, match=r"blocks\.1\.mlp.*the first tensor .*not finite") as caught:
+        run.run()
+    assert "\n" not in str(caught.value) and "the run diverged" in str(caught.value)
+    assert checkpoint.load(tmp_path / "run" / LAST)[1]["progress"]["step"] < 7

@@ -6,7 +6,8 @@ Forward, for one head (the leading axes, pictures and heads, only repeat it)
         attn   = softmax(scores)          (N, N)    each row sums to 1                                   (Eq. 6)
         y      = attn v                   (N, Dh)   each token's mixture of values                       (Eq. 7)
 
-    Dividing by sqrt(Dh) keeps the scores' variance at 1 when the entries of q and k have variance 1.
+    Dividing by sqrt(Dh) keeps the scores' variance at 1 when the entries of q and k are independent, of mean 0
+    and variance 1.
 
 Backward, the same lines from the last to the first
 

@@ -10,10 +10,10 @@ Forward
 Backward
     A sum hands its gradient to both terms. With f the branch, z' = f(z) + z gives
 
-        dz = dz' + f^T(dz'),
+        dz = dz' + J_f^T dz',
 
-    f^T being the branch's own backward, from its last step to its first. The residual path carries dz'
-    unchanged: that is why gradients survive many blocks.
+    where the product with f's transposed Jacobian is the branch's own backward, from its last step to its first.
+    The residual path carries dz' unchanged: that is why gradients survive many blocks.
 
 This file is glue: it takes the block's parameters by name from a mapping, and its backward *adds* each
 gradient into a mapping of the same names (the layers themselves only return gradients).
@@ -78,7 +78,7 @@ def block_forward(
 def block_backward(dz, cache, grads):
     """Backward of `block_forward`.
 
-    Math    dz' = dz'' + (MLP LN)^T dz'';  dz = dz' + (MSA LN)^T dz'
+    Math    dz' = dz'' + J_MLP.LN^T dz'';  dz = dz' + J_MSA.LN^T dz'
     Shapes  dz (B, N, D)  ->  dz (B, N, D);  the parameter gradients are added into ``grads``
     """
 
@@ -108,7 +108,7 @@ def block_backward(dz, cache, grads):
 def block_jvp(zdot, paramsdot, cache):
     """Forward-mode derivative of `block_forward`.
 
-    Math    z'dot = zdot + (MSA LN)' zdot;  z''dot = z'dot + (MLP LN)' z'dot
+    Math    z'dot = zdot + J_MSA.LN zdot;  z''dot = z'dot + J_MLP.LN z'dot
     Shapes  zdot (B, N, D), paramsdot like params  ->  z''dot (B, N, D)
     """
 

@@ -2,7 +2,8 @@ r"""Stochastic depth, or drop path (Huang et al. 2016, arXiv:1603.09382): dropou
 
 Forward
     Let f(x) be a residual branch, so that the block computes x + f(x). With probability ``rate`` a picture
-    skips the branch; otherwise the branch is scaled to keep its expectation:
+    skips the branch; otherwise the branch is scaled to keep its expectation, so that nothing changes at test
+    time (the paper scales there instead):
 
         y_b = f_b m_b / (1 - rate),      m_b in {0, 1} one number per picture b.
 

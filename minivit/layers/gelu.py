@@ -51,7 +51,7 @@ def gelu_forward(x, *, kind="tanh"):
         gate += 1.0
         gate *= 0.5  # Phi(x)
         return x * gate, GeluCache(x, gate, kind)
-    u = x * x  # u = sqrt(2/pi) (x + 0.044715 x^3), in Horner's form; x*x*x, since x**3 calls pow
+    u = x * x  # u = sqrt(2/pi) (x + 0.044715 x^3), in Horner's form: x**3 would call pow
     u *= SQRT_2_OVER_PI * CUBIC
     u += SQRT_2_OVER_PI
     u *= x

@@ -25,8 +25,8 @@ Backward
 
         dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)).
 
-    In words: the two directions that the forward pass removes, a common shift and a common scale, get no
-    gradient.
+    In words: the two directions that the forward pass removes, a common shift and (but for eps) a common scale,
+    get no gradient.
 """
 
 from typing import Any, NamedTuple

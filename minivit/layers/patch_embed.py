@@ -65,11 +65,11 @@ def patch_embed_forward(images, W, b, cls_token=None, pos_embed=None, *, patch_s
     Cache   the patches, W, and the settings
     """
     xp = array_module(images)
-    patches = patchify(images, patch_size)  # (B, N, P*P*C)
-    z, linear_cache = linear_forward(patches, W, b)  # (B, N, D)
+    patches = patchify(images, patch_size)  # (B, H/P * W/P, P*P*C)
+    z, linear_cache = linear_forward(patches, W, b)  # (B, H/P * W/P, D)
     if cls_token is not None:
         first = xp.broadcast_to(cls_token, (len(z), 1, z.shape[-1]))
-        z = xp.concatenate([first, z], axis=1)  # (B, 1 + N, D)
+        z = xp.concatenate([first, z], axis=1)  # (B, N, D), N = 1 + H/P * W/P
     if pos_embed is not None:
         z += pos_embed
     return z, PatchEmbedCache(linear_cache, images.shape, patch_size, cls_token is not None, pos_embed is not None)
@@ -90,7 +90,7 @@ def patch_embed_backward(dz, cache, *, need_dimages=True):
     # z = concatenate([cls_token, z]), the class token broadcast over the batch
     if cache.has_class_token:
         dcls_token = dz[:, :1].sum(axis=0, keepdims=True)  # (1, 1, D)
-        dz = dz[:, 1:]  # (B, N, D)
+        dz = dz[:, 1:]  # (B, H/P * W/P, D)
     # z = patches W + b
     dpatches, dW, db = linear_backward(dz, cache.linear, need_dx=need_dimages)
     # patches = patchify(images)
@@ -105,7 +105,7 @@ def patch_embed_jvp(imagesdot, Wdot, bdot, cls_tokendot, pos_embeddot, cache):
     Shapes  tangents like the forward's arguments, None for what was not given  ->  zdot (B, N, D)
     """
     xp = array_module(imagesdot)
-    zdot = linear_jvp(patchify(imagesdot, cache.patch_size), Wdot, bdot, cache.linear)  # (B, N, D)
+    zdot = linear_jvp(patchify(imagesdot, cache.patch_size), Wdot, bdot, cache.linear)
     if cache.has_class_token:
         first = xp.broadcast_to(cls_tokendot, (len(zdot), 1, zdot.shape[-1]))
         zdot = xp.concatenate([first, zdot], axis=1)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from minivit.layers.attention import attention_backward, attention_forward
+from minivit.layers.attention import attention_backward, attention_forward, attention_jvp
 from minivit.layers.msa import msa_backward, msa_forward, split_heads
 
 
@@ -80,3 +80,12 @@ def test_permuting_tokens_permutes_the_output():
     )
     y, _ = msa_forward(x, *args, num_heads=3)
     np.testing.assert_allclose(msa_forward(x[:, order], *args, num_heads=3)[0], y[:, order], rtol=1e-10)
+
+
+def test_one_head_without_leading_axes_has_the_same_forward_mode_derivative():
+    rng = np.random.default_rng(5)
+    q, k, v, qdot, kdot, vdot = rng.standard_normal((6, 5, 4))
+    _, cache = attention_forward(q, k, v)
+    _, batched = attention_forward(q[None, None], k[None, None], v[None, None])
+    expected = attention_jvp(qdot[None, None], kdot[None, None], vdot[None, None], batched)[0, 0]
+    np.testing.assert_allclose(attention_jvp(qdot, kdot, vdot, cache), expected, rtol=1e-12)
