@@ -245,8 +245,9 @@ class Recorder:
     ``records`` lists them in the order in which they began. Their caches are kept as long as the recorder is.
     """
 
-    def __init__(self, known=()):
+    def __init__(self, known=(), *, keep=False):
         self.records = []
+        self.kept = {} if keep else None
         self._calls = [_Call("", "", {})]  # the calls under way, under one that stands for the caller
         self._paths = {}  # (id of a cache, function's stem) -> (the cache itself, so that its id stays its own; path)
         self._counted = {id(owner(array)): owner(array) for array in known}
@@ -339,6 +340,12 @@ class Recorder:
             if not self._is_forward_again(call):
                 source, output = f"d{output}", "dW" if "dW" == next(iter(results)) else f"d{source}"
             norms = {key: norm(g) for key, g in results.items()}
+        if self.kept is not None and not (direction == "backward" and self._is_forward_again(call)):
+            # a forward's result goes by the name "y"; copies, since some owners work on in place
+            keys = ("y",) if direction == "forward" else tuple(results)
+            self.kept |= {
+                (call.path, direction, key): np.array(a) for key, a in zip(keys, results.values(), strict=True)
+            }
         array = np.asarray(next(iter(results.values())))
         matmul_flops, other_flops = work(function, call.arguments, result)
         mean, std, largest = statistics(array)
@@ -379,14 +386,16 @@ ARGUMENTS = {  # of the forwards, where there are others than x
 
 
 @contextmanager
-def recording(known=()):
+def recording(known=(), *, keep=False):
     """While active, every call of a layer's forward or backward, or the loss's, is recorded: yields a `Recorder`.
 
-    ``known`` are arrays, such as a model's ``flat``, whose memory is not counted as cached. The functions are put back
-    at the end, whatever happens; records of calls that an exception cut short are dropped. It changes the package for
-    the whole process but records its own thread alone: not for production, and not two at once in different threads.
+    ``known`` are arrays, such as a model's ``flat``, whose memory is not counted as cached. With ``keep``, copies of
+    all that the calls returned are in ``recorder.kept``: {(path, direction, name): array}, a forward's by the name "y".
+    The functions are put back at the end, whatever happens; records of calls that an exception cut short are dropped.
+    It changes the package for the whole process but records its own thread alone: not for production, and not two at
+    once in different threads.
     """
-    recorder, changed, wrapped = Recorder(known), [], {}
+    recorder, changed, wrapped = Recorder(known, keep=keep), [], {}
     for module in list(sys.modules.values()):
         if not getattr(module, "__name__", "").startswith("minivit"):
             continue

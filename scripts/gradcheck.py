@@ -1,5 +1,6 @@
 """Check every hand-written gradient, look into one of them, or plant a mistake and watch what exposes it."""
 
+import dataclasses
 import importlib.util
 import random
 import sys
@@ -22,6 +23,7 @@ examples:
   python scripts/gradcheck.py layernorm msa          only these
   python scripts/gradcheck.py --all                  along random directions: all methods, adjoint, second derivatives
   python scripts/gradcheck.py layernorm --depth      the error of each method against its step, explained and drawn
+  python scripts/gradcheck.py --against torch        every tensor, forward and backward, against PyTorch's
   python scripts/gradcheck.py --plant list           the zoo of mistakes
   python scripts/gradcheck.py --plant softmax-square what exposes this one
   python scripts/gradcheck.py --plant random         hides one: find it (type hint, answer, a function's name, or quit)
@@ -290,6 +292,31 @@ def plant(name, seed):
     return 0 if findings else 1
 
 
+def against(names, seed, json_file):
+    """Compare whole models with PyTorch, tensor by tensor; returns the exit status."""
+    from minivit.against_torch import LIMIT, compare
+
+    report, diverging = {}, 0
+    print(f"{'':16}{'tensors':>8}{'largest difference':>20}   where")
+    for name in names:
+        config, flat, images, labels = model_problem(name, seed)
+        config = dataclasses.replace(config, dropout=0.0, attention_dropout=0.0, drop_path=0.0)
+        compared = compare(config, flat, images, labels, label_smoothing=0.1)
+        worst = max(compared, key=lambda each: each.error)
+        print(f"{name:16}{len(compared):8d}{worst.error:20.1e}   {worst.direction} {worst.path} {worst.name}")
+        report[name] = [each._asdict() for each in compared]
+        if first := next((each for each in compared if not each.error <= LIMIT), None):
+            diverging += 1
+            others = sum(not each.error <= LIMIT for each in compared) - 1
+            print(
+                f"  the first to differ: {first.name} of {first.path} in the {first.direction} pass, {first.shape}, "
+                f"by {first.error:.1e}; {others} more follow"
+            )
+    if json_file:
+        write_json(json_file, report)
+    return 1 if diverging else 0
+
+
 def main(argv=None):
     """Entry point; returns the exit status."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="gradcheck.py")
@@ -300,6 +327,7 @@ def main(argv=None):
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--all", action="store_true", help="all kinds of checks, along random directions")
     mode.add_argument("--depth", action="store_true", help="V-curves of the named layers")
+    mode.add_argument("--against", choices=("torch",), help="compare every tensor of the named models with PyTorch's")
     mode.add_argument("--plant", metavar="MISTAKE", help="plant a mistake: its name, list, or random")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random arguments [0]")
     parser.add_argument("--out", metavar="DIR", default=".", help="folder for the figures of --depth [.]")
@@ -314,6 +342,10 @@ def main(argv=None):
         raise InputError(f"--seed must be at least 0, got {arguments.seed}")
     if arguments.plant:
         return plant(arguments.plant, arguments.seed)
+    if arguments.against:
+        if any(name in LAYERS for name in arguments.names):
+            raise InputError(f"--against compares whole models: {', '.join(MODELS)}")
+        return against(available(arguments.names or MODELS), arguments.seed, arguments.json)
     names = available(arguments.names or known)
     if skipped := [name for name in arguments.names or known if name not in names]:
         print(f'skipped, for want of SciPy (pip install "minivit[interop]"): {", ".join(skipped)}')

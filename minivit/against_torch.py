@@ -1,0 +1,170 @@
+"""The same model in PyTorch, tensor by tensor: which of ours is the first to differ?
+
+PyTorch's autograd computes the gradient of every tensor that our backward returns, in float64: each layer there reads
+its input through a node of its own, so that the node's gradient is what flows back through that layer alone, as ours
+returns it. PyTorch is optional: ``pip install "minivit[bench]"``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from minivit.errors import InputError
+from minivit.layers.patch_embed import sincos2d
+from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
+from minivit.model import ViT
+from minivit.trace import events, recording
+
+LIMIT = 1e-10  # relative differences up to here are rounding in float64
+
+
+class Compared(NamedTuple):
+    """One tensor of both: where it is made, and how far apart they are."""
+
+    path: str
+    direction: str  # "forward" or "backward"
+    name: str  # "y", or the gradient's: "dx", "dW", ...
+    shape: tuple
+    error: float  # largest difference, relative to PyTorch's largest entry (absolute where that is 0)
+
+
+class _Torch:
+    """A forward pass in PyTorch that remembers, by our names, each layer's output, input nodes and parameters."""
+
+    def __init__(self, torch, config, params):
+        self.torch, self.config = torch, config
+        self.p = {name: torch.tensor(np.array(value), requires_grad=True) for name, value in params.items()}
+        self.outputs, self.inputs = {}, {}
+
+    def read(self, path, name, x):
+        """The layer's own node of a tensor that it reads."""
+        x = x.clone()
+        x.retain_grad()
+        self.inputs[path, f"d{name}"] = x
+        return x
+
+    def wrote(self, path, y):
+        self.outputs[path] = y
+        return y
+
+    def take(self, path, prefix, *names):
+        """Parameters prefix.weight and prefix.bias, remembered as the gradients ``names`` of the layer at ``path``."""
+        values = [self.p[f"{prefix}.{kind}"] for kind in ("weight", "bias")]
+        self.inputs |= {(path, name): value for name, value in zip(names, values, strict=True)}
+        return values
+
+    def linear(self, path, prefix, x):
+        W, b = self.take(path, prefix, "dW", "db")
+        return self.wrote(path, self.read(path, "x", x) @ W + b)
+
+    def layernorm(self, path, prefix, x):
+        w, b = self.take(path, prefix, "dw", "db")
+        x = self.read(path, "x", x)
+        norm = self.torch.nn.functional.layer_norm
+        return self.wrote(path, norm(x, x.shape[-1:], w, b, self.config.layernorm_eps))
+
+    def attention(self, path, q, k, v):
+        q, k, v = (self.read(path, name, x) for name, x in zip("qkv", (q, k, v), strict=True))
+        scores = self.read(f"{path}.softmax", "x", q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5)
+        attn = self.wrote(f"{path}.softmax", scores.softmax(dim=-1))
+        return self.wrote(path, attn @ v)
+
+    def msa(self, path, prefix, x):
+        x = self.read(path, "x", x)
+        B, N, D = x.shape
+        h = self.config.num_heads
+        qkv = self.linear(f"{path}.qkv", f"{prefix}.qkv", x)
+        q, k, v = qkv.reshape(B, N, 3, h, D // h).permute(2, 0, 3, 1, 4)
+        heads = self.attention(f"{path}.attention", q, k, v).transpose(1, 2).reshape(B, N, D)
+        return self.wrote(path, self.linear(f"{path}.proj", f"{prefix}.proj", heads))
+
+    def mlp(self, path, prefix, x):
+        u = self.linear(f"{path}.fc1", f"{prefix}.fc1", self.read(path, "x", x))
+        form = {"tanh": "tanh", "erf": "none"}[self.config.gelu]
+        u = self.read(f"{path}.gelu", "x", u)
+        u = self.wrote(f"{path}.gelu", self.torch.nn.functional.gelu(u, approximate=form))
+        return self.wrote(path, self.linear(f"{path}.fc2", f"{prefix}.fc2", u))
+
+    def block(self, path, z):
+        z = self.read(path, "z", z)
+        z = z + self.msa(f"{path}.msa", f"{path}.attn", self.layernorm(f"{path}.norm1", f"{path}.norm1", z))
+        z = z + self.mlp(f"{path}.mlp", f"{path}.mlp", self.layernorm(f"{path}.norm2", f"{path}.norm2", z))
+        return self.wrote(path, z)
+
+    def embed(self, images):
+        c, path = self.config, "patch_embed"
+        B, grid, P = len(images), c.grid_size, c.patch_size
+        patches = images.reshape(B, grid, P, grid, P, c.channels).permute(0, 1, 3, 2, 4, 5).reshape(B, grid**2, -1)
+        W, b = self.take(f"{path}.proj", "patch_embed.proj", "dW", "db")
+        self.inputs |= {(path, "dW"): W, (path, "db"): b}
+        z = self.wrote(f"{path}.proj", patches @ W + b)
+        if "cls_token" in self.p:
+            self.inputs[path, "dcls_token"] = self.p["cls_token"]
+            z = self.torch.cat([self.p["cls_token"].expand(B, -1, -1), z], dim=1)
+        if c.pos_embed == "learned":
+            self.inputs[path, "dpos_embed"] = self.p["pos_embed"]
+            z = z + self.p["pos_embed"]
+        elif c.pos_embed == "sincos2d":
+            z = z + self.torch.tensor(sincos2d(grid, c.width, prefix_tokens=int(c.pooling == "cls")))
+        return self.wrote(path, z)
+
+    def head(self, z):
+        z = self.read("head", "z", z)
+        if self.config.pooling == "cls":
+            y = self.layernorm("head.norm", "norm", z[:, 0])
+        else:
+            y = self.layernorm("head.norm", "norm", z).mean(dim=1)
+        if self.config.pre_logits:
+            y = self.linear("head.pre_logits", "pre_logits", y).tanh()
+        return self.wrote("head", self.linear("head.head", "head", y))
+
+    def run(self, images, labels, label_smoothing):
+        """Forward and backward; fills ``outputs`` and the gradients of ``inputs``."""
+        torch = self.torch
+        z = self.embed(torch.tensor(images))
+        for i in range(self.config.depth):
+            z = self.block(f"blocks.{i}", z)
+        logits = self.read("loss", "logits", self.head(z))
+        entropy = torch.nn.functional.cross_entropy
+        loss = entropy(logits, torch.tensor(labels), label_smoothing=label_smoothing)
+        self.wrote("loss", loss).backward()
+
+
+def compare(config, flat, images, labels, *, label_smoothing=0.0):
+    """Every tensor of our forward and backward pass against PyTorch's, in the order in which ours are finished.
+
+    Dropout and stochastic depth are off, in both.
+
+    Shapes  flat (n,) float64, images (B, H, W, C) float64, labels (B,) or (B, K)  ->  a list of `Compared`
+    Raises  InputError: PyTorch is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise InputError('the comparison needs PyTorch: pip install "minivit[bench]"') from None
+    model = ViT(config, flat=flat)
+    with recording([flat], keep=True) as recorder:
+        logits, cache = model.forward(images)
+        _, loss_cache = softmax_cross_entropy_forward(logits, labels, label_smoothing=label_smoothing)
+        dlogits = softmax_cross_entropy_backward(1.0, loss_cache)
+        model.backward(dlogits, cache, model.gradient_buffer()[1])
+    theirs = _Torch(torch, config, model.params)
+    theirs.run(images, labels, label_smoothing)
+    compared = []
+    for what, record, _ in events(recorder.records):
+        if what != "out":
+            continue
+        for (path, direction, name), ours in recorder.kept.items():
+            if (path, direction) != (record.path, record.direction):
+                continue
+            tensor = theirs.outputs.get(path) if name == "y" else theirs.inputs.get((path, name))
+            expected = tensor if tensor is None or name == "y" else tensor.grad
+            if expected is None:  # a dropout that is off has no counterpart
+                continue
+            expected = expected.detach().numpy()
+            scale = np.abs(expected).max() or 1.0
+            error = np.abs(ours - expected).max() / scale if np.isfinite(ours).all() else np.inf
+            compared.append(Compared(path, direction, name, ours.shape, float(error)))
+    return compared
