@@ -13,7 +13,7 @@ import numpy as np
 
 from minivit.engine import Engine
 from minivit.layers.attention import attention_forward
-from minivit.layers.layernorm import layernorm_forward
+from minivit.layers.layernorm import layernorm_backward, layernorm_forward
 from minivit.layers.softmax import softmax_forward
 from minivit.loss import soft_targets, softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT, ViTConfig
@@ -50,6 +50,24 @@ def layernorm_rows_have_mean_0_and_variance_1():
     """After LayerNorm with w = 1, b = 0 and eps = 0: mean 0, mean square 1."""
     y, _ = layernorm_forward(np.random.default_rng(2).standard_normal((3, 4, 7)), np.ones(7), np.zeros(7), eps=0.0)
     return max(float(np.abs(y.mean(axis=-1)).max()), _error((y * y).mean(axis=-1), np.ones((3, 4))))
+
+
+def layernorm_gradient_ignores_a_common_shift():
+    """Each row of LayerNorm's dx sums to 0: adding a number to a whole row changes nothing."""
+    dx = _layernorm_gradient()[0]
+    return float(np.abs(dx.sum(axis=-1)).max() / np.abs(dx).max())
+
+
+def layernorm_gradient_ignores_a_common_scale():
+    """Each row of LayerNorm's dx is orthogonal to xhat (with eps = 0): scaling a whole row changes nothing."""
+    dx, xhat = _layernorm_gradient()
+    return float(np.abs((dx * xhat).sum(axis=-1)).max() / np.abs(dx).max())
+
+
+def _layernorm_gradient():
+    rng = np.random.default_rng(3)
+    _, cache = layernorm_forward(rng.standard_normal((3, 4, 7)), rng.standard_normal(7), np.zeros(7), eps=0.0)
+    return layernorm_backward(rng.standard_normal((3, 4, 7)), cache)[0], cache.xhat
 
 
 def equal_logits_cost_ln_k():
@@ -117,6 +135,42 @@ def adamw_by_scalars():
     return _adam_by_scalars(AdamW, decoupled=True)
 
 
+def _adam_after_two_steps(**settings):
+    theta = np.array([1.0, -2.0])
+    adam = Adam(theta, np.zeros(2), betas=(0.8, 0.95), eps=1e-2, **settings)
+    for g in (np.array([0.5, 1.0]), np.array([-1.0, 0.25])):
+        adam.step(theta, g, 0.1)
+    return adam
+
+
+def adam_first_moment_by_its_formula():
+    """Adam's m after two steps: b1 (1 - b1) g_1 + (1 - b1) g_2."""
+    return _error(_adam_after_two_steps().state["m"], 0.8 * 0.2 * np.array([0.5, 1]) + 0.2 * np.array([-1, 0.25]))
+
+
+def adam_second_moment_by_its_formula():
+    """Adam's v after two steps: b2 (1 - b2) g_1^2 + (1 - b2) g_2^2."""
+    g1, g2 = np.array([0.5, 1.0]), np.array([-1.0, 0.25])
+    return _error(_adam_after_two_steps().state["v"], 0.95 * 0.05 * g1**2 + 0.05 * g2**2)
+
+
+def adam_first_step_has_length_lr():
+    """Adam's first step is lr in each coordinate, whatever the gradient's size (eps = 0)."""
+    theta = np.zeros(3)
+    Adam(theta, np.zeros(3), eps=0.0).step(theta, np.array([1e-3, -2.0, 1e3]), 0.1)
+    return _error(theta, [-0.1, 0.1, -0.1])
+
+
+def decay_spares_what_the_mask_spares():
+    """With zero gradients and decay, all optimisers move the masked entry and leave the other alone."""
+    errors = []
+    for kind in (SGD, Adam, AdamW):
+        theta = np.array([1.0, 1.0])
+        kind(theta, np.array([1.0, 0.0]), weight_decay=0.5).step(theta, np.zeros(2), 0.1)
+        errors += [abs(theta[1] - 1.0), 0.0 if theta[0] < 1.0 else 1.0]
+    return max(errors)
+
+
 def clipping_limits_the_norm_and_nothing_else():
     """A gradient of norm 5 is scaled to norm 2; one of norm 0.5 is left alone."""
     long, short = np.array([3.0, 4.0]), np.array([0.3, 0.4])
@@ -168,12 +222,18 @@ FACTS = {
         softmax_is_normalised_exponentials,
         attention_is_equations_6_and_7,
         layernorm_rows_have_mean_0_and_variance_1,
+        layernorm_gradient_ignores_a_common_shift,
+        layernorm_gradient_ignores_a_common_scale,
         equal_logits_cost_ln_k,
         large_logits_are_no_trouble,
         targets_are_probabilities,
         sgd_by_scalars,
         adam_by_scalars,
         adamw_by_scalars,
+        adam_first_moment_by_its_formula,
+        adam_second_moment_by_its_formula,
+        adam_first_step_has_length_lr,
+        decay_spares_what_the_mask_spares,
         clipping_limits_the_norm_and_nothing_else,
         the_schedule_peaks_after_the_warm_up,
         the_average_by_its_formula,

@@ -205,7 +205,7 @@ MISTAKES = (
     _forward_of_attention(
         "attention-scale-forward", "q.shape[-1] ** -0.5", "(q.shape[-1] * q.shape[-3]) ** -0.5",
         "scores are divided by sqrt(D) instead of sqrt(Dh)", "per head, how long are q and k?",
-        "seen in a published CIFAR ViT",
+        "a published CIFAR ViT",
     ),
     _attention(
         "attention-scale-forgotten", "dscores *= q.shape[-1] ** -0.5", "pass",
@@ -388,7 +388,7 @@ MISTAKES = (
     _adam(
         "adam-second-moment-beta", "(1.0 - beta2) * (g * g)", "(1.0 - beta1) * (g * g)",
         "the second moment uses beta1", "read the two moments' formulas side by side",
-        "seen in a published NumPy transformer",
+        "a published NumPy transformer",
     ),
     _adam(
         "adam-eps-inside", "denominator /= correction2\n            denominator += self.eps",
