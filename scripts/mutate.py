@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 if __name__ == "__main__":
     os.environ["OPENBLAS_NUM_THREADS"] = "2"  # so that limiting it to 1 can be seen, on any machine
-    os.environ["MINIVIT_KERNELS"] = "plain"  # the readable bodies are what is mutated
 
 import numpy as np
 from tqdm import tqdm
@@ -40,12 +39,14 @@ try:
 
     from minivit import mutate
 except ImportError as error:
-    raise SystemExit(f'error: mutation testing needs {error.name}: pip install "minivit[mutation]"') from None
+    print(f'error: mutation testing needs {error.name}: pip install "minivit[mutation]"', file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.toml"
 TESTS = ("layers", *(f"test_{name}.py" for name in ("loss", "optim", "engine", "model", "facts", "reference")))
 TOO_SLOW = "test_every_gradient_of_the_model_element_by_element and central"  # its complex twin is quicker and sharper
+BROKEN = 70  # exit status of a child that could not run its checks
 KINDS = ("gradient", "fact", "test")
 COLUMNS = ("mutants", *KINDS, "invalid", "timeout", "equivalent", "survived")
 
@@ -158,7 +159,7 @@ class Plugin:
     def __init__(self, mutants, *, workers, timeout, only_tests):
         self.mutants, self.workers, self.timeout, self.only_tests = mutants, workers, timeout, only_tests
         self.failure = None  # of the test that ran last
-        self.error, self.crash = None, None
+        self.error, self.crash, self.collect_errors = None, None, ()
         self.outcomes = {}
 
     def pytest_runtest_logreport(self, report):
@@ -171,7 +172,6 @@ class Plugin:
         if session.testsfailed:
             self.error = "the tests cannot be collected: " + "; ".join(map(str, self.collect_errors))
             return True
-        self.session = session
         checks = [] if self.only_tests else direct_checks()
         self.checks = checks + [Check("test", item.nodeid, item) for item in session.items]
         if not self.checks:
@@ -179,12 +179,11 @@ class Plugin:
             return True
         try:
             self.calls, self.seconds = self.baseline()
+            self.control()
             self.test_mutants()
         except Exception as problem:  # pytest would print it; `run_mutants` raises it
             self.crash = problem
         return True
-
-    collect_errors = ()
 
     def pytest_collectreport(self, report):
         """Remember a test file that cannot be imported."""
@@ -207,7 +206,7 @@ class Plugin:
         return self.failure
 
     def fork(self, work, deadline_each):
-        """Run ``work(send)`` in a child process; returns (pid, the pipe to read what it sent)."""
+        """Run ``work()`` in a child process; returns (pid, the pipe that its result comes through, as JSON)."""
         reading, writing = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python warns of threads, and BLAS takes care of its own
@@ -225,10 +224,12 @@ class Plugin:
                 resource.setrlimit(resource.RLIMIT_AS, (used + 2**32, used + 2**32))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever its threads do
             signal.alarm(deadline_each)
+            text = json.dumps(work())
             with os.fdopen(writing, "w") as pipe:
-                json.dump(work(), pipe)
-        finally:
+                pipe.write(text)
             os._exit(0)
+        finally:
+            os._exit(BROKEN)
 
     def in_children(self, tasks, deadline, done):
         """Run tasks, (key, work) pairs, in as many processes as there are workers; ``done(key, result, status)``."""
@@ -311,14 +312,44 @@ class Plugin:
             raise InputError(problems[0][:600])
         return calls, seconds
 
+    def control(self):
+        """Exchange every function for an unchanged copy and run the checks in the order the mutants get them.
+
+        Raises  InputError: one fails, so that it would kill mutants that it does not notice.
+        """
+        units = list(dict.fromkeys(m.unit for m in self.mutants))
+        names = {c[:2] for unit in units for c in self.relevant(unit)}
+        checks = self.in_order(c for c in self.checks if c[:2] in names)
+
+        def work():
+            signal.alarm(0)
+            for unit in units:
+                apply(mutate.Mutant(unit, "", unit.line, "", "", unit.source))
+            for check, following in zip(checks, [*checks[1:], None], strict=True):
+                if problem := self.perform(check, following):
+                    return f"{check.kind} {check.name} fails after the others, without any change: {problem}"
+            return ""
+
+        found = []
+        self.in_children([(0, work)], 600, lambda _, problem, status: found.append((problem, status)))
+        (problem, status) = found[0]
+        if problem is None:
+            raise InputError(f"the checks end the process (status {status}) before anything is changed")
+        if problem:
+            raise InputError(problem[:600])
+
+    def in_order(self, checks):
+        """Checks, the sharpest and quickest first."""
+        return sorted(checks, key=lambda c: (KINDS.index(c.kind), self.seconds[c[:2]]))
+
     def relevant(self, unit):
-        """The checks that run a unit's code (for a constant: any of its module), the sharpest and quickest first."""
+        """The checks that run a unit's code (for a constant: any of its module), in order."""
         prefix = f"{unit.file}:"
         if unit.is_function:
             chosen = [c for c in self.checks if prefix + unit.function in self.calls[c[:2]]]
         else:
             chosen = [c for c in self.checks if any(name.startswith(prefix) for name in self.calls[c[:2]])]
-        return sorted(chosen, key=lambda c: (KINDS.index(c.kind), self.seconds[c[:2]]))
+        return self.in_order(chosen)
 
     def try_on(self, mutant):
         """In a child: apply a mutant and run the checks until one fails."""
@@ -344,7 +375,9 @@ class Plugin:
         with tqdm(total=len(self.mutants), unit="mutant", disable=None) as bar:
 
             def done(number, result, status):
-                if result is None:  # it ended the process: by the alarm, or by a crash
+                if result is None and status >= 0:  # not the mutant's doing
+                    raise RuntimeError(f"the checks of mutant {number} cannot be run (status {status})")
+                if result is None:  # a signal ended the process: the alarm, or a crash
                     result = ["timeout", "a check took too long"] if status == -signal.SIGALRM else ["test", "a crash"]
                 self.outcomes[number] = Outcome(*result)
                 tally[result[0]] += 1
