@@ -235,10 +235,18 @@ def _diagnose_factor(factor, sizes):
         return "the sign is reversed"
     large, small = "large: a sum where a mean belongs", "small: a mean where a sum belongs, or a division made twice"
     for value, words in ((factor, large), (1 / factor, small)):
+        found = {}  # every length that explains the factor: more than one may
         for place, n in sizes.items():
             for power, shown in ((1, f"{n}"), (0.5, f"sqrt({n})")):
                 if n > 1 and abs(value - n**power) < 1e-3 * n**power:
-                    return f"{shown} times too {words}; {n} is the length of {place}"
+                    found.setdefault((shown, n), place)
+        if found:
+            first = next(iter(found))[0]
+            reasons = ", or ".join(
+                f"{n} is the length of {place}" if shown == first else f"it is {shown}, {n} the length of {place}"
+                for (shown, n), place in found.items()
+            )
+            return f"{first} times too {words}; {reasons}"
     return f"everywhere {factor:.6g} times the true value: a constant factor"
 
 

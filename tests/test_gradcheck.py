@@ -239,3 +239,33 @@ def test_the_readers_own_wrong_swish():
         swish_forward, lambda dy, c: dy * (c[1] + c[0] * c[1] * (1 - c[1])), [X], method="complex", elementwise=True
     )
     assert right.passed and right.max_relative_error < 1e-14
+
+
+def test_every_tool_takes_the_readers_own_layer():
+    def right_backward(dy, cache):
+        x, s = cache
+        return dy * (s + x * s * (1 - s))
+
+    def jvp(xdot, cache):
+        return right_backward(xdot, cache)
+
+    assert gradcheck.adjoint_error(swish_forward, right_backward, jvp, [X]) < 1e-15
+    assert gradcheck.adjoint_error(swish_forward, swish_backward, jvp, [X]) > 1e-5  # rounding is 1e-16
+    assert gradcheck.symmetry_error(swish_forward, right_backward, [X]) < 1e-15
+    curve = gradcheck.error_curve(swish_forward, [X], 0, "central")
+    found = gradcheck.knee(curve, "central")
+    assert abs(found.slope - 2) < 0.1 and found.error < 1e-8 and 1e-7 < found.step < 1e-3
+
+
+def test_a_backward_that_is_no_gradient_is_not_symmetric():
+    def backward(dy, cache):
+        x, W = cache
+        return dy @ W.T, 1.5 * x.T @ dy  # two arguments with different factors: no function has this gradient
+
+    args = [X, ROOT]
+
+    def forward(x, W):
+        return x @ W, (x, W)
+
+    assert gradcheck.symmetry_error(forward, lambda dy, c: (dy @ c[1].T, c[0].T @ dy), args) < 1e-15
+    assert gradcheck.symmetry_error(forward, backward, args) > 1e-3
