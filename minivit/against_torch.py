@@ -25,7 +25,7 @@ class Compared(NamedTuple):
 
     path: str
     direction: str  # "forward" or "backward"
-    name: str  # "y", or the gradient's: "dx", "dW", ...
+    name: str  # "y", or the gradient's: "dx", "dW", ...; at the end, with path "", the model's own by parameter
     shape: tuple
     error: float  # largest difference, relative to PyTorch's largest entry (absolute where that is 0)
 
@@ -73,6 +73,8 @@ class _Torch:
 
     def msa(self, path, prefix, x):
         x = self.read(path, "x", x)
+        self.take(path, f"{prefix}.qkv", "dWqkv", "dbqkv")
+        self.take(path, f"{prefix}.proj", "dWproj", "dbproj")
         B, N, D = x.shape
         h = self.config.num_heads
         qkv = self.linear(f"{path}.qkv", f"{prefix}.qkv", x)
@@ -81,6 +83,8 @@ class _Torch:
         return self.wrote(path, self.linear(f"{path}.proj", f"{prefix}.proj", heads))
 
     def mlp(self, path, prefix, x):
+        self.take(path, f"{prefix}.fc1", "dW1", "db1")
+        self.take(path, f"{prefix}.fc2", "dW2", "db2")
         u = self.linear(f"{path}.fc1", f"{prefix}.fc1", self.read(path, "x", x))
         form = {"tanh": "tanh", "erf": "none"}[self.config.gelu]
         u = self.read(f"{path}.gelu", "x", u)
@@ -107,7 +111,10 @@ class _Torch:
             self.inputs[path, "dpos_embed"] = self.p["pos_embed"]
             z = z + self.p["pos_embed"]
         elif c.pos_embed == "sincos2d":
-            z = z + self.torch.tensor(sincos2d(grid, c.width, prefix_tokens=int(c.pooling == "cls")))
+            fixed = sincos2d(grid, c.width, prefix_tokens=int(c.pooling == "cls"))
+            fixed = self.torch.tensor(fixed, requires_grad=True)  # never trained, but its gradient is returned
+            self.inputs[path, "dpos_embed"] = fixed
+            z = z + fixed
         return self.wrote(path, z)
 
     def head(self, z):
@@ -149,7 +156,8 @@ def compare(config, flat, images, labels, *, label_smoothing=0.0):
         logits, cache = model.forward(images)
         _, loss_cache = softmax_cross_entropy_forward(logits, labels, label_smoothing=label_smoothing)
         dlogits = softmax_cross_entropy_backward(1.0, loss_cache)
-        model.backward(dlogits, cache, model.gradient_buffer()[1])
+        grads = model.gradient_buffer()[1]
+        model.backward(dlogits, cache, grads)
     theirs = _Torch(torch, config, model.params)
     theirs.run(images, labels, label_smoothing)
     compared = []
@@ -160,11 +168,19 @@ def compare(config, flat, images, labels, *, label_smoothing=0.0):
             if (path, direction) != (record.path, record.direction):
                 continue
             tensor = theirs.outputs.get(path) if name == "y" else theirs.inputs.get((path, name))
-            expected = tensor if tensor is None or name == "y" else tensor.grad
-            if expected is None:  # a dropout that is off has no counterpart
-                continue
-            expected = expected.detach().numpy()
-            scale = np.abs(expected).max() or 1.0
-            error = np.abs(ours - expected).max() / scale if np.isfinite(ours).all() else np.inf
-            compared.append(Compared(path, direction, name, ours.shape, float(error)))
+            if tensor is None:
+                if "dropout" in path or "path" in path.rpartition(".")[2]:
+                    continue  # dropout that is off has no counterpart
+                raise KeyError(f"no counterpart in PyTorch for {name} of {path}")
+            expected = tensor if name == "y" else tensor.grad
+            compared.append(_compared(path, direction, name, ours, expected))
+    # what the model itself hands to the optimiser
+    compared += [_compared("", "backward", name, grads[name], theirs.p[name].grad) for name in grads]
     return compared
+
+
+def _compared(path, direction, name, ours, expected):
+    expected = np.zeros_like(ours) if expected is None else expected.detach().numpy()
+    scale = np.abs(expected).max() or 1.0
+    error = np.abs(ours - expected).max() / scale if np.isfinite(ours).all() else np.inf
+    return Compared(path, direction, name, ours.shape, float(error))

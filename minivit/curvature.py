@@ -69,9 +69,10 @@ def lanczos(product, size, *, count=1, steps=40, seed=0, rtol=1e-3):
     Math    with q_1 random, H q_j = b_{j-1} q_{j-1} + a_j q_j + b_j q_{j+1}; the eigenvalues of the tridiagonal matrix
             (a, b) are those of H in the space spanned so far; |b_k s_k| bounds the error of one with last component s_k
     Shapes  product: (size,) -> (size,)  ->  Spectrum
+    An eigenvalue that occurs several times is found once; there may be fewer than ``count`` distinct ones.
     Every new vector is made orthogonal to all earlier ones again; without that, rounding brings found eigenvalues back.
     Stops when each of the ``count`` residuals is below ``rtol`` times the largest eigenvalue, or after ``steps``.
-    Raises  ValueError: count or steps are not positive.
+    Raises  ValueError: count or steps are not positive, or a product is not finite.
     """
     if count < 1 or steps < 1:
         raise ValueError(f"count and steps must be at least 1, got {count} and {steps}")
@@ -79,6 +80,8 @@ def lanczos(product, size, *, count=1, steps=40, seed=0, rtol=1e-3):
     basis, alphas, betas = [q / np.linalg.norm(q)], [], []
     for made in range(1, min(steps, size) + 1):
         w = product(basis[-1])
+        if not np.isfinite(w).all():
+            raise ValueError("a product with the matrix is not finite")
         alphas.append(float(basis[-1] @ w))
         Q = np.array(basis)  # (made, size)
         for _ in range(2):  # twice is enough (Parlett 1980)
@@ -89,7 +92,7 @@ def lanczos(product, size, *, count=1, steps=40, seed=0, rtol=1e-3):
         residuals = abs(beta * vectors[-1])
         largest = np.argsort(values)[::-1][:count]
         done = made >= count and (residuals[largest] <= rtol * abs(values).max()).all()
-        if done or beta <= 1e-14 * abs(values).max():  # the space is exhausted: what was found is exact
+        if done or beta <= 1e-14 * abs(values).max():  # the space that these vectors span is exhausted
             break
         betas.append(beta)
         basis.append(w / beta)

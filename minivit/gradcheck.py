@@ -85,13 +85,21 @@ def numerical_derivative(forward, args, index, direction, dy, method, step=None)
     h = METHODS[method].step if step is None else step
 
     def y(multiple):
-        moved = list(args)
+        moved = _copies(args)  # a forward that works in place must not spoil the next one
         moved[index] = args[index] + (multiple * h) * direction
         return forward(*moved)[0]
 
     if method == "complex":
         args = [a.astype(complex) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args]
-        return float((dy * y(1j).imag).sum() / h)
+        moved = y(1j)
+        if not np.iscomplexobj(moved):
+            raise ValueError(
+                "the forward gave real numbers for a complex argument: it is not analytic (abs, norm, a cast to float, "
+                "an array made as float?); use another method than the complex step"
+            )
+        return float((dy * moved.imag).sum() / h)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if method == "forward":
         return float((dy * (y(1) - y(0))).sum() / h)
     if method == "central":
@@ -99,12 +107,16 @@ def numerical_derivative(forward, args, index, direction, dy, method, step=None)
     return float((dy * (8 * (y(1) - y(-1)) - (y(2) - y(-2)))).sum() / (12 * h))
 
 
+def _copies(args):
+    return [a.copy() if isinstance(a, np.ndarray) else a for a in args]
+
+
 def _value_and_cache(forward, args):
     """y and cache of a forward.
 
     Raises  TypeError: it does not return a pair.  ValueError: y is not finite.
     """
-    returned = forward(*args)
+    returned = forward(*_copies(args))
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise TypeError(f"the forward must return (y, cache), it returned {type(returned).__name__}")
     y, cache = returned
@@ -150,8 +162,9 @@ def check(forward, backward, args, *, names=None, method="central", elementwise=
             stacklevel=2,
         )
     dy = rng.standard_normal(np.shape(y))
-    gradients = backward(dy, cache)
-    gradients = list(gradients) if isinstance(gradients, tuple) else [gradients]
+    y = np.array(y)  # before a backward that works in place
+    gradients = backward(dy.copy(), cache)
+    gradients = list(gradients) if isinstance(gradients, (tuple, list)) else [gradients]
     if len(gradients) < len(checked):
         raise ValueError(f"the backward returned {len(gradients)} gradients for {len(checked)} arguments")
     sizes = {f"axis {axis} of {names[i]}": n for i in checked for axis, n in enumerate(args[i].shape)}
@@ -163,17 +176,22 @@ def check(forward, backward, args, *, names=None, method="central", elementwise=
             raise ValueError(
                 f"d{names[i]} has shape {shape}, {names[i]} has {args[i].shape}{_unsummed(shape, args[i])}"
             )
-        results.append(_check_argument(forward, args, i, names[i], gradient, dy, method, elementwise, rng, sizes))
+        noise = float(np.abs(dy * y).sum())
+        results.append(
+            _check_argument(forward, args, i, names[i], gradient, dy, method, elementwise, rng, sizes, noise)
+        )
     return results
 
 
 def _unsummed(shape, x):
+    if shape is not None and len(shape) == x.ndim and all(n in (1, m) for n, m in zip(x.shape, shape, strict=True)):
+        return ": it was broadcast, so its gradient must be summed over the axes of length 1"
     if shape is not None and len(shape) > x.ndim and shape[len(shape) - x.ndim :] == x.shape:
         return ": it was broadcast, so its gradient must be summed over the leading axes"
     return ""
 
 
-def _check_argument(forward, args, i, name, gradient, dy, method, elementwise, rng, sizes):
+def _check_argument(forward, args, i, name, gradient, dy, method, elementwise, rng, sizes, terms):
     shape = args[i].shape
     if elementwise:
         elements = list(np.ndindex(shape))
@@ -190,20 +208,22 @@ def _check_argument(forward, args, i, name, gradient, dy, method, elementwise, r
         analytic = np.array([(gradient * direction).sum()])
         numerical = np.array([numerical_derivative(forward, args, i, direction, dy, method)])
     shape = shape if elementwise else None
-    return compare(name, analytic, numerical, method, elements, _rms(gradient), shape=shape, sizes=sizes)
+    return compare(name, analytic, numerical, method, elements, _rms(gradient), shape=shape, sizes=sizes, terms=terms)
 
 
 def _rms(gradient):
     return float(np.linalg.norm(gradient) / max(gradient.size, 1) ** 0.5)
 
 
-def compare(name, analytic, numerical, method, elements, size, *, shape=None, sizes=None):
+def compare(name, analytic, numerical, method, elements, size, *, shape=None, sizes=None, terms=0.0):
     """The `Result` of analytic against numerical values, (n,) each, at the given elements.
 
     ``size`` is the root mean square of the whole gradient. With ``shape``, that of the whole gradient, a wrong one is
-    diagnosed; ``sizes`` names the lengths of axes.
+    diagnosed; ``sizes`` names the lengths of axes; ``terms`` is sum |dy y|, the size of what is subtracted.
     """
     step, rtol, atol, _ = METHODS[method]
+    if method != "complex":  # no difference is more exact than the rounding of the sum that it subtracts
+        atol = max(atol, float(np.finfo(np.float64).eps) * terms / step)
     error = np.abs(analytic - numerical) / (atol / rtol + np.maximum(np.abs(analytic), np.abs(numerical)))
     error[~np.isfinite(error)] = np.inf  # a NaN must not pass for small
     worst = int(error.argmax())
@@ -233,6 +253,8 @@ def compare(name, analytic, numerical, method, elements, size, *, shape=None, si
 def _diagnose_factor(factor, sizes):
     if abs(factor + 1) < 1e-3:
         return "the sign is reversed"
+    if abs(factor - 1) < 1e-3:
+        return f"right to {-np.log10(abs(factor - 1) + 1e-16):.0f} digits: rounding, the step, or a rounded constant"
     large, small = "large: a sum where a mean belongs", "small: a mean where a sum belongs, or a division made twice"
     for value, words in ((factor, large), (1 / factor, small)):
         found = {}  # every length that explains the factor: more than one may
@@ -341,9 +363,14 @@ def check_model(model_of, images, labels, flat, *, method="central", elementwise
             numerical = np.array([numerical_derivative(forward, [flat, images], 0, direction, one, method)])
         shape = spec.shape if elementwise else None
         size = _rms(gradient[part])
-        results.append(compare(spec.name, analytic, numerical, method, elements, size, shape=shape, sizes=sizes))
+        results.append(
+            compare(
+                spec.name, analytic, numerical, method, elements, size, shape=shape, sizes=sizes, terms=abs(float(loss))
+            )
+        )  # fmt: skip
     args = [flat, images]
-    results.append(_check_argument(forward, args, 1, "images", dimages, one, method, elementwise, rng, sizes))
+    terms = abs(float(loss))
+    results.append(_check_argument(forward, args, 1, "images", dimages, one, method, elementwise, rng, sizes, terms))
     return results
 
 
@@ -362,7 +389,7 @@ def adjoint_error(forward, backward, jvp, args, *, seed=0):
     ]
     u = rng.standard_normal(np.shape(y))
     ydot = jvp(*tangents, cache)
-    gradients = backward(u, cache)
+    gradients = backward(u.copy(), cache)
     gradients = gradients if isinstance(gradients, tuple) else (gradients,)
     transposed = sum((v * g).sum() for v, g in zip(tangents, gradients, strict=False) if v is not None)
     return float(abs((ydot * u).sum() - transposed) / (np.linalg.norm(ydot) * np.linalg.norm(u)))

@@ -184,7 +184,7 @@ def save_curvature(path, records, *, edge, slice_=None, title=""):
         filled = surface.contourf(offsets, offsets, np.log10(losses), levels=24, cmap="viridis")
         surface.plot(0, 0, "o", color="white", ms=6, mec="black")
         figure.colorbar(filled, ax=surface, label="log10 of the loss")
-        _style(surface, "along the sharpest direction", "along the second", "loss surface at the end")
+        _style(surface, "along the sharpest direction", "along the second", "loss surface around the checkpoint")
         surface.grid(False)
     _save(figure, path)
 

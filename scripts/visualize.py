@@ -79,6 +79,8 @@ def draw_curvature(arguments):
     for name in ("every", "count", "steps", "pictures", "points"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.points < 2:
+        raise InputError("--points must be at least 2: a surface has an extent")
     dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
     images, labels = measured_pictures(dataset, arguments.pictures, settings.seed)
     out = Path(arguments.out or path.parent)

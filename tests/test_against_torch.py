@@ -40,6 +40,9 @@ def test_every_tensor_is_pytorchs(name):
         ("block-residual-dropped", "blocks.1.msa.proj", "dx"),
         ("patch-class-token-dropped", "patch_embed", "dcls_token"),
         ("head-class-token-everywhere", "head", "dz"),
+        ("mlp-weights-tied", "blocks.1.mlp", "dW2"),
+        ("model-position-not-trained", "", "pos_embed"),
+        ("model-last-block-skipped", "blocks.0.mlp.fc2", "dx"),
     ],
 )
 def test_the_first_tensor_to_differ_is_that_of_the_mistake(mistake, path, name):

@@ -86,6 +86,9 @@ def test_lanczos_on_a_known_matrix():
     assert found.products <= 5
     with pytest.raises(ValueError, match="at least 1"):
         lanczos(lambda v: A @ v, 5, count=0)
+    with pytest.raises(ValueError, match="not finite"):
+        lanczos(lambda v: np.nan * v, 5)
+    np.testing.assert_allclose(lanczos(lambda v: v, 5, count=2).eigenvalues, [1.0])  # each distinct one once
 
 
 def test_sharpness_with_a_scale_is_that_of_the_scaled_hessian():

@@ -269,3 +269,47 @@ def test_a_backward_that_is_no_gradient_is_not_symmetric():
 
     assert gradcheck.symmetry_error(forward, lambda dy, c: (dy @ c[1].T, c[0].T @ dy), args) < 1e-15
     assert gradcheck.symmetry_error(forward, backward, args) > 1e-3
+
+
+def test_functions_that_work_in_place_are_judged_rightly():
+    def forward(x):
+        x *= 2.0
+        return x * x, x
+
+    def backward(dy, x):
+        dy *= 4.0
+        dy *= x
+        return dy
+
+    for method in gradcheck.METHODS:
+        (result,) = gradcheck.check(forward, backward, [X.copy()], method=method, elementwise=True)
+        assert result.passed, result
+
+
+@pytest.mark.parametrize("forward", [lambda x: (abs(x), x), lambda x: (np.linalg.norm(x), x)])
+def test_the_complex_step_refuses_what_is_not_analytic(forward):
+    with pytest.raises(ValueError, match="not analytic.* use another method"):
+        gradcheck.check(forward, lambda dy, x: np.sign(x) * dy, [X], method="complex")
+
+
+def test_the_rounding_of_large_sums_is_allowed_for_and_no_more():
+    """A bias of which nothing depends: its difference is the rounding of a sum of 10,000 terms, and no mistake."""
+    x = 100.0 * np.random.default_rng(0).standard_normal((100, 100))
+
+    def forward(b):
+        return x + 0 * b, None
+
+    (right,) = gradcheck.check(forward, lambda dy, c: np.zeros(100), [np.zeros(100)], elementwise=True)
+    assert right.passed
+    (wrong,) = gradcheck.check(forward, lambda dy, c: np.full(100, 1e-2), [np.zeros(100)], elementwise=True)
+    assert not wrong.passed
+
+
+def test_a_gradient_that_is_nearly_right_is_called_so():
+    (result,) = gradcheck.check(cube_forward, lambda dy, x: (1 + 1e-5) * cube_backward(dy, x), [X], elementwise=True)
+    assert not result.passed and "right to 5 digits" in result.diagnosis
+
+
+def test_a_sum_over_an_axis_of_length_one_is_asked_for():
+    with pytest.raises(ValueError, match="summed over the axes of length 1"):
+        gradcheck.check(lambda x, b: (x + b, None), lambda dy, c: (dy, dy), [X, X[:1]])

@@ -5,6 +5,7 @@ import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minivit import InputError, gradcheck_cases
@@ -65,6 +66,18 @@ def test_all_fails_with_a_mistake(main, capsys):
     with planted("layernorm-dropped-mean"):
         assert main(["layernorm", "--all"]) == 1
     assert "EXCEEDED" in capsys.readouterr().out
+
+
+def test_a_gradient_that_is_nan_fails_wherever_it_stands(main, capsys, monkeypatch):
+    right = gradcheck_cases.LAYERS["linear"]
+
+    def wrong(rng):
+        forward, backward, args, names = right(rng)
+        return forward, lambda dy, c: (*backward(dy, c)[:2], np.nan * backward(dy, c)[2]), args, names
+
+    monkeypatch.setitem(gradcheck_cases.LAYERS, "linear", wrong)
+    assert main(["softmax", "linear", "--all"]) == 1
+    assert capsys.readouterr().out.count("EXCEEDED") >= 3
 
 
 def test_depth_finds_the_slopes_of_theory(main, tmp_path, capsys):
