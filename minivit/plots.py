@@ -152,7 +152,7 @@ def save_v_curves(path, panels, *, title=""):
 
 
 def save_curvature(path, records, *, edge, slice_=None, title=""):
-    """Sharpness beside the loss along a run, with the edge of stability, and the loss surface at its end.
+    """Sharpness beside the loss along a run, with the edge of stability, and a loss surface.
 
     ``records``: dicts with epoch, loss, lr, eigenvalues, edge and, for adaptive optimisers, preconditioned;
     ``edge``: what the edge belongs to, in words; ``slice_``: (offsets, losses) of `curvature.loss_slice`, or None

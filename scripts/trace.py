@@ -21,7 +21,7 @@ EXAMPLES = """
 examples:
   python scripts/trace.py                                                 a small model, random pictures
   python scripts/trace.py --preset Ti/16 --batch-size 2 --random-head     Ti/16, its first block opened
-  python scripts/trace.py --checkpoint runs/digits/best.npz --out out     a trained model on its data; out/trace.png
+  python scripts/trace.py --checkpoint runs/digits/last.npz --out out     a trained model on its data; out/trace.png
   python scripts/trace.py --levels 0                                      one line per block
   python scripts/trace.py --nan --scale-weights 1e15                      which tensor overflows first?
 
@@ -35,7 +35,7 @@ def parse(argv):
     """The command line as a namespace; settings of the model that were not given are absent from it."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="trace.py")
     what = parser.add_argument_group("what is traced")
-    what.add_argument("--checkpoint", metavar="FILE", help="a checkpoint, such as runs/digits/best.npz")
+    what.add_argument("--checkpoint", metavar="FILE", help="a checkpoint, such as runs/digits/last.npz")
     what.add_argument("--preset", metavar="NAME", help="a named size, such as Micro/4 or Ti/16")
     what.add_argument("--data", choices=("digits", "cifar10", "random"),
                       help="pictures [those of the checkpoint's data set; random without a checkpoint]")  # fmt: skip
