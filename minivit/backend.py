@@ -1,14 +1,29 @@
-"""Which array library an array belongs to, and the few operations that NumPy and CuPy spell differently.
+"""Which array library an array belongs to, devices, and the switch between plain functions and accelerated twins.
 
 Every layer starts with ``xp = array_module(x)`` and then uses ``xp.exp``, ``xp.matmul``, ...: the arrays
-decide where the work is done, there is no global switch, and importing minivit never imports CuPy.
+decide where the work is done, and importing minivit never imports CuPy.
+
+A function marked ``@accelerated`` is the specification; a function of the same name and signature in
+`minivit.kernels.cpu` (NumPy arrays) or `minivit.kernels.cuda` (CuPy arrays), its *twin*, may stand in for it. A twin
+returns NotImplemented for what it does not cover (float64, complex numbers, odd sizes), and the plain body runs then.
+A backward goes the way its forward went: to the twin where the cache is the twin's own, else to the plain body.
+``with plain():`` or the environment variable ``MINIVIT_KERNELS=plain`` switch all twins off.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
 import sys
+from contextlib import contextmanager
 
 import numpy as np
+
+from minivit.errors import InputError
+
+TWINS = {"numpy": "minivit.kernels.cpu", "cupy": "minivit.kernels.cuda"}  # where each library's twins are
+_plain = 0  # how many `plain` blocks are active, in all threads: workers follow their caller
 
 
 def array_module(*arrays):
@@ -20,12 +35,67 @@ def array_module(*arrays):
     modules = set()
     for array in arrays:
         root = type(array).__module__.partition(".")[0]
-        if root not in ("numpy", "cupy"):
+        if root not in TWINS:
             raise TypeError(f"expected a NumPy or CuPy array, got {type(array).__name__}")
         modules.add(root)
     if len(modules) != 1:
         raise TypeError("NumPy and CuPy arrays are mixed in one call; move them to one device first")
     return sys.modules[modules.pop()]
+
+
+def accelerated(function):
+    """Let the twin of a layer's function, where there is one, stand in for its plain body.
+
+    The function is told by its name: ``X_forward`` chooses by its first argument, ``X_backward`` by its cache, the
+    second. The plain body stays at hand as ``function.__wrapped__``.
+    """
+    name = function.__name__
+    backward = name.endswith("_backward")
+
+    @functools.wraps(function)
+    def dispatch(*arguments, **settings):
+        if backward:  # the way of the forward
+            twin = getattr(sys.modules.get(type(arguments[1]).__module__), name, None)
+            if twin is not dispatch and twin is not None and twin.__module__ in TWINS.values():
+                return twin(*arguments, **settings)
+        elif kernels_wanted():
+            twin = getattr(_twins(type(arguments[0]).__module__.partition(".")[0]), name, None)
+            if twin is not None and (result := twin(*arguments, **settings)) is not NotImplemented:
+                return result
+        return function(*arguments, **settings)
+
+    return dispatch
+
+
+def _twins(root):
+    return importlib.import_module(TWINS[root]) if root in TWINS else None
+
+
+@functools.cache
+def _environment():
+    value = os.environ.get("MINIVIT_KERNELS", "auto")
+    if value not in ("auto", "plain"):
+        raise InputError(f"MINIVIT_KERNELS must be auto or plain, got {value!r}")
+    return value
+
+
+def kernels_wanted():
+    """Whether twins may stand in now.
+
+    Raises  InputError: the environment variable MINIVIT_KERNELS is neither "auto" nor "plain".
+    """
+    return not _plain and _environment() == "auto"
+
+
+@contextmanager
+def plain():
+    """While active, every function runs its plain body, in all threads."""
+    global _plain
+    _plain += 1
+    try:
+        yield
+    finally:
+        _plain -= 1
 
 
 def to_host(array):

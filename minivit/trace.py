@@ -53,6 +53,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minivit.backend import plain
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT, ViTConfig
 
@@ -391,6 +392,7 @@ def recording(known=(), *, keep=False):
 
     ``known`` are arrays, such as a model's ``flat``, whose memory is not counted as cached. With ``keep``, copies of
     all that the calls returned are in ``recorder.kept``: {(path, direction, name): array}, a forward's by the name "y".
+    Plain bodies run (`backend.plain`), so that each step is seen.
     The functions are put back at the end, whatever happens; records of calls that an exception cut short are dropped.
     It changes the package for the whole process but records its own thread alone: not for production, and not two at
     once in different threads.
@@ -406,7 +408,8 @@ def recording(known=(), *, keep=False):
     try:
         for module, key, function in changed:
             setattr(module, key, wrapped[function])
-        yield recorder
+        with plain():
+            yield recorder
     finally:
         for module, key, function in changed:
             setattr(module, key, function)

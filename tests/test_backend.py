@@ -1,7 +1,9 @@
 """backend: arrays decide, mixtures are refused, and importing minivit stays light."""
 
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -48,3 +50,66 @@ def test_importing_minivit_imports_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+class TwinCache:
+    """Made by `twin_forward`, so its backward is the twin's."""
+
+
+@pytest.fixture
+def doubled(monkeypatch):
+    """A layer whose twin returns a marked result for float32, and declines anything else."""
+    twins = type(sys)("minivit.kernels.test_twins")
+    monkeypatch.setitem(sys.modules, twins.__name__, twins)
+    monkeypatch.setattr(backend, "TWINS", {"numpy": twins.__name__})
+    monkeypatch.setattr(TwinCache, "__module__", twins.__name__)
+
+    def double_forward(x):
+        return ("twin", TwinCache()) if x.dtype == np.float32 else NotImplemented
+
+    def double_backward(dy, cache):
+        return "twin"
+
+    for function in (double_forward, double_backward):
+        function.__module__ = twins.__name__
+        setattr(twins, function.__name__, function)
+
+    @backend.accelerated
+    def double_forward(x):
+        return "plain", ()
+
+    @backend.accelerated
+    def double_backward(dy, cache):
+        return "plain"
+
+    return double_forward, double_backward
+
+
+def test_a_twin_stands_in_where_it_applies_and_the_backward_goes_the_way_of_the_forward(doubled):
+    forward, backward = doubled
+    y, cache = forward(np.ones(2, np.float32))
+    assert y == "twin" and backward(y, cache) == "twin"
+    y, cache = forward(np.ones(2))
+    assert y == "plain" and backward(y, cache) == "plain"
+
+
+def test_plain_switches_twins_off_in_every_thread(doubled):
+    forward, backward = doubled
+    x = np.ones(2, np.float32)
+    _, cache = forward(x)
+    with backend.plain(), backend.plain(), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(forward, x).result()[0] == "plain"
+        assert backward(x, cache) == "twin"  # its cache is the twin's own
+    assert forward(x)[0] == "twin"
+    assert forward.__wrapped__(x)[0] == "plain"
+
+
+def test_the_environment_switches_twins_off():
+    code = "from minivit.backend import kernels_wanted as k; print(k())"
+    for value, expected in (("plain", "False"), ("auto", "True")):
+        environment = {**os.environ, "MINIVIT_KERNELS": value}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
+    environment = {**os.environ, "MINIVIT_KERNELS": "fast"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "MINIVIT_KERNELS must be auto or plain, got 'fast'" in done.stderr

@@ -1,0 +1,1 @@
+"""Twins for NumPy arrays on the CPU."""
