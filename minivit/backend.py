@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import sys
 from contextlib import contextmanager
 
@@ -98,9 +99,72 @@ def plain():
         _plain -= 1
 
 
+def find_device(name):
+    """The device that a user means: "cpu", or "cuda:0", "cuda:1", ...; "auto" is the first GPU if there is one.
+
+    Raises  InputError: another name, CuPy is missing, or there is no such GPU.
+    """
+    if name == "cpu":
+        return name
+    if not (match := re.fullmatch(r"auto|cuda(?::(\d+))?", name)):
+        raise InputError(f"device must be cpu, cuda, cuda:1 (the second GPU, and so on) or auto; got {name!r}")
+    try:
+        import cupy
+    except ImportError:
+        if name == "auto":
+            return "cpu"
+        raise InputError(
+            f'device {name} needs CuPy: pip install "minivit[gpu]" (CUDA 13), or cupy-cuda12x for CUDA 12'
+        ) from None
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        if name == "auto":
+            return "cpu"
+        raise InputError(f"device {name}: CUDA says {error}; is there an NVIDIA GPU and its driver?") from None
+    number = int(match[1] or 0)
+    if number >= count:
+        raise InputError(f"device {name}: there are {count} GPUs, counted from cuda:0")
+    return f"cuda:{number}"
+
+
+def use_device(device):
+    """Make a GPU the one on which this thread's CuPy arrays are made; nothing for "cpu"."""
+    if device != "cpu":
+        import cupy
+
+        cupy.cuda.Device(int(device.removeprefix("cuda:"))).use()
+
+
+def device_name(device):
+    """What the device is called by its maker; "cpu" for the processor."""
+    if device == "cpu":
+        return device
+    import cupy
+
+    return cupy.cuda.runtime.getDeviceProperties(int(device.removeprefix("cuda:")))["name"].decode()
+
+
+def to_device(array, device):
+    """The array on a device of `find_device`, which must be the one in use; itself if it is there already."""
+    if device == "cpu":
+        return to_host(array)
+    import cupy
+
+    return cupy.asarray(array)
+
+
 def to_host(array):
     """The array as a NumPy array: itself if it is one already, a copy if it lives on a GPU."""
     return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def synchronize(device):
+    """Wait until all work given to a GPU is done; nothing for "cpu"."""
+    if device != "cpu":
+        import cupy
+
+        cupy.cuda.Device().synchronize()
 
 
 def matmul(x, W):

@@ -38,11 +38,12 @@ from tqdm import tqdm
 
 from minivit import __version__, checkpoint
 from minivit import params as parameters
-from minivit.backend import erf
+from minivit.backend import device_name, erf, find_device, to_device, to_host, use_device
 from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
 from minivit.data import load as load_data
 from minivit.data.loader import batches, epoch_order
 from minivit.engine import Engine, available_cores
+from minivit.engine_cuda import CudaEngine
 from minivit.errors import InputError
 from minivit.loss import softmax_cross_entropy_forward
 from minivit.model import ViT, parameter_table
@@ -87,7 +88,8 @@ class TrainConfig:
         0, "threads; 0 for one per core of the machine that starts the run (it fixes the order of sums)"
     )
     micro_batch: int = setting(16, "pictures that a thread takes at a time")
-    device: str = setting("cpu", "where to compute: cpu")
+    device: str = setting("cpu", "where to compute: cpu, cuda, cuda:1 (the second GPU, ...), or auto")
+    gpu_micro_batch: int = setting(0, "pictures that a GPU takes at a time; 0 for the whole batch")
     log_every: int = setting(10, "steps between two lines of metrics.jsonl")
     evaluate_every: int = setting(1, "epochs between two evaluations")
     checkpoint_seconds: float = setting(30.0, "seconds between two checkpoints; one is always written at the end")
@@ -107,7 +109,7 @@ class TrainConfig:
         check_range(self, 1e-30, 1.0, "adam_eps")
         check_choice(self, "optimizer", OPTIMIZERS)
         check_choice(self, "schedule", SCHEDULES)
-        check_choice(self, "device", ("cpu",))
+        check_range(self, 0, None, "gpu_micro_batch")
 
 
 # Settings that `minivit.data.augment` takes.
@@ -115,6 +117,7 @@ AUGMENTATION = ("crop_padding", "flip", "rotate", "zoom", "shear", "shift")
 
 # Settings that a resumed run may change: they alter neither the numbers nor their order.
 FREE_ON_RESUME = ("log_every", "checkpoint_seconds")
+MAY_MOVE = ("device", "gpu_micro_batch")  # these change no more than rounding: a run may go on elsewhere
 
 LAST, BEST, METRICS, SUMMARY, SETTINGS = "last.npz", "best.npz", "metrics.jsonl", "summary.json", "settings.json"
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"  # images/s is in the postfix
@@ -186,8 +189,8 @@ def versions():
 
 
 def evaluate(engine, model, images, labels):
-    """Mean cross-entropy and accuracy over a set of pictures: (loss, accuracy, logits)."""
-    logits = engine.predict(images, model)
+    """Mean cross-entropy and accuracy over a set of pictures: (loss, accuracy, logits on the host)."""
+    logits, labels = to_host(engine.predict(images, model)), to_host(labels)
     loss, _ = softmax_cross_entropy_forward(logits.astype(np.float64), labels)
     return float(loss), float((logits.argmax(axis=1) == labels).mean()), logits
 
@@ -227,6 +230,7 @@ class Trainer:
     """
 
     def __init__(self, dataset, model_config, config, out, *, describe=None, progress=True, on_epoch=None):
+        self.device = find_device(config.device)
         config = replace(config, workers=check_workers(config.workers))
         self.dataset, self.config, self.out, self.progress = dataset, config, Path(out), progress
         self.describe, self.on_epoch = describe or {}, on_epoch
@@ -251,8 +255,13 @@ class Trainer:
         self.steps_per_epoch = -(-n // (config.batch_size * config.accumulate))
         self.total_steps = config.epochs * self.steps_per_epoch
         self.fingerprint = fingerprint(dataset)
-        self.model = ViT(model_config, seed=config.seed)
-        mask = parameters.decay_mask(self.model.table)
+        use_device(self.device)
+        self._train_data, self._test_data = (
+            [to_device(array, self.device) for array in split]
+            for split in ((dataset.train_images, dataset.train_labels), (dataset.test_images, dataset.test_labels))
+        )
+        self.model = ViT(model_config, flat=to_device(ViT(model_config, seed=config.seed).flat, self.device))
+        mask = to_device(parameters.decay_mask(self.model.table), self.device)
         self.optimizer = make_optimizer(
             config.optimizer, self.model.flat, mask, momentum=config.momentum, beta1=config.beta1, beta2=config.beta2,
             eps=config.adam_eps, weight_decay=config.weight_decay,
@@ -295,9 +304,8 @@ class Trainer:
         arrays |= {f"optimizer/{key}": vector for key, vector in self.optimizer.state.items()}
         if self.order is not None:
             arrays["order"] = self.order
-        if not all(
-            is_finite(array) for array in (self.tested_model.flat, self.model.flat, *self.optimizer.state.values())
-        ):
+        vectors = (self.tested_model.flat, self.model.flat, *self.optimizer.state.values())
+        if not all(is_finite(to_host(vector)) for vector in vectors):
             raise self._diverged("a parameter is not finite any more")
         meta = {
             **checkpoint.model_meta(self.model.config),
@@ -330,7 +338,7 @@ class Trainer:
         if (stored := checkpoint.config_of(meta, path)) != self.model.config:
             raise InputError(f"{path} holds another model: {_difference(asdict(stored), asdict(self.model.config))}")
         settings = asdict(config_from(meta, path))
-        if difference := _difference(settings, asdict(self.config), FREE_ON_RESUME):
+        if difference := _difference(settings, asdict(self.config), FREE_ON_RESUME + MAY_MOVE):
             raise InputError(
                 f"{path} was trained with other settings: {difference}; start a new run with another --out"
             )
@@ -351,14 +359,15 @@ class Trainer:
         for key, vector in vectors.items():
             if vector.shape != self.model.flat.shape or not is_finite(vector):
                 raise InputError(f"{path}: the optimiser state {key} does not fit the model")
-        flat = np.empty_like(self.model.flat)
-        fill(flat, self.model.table, arrays, "params", path)
-        if self.ema:
-            fill(self.ema.flat, self.model.table, arrays, "ema", path)
-            self.ema.steps = numbers[4]
-        self.model.flat[...] = flat
+        found = {"params": self.model.flat, **({"ema": self.ema.flat} if self.ema else {})}
+        for prefix in found:
+            flat = np.empty(self.model.flat.shape, np.float32)
+            fill(flat, self.model.table, arrays, prefix, path)
+            vectors[prefix] = flat
         for key, vector in vectors.items():
-            self.optimizer.state[key][...] = vector
+            (found.get(key, self.optimizer.state.get(key)))[...] = to_device(vector, self.device)
+        if self.ema:
+            self.ema.steps = numbers[4]
         self.step, self.epoch, self.batch, self.optimizer.steps, _ = numbers
         self.order, self.running, self.best, self.seconds = order, running, best, seconds
         self._restored = True
@@ -385,6 +394,8 @@ class Trainer:
 
     def _origin(self, engine, images, labels, index, denominator):
         """Where the first number that is not finite came from, in words: the batch once more, recorded."""
+        if self.device != "cpu":  # the figures were read late: the parameters have moved on since
+            return f" or in the {self.config.log_every} steps before it; on the CPU a run names the tensor"
         for m, part in enumerate(engine.parts(len(images))):
             with recording([self.model.flat]) as recorder:
                 grads = self.model.gradient_buffer()[1]
@@ -416,9 +427,11 @@ class Trainer:
             settings = {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe}
             write_json(self.out / SETTINGS, settings)
             c = self.config
-            engine = Engine(
-                self.model, workers=c.workers, micro_batch=c.micro_batch, label_smoothing=c.label_smoothing, seed=c.seed
-            )
+            shared = {"label_smoothing": c.label_smoothing, "seed": c.seed}
+            if self.device == "cpu":
+                engine = Engine(self.model, workers=c.workers, micro_batch=c.micro_batch, **shared)
+            else:
+                engine = CudaEngine(self.model, micro_batch=c.gpu_micro_batch, **shared)
             with engine:
                 if not self.finished:
                     self._train(engine)
@@ -449,13 +462,15 @@ class Trainer:
         if self.batch == 0:
             self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch)
             self.running = {"loss": 0.0, "correct": 0, "seen": 0}
+        on_gpu = self.device != "cpu"
         stream = batches(
-            data.train_images, data.train_labels, self.order, c.batch_size, seed=c.seed, epoch=self.epoch,
-            start=self.batch, **{name: getattr(c, name) for name in AUGMENTATION},
+            *self._train_data, self.order, c.batch_size, seed=c.seed, epoch=self.epoch, start=self.batch,
+            prefetch=0 if on_gpu else 2, **{name: getattr(c, name) for name in AUGMENTATION},
         )  # fmt: skip
         group = c.batch_size * c.accumulate  # pictures per optimiser step
         since, seen_since = time.monotonic(), 0
         loss, correct = 0.0, 0
+        unread = []  # (loss, correct, gradient norm, pictures) of the steps whose figures are still on the device
         last_batch = -(-len(self.order) // c.batch_size) - 1
         try:
             for index, images, labels in stream:
@@ -469,52 +484,67 @@ class Trainer:
                     denominator=size,
                     accumulate=position > 0,
                 )
-                loss, correct = loss + float(result.loss), correct + int(result.correct)
+                loss, correct = loss + result.loss, correct + result.correct
                 if position < c.accumulate - 1 and index < last_batch:
                     continue
                 norm = clip_by_global_norm(engine.grad, c.clip_norm)
-                if not math.isfinite(loss) or not math.isfinite(norm):
-                    origin = self._origin(engine, images, labels, self.epoch * (last_batch + 1) + index, size)
-                    raise self._diverged(f"the loss is {loss}, its gradient's norm {float(norm)}{origin}")
+                unread.append((loss, correct, norm, size))
+                loss, correct = 0.0, 0
+                log = (self.step + 1) % c.log_every == 0 or self.step + 1 == self.total_steps
+                if log or index == last_batch or not on_gpu:  # a GPU is not waited for in between
+                    figures = self._read(unread)
+                    if not all(map(math.isfinite, figures)):
+                        origin = self._origin(engine, images, labels, self.epoch * (last_batch + 1) + index, size)
+                        raise self._diverged(f"the loss is {figures[0]}, its gradient's norm {figures[2]}{origin}")
                 lr = self.learning_rate(self.step)
                 self.optimizer.step(self.model.flat, engine.grad, lr)
                 if self.ema:
                     self.ema.update(self.model.flat)
                 self.step, self.batch = self.step + 1, index + 1
-                running = self.running
-                running["loss"] += loss * size
-                running["correct"] += correct
-                running["seen"] += size
                 seen_since += size
                 bar.update()
-                if self.step % c.log_every == 0 or self.step == self.total_steps:
-                    now = time.monotonic()
+                if log:
+                    running, now = self.running, time.monotonic()
                     rate = seen_since / max(now - since, 1e-9)
                     since, seen_since = now, 0
                     _log(
-                        metrics, kind="train", step=self.step, epoch=self.epoch + 1, lr=lr, loss=loss,
-                        accuracy=correct / size, grad_norm=float(norm), images_per_second=round(rate, 1),
+                        metrics, kind="train", step=self.step, epoch=self.epoch + 1, lr=lr, loss=figures[0],
+                        accuracy=figures[1] / size, grad_norm=figures[2], images_per_second=round(rate, 1),
                     )  # fmt: skip
                     bar.set_postfix_str(
                         f"loss {running['loss'] / running['seen']:.3f} acc {running['correct'] / running['seen']:.1%} "
                         f"{rate:,.0f} img/s"
                     )
-                loss, correct = 0.0, 0
                 if self._stop is not None:
                     break
                 if time.monotonic() - self._saved_at >= c.checkpoint_seconds:
+                    self._read(unread)
                     self.save()
+            self._read(unread)
         finally:
             stream.close()
 
+    def _read(self, unread):
+        """Add the figures of the steps in the list to the epoch's and empty it: (loss, correct, norm) of the last."""
+        figures = ()
+        for loss, correct, norm, size in unread:
+            figures = float(loss), int(correct), float(norm)
+            if not all(map(math.isfinite, figures)):
+                break
+            self.running["loss"] += figures[0] * size
+            self.running["correct"] += figures[1]
+            self.running["seen"] += size
+        unread.clear()
+        return figures
+
     def _end_epoch(self, engine, metrics):
-        c, data, running = self.config, self.dataset, self.running
+        c, running = self.config, self.running
         self.epoch, self.batch = self.epoch + 1, 0
         if self.on_epoch:
             self.on_epoch(self)
         if self.epoch % c.evaluate_every and self.epoch < c.epochs:
             return
-        loss, accuracy, _ = evaluate(engine, self.tested_model, data.test_images, data.test_labels)
+        loss, accuracy, _ = evaluate(engine, self.tested_model, *self._test_data)
         if not math.isfinite(loss):
             raise self._diverged(f"the test loss is {loss}")
         train_loss, train_accuracy = running["loss"] / running["seen"], running["correct"] / running["seen"]
@@ -536,7 +566,7 @@ class Trainer:
         from minivit import plots  # matplotlib is slow to import, and only the end needs it
 
         data = self.dataset
-        loss, accuracy, logits = evaluate(engine, self.tested_model, data.test_images, data.test_labels)
+        loss, accuracy, logits = evaluate(engine, self.tested_model, *self._test_data)
         summary = {
             "test_accuracy": accuracy,
             "test_loss": loss,
@@ -551,6 +581,7 @@ class Trainer:
             "data": data.source,
             "workers": engine.workers,
             "cores": available_cores(),
+            "device": device_name(self.device),
             "settings": {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe},
             "versions": versions(),
         }

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from minivit.backend import array_module
 from minivit.data.augment import augment
 
 # Each use of the seed draws from a stream of its own; the numbers are part of what "the same seed" means.
@@ -38,7 +39,7 @@ def batches(images, labels, order, batch_size, *, seed, epoch, start=0, prefetch
     Parameters
     ----------
     images, labels : (n, H, W, C) uint8 and (n,) int64
-        On the host; they are left as they are.
+        On one device; they are left as they are.
     order : (m,) int64
         Rows to visit, usually from ``epoch_order``.
     batch_size : int
@@ -62,8 +63,10 @@ def batches(images, labels, order, batch_size, *, seed, epoch, start=0, prefetch
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
 
+    xp = array_module(labels)
+
     def prepare(index):
-        rows = order[index * batch_size : (index + 1) * batch_size]
+        rows = xp.asarray(order[index * batch_size : (index + 1) * batch_size])
         rng = _generator(seed, _AUGMENT, epoch, index)
         return index, augment(images[rows], rng, **augmentation), labels[rows]
 
