@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from minivit import backend
+from minivit.errors import InputError
 
 
 def test_numpy_arrays_belong_to_numpy():
@@ -113,3 +115,35 @@ def test_the_environment_switches_twins_off():
     environment = {**os.environ, "MINIVIT_KERNELS": "fast"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "MINIVIT_KERNELS must be auto or plain, got 'fast'" in done.stderr
+
+
+class NoGpu(ModuleType):
+    """Stands for CuPy on a machine of so many GPUs, or of no driver."""
+
+    def __init__(self, count):
+        super().__init__("cupy")
+        self.cuda = self.runtime = self
+        self.count, self.CUDARuntimeError = count, RuntimeError
+
+    def getDeviceCount(self):
+        if self.count is None:
+            raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+        return self.count
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # not installed
+    assert backend.find_device("cpu") == backend.find_device("auto") == "cpu"
+    with pytest.raises(InputError, match=r'device cuda needs CuPy: pip install "minivit\[gpu\]"'):
+        backend.find_device("cuda")
+    monkeypatch.setitem(sys.modules, "cupy", NoGpu(None))
+    assert backend.find_device("auto") == "cpu"
+    with pytest.raises(InputError, match="device cuda:1: CUDA says cudaErrorNoDevice: no CUDA-capable device"):
+        backend.find_device("cuda:1")
+    monkeypatch.setitem(sys.modules, "cupy", NoGpu(2))
+    assert [backend.find_device(name) for name in ("auto", "cuda", "cuda:1")] == ["cuda:0", "cuda:0", "cuda:1"]
+    with pytest.raises(InputError, match="device cuda:2: there are 2 GPUs, counted from cuda:0"):
+        backend.find_device("cuda:2")
+    for name in ("gpu", "cuda:", "cuda:x", "cuda:-1", ""):
+        with pytest.raises(InputError, match="device must be cpu, cuda"):
+            backend.find_device(name)

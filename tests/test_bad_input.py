@@ -250,7 +250,7 @@ CASES = {
             "--crop-padding -1": "crop_padding must be at least 0",
             "--seed -1": "seed must be at least 0, got -1",
             "--workers 5000": "workers must be at least 0 and at most 1024, got 5000",
-            "--device tpu": "device must be one of cpu",
+            "--device tpu": "device must be cpu, cuda, cuda:1 (the second GPU, and so on) or auto; got 'tpu'",
             "--preset Tiny": "no preset 'Tiny'",
             "--learning-rate 1": "unrecognized arguments: --learning-rate 1",
             "extra": "unrecognized arguments: extra",
