@@ -129,11 +129,12 @@ def find_device(name):
 
 
 def use_device(device):
-    """Make a GPU the one on which this thread's CuPy arrays are made; nothing for "cpu"."""
+    """Make a GPU the one on which this thread's CuPy arrays are made, on a stream of its own; nothing for "cpu"."""
     if device != "cpu":
         import cupy
 
         cupy.cuda.Device(int(device.removeprefix("cuda:"))).use()
+        cupy.cuda.Stream(non_blocking=True).use()  # CUDA graphs cannot be recorded on the default stream
 
 
 def device_name(device):

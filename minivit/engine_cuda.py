@@ -1,13 +1,25 @@
-"""The engine of one GPU: the same calls as `minivit.engine.Engine`, without worker threads.
+"""The engine of one GPU: the calls of `minivit.engine.Engine` without worker threads, and whole steps as CUDA graphs.
 
 A GPU is busy with one micro-batch at a time, so a batch is cut only where its activations would not fit into memory.
 Nothing here waits for the device: the figures of a batch stay on it until somebody reads them.
+
+Launching the few hundred kernels of a step one by one takes the host longer than the GPU takes to run them. A graph
+holds the whole step, is launched at once, and reads what changes from step to step from memory that stays where it
+is: the batch, stochastic depth's factors, and the optimiser's figures.
 """
 
 from __future__ import annotations
 
-from minivit.backend import array_module
+import warnings
+
+import numpy as np
+
+from minivit.backend import array_module, kernels_wanted
 from minivit.engine import Engine, StepResult
+from minivit.kernels import cuda
+from minivit.optim import Adam, clip_by_global_norm
+
+PREDICT = 1024  # pictures at a time
 
 
 class CudaEngine(Engine):
@@ -30,20 +42,119 @@ class CudaEngine(Engine):
         size = self.micro_batch or count
         return [slice(i, i + size) for i in range(0, count, size)]
 
-    def gradient(self, images, labels, *, step=0, denominator=None, accumulate=False):
-        """See `Engine.gradient`."""
+    def gradient(self, images, labels, *, step=0, denominator=None, accumulate=False, generators=None):
+        """See `Engine.gradient`. ``generators``: what stands for the Generator of each micro-batch."""
         flat, grads = self._buffers[0]
         if not accumulate:
             flat[...] = 0.0
         denominator = len(images) if denominator is None else denominator
+        parts = self.parts(len(images))
+        generators = generators or [self.generator(step, m) for m in range(len(parts))]
         results = [
-            self.forward_backward(images[part], labels[part], grads, denominator, self.generator(step, m))
-            for m, part in enumerate(self.parts(len(images)))
+            self.forward_backward(images[part], labels[part], grads, denominator, rng)
+            for part, rng in zip(parts, generators, strict=True)
         ]
         return StepResult(sum(r.loss for r in results), sum(r.correct for r in results))
 
     def predict(self, images, model=None):
         """See `Engine.predict`."""
         model = model or self.model
-        parts = [model.predict(images[part]) for part in self.parts(len(images))]
+        size = self.micro_batch or PREDICT
+        parts = [model.predict(images[i : i + size]) for i in range(0, len(images), size)]
         return array_module(model.flat).concatenate(parts)
+
+
+class CudaStep:
+    """Training steps - gradient, clipping, optimiser, moving average - replayed from a CUDA graph.
+
+    The first batch goes kernel by kernel, which compiles them; the second, of the same shape, is recorded and from then
+    on replayed. Both run the same kernels in the same order, so they give the same bits. Batches of another shape (an
+    epoch's last) always go kernel by kernel, and so does everything where a graph does not apply: optimisers other than
+    Adam and AdamW, elementwise dropout, plain functions, or ``graph=False``.
+    """
+
+    def __init__(self, engine, optimizer, average=None, *, clip_norm=0.0, graph=True):
+        self.engine, self.optimizer, self.average, self.clip_norm = engine, optimizer, average, clip_norm
+        c = engine.model.config
+        self._rates = [engine.model.drop_path_rate(i) for i in range(c.depth)]
+        self.fused = isinstance(optimizer, Adam) and kernels_wanted() and engine.model.flat.dtype == np.float32
+        self._wanted = graph and self.fused and c.dropout == c.attention_dropout == 0.0
+        self._shape = self._graph = self._pool = self._results = None
+        self.replays = 0  # how many steps a graph made
+
+    def __call__(self, images, labels, *, step, lr):
+        """One step on a batch: (loss, correct, gradient norm before clipping), all on the device."""
+        if not self.fused:
+            return self._plain(images, labels, step, lr)
+        xp = array_module(images)
+        shape = (images.shape, labels.shape)
+        factors = self._draw(len(images), step)
+        hyper = cuda.hyper_of(self.optimizer, lr, self.average)
+        if not self._wanted or (self._shape is not None and shape != self._shape):
+            results = self._run(images, labels, factors and [xp.asarray(f) for f in factors], xp.asarray(hyper), step)
+        elif self._shape is None:
+            self._shape = shape
+            self._images, self._labels = images.copy(), labels.copy()
+            self._factors, self._hyper = [xp.asarray(f) for f in factors], xp.asarray(hyper)
+            results = self._run(images, labels, self._factors, self._hyper, step)
+        else:
+            self._images[...], self._labels[...] = images, labels
+            for memory, values in zip([self._hyper, *self._factors], [hyper, *factors], strict=True):
+                memory.set(values)
+            results = self._replay(step)
+        self.optimizer.steps += 1
+        if self.average:
+            self.average.steps += 1
+        return results
+
+    def _draw(self, count, step):
+        """Stochastic depth's factors of each micro-batch, on the host; or None, for Generators in their place."""
+        c = self.engine.model.config
+        if c.dropout or c.attention_dropout:
+            return None
+        return [
+            cuda.PathFactors.draw(self.engine.generator(step, m), self._rates, len(range(*part.indices(count))))
+            for m, part in enumerate(self.engine.parts(count))
+        ]
+
+    def _run(self, images, labels, factors, hyper, step):
+        """The step, kernel by kernel."""
+        engine, average = self.engine, self.average
+        generators = factors and [cuda.PathFactors(f) for f in factors]
+        result = engine.gradient(images, labels, step=step, generators=generators)
+        norm = cuda.gradient_norm(engine.grad)
+        cuda.adam_step(self.optimizer, engine.model.flat, engine.grad, hyper, norm, self.clip_norm)
+        if average:
+            average.flat += hyper[3] * (engine.model.flat - average.flat)
+        return result.loss, result.correct, norm
+
+    def _replay(self, step):
+        import cupy
+
+        stream = cupy.cuda.get_current_stream()
+        if self._graph is None:
+            # memory that the graph uses must stay its own, also between two replays
+            self._pool = cupy.cuda.MemoryPool()
+            try:
+                with cupy.cuda.using_allocator(self._pool.malloc):
+                    stream.begin_capture()
+                    try:
+                        self._results = self._run(self._images, self._labels, self._factors, self._hyper, step)
+                    finally:
+                        self._graph = stream.end_capture()
+            except Exception as error:
+                warnings.warn(f"steps run kernel by kernel: no CUDA graph could be made ({error})", stacklevel=3)
+                self._graph, self._wanted = None, False
+                return self._run(self._images, self._labels, self._factors, self._hyper, step)
+            self._graph.upload(stream)
+        self._graph.launch(stream)
+        self.replays += 1
+        return tuple(result.copy() for result in self._results)  # the next replay writes over them
+
+    def _plain(self, images, labels, step, lr):
+        result = self.engine.gradient(images, labels, step=step)
+        norm = clip_by_global_norm(self.engine.grad, self.clip_norm)
+        self.optimizer.step(self.engine.model.flat, self.engine.grad, lr)
+        if self.average:
+            self.average.update(self.engine.model.flat)
+        return result.loss, result.correct, norm

@@ -7,6 +7,7 @@ backward, args, argument names).
 
 import numpy as np
 
+from minivit.backend import array_module
 from minivit.layers.attention import attention_backward, attention_forward, attention_jvp
 from minivit.layers.block import ATTN, BLOCK_PARAMETERS, MLP, block_backward, block_forward, block_jvp
 from minivit.layers.drop_path import drop_path_backward, drop_path_forward, drop_path_jvp
@@ -105,7 +106,7 @@ def _by_position(forward, backward, names):
         return forward(z, dict(zip(names, values, strict=True)))
 
     def positional_backward(dy, cache, values):
-        grads = {name: np.zeros(value.shape, dy.dtype) for name, value in zip(names, values, strict=True)}
+        grads = {name: array_module(dy).zeros(value.shape, dy.dtype) for name, value in zip(names, values, strict=True)}
         dz = backward(dy, cache, grads)
         return (dz, *grads.values())
 
@@ -170,7 +171,8 @@ def _loss(soft, label_smoothing):
         labels = rng.dirichlet(np.ones(K), 5) if soft else rng.integers(0, K, 5)
 
         def forward(logits):
-            return softmax_cross_entropy_forward(logits, labels, label_smoothing=label_smoothing, denominator=7)
+            at = array_module(logits).asarray(labels)
+            return softmax_cross_entropy_forward(logits, at, label_smoothing=label_smoothing, denominator=7)
 
         return forward, softmax_cross_entropy_backward, [logits], ("logits",)
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minivit.backend import array_module
+from minivit.backend import accelerated, array_module
 
 
 class CrossEntropyCache(NamedTuple):
@@ -58,6 +58,7 @@ def soft_targets(labels, num_classes, label_smoothing, dtype, xp=np):
     return targets
 
 
+@accelerated
 def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denominator=None):
     """Mean cross-entropy of softmax(logits) against the labels.
 

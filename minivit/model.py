@@ -235,6 +235,11 @@ class ViT:
     def _of_block(named, i):
         return {name: named[f"blocks.{i}.{name}"] for name in BLOCK_PARAMETERS}
 
+    def drop_path_rate(self, i):
+        """Stochastic depth's rate of block i: it rises linearly from 0 to the configuration's."""
+        c = self.config
+        return c.drop_path * (i / (c.depth - 1) if c.depth > 1 else 1.0)
+
     def _block_settings(self, i):
         c = self.config
         return {
@@ -243,7 +248,7 @@ class ViT:
             "eps": c.layernorm_eps,
             "dropout": c.dropout,
             "attention_dropout": c.attention_dropout,
-            "drop_path": c.drop_path * (i / (c.depth - 1) if c.depth > 1 else 1.0),
+            "drop_path": self.drop_path_rate(i),
         }
 
     def _embed(self, images, rng):

@@ -163,10 +163,14 @@ class EMA:
     def __init__(self, flat, decay):
         self.decay, self.flat, self.steps = decay, flat.copy(), 0
 
+    def decay_at(self, step):
+        """d_t, for steps counted from 1."""
+        return min(self.decay, (1 + step) / (10 + step))
+
     def update(self, flat):
         """Take the new weights into the average."""
         self.steps += 1
-        d = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        d = self.decay_at(self.steps)
         for piece in _pieces(flat):
             average = self.flat[piece]
             average += (1.0 - d) * (flat[piece] - average)

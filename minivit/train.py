@@ -43,8 +43,9 @@ from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
 from minivit.data import load as load_data
 from minivit.data.loader import batches, epoch_order
 from minivit.engine import Engine, available_cores
-from minivit.engine_cuda import CudaEngine
+from minivit.engine_cuda import CudaEngine, CudaStep
 from minivit.errors import InputError
+from minivit.kernels import cuda
 from minivit.loss import softmax_cross_entropy_forward
 from minivit.model import ViT, parameter_table
 from minivit.optim import EMA, OPTIMIZERS, SCHEDULES, clip_by_global_norm, learning_rate, make_optimizer
@@ -90,6 +91,8 @@ class TrainConfig:
     micro_batch: int = setting(16, "pictures that a thread takes at a time")
     device: str = setting("cpu", "where to compute: cpu, cuda, cuda:1 (the second GPU, ...), or auto")
     gpu_micro_batch: int = setting(0, "pictures that a GPU takes at a time; 0 for the whole batch")
+    precision: str = setting("float32", "of a GPU's matrix products: float32, or tf32 (factors rounded to 10 bits)")
+    graph: bool = setting(True, "replay a GPU's steps from a CUDA graph")
     log_every: int = setting(10, "steps between two lines of metrics.jsonl")
     evaluate_every: int = setting(1, "epochs between two evaluations")
     checkpoint_seconds: float = setting(30.0, "seconds between two checkpoints; one is always written at the end")
@@ -110,6 +113,7 @@ class TrainConfig:
         check_choice(self, "optimizer", OPTIMIZERS)
         check_choice(self, "schedule", SCHEDULES)
         check_range(self, 0, None, "gpu_micro_batch")
+        check_choice(self, "precision", cuda.PRECISIONS)
 
 
 # Settings that `minivit.data.augment` takes.
@@ -117,7 +121,12 @@ AUGMENTATION = ("crop_padding", "flip", "rotate", "zoom", "shear", "shift")
 
 # Settings that a resumed run may change: they alter neither the numbers nor their order.
 FREE_ON_RESUME = ("log_every", "checkpoint_seconds")
-MAY_MOVE = ("device", "gpu_micro_batch")  # these change no more than rounding: a run may go on elsewhere
+MAY_MOVE = (
+    "device",
+    "gpu_micro_batch",
+    "precision",
+    "graph",
+)  # these change no more than rounding: a run may go on elsewhere
 
 LAST, BEST, METRICS, SUMMARY, SETTINGS = "last.npz", "best.npz", "metrics.jsonl", "summary.json", "settings.json"
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"  # images/s is in the postfix
@@ -276,6 +285,7 @@ class Trainer:
         self._started = None  # ... the moment when this process took it up
         self._saved_at = time.monotonic()
         self._restored = False
+        self._whole_step = None  # on a GPU, what makes all of a step at once
         self._stop = None
 
     def learning_rate(self, step):
@@ -431,7 +441,10 @@ class Trainer:
             if self.device == "cpu":
                 engine = Engine(self.model, workers=c.workers, micro_batch=c.micro_batch, **shared)
             else:
+                cuda.machine().precision = c.precision
                 engine = CudaEngine(self.model, micro_batch=c.gpu_micro_batch, **shared)
+                if c.accumulate == 1:
+                    self._whole_step = CudaStep(engine, self.optimizer, self.ema, clip_norm=c.clip_norm, graph=c.graph)
             with engine:
                 if not self.finished:
                     self._train(engine)
@@ -462,7 +475,7 @@ class Trainer:
         if self.batch == 0:
             self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch)
             self.running = {"loss": 0.0, "correct": 0, "seen": 0}
-        on_gpu = self.device != "cpu"
+        on_gpu, whole_step = self.device != "cpu", self._whole_step
         stream = batches(
             *self._train_data, self.order, c.batch_size, seed=c.seed, epoch=self.epoch, start=self.batch,
             prefetch=0 if on_gpu else 2, **{name: getattr(c, name) for name in AUGMENTATION},
@@ -477,29 +490,28 @@ class Trainer:
                 first = index // c.accumulate * group  # the step's first picture, in the order of the epoch
                 size = min(group, len(self.order) - first)
                 position = index % c.accumulate
-                result = engine.gradient(
-                    images,
-                    labels,
-                    step=self.epoch * (last_batch + 1) + index,
-                    denominator=size,
-                    accumulate=position > 0,
-                )
-                loss, correct = loss + result.loss, correct + result.correct
-                if position < c.accumulate - 1 and index < last_batch:
-                    continue
-                norm = clip_by_global_norm(engine.grad, c.clip_norm)
+                number = self.epoch * (last_batch + 1) + index
+                lr = self.learning_rate(self.step)
+                if whole_step:
+                    loss, correct, norm = whole_step(images, labels, step=number, lr=lr)
+                else:
+                    result = engine.gradient(images, labels, step=number, denominator=size, accumulate=position > 0)
+                    loss, correct = loss + result.loss, correct + result.correct
+                    if position < c.accumulate - 1 and index < last_batch:
+                        continue
+                    norm = clip_by_global_norm(engine.grad, c.clip_norm)
                 unread.append((loss, correct, norm, size))
                 loss, correct = 0.0, 0
                 log = (self.step + 1) % c.log_every == 0 or self.step + 1 == self.total_steps
                 if log or index == last_batch or not on_gpu:  # a GPU is not waited for in between
                     figures = self._read(unread)
                     if not all(map(math.isfinite, figures)):
-                        origin = self._origin(engine, images, labels, self.epoch * (last_batch + 1) + index, size)
+                        origin = self._origin(engine, images, labels, number, size)
                         raise self._diverged(f"the loss is {figures[0]}, its gradient's norm {figures[2]}{origin}")
-                lr = self.learning_rate(self.step)
-                self.optimizer.step(self.model.flat, engine.grad, lr)
-                if self.ema:
-                    self.ema.update(self.model.flat)
+                if not whole_step:
+                    self.optimizer.step(self.model.flat, engine.grad, lr)
+                    if self.ema:
+                        self.ema.update(self.model.flat)
                 self.step, self.batch = self.step + 1, index + 1
                 seen_since += size
                 bar.update()

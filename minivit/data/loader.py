@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from minivit.backend import array_module
+from minivit.backend import accelerated, array_module
 from minivit.data.augment import augment
 
 # Each use of the seed draws from a stream of its own; the numbers are part of what "the same seed" means.
@@ -28,6 +28,12 @@ def epoch_order(n, *, seed, epoch):
     (n,) int64 permutation of 0 .. n - 1, the same for the same arguments
     """
     return _generator(seed, _SHUFFLE, epoch).permutation(n)
+
+
+@accelerated
+def augmented(images, rows, rng, **augmentation):
+    """The pictures (n, H, W, C) of some rows (B,), augmented; see ``augment``."""
+    return augment(images[rows], rng, **augmentation)
 
 
 def batches(images, labels, order, batch_size, *, seed, epoch, start=0, prefetch=2, drop_last=False, **augmentation):
@@ -68,7 +74,7 @@ def batches(images, labels, order, batch_size, *, seed, epoch, start=0, prefetch
     def prepare(index):
         rows = xp.asarray(order[index * batch_size : (index + 1) * batch_size])
         rng = _generator(seed, _AUGMENT, epoch, index)
-        return index, augment(images[rows], rng, **augmentation), labels[rows]
+        return index, augmented(images, rows, rng, **augmentation), labels[rows]
 
     stop = len(order) // batch_size if drop_last else -(-len(order) // batch_size)
     indices = range(start, stop)

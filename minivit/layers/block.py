@@ -21,6 +21,7 @@ gradient into a mapping of the same names (the layers themselves only return gra
 
 from typing import NamedTuple
 
+from minivit.backend import accelerated
 from minivit.layers.drop_path import drop_path_backward, drop_path_forward, drop_path_jvp
 from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward, layernorm_jvp
@@ -47,6 +48,7 @@ class BlockCache(NamedTuple):
     path2: DropoutCache
 
 
+@accelerated
 def block_forward(
     z, params, *, num_heads, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0, rng=None
 ):
@@ -75,6 +77,7 @@ def block_forward(
     return z, BlockCache(norm1, msa, dropout1, path1, norm2, mlp, dropout2, path2)
 
 
+@accelerated
 def block_backward(dz, cache, grads):
     """Backward of `block_forward`.
 

@@ -31,6 +31,8 @@ Backward
 
 from typing import Any, NamedTuple
 
+from minivit.backend import accelerated
+
 
 class LayerNormCache(NamedTuple):
     """What `layernorm_backward` reads: x itself is not needed, xhat is."""
@@ -40,6 +42,7 @@ class LayerNormCache(NamedTuple):
     w: Any  # (D,)
 
 
+@accelerated
 def layernorm_forward(x, w, b, *, eps=1e-6):
     """Normalise each row to mean 0 and variance 1, then scale and shift.
 
@@ -58,6 +61,7 @@ def layernorm_forward(x, w, b, *, eps=1e-6):
     return y, LayerNormCache(xhat, rstd, w)
 
 
+@accelerated
 def layernorm_backward(dy, cache):
     """Backward of `layernorm_forward`.
 

@@ -18,7 +18,7 @@ Backward
 
 from typing import Any, NamedTuple
 
-from minivit.backend import array_module, matmul
+from minivit.backend import accelerated, array_module, matmul
 
 
 class LinearCache(NamedTuple):
@@ -28,6 +28,7 @@ class LinearCache(NamedTuple):
     W: Any  # (d, m)
 
 
+@accelerated
 def linear_forward(x, W, b):
     """Affine map of the last axis.
 
@@ -40,6 +41,7 @@ def linear_forward(x, W, b):
     return y, LinearCache(x, W)
 
 
+@accelerated
 def linear_backward(dy, cache, *, need_dx=True):
     """Backward of `linear_forward`.
 

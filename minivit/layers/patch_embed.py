@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minivit.backend import array_module
+from minivit.backend import accelerated, array_module
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
 
 
@@ -56,6 +56,7 @@ def unpatchify(patches, image_shape, patch_size):
     return images.reshape(image_shape)
 
 
+@accelerated
 def patch_embed_forward(images, W, b, cls_token=None, pos_embed=None, *, patch_size):
     """Images to tokens.
 
@@ -75,6 +76,7 @@ def patch_embed_forward(images, W, b, cls_token=None, pos_embed=None, *, patch_s
     return z, PatchEmbedCache(linear_cache, images.shape, patch_size, cls_token is not None, pos_embed is not None)
 
 
+@accelerated
 def patch_embed_backward(dz, cache, *, need_dimages=True):
     """Backward of `patch_embed_forward`.
 

@@ -1,0 +1,551 @@
+// The hot steps of a Vision Transformer as CUDA kernels, each headed by the equation it computes.
+//
+// Arrays are row-major float32. A "row" is one token of one picture: rows = B N. Nothing is summed with atomics: every
+// sum has a fixed order, so the same inputs give the same bits. Sums over rows (gradients of biases and of LayerNorm's
+// parameters) are made in two steps: each block writes the sums over its own rows, `add_partials` adds those up.
+//
+// Some sizes are constants at compile time, so that a row fits into registers and loops unroll:
+//   WIDTH          D, a multiple of 4 up to 1024     (kernels over rows)
+//   TOKENS, HEAD   N and Dh, a multiple of 4         (attention)
+//
+// "path" is stochastic depth's factor of each picture, m / (1 - rate), or null where nothing is dropped. As
+// path (g W + b) = (path g) W + path b, it scales the input of a branch's last product, which can then add its
+// result straight onto the residual stream.
+
+constexpr float SQRT_2_OVER_PI = 0.7978845608028654f, CUBIC = 0.044715f, SQRT_HALF = 0.7071067811865476f,
+                INV_SQRT_2PI = 0.3989422804014327f, LOWEST = -3.402823e38f;
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
+  return v;
+}
+
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, o));
+  return v;
+}
+
+__device__ __forceinline__ float4 load4(const float* p, size_t quad) { return reinterpret_cast<const float4*>(p)[quad]; }
+__device__ __forceinline__ void store4(float* p, size_t quad, float4 v) { reinterpret_cast<float4*>(p)[quad] = v; }
+__device__ __forceinline__ float sum4(float4 a) { return (a.x + a.y) + (a.z + a.w); }
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+__device__ __forceinline__ float4 operator-(float4 a, float4 b) { return make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w); }
+__device__ __forceinline__ float4 operator*(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
+__device__ __forceinline__ float4 operator*(float s, float4 a) { return make_float4(s * a.x, s * a.y, s * a.z, s * a.w); }
+__device__ __forceinline__ float4 operator-(float4 a, float s) { return make_float4(a.x - s, a.y - s, a.z - s, a.w - s); }
+
+#ifdef WIDTH
+constexpr int QUADS = WIDTH / 4, PER_LANE = (QUADS + 31) / 32, WARPS = 8;
+
+// LayerNorm, one warp per row, with the residual addition before it where there is one (u given):
+//     z' = z + u + path1 bu;   xhat = (z' - mean) / sqrt(var + eps);   y = xhat w + b;   out = z' + path2 bnext
+// out is the residual stream as the next product needs it, which adds its result onto it.
+extern "C" __global__ void layernorm_forward(
+    const float* __restrict__ z, const float* __restrict__ u, const float* __restrict__ bu,
+    const float* __restrict__ path1, const float* __restrict__ bnext, const float* __restrict__ path2,
+    const float* __restrict__ w, const float* __restrict__ b, float* __restrict__ out, float* __restrict__ y,
+    float* __restrict__ xhat, float* __restrict__ rstd, int rows, int tokens, float eps) {
+  const int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= rows) return;
+  const float s1 = path1 ? path1[row / tokens] : 1.f, s2 = path2 ? path2[row / tokens] : 1.f;
+  const size_t start = (size_t)row * QUADS;
+  float4 v[PER_LANE];
+  float sum = 0.f;
+#pragma unroll
+  for (int k = 0; k < PER_LANE; ++k) {
+    const int q = lane + 32 * k;
+    if (q < QUADS) {
+      v[k] = load4(z, start + q);
+      if (u) {
+        v[k] = v[k] + load4(u, start + q) + s1 * load4(bu, q);
+        store4(out, start + q, v[k] + s2 * load4(bnext, q));
+      }
+      sum += sum4(v[k]);
+    }
+  }
+  const float mean = warp_sum(sum) / WIDTH;
+  float squares = 0.f;
+#pragma unroll
+  for (int k = 0; k < PER_LANE; ++k)
+    if (lane + 32 * k < QUADS) {
+      v[k] = v[k] - mean;
+      squares += sum4(v[k] * v[k]);
+    }
+  const float r = rsqrtf(warp_sum(squares) / WIDTH + eps);
+#pragma unroll
+  for (int k = 0; k < PER_LANE; ++k) {
+    const int q = lane + 32 * k;
+    if (q < QUADS) {
+      v[k] = r * v[k];
+      store4(xhat, start + q, v[k]);
+      store4(y, start + q, v[k] * load4(w, q) + load4(b, q));
+    }
+  }
+  if (lane == 0) rstd[row] = r;
+}
+
+// Backward of LayerNorm, and the residual's gradient added (dres, may be null). With dxhat = dy w:
+//     dz = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) + dres
+// and over this block's rows: partial (blocks, 3, D) = sum dy xhat, sum dy, sum path dz.
+extern "C" __global__ void layernorm_backward(
+    const float* __restrict__ dy, const float* __restrict__ xhat, const float* __restrict__ rstd,
+    const float* __restrict__ w, const float* dres, const float* __restrict__ path, float* dz,
+    float* __restrict__ partial, int rows, int tokens) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float4 sums[3][PER_LANE];
+#pragma unroll
+  for (int k = 0; k < PER_LANE; ++k) sums[0][k] = sums[1][k] = sums[2][k] = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int row = blockIdx.x * WARPS + warp; row < rows; row += gridDim.x * WARPS) {
+    const size_t start = (size_t)row * QUADS;
+    const float s = path ? path[row / tokens] : 1.f, r = rstd[row];
+    float4 x[PER_LANE], d[PER_LANE];
+    float mean = 0.f, along = 0.f;
+#pragma unroll
+    for (int k = 0; k < PER_LANE; ++k) {
+      const int q = lane + 32 * k;
+      if (q < QUADS) {
+        x[k] = load4(xhat, start + q);
+        d[k] = load4(dy, start + q);
+        sums[0][k] = sums[0][k] + d[k] * x[k];
+        sums[1][k] = sums[1][k] + d[k];
+        d[k] = d[k] * load4(w, q);  // dxhat
+        mean += sum4(d[k]);
+        along += sum4(d[k] * x[k]);
+      }
+    }
+    mean = warp_sum(mean) / WIDTH;
+    along = warp_sum(along) / WIDTH;
+#pragma unroll
+    for (int k = 0; k < PER_LANE; ++k) {
+      const int q = lane + 32 * k;
+      if (q < QUADS) {
+        float4 g = r * ((d[k] - mean) - along * x[k]);
+        if (dres) g = g + load4(dres, start + q);
+        store4(dz, start + q, g);
+        sums[2][k] = sums[2][k] + s * g;
+      }
+    }
+  }
+  __shared__ float4 all[WARPS][QUADS];
+  for (int j = 0; j < 3; ++j) {
+#pragma unroll
+    for (int k = 0; k < PER_LANE; ++k)
+      if (lane + 32 * k < QUADS) all[warp][lane + 32 * k] = sums[j][k];
+    __syncthreads();
+    for (int q = threadIdx.x; q < QUADS; q += blockDim.x) {
+      float4 total = all[0][q];
+      for (int i = 1; i < WARPS; ++i) total = total + all[i][q];
+      store4(partial, ((size_t)blockIdx.x * 3 + j) * QUADS + q, total);
+    }
+    __syncthreads();
+  }
+}
+#endif  // WIDTH
+
+#ifdef ROWS
+// partial (chunks, cols) = sum over the rows of each chunk of path x: the gradient of a bias, in part.
+// Blocks of 32 columns x 8 rows; grid (cols / 32, chunks).
+extern "C" __global__ void column_sum(const float* __restrict__ x, const float* __restrict__ path,
+                                      float* __restrict__ partial, int rows, int cols, int tokens) {
+  const int c = blockIdx.x * 32 + threadIdx.x;
+  float sum = 0.f;
+  if (c < cols)
+    for (int row = blockIdx.y * 8 + threadIdx.y; row < rows; row += gridDim.y * 8)
+      sum += (path ? path[row / tokens] : 1.f) * x[(size_t)row * cols + c];
+  __shared__ float all[8][32];
+  all[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && c < cols) {
+    for (int i = 1; i < 8; ++i) sum += all[i][threadIdx.x];
+    partial[(size_t)blockIdx.y * cols + c] = sum;
+  }
+}
+
+// out_j[c] += sum over chunks of partial[chunk][j cols + c], for the outputs given (null ones are left out).
+// Blocks of 32 columns x 16 chunks; grid (cols / 32, number of outputs).
+extern "C" __global__ void add_partials(const float* __restrict__ partial, float* __restrict__ out0,
+                                        float* __restrict__ out1, float* __restrict__ out2, int chunks, int cols) {
+  float* out = blockIdx.y == 0 ? out0 : blockIdx.y == 1 ? out1 : out2;
+  if (!out) return;
+  const int c = blockIdx.x * 32 + threadIdx.x;
+  float sum = 0.f;
+  if (c < cols)
+    for (int i = threadIdx.y; i < chunks; i += 16) sum += partial[((size_t)i * gridDim.y + blockIdx.y) * cols + c];
+  __shared__ float all[16][32];
+  all[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && c < cols) {
+    for (int i = 1; i < 16; ++i) sum += all[i][threadIdx.x];
+    out[c] += sum;
+  }
+}
+
+// x += b, the bias of a linear layer.
+extern "C" __global__ void add_bias(float* __restrict__ x, const float* __restrict__ b, size_t size, int cols) {
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x)
+    x[i] += b[i % cols];
+}
+
+// GELU and its slope, from x with the bias added. With s the gate:
+//     tanh form  s = sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3);   y = x s,   y' = s + x s (1 - s) 2 u'
+//     erf form   s = Phi(x);                                            y = x s,   y' = s + x phi(x)
+// (1 + tanh u) / 2 = sigmoid(2 u) is the same number without the cancellation at large negative u.
+__device__ __forceinline__ float gate(float x, int erf_form) {
+  if (erf_form) return 0.5f * erfcf(-SQRT_HALF * x);
+  return 1.f / (1.f + __expf(-2.f * SQRT_2_OVER_PI * x * (1.f + CUBIC * x * x)));
+}
+__device__ __forceinline__ float slope(float x, int erf_form) {
+  const float s = gate(x, erf_form);
+  if (erf_form) return s + x * INV_SQRT_2PI * __expf(-0.5f * x * x);
+  return s + x * s * (1.f - s) * 2.f * SQRT_2_OVER_PI * (1.f + 3.f * CUBIC * x * x);
+}
+
+// y = path gelu(h + b), h (rows, cols) with cols a multiple of 4.
+extern "C" __global__ void bias_gelu_forward(const float* __restrict__ h, const float* __restrict__ b,
+                                             const float* __restrict__ path, float* __restrict__ y, int rows, int cols,
+                                             int tokens, int erf_form) {
+  const int quads = cols / 4;
+  const size_t size = (size_t)rows * quads;
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x) {
+    const int row = i / quads;
+    const float4 x = load4(h, i) + load4(b, i - (size_t)row * quads);
+    const float s = path ? path[row / tokens] : 1.f;
+    store4(y, i, s * make_float4(x.x * gate(x.x, erf_form), x.y * gate(x.y, erf_form), x.z * gate(x.z, erf_form),
+                                 x.w * gate(x.w, erf_form)));
+  }
+}
+
+// dh = path dy gelu'(h + b), and partial (chunks, cols) = sum of dh over each chunk's rows. dh may be dy.
+// Blocks of 32 groups of four columns x 8 rows; grid (cols / 128, chunks).
+extern "C" __global__ void bias_gelu_backward(const float* __restrict__ h, const float* __restrict__ b,
+                                              const float* __restrict__ path, const float* dy, float* dh,
+                                              float* __restrict__ partial, int rows, int cols, int tokens,
+                                              int erf_form) {
+  const int quads = cols / 4, q = blockIdx.x * 32 + threadIdx.x;
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (q < quads) {
+    const float4 bias = load4(b, q);
+    for (int row = blockIdx.y * 8 + threadIdx.y; row < rows; row += gridDim.y * 8) {
+      const size_t i = (size_t)row * quads + q;
+      const float4 x = load4(h, i) + bias;
+      const float s = path ? path[row / tokens] : 1.f;
+      const float4 g = s * load4(dy, i) * make_float4(slope(x.x, erf_form), slope(x.y, erf_form),
+                                                      slope(x.z, erf_form), slope(x.w, erf_form));
+      store4(dh, i, g);
+      sum = sum + g;
+    }
+  }
+  __shared__ float4 all[8][32];
+  all[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && q < quads) {
+    for (int i = 1; i < 8; ++i) sum = sum + all[i][threadIdx.x];
+    store4(partial, (size_t)blockIdx.y * quads + q, sum);
+  }
+}
+
+// Softmax of each row of n scores, in place, one warp per row.
+//     p = exp(s - max s) / sum exp(s - max s)
+extern "C" __global__ void softmax_forward(float* __restrict__ scores, int rows, int n) {
+  const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= rows) return;
+  float* s = scores + (size_t)row * n;
+  float largest = LOWEST, sum = 0.f;
+  for (int j = lane; j < n; j += 32) largest = fmaxf(largest, s[j]);
+  largest = warp_max(largest);
+  for (int j = lane; j < n; j += 32) {
+    const float e = __expf(s[j] - largest);
+    s[j] = e;
+    sum += e;
+  }
+  const float scale = 1.f / warp_sum(sum);
+  for (int j = lane; j < n; j += 32) s[j] *= scale;
+}
+
+// Backward of softmax with the scores' factor, in place of dp, one warp per row.
+//     ds = scale p (dp - sum_j dp_j p_j)
+extern "C" __global__ void softmax_backward(const float* __restrict__ p, float* __restrict__ dp, float scale, int rows,
+                                            int n) {
+  const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= rows) return;
+  const float* a = p + (size_t)row * n;
+  float* d = dp + (size_t)row * n;
+  float dot = 0.f;
+  for (int j = lane; j < n; j += 32) dot += a[j] * d[j];
+  dot = warp_sum(dot);
+  for (int j = lane; j < n; j += 32) d[j] = scale * a[j] * (d[j] - dot);
+}
+
+// Softmax cross-entropy of each row, one warp per row.
+//     p = softmax(x);   w = sum_k t_k;   loss = w logsumexp(x) - sum_k t_k x_k
+extern "C" __global__ void cross_entropy_forward(const float* __restrict__ x, const float* __restrict__ t,
+                                                 float* __restrict__ p, float* __restrict__ weight,
+                                                 float* __restrict__ loss, int rows, int K) {
+  const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= rows) return;
+  const size_t start = (size_t)row * K;
+  float largest = LOWEST, sum = 0.f, w = 0.f, dot = 0.f;
+  for (int k = lane; k < K; k += 32) largest = fmaxf(largest, x[start + k]);
+  largest = warp_max(largest);
+  for (int k = lane; k < K; k += 32) {
+    const float shifted = x[start + k] - largest, e = expf(shifted);
+    p[start + k] = e;
+    sum += e;
+    w += t[start + k];
+    dot += t[start + k] * shifted;
+  }
+  sum = warp_sum(sum), w = warp_sum(w), dot = warp_sum(dot);
+  for (int k = lane; k < K; k += 32) p[start + k] /= sum;
+  if (lane == 0) weight[row] = w, loss[row] = w * logf(sum) - dot;
+}
+
+// Patches of pictures, with rows of zeros for the class token so that products over all tokens can be taken.
+//     images (B, H, W, C)  ->  patches (B, prefix + H/P W/P, P P C), entries in the order (row, column, channel)
+extern "C" __global__ void patchify(const float* __restrict__ images, float* __restrict__ patches, int B, int H, int W,
+                                    int C, int P, int prefix) {
+  const int width = P * P * C, tokens = prefix + (H / P) * (W / P);
+  const size_t size = (size_t)B * tokens * width;
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x) {
+    const int e = i % width, token = i / width % tokens - prefix, picture = i / width / tokens;
+    const int y = token / (W / P) * P + e / (P * C), x = token % (W / P) * P + e / C % P;
+    patches[i] = token < 0 ? 0.f : images[(((size_t)picture * H + y) * W + x) * C + e % C];
+  }
+}
+
+// z = patches E with what belongs to each token added (Eq. 1):
+//     z_bn += position_n + (n < prefix ? cls_token : bias);   position may be null
+extern "C" __global__ void embed(float* __restrict__ z, const float* __restrict__ bias, const float* __restrict__ cls,
+                                 const float* __restrict__ position, int B, int tokens, int D, int prefix) {
+  const size_t size = (size_t)B * tokens * D;
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x) {
+    const int d = i % D, n = i / D % tokens;
+    z[i] += (n < prefix ? cls[d] : bias[d]) + (position ? position[n * D + d] : 0.f);
+  }
+}
+
+// partial (blocks) = sums of g^2: the squared norm of the gradient, in part.
+extern "C" __global__ void sum_squares(const float* __restrict__ g, float* __restrict__ partial, size_t size) {
+  float sum = 0.f;
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x)
+    sum += g[i] * g[i];
+  __shared__ float all[8];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) all[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < 8; ++i) sum += all[i];
+    partial[blockIdx.x] = sum;
+  }
+}
+
+// norm = sqrt(sum of partial), one warp.
+extern "C" __global__ void norm_of_partials(const float* __restrict__ partial, float* __restrict__ norm, int blocks) {
+  float sum = 0.f;
+  for (int i = threadIdx.x; i < blocks; i += 32) sum += partial[i];
+  sum = warp_sum(sum);
+  if (threadIdx.x == 0) *norm = sqrtf(sum);
+}
+
+// Adam (decoupled = 0) or AdamW (1) over the flat buffers, with the gradient clipped to max_norm (0: not at all):
+//     g <- g min(1, max_norm / norm);   m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
+//     theta <- theta - lr m / ((1 - b1^t) (sqrt(v / (1 - b2^t)) + eps)),   with lambda c theta in g, or lr lambda c theta
+// What changes from step to step is in device memory, hyper = (lr, 1 - b1^t, sqrt(1 - b2^t)): a replayed graph reads it.
+extern "C" __global__ void adam(float* __restrict__ theta, const float* __restrict__ grad, float* __restrict__ m,
+                                float* __restrict__ v, const float* __restrict__ mask, const float* __restrict__ norm,
+                                const float* __restrict__ hyper, float b1, float b2, float eps, float decay,
+                                float max_norm, int decoupled, size_t size) {
+  const float lr = hyper[0], c1 = hyper[1], c2 = hyper[2];
+  const float clip = max_norm > 0.f ? fminf(1.f, max_norm / (*norm + 1e-12f)) : 1.f;
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x) {
+    float p = theta[i], g = clip * grad[i];
+    if (decoupled) p -= lr * decay * mask[i] * p;
+    else g += decay * mask[i] * p;
+    const float mi = b1 * m[i] + (1.f - b1) * g, vi = b2 * v[i] + (1.f - b2) * g * g;
+    m[i] = mi;
+    v[i] = vi;
+    theta[i] = p - lr / c1 * mi / (sqrtf(vi) / c2 + eps);
+  }
+}
+
+// Training pictures of a batch, gathered from the whole set in uint8, moved by a random crop and mirrored:
+//     out[b, y, x] = images[index_b, y + down_b - padding, x' + right_b - padding],  x' = mirrored_b ? W - 1 - x : x
+// where what lies outside is 0.
+extern "C" __global__ void crop_flip(const unsigned char* __restrict__ images, const int* __restrict__ index,
+                                     const int* __restrict__ down, const int* __restrict__ right,
+                                     const int* __restrict__ mirrored, unsigned char* __restrict__ out, int B, int H,
+                                     int W, int C, int padding) {
+  const size_t size = (size_t)B * H * W;
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x) {
+    const int b = i / W / H;
+    int x = i % W, y = i / W % H + down[b] - padding;
+    x = (mirrored[b] ? W - 1 - x : x) + right[b] - padding;
+    const bool inside = 0 <= x && x < W && 0 <= y && y < H;
+    for (int c = 0; c < C; ++c)
+      out[i * C + c] = inside ? images[(((size_t)index[b] * H + y) * W + x) * C + c] : (unsigned char)0;
+  }
+}
+#endif  // ROWS
+
+#ifdef TOKENS
+// Attention of one head of one picture, in one block: everything between the products with U_qkv and U_msa stays in
+// shared memory. qkv (B, N, 3, h, Dh) is the product without its bias.
+//     q, k, v = qkv + bqkv;   p = softmax(q k^T / sqrt(Dh));   y = path p v
+// Threads own tiles of 4 x 4 results; operands lie in rows padded by four, so that neighbouring rows are in other banks.
+constexpr int TILES = (TOKENS + 3) / 4, PADDED = 4 * TILES, ROW = HEAD + 4, KEYS = PADDED + 4, HQUADS = HEAD / 4;
+
+// Reads slice `which` (0: q, 1: k, 2: v) of a head into rows of shared memory; rows beyond the last token are zero.
+__device__ __forceinline__ void load_head(const float* __restrict__ x, const float* __restrict__ bias, float scale,
+                                          int stride, float* rows) {
+  for (int i = threadIdx.x; i < PADDED * HQUADS; i += blockDim.x) {
+    const int n = i / HQUADS, q = i % HQUADS;
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (n < TOKENS) {
+      v = *reinterpret_cast<const float4*>(x + (size_t)n * stride + 4 * q);
+      if (bias) v = v + load4(bias, q);
+      v = scale * v;
+    }
+    *reinterpret_cast<float4*>(rows + n * ROW + 4 * q) = v;
+  }
+}
+
+// s[i][j] = scale sum_d a[i][d] b[j][d]; rows i, j of a thread lie TILES apart, so that a warp reads neighbouring ones.
+__device__ __forceinline__ void rows_times_rows(const float* a, const float* b, float scale, float* s) {
+  for (int t = threadIdx.x; t < TILES * TILES; t += blockDim.x) {
+    const int i0 = t / TILES, j0 = t % TILES;
+    float sum[4][4] = {};
+#pragma unroll 4
+    for (int d = 0; d < HEAD; d += 4) {
+      float4 x[4], y[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        x[r] = *reinterpret_cast<const float4*>(a + (i0 + r * TILES) * ROW + d);
+        y[r] = *reinterpret_cast<const float4*>(b + (j0 + r * TILES) * ROW + d);
+      }
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+          sum[r][c] += x[r].x * y[c].x + x[r].y * y[c].y + x[r].z * y[c].z + x[r].w * y[c].w;
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) s[(i0 + r * TILES) * KEYS + j0 + c * TILES] = scale * sum[r][c];
+  }
+}
+
+// out[i][d] = scale sum_j s[i][j] b[j][d], to global rows of `stride`.
+__device__ __forceinline__ void scores_times_rows(const float* s, const float* b, float scale, float* __restrict__ out,
+                                                  int stride) {
+  for (int t = threadIdx.x; t < TILES * HQUADS; t += blockDim.x) {
+    const int i0 = t / HQUADS, d = 4 * (t % HQUADS);
+    float4 sum[4] = {};
+#pragma unroll 2
+    for (int j = 0; j < PADDED; j += 4) {
+      float4 y[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) y[c] = *reinterpret_cast<const float4*>(b + (j + c) * ROW + d);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const float4 x = *reinterpret_cast<const float4*>(s + (i0 + r * TILES) * KEYS + j);
+        sum[r] = sum[r] + x.x * y[0] + x.y * y[1] + x.z * y[2] + x.w * y[3];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      if (i0 + r * TILES < TOKENS)
+        *reinterpret_cast<float4*>(out + (size_t)(i0 + r * TILES) * stride + d) = scale * sum[r];
+  }
+}
+
+// out[j][d] = scale sum_i s[i][j] a[i][d], to global rows of `stride`.
+__device__ __forceinline__ void scores_transposed_times_rows(const float* s, const float* a, float scale,
+                                                             float* __restrict__ out, int stride) {
+  for (int t = threadIdx.x; t < TILES * HQUADS; t += blockDim.x) {
+    const int j0 = 4 * (t / HQUADS), d = 4 * (t % HQUADS);
+    float4 sum[4] = {};
+#pragma unroll 4
+    for (int i = 0; i < TOKENS; ++i) {
+      const float4 x = *reinterpret_cast<const float4*>(s + i * KEYS + j0), y = *reinterpret_cast<const float4*>(a + i * ROW + d);
+      sum[0] = sum[0] + x.x * y;
+      sum[1] = sum[1] + x.y * y;
+      sum[2] = sum[2] + x.z * y;
+      sum[3] = sum[3] + x.w * y;
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      if (j0 + r < TOKENS) *reinterpret_cast<float4*>(out + (size_t)(j0 + r) * stride + d) = scale * sum[r];
+  }
+}
+
+// Softmax of the rows of scores in shared memory, one warp per row; columns beyond the last token become zero.
+__device__ __forceinline__ void softmax_rows(float* s) {
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < PADDED; i += blockDim.x / 32) {
+    float* row = s + i * KEYS;
+    float largest = LOWEST, sum = 0.f;
+    for (int j = lane; j < TOKENS; j += 32) largest = fmaxf(largest, row[j]);
+    largest = warp_max(largest);
+    for (int j = lane; j < PADDED; j += 32) {
+      const float e = j < TOKENS ? __expf(row[j] - largest) : 0.f;
+      row[j] = e;
+      sum += e;
+    }
+    const float scale = 1.f / warp_sum(sum);
+    for (int j = lane; j < TOKENS; j += 32) row[j] *= scale;
+  }
+}
+
+extern "C" __global__ void attention_forward(const float* __restrict__ qkv, const float* __restrict__ bias,
+                                             const float* __restrict__ path, float* __restrict__ y, int heads) {
+  extern __shared__ float shared[];
+  float *q = shared, *k = q + PADDED * ROW, *v = k + PADDED * ROW, *s = v + PADDED * ROW;
+  const int picture = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD;
+  const float* x = qkv + (size_t)picture * TOKENS * 3 * D + head * HEAD;
+  const float* b = bias + head * HEAD;
+  load_head(x, b, 1.f, 3 * D, q);
+  load_head(x + D, b + D, 1.f, 3 * D, k);
+  load_head(x + 2 * D, b + 2 * D, 1.f, 3 * D, v);
+  __syncthreads();
+  rows_times_rows(q, k, rsqrtf((float)HEAD), s);
+  __syncthreads();
+  softmax_rows(s);
+  __syncthreads();
+  scores_times_rows(s, v, path ? path[picture] : 1.f, y + (size_t)picture * TOKENS * D + head * HEAD, D);
+}
+
+// Backward of the whole of it; p is made again from q and k.
+//     dv = p^T dy;   dp = dy v^T;   ds = p (dp - rowsum(dp p)) / sqrt(Dh);   dq = ds k;   dk = ds^T q     (dy <- path dy)
+extern "C" __global__ void attention_backward(const float* __restrict__ qkv, const float* __restrict__ bias,
+                                              const float* __restrict__ path, const float* __restrict__ dy,
+                                              float* __restrict__ dqkv, int heads) {
+  extern __shared__ float shared[];
+  float *q = shared, *k = q + PADDED * ROW, *v = k + PADDED * ROW, *d = v + PADDED * ROW, *p = d + PADDED * ROW,
+        *ds = p + PADDED * KEYS;
+  const int picture = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD, lane = threadIdx.x % 32;
+  const size_t at = (size_t)picture * TOKENS * 3 * D + head * HEAD;
+  const float* b = bias + head * HEAD;
+  load_head(qkv + at, b, 1.f, 3 * D, q);
+  load_head(qkv + at + D, b + D, 1.f, 3 * D, k);
+  load_head(qkv + at + 2 * D, b + 2 * D, 1.f, 3 * D, v);
+  load_head(dy + (size_t)picture * TOKENS * D + head * HEAD, nullptr, path ? path[picture] : 1.f, D, d);
+  __syncthreads();
+  rows_times_rows(q, k, rsqrtf((float)HEAD), p);
+  rows_times_rows(d, v, 1.f, ds);  // dp
+  __syncthreads();
+  softmax_rows(p);
+  __syncthreads();
+  scores_transposed_times_rows(p, d, 1.f, dqkv + at + 2 * D, 3 * D);  // dv
+  for (int i = threadIdx.x / 32; i < PADDED; i += blockDim.x / 32) {
+    float *a = p + i * KEYS, *g = ds + i * KEYS, dot = 0.f;
+    for (int j = lane; j < TOKENS; j += 32) dot += a[j] * g[j];
+    dot = warp_sum(dot);
+    for (int j = lane; j < PADDED; j += 32) g[j] = j < TOKENS ? rsqrtf((float)HEAD) * a[j] * (g[j] - dot) : 0.f;
+  }
+  __syncthreads();
+  scores_times_rows(ds, k, 1.f, dqkv + at, 3 * D);                     // dq
+  scores_transposed_times_rows(ds, q, 1.f, dqkv + at + D, 3 * D);      // dk
+}
+#endif  // TOKENS

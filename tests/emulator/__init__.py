@@ -1,0 +1,145 @@
+"""A machine for `minivit.kernels.cuda` that runs kernels.cu and cuBLAS calls on the CPU, with NumPy arrays.
+
+It compiles the kernels' own source as C++ (with the ``zig`` compiler that pip installs, or the system's) and checks
+what CuPy does not: the number of arguments, their types, that arrays are contiguous and of the kernel's type.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from minivit.kernels import cuda
+from minivit.kernels.cublas import Cublas
+
+HERE = Path(__file__).parent
+SIGNATURE = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)', re.S)
+SHARED = re.compile(r"__shared__ (\w+) (\w+)((?:\[[^\]]+\])+);")
+DTYPES = {"float": np.float32, "int": np.int32, "unsigned char": np.uint8}
+SCALARS = {
+    "float": (np.float32, ctypes.c_float),
+    "int": (np.int32, ctypes.c_int),
+    "size_t": (np.uint64, ctypes.c_size_t),
+}
+
+
+def compiler(language):
+    """The command of a C or C++ compiler."""
+    names = {"c": ("cc", "gcc", "clang"), "c++": ("c++", "g++", "clang++")}[language]
+    for name in names:
+        if shutil.which(name):
+            return [name]
+    return [sys.executable, "-m", "ziglang", {"c": "cc", "c++": "c++"}[language]]
+
+
+def build(source, suffix):
+    """Compile a source text to a shared library, once."""
+    key = hashlib.sha256((source + (HERE / "cuda.h").read_text()).encode()).hexdigest()[:20]
+    folder = Path(tempfile.gettempdir()) / f"minivit-emulator-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    library = folder / f"{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            code, made = Path(work) / f"code.{suffix}", Path(work) / "made.so"
+            code.write_text(source)
+            language = {"c": "c", "cpp": "c++"}[suffix]
+            flags = ["-std=c++17"] if suffix == "cpp" else []
+            command = [
+                *compiler(language),
+                *flags,
+                "-O1",
+                "-fPIC",
+                "-shared",
+                "-w",
+                f"-I{HERE}",
+                str(code),
+                "-o",
+                str(made),
+                "-lm",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            os.replace(made, library)
+    return ctypes.CDLL(str(library))
+
+
+class Emulator:
+    """Stands for a GPU: see `minivit.kernels.cuda.Machine`. ``launches`` counts kernels and products by name."""
+
+    processors = 2
+
+    def __init__(self, source=None):
+        self.precision, self.source = "float32", source or cuda.SOURCE.read_text()
+        self.launches, self._modules = Counter(), {}
+        build((HERE / "cublas.c").read_text(), "c")
+        library = build((HERE / "cublas.c").read_text(), "c")._name
+        self._blas = Cublas(library, lambda array: array.ctypes.data, workspace=np.empty(64, np.uint8))
+
+    def _module(self, sizes):
+        if sizes not in self._modules:
+            code = SHARED.sub(r"static \1 \2\3; emulator::fresh(\2, sizeof \2);", self.source)
+            code = code.replace("extern __shared__ float shared[];", "float* shared = emulator::dynamic_shared();")
+            defines = "".join(f"#define {name} {value}\n" for name, value in sizes)
+            parts, signatures = [f'{defines}#include "cuda.h"\n{code}\n'], {}
+            for section in re.findall(r"#ifdef (\w+)\n(.*?)#endif  // \1", self.source, re.S):
+                if section[0] not in dict(sizes):
+                    continue
+                for name, arguments in SIGNATURE.findall(section[1]):
+                    types = [self._type(argument) for argument in arguments.split(",")]
+                    signatures[name] = types
+                    values = ", ".join(f"*({t}*)a[{i}]" for i, t in enumerate(types))
+                    parts.append(
+                        f'extern "C" void launch_{name}(const unsigned* g, const unsigned* b, size_t s, void** a)'
+                        f"{{ emulator::run(g, b, s, [&] {{ {name}({values}); }}); }}\n"
+                    )
+            self._modules[sizes] = build("".join(parts), "cpp"), signatures
+        return self._modules[sizes]
+
+    @staticmethod
+    def _type(argument):
+        text = argument.replace("__restrict__", "").strip()
+        return re.match(r"(.*?)\s*\w+$", text, re.S)[1].strip()
+
+    def launch(self, name, grid, block, arguments, *, sizes=(("ROWS", 1),), shared=0):
+        """Run a kernel; what CuPy leaves unchecked is checked."""
+        library, signatures = self._module(sizes)
+        types = signatures[name]
+        assert len(arguments) == len(types), f"{name} takes {len(types)} arguments, {len(arguments)} were given"
+        assert shared <= 227 << 10 and np.prod(block) <= 1024, (
+            f"{name}: no GPU has so much shared memory or such blocks"
+        )
+        assert all(1 <= n for n in grid) and all(n < 65536 for n in grid[1:]), f"{name}: grid {grid}"
+        kept, pointers = [], (ctypes.c_void_p * len(types))()
+        for i, (value, kind) in enumerate(zip(map(cuda._argument, arguments), types, strict=True)):
+            where = f"{name}, argument {i} ({kind})"
+            if kind.endswith("*"):
+                if value is None:
+                    kept.append(ctypes.c_void_p(0))
+                else:
+                    expected = DTYPES[kind.removeprefix("const ").removesuffix("*").strip()]
+                    assert isinstance(value, np.ndarray) and value.flags.c_contiguous, f"{where} is not contiguous"
+                    assert value.dtype == expected, f"{where} is {value.dtype}"
+                    kept.append(ctypes.c_void_p(value.ctypes.data))
+            else:
+                expected, convert = SCALARS[kind]
+                assert isinstance(value, expected), f"{where} is given as {type(value).__name__}"
+                kept.append(convert(value.item()))
+            pointers[i] = ctypes.addressof(kept[-1])
+        self.launches[name] += 1
+        g, b = ((ctypes.c_uint * 3)(*(*extent, 1, 1)[:3]) for extent in (grid, block))
+        getattr(library, f"launch_{name}")(g, b, ctypes.c_size_t(shared), pointers)
+
+    def matmul(self, a, b, out, *, alpha=1.0, add=False):
+        """A product through the library that stands for cuBLAS."""
+        assert a.dtype == b.dtype == out.dtype == np.float32
+        self.launches["matmul"] += 1
+        self._blas.matmul(a, b, out, alpha=alpha, add=add, compute=self.precision)

@@ -1,0 +1,111 @@
+// Runs CUDA kernels on the CPU: each thread of a block is a coroutine, blocks follow one another.
+//
+// A thread runs until it ends, waits at a barrier, or exchanges a number with its warp. The order is chosen to bring
+// out missing barriers: a warp runs on alone until every thread of it waits, and odd blocks take the warps in reverse.
+// Shared memory begins as NaN in each block. It finds wrong results, missing barriers and reads of what was never
+// written; not races within a warp, and nothing about speed.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <set>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __restrict__
+using std::erfc;
+
+struct uint3 { unsigned x, y, z; };
+struct alignas(16) float4 { float x, y, z, w; };
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+struct Thread { ucontext_t context; std::vector<char> stack; uint3 index; bool ended, waits; uint64_t shown; };
+static std::vector<Thread> threads;
+static ucontext_t scheduler;
+static size_t current, alive;
+static std::function<void()> kernel;
+static std::vector<char> dynamic;
+static std::set<void*> fresh_arrays;
+
+static void pause() { swapcontext(&threads[current].context, &scheduler); }
+static void body() {
+  kernel();
+  threads[current].ended = true;
+  --alive;
+  pause();
+}
+// Fills a __shared__ array with NaN when the first thread of a block comes to it.
+static void fresh(void* array, size_t bytes) {
+  if (fresh_arrays.insert(array).second) memset(array, 0xFF, bytes);
+}
+static void run_block() {
+  const size_t n = blockDim.x * blockDim.y * blockDim.z, warps = (n + 31) / 32;
+  fresh_arrays.clear();
+  memset(dynamic.data(), 0xFF, dynamic.size());
+  alive = n;
+  for (size_t i = 0; i < n; ++i) {
+    Thread& t = threads[i];
+    t.ended = t.waits = false;
+    t.index = {(unsigned)(i % blockDim.x), (unsigned)(i / blockDim.x % blockDim.y), (unsigned)(i / blockDim.x / blockDim.y)};
+    t.stack.resize(64 << 10);
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = t.stack.data();
+    t.context.uc_stack.ss_size = t.stack.size();
+    t.context.uc_link = nullptr;
+    makecontext(&t.context, body, 0);
+  }
+  const bool reverse = (blockIdx.x + blockIdx.y) % 2;
+  while (alive) {
+    for (size_t w = 0; w < warps; ++w) {
+      const size_t first = 32 * (reverse ? warps - 1 - w : w);
+      for (bool moved = true; moved;) {
+        moved = false;
+        for (size_t i = first; i < n && i < first + 32; ++i)
+          if (!threads[i].ended && !threads[i].waits) {
+            moved = true;
+            current = i;
+            threadIdx = threads[i].index;
+            swapcontext(&scheduler, &threads[i].context);
+          }
+      }
+    }
+    for (auto& t : threads) t.waits = false;
+  }
+}
+static void run(const unsigned* grid, const unsigned* block, size_t shared, std::function<void()> f) {
+  gridDim = {grid[0], grid[1], grid[2]};
+  blockDim = {block[0], block[1], block[2]};
+  kernel = f;
+  threads.resize(blockDim.x * blockDim.y * blockDim.z);
+  dynamic.resize(shared + 64);
+  for (unsigned z = 0; z < gridDim.z; ++z)
+    for (unsigned y = 0; y < gridDim.y; ++y)
+      for (unsigned x = 0; x < gridDim.x; ++x) {
+        blockIdx = {x, y, z};
+        run_block();
+      }
+}
+static float* dynamic_shared() { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(dynamic.data()) + 15) & ~uintptr_t(15)); }
+}  // namespace emulator
+
+static inline void __syncthreads() {
+  emulator::threads[emulator::current].waits = true;
+  emulator::pause();
+}
+static inline float __shfl_xor_sync(unsigned, float v, int mask) {
+  const size_t me = emulator::current;
+  memcpy(&emulator::threads[me].shown, &v, sizeof v);
+  emulator::pause();  // until the whole warp has shown its number
+  memcpy(&v, &emulator::threads[me ^ (size_t)mask].shown, sizeof v);
+  emulator::pause();  // until the whole warp has read
+  return v;
+}
+#define __expf std::exp  // glibc has another function of this name
+static inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }

@@ -1,0 +1,262 @@
+"""The CUDA path against the plain functions: on an emulator everywhere, on a GPU with ``python -m pytest -m gpu``."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from emulator import Emulator
+
+from minivit import backend
+from minivit import params as parameters
+from minivit.backend import plain, to_host
+from minivit.engine_cuda import CudaEngine, CudaStep
+from minivit.gradcheck_cases import LAYERS, NEED_SCIPY
+from minivit.kernels import cuda
+from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
+from minivit.model import ViT, ViTConfig
+from minivit.optim import EMA, SGD, Adam, AdamW
+
+SMALL = ViTConfig(image_size=8, patch_size=4, width=24, depth=2, num_heads=3, mlp_dim=40, num_classes=10)
+LONG = replace(SMALL, image_size=40)  # 101 tokens: attention through products
+CONFIGS = {
+    "cls": SMALL,
+    "mean": replace(SMALL, pooling="mean", gelu="erf", pos_embed="sincos2d"),
+    "none": replace(SMALL, pos_embed="none", depth=1, num_heads=1, mlp_dim=4, num_classes=1),
+    "path": replace(SMALL, drop_path=0.5, depth=3),
+    "wide": replace(SMALL, width=260, num_heads=5, patch_size=2, pre_logits=7),  # rows end in the middle of a warp
+    "long": replace(LONG, drop_path=0.5),
+}
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    return Emulator()
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def xp(request, monkeypatch):
+    """NumPy with its twins replaced by the CUDA ones on the emulator; CuPy."""
+    with ExitStack() as stack:
+        if request.param == "emulator":
+            monkeypatch.setitem(backend.TWINS, "numpy", "minivit.kernels.cuda")
+            stack.enter_context(cuda.using(request.getfixturevalue("emulator")))
+            yield np
+        else:
+            import cupy
+
+            backend.use_device("cuda:0")
+            cuda.machine().precision = "float32"
+            yield cupy
+
+
+def parameters_of(config, dtype=np.float32):
+    """Parameters that leave nothing at zero, so that every gradient matters."""
+    flat = ViT(config, dtype=np.float64).flat
+    return (flat + 0.1 * np.random.default_rng(1).standard_normal(flat.shape)).astype(dtype)
+
+
+def batch_of(config, n=5, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (n, config.image_size, config.image_size, config.channels)
+    return rng.integers(0, 256, shape, dtype=np.uint8), rng.integers(0, config.num_classes, n)
+
+
+def one_pass(model, images, labels, rng=None):
+    """Logits, loss and every gradient, on the host."""
+    logits, cache = model.forward(images, rng=rng)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, labels, label_smoothing=0.1, denominator=7)
+    flat, grads = model.gradient_buffer()
+    for _ in range(2):  # gradients are added to what is there
+        model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads)
+    return to_host(logits), float(loss), {name: to_host(g) / 2.0 for name, g in grads.items()}
+
+
+def assert_close(actual, expected, tolerance, name=""):
+    scale = np.abs(expected).max()
+    error = np.abs(np.asarray(actual, np.float64) - expected).max()
+    assert error <= tolerance * max(scale, 1e-6), f"{name}: {error:.1e} off, where the largest is {scale:.1e}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_whole_model_is_the_plain_one_in_float64(xp, name):
+    config = CONFIGS[name]
+    images, labels = batch_of(config)
+    with plain():
+        expected = one_pass(ViT(config, flat=parameters_of(config, np.float64)), images, labels, np.random.default_rng(3))
+    model = ViT(config, flat=xp.asarray(parameters_of(config)))
+    logits, loss, grads = one_pass(model, xp.asarray(images), xp.asarray(labels), np.random.default_rng(3))
+    assert_close(logits, expected[0], 1e-5, "logits")
+    assert loss == pytest.approx(expected[1], rel=1e-5)
+    largest = max(np.abs(g).max() for g in expected[2].values())
+    for key, gradient in expected[2].items():
+        # the keys' bias has no gradient: nothing but rounding is there to compare
+        assert_close(grads[key], gradient, 2e-5 * max(1.0, 0.01 * largest / max(np.abs(gradient).max(), 1e-9)), key)
+
+
+@pytest.mark.parametrize("name", ["cls", "long"])
+def test_no_plain_body_of_a_block_runs(xp, name, monkeypatch):
+    config = CONFIGS[name]
+    kinds = []
+    original = cuda.block_forward
+
+    def seen(*arguments, **settings):
+        result = original(*arguments, **settings)
+        kinds.append(result is not NotImplemented)
+        return result
+
+    monkeypatch.setattr(cuda, "block_forward", seen)
+    images, _ = batch_of(config)
+    ViT(config, flat=xp.asarray(parameters_of(config))).forward(xp.asarray(images))
+    assert kinds == [True] * config.depth
+
+
+def test_what_is_not_covered_runs_plain(xp):
+    images, labels = batch_of(SMALL)
+    for config, dtype in ((SMALL, np.float64), (replace(SMALL, dropout=0.2, attention_dropout=0.1), np.float32)):
+        with plain():
+            expected = one_pass(ViT(config, flat=parameters_of(config, dtype)), images, labels, np.random.default_rng(3))
+        model = ViT(config, flat=xp.asarray(parameters_of(config, dtype)))
+        _, loss, grads = one_pass(model, xp.asarray(images), xp.asarray(labels), np.random.default_rng(3))
+        assert loss == pytest.approx(expected[1], rel=1e-5)
+        for key, gradient in expected[2].items():
+            assert_close(grads[key], gradient, 1e-3, key)
+
+
+def steps_of(xp, optimizer, config, *, graph, count=4, batch=6, micro_batch=0, average=True, clip_norm=0.5):
+    """Some steps of training: the figures of each, the parameters, the average, and the `CudaStep`."""
+    model = ViT(config, flat=xp.asarray(parameters_of(config)))
+    mask = xp.asarray(parameters.decay_mask(model.table))
+    settings = {"weight_decay": 0.1}
+    if optimizer is not SGD:  # a large eps: where a true gradient is zero, Adam would blow its rounding up
+        settings |= {"betas": (0.8, 0.9), "eps": 1e-3}
+    chosen = optimizer(model.flat, mask, **settings)
+    ema = EMA(model.flat, 0.9) if average else None
+    engine = CudaEngine(model, micro_batch=micro_batch, label_smoothing=0.1, seed=5)
+    step = CudaStep(engine, chosen, ema, clip_norm=clip_norm, graph=graph)
+    figures = []
+    for i in range(count):
+        images, labels = batch_of(config, 3 if i == count - 1 else batch, seed=i)  # the last one is short
+        results = step(xp.asarray(images), xp.asarray(labels), step=i, lr=1e-2 / (1 + i))
+        figures.append([float(result) for result in results])
+    return np.array(figures), to_host(model.flat), ema and to_host(ema.flat), step
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, Adam, SGD])
+def test_steps_are_the_plain_ones(xp, optimizer):
+    config = CONFIGS["path"]
+    with plain():
+        expected = steps_of(np, optimizer, config, graph=False)
+    for graph in (False, True) if xp is not np else (False,):
+        figures, flat, average, step = steps_of(xp, optimizer, config, graph=graph)
+        np.testing.assert_allclose(figures, expected[0], rtol=2e-4)
+        assert_close(flat, expected[1], 2e-4)
+        assert_close(average, expected[2], 2e-4)
+        assert step.fused == (optimizer is not SGD)
+        assert step.optimizer.steps == step.average.steps == 4
+
+
+def test_micro_batches_add_up(xp):
+    whole = steps_of(xp, AdamW, SMALL, graph=False)
+    parts = steps_of(xp, AdamW, SMALL, graph=False, micro_batch=3)
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-4)
+    assert_close(parts[1], whole[1], 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"micro_batch": 3}, {"average": False, "clip_norm": 0.0}])
+def test_a_replayed_graph_gives_the_bits_of_single_kernels(settings):
+    import cupy
+
+    backend.use_device("cuda:0")
+    config = CONFIGS["path"]
+    single = steps_of(cupy, AdamW, config, graph=False, count=21, **settings)
+    replayed = steps_of(cupy, AdamW, config, graph=True, count=21, **settings)
+    assert replayed[3].replays == 19 and single[3].replays == 0  # all but the first, and the short last one
+    np.testing.assert_array_equal(replayed[0], single[0])
+    np.testing.assert_array_equal(replayed[1], single[1])
+
+
+def test_augmentation_is_the_plain_one(xp):
+    from minivit.data.loader import batches
+
+    images, labels = batch_of(replace(SMALL, image_size=12), 40)
+    order = np.random.default_rng(2).permutation(40)
+    for settings in ({"crop_padding": 3, "flip": True}, {"crop_padding": 2}, {"flip": True}, {}, {"rotate": 9.0}):
+        with plain():
+            expected = list(batches(images, labels, order, 16, seed=1, epoch=2, prefetch=0, **settings))
+        found = list(batches(xp.asarray(images), xp.asarray(labels), order, 16, seed=1, epoch=2, prefetch=0, **settings))
+        for (i, pictures, classes), (j, *others) in zip(found, expected, strict=True):
+            assert i == j
+            np.testing.assert_array_equal(to_host(pictures), others[0])
+            np.testing.assert_array_equal(to_host(classes), others[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_plain_layer_runs_on_a_gpu(name):
+    import cupy
+
+    if name in NEED_SCIPY:
+        pytest.importorskip("scipy")
+    forward, backward, args, _ = LAYERS[name](np.random.default_rng(0))
+    y, cache = forward(*args)
+    dy = np.random.default_rng(1).standard_normal(np.shape(y))
+
+    def on_gpu(value):
+        return cupy.asarray(value) if isinstance(value, np.ndarray) else value
+
+    y_gpu, cache_gpu = forward(*map(on_gpu, args))
+    assert_close(to_host(y_gpu), y, 1e-13)
+    expected, found = backward(dy, cache), backward(on_gpu(dy) if dy.shape else float(dy), cache_gpu)
+    as_tuple = lambda value: value if isinstance(value, tuple) else (value,)  # noqa: E731
+    for actual, gradient in zip(as_tuple(found), as_tuple(expected), strict=True):
+        if gradient is not None:
+            assert_close(to_host(actual), gradient, 1e-12)
+
+
+@pytest.mark.gpu
+def test_training_on_both_devices_agrees_and_moves_between_them(tmp_path, call, no_figures):
+    import json
+
+    def losses(out):
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        return [record["loss"] for record in map(json.loads, lines) if record["kind"] == "train"]
+
+    flags = ["--quiet", "--epochs", 3, "--lr", 1e-3, "--dropout", 0, "--drop-path", 0.2, "--log-every", 5]
+    for device in ("cpu", "cuda"):
+        assert call("train", *flags, "--device", device, "--out", tmp_path / device).status == 0
+    np.testing.assert_allclose(losses(tmp_path / "cuda"), losses(tmp_path / "cpu"), rtol=2e-3)
+    for first, second in (("cpu", "cuda"), ("cuda", "cpu")):
+        out = tmp_path / f"{first}-{second}"
+        trainer_stops_after(out, flags, first, epochs=1)
+        ended = call("train", "--resume", "--quiet", "--device", second, "--out", out)
+        assert ended.status == 0, ended.err
+        np.testing.assert_allclose(losses(out), losses(tmp_path / "cpu"), rtol=2e-3)
+
+
+def trainer_stops_after(out, flags, device, epochs):
+    from conftest import load_script
+
+    script = load_script("train")
+    trainer = script.start(script.parse([str(flag) for flag in [*flags, "--device", device, "--out", out]]))
+    trainer.on_epoch = lambda t: t.stop("test") if t.epoch == epochs else None
+    trainer.run()
+
+
+@pytest.mark.gpu
+def test_tf32_is_close_and_is_not_float32():
+    import cupy
+
+    backend.use_device("cuda:0")
+    rng = np.random.default_rng(0)
+    a, b = (cupy.asarray(rng.standard_normal((256, 256)), dtype=np.float32) for _ in range(2))
+    exact = to_host(a).astype(np.float64) @ to_host(b)
+    errors = {}
+    for precision in cuda.PRECISIONS:
+        out = cupy.empty((256, 256), np.float32)
+        cuda.machine().precision = precision
+        cuda.machine().matmul(a, b, out)
+        errors[precision] = np.abs(to_host(out) - exact).max() / np.abs(exact).max()
+    cuda.machine().precision = "float32"
+    assert errors["float32"] < 1e-6 < errors["tf32"] < 3e-3
