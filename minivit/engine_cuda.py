@@ -50,17 +50,19 @@ class CudaEngine(Engine):
         denominator = len(images) if denominator is None else denominator
         parts = self.parts(len(images))
         generators = generators or [self.generator(step, m) for m in range(len(parts))]
-        results = [
-            self.forward_backward(images[part], labels[part], grads, denominator, rng)
-            for part, rng in zip(parts, generators, strict=True)
-        ]
+        with cuda.rounded(self.model.flat):
+            results = [
+                self.forward_backward(images[part], labels[part], grads, denominator, rng)
+                for part, rng in zip(parts, generators, strict=True)
+            ]
         return StepResult(sum(r.loss for r in results), sum(r.correct for r in results))
 
     def predict(self, images, model=None):
         """See `Engine.predict`."""
         model = model or self.model
         size = self.micro_batch or PREDICT
-        parts = [model.predict(images[i : i + size]) for i in range(0, len(images), size)]
+        with cuda.rounded(model.flat):
+            parts = [model.predict(images[i : i + size]) for i in range(0, len(images), size)]
         return array_module(model.flat).concatenate(parts)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, byref, c_float, c_int, c_longlong, c_size_t, c_void_p
 
-FLOAT32 = 0  # cudaDataType_t
+TYPES = {"float32": 0, "uint16": 14}  # cudaDataType_t; uint16 arrays hold the bits of bfloat16, which NumPy lacks
 COMPUTE = {"float32": 68, "tf32": 77}  # cublasComputeType_t: all 23 bits of the factors' mantissas, or 10 of them
 DEFAULT_ALGORITHM = -1
 WORKSPACE = 32 << 20  # bytes; what cuBLAS recommends for Hopper, and a graph needs one that stays where it is
@@ -52,6 +52,9 @@ class Cublas:
         lib.cublasGemmStridedBatchedEx.argtypes = [
             *sizes, pointer, *batch, *batch, pointer, *batch, c_int, c_int, c_int
         ]  # fmt: skip
+        lib.cublasGemmBatchedEx.argtypes = [
+            *sizes, pointer, *matrix, *matrix, pointer, *matrix, c_int, c_int, c_int
+        ]  # fmt: skip
         self._handle = c_void_p()
         self._check(lib.cublasCreate_v2(byref(self._handle)))
         self._stream = None
@@ -74,7 +77,8 @@ class Cublas:
     def matmul(self, a, b, out, *, alpha=1.0, add=False, compute="float32"):
         """out = alpha a b, or out += alpha a b.
 
-        Shapes  a (m, k), b (k, n), out (m, n), float32; or with one batch axis before: (i, m, k), (i, k, n), (i, m, n)
+        Shapes  a (m, k), b (k, n), out (m, n); with a batch axis before: (i, m, k), (i, k, n), (i, m, n)
+        a and b are both float32 or both bfloat16 (as uint16), out may be either; ``compute`` concerns float32 factors.
         Raises  ValueError: shapes that do not fit, or an array without neighbouring numbers along one axis.
         """
         *batch, m, k = a.shape
@@ -85,34 +89,32 @@ class Cublas:
         if tc:
             raise ValueError("the rows of the result must hold neighbouring numbers")
         al, be = c_float(alpha), c_float(float(add))
-        where = [self._address(x) for x in (a, b, out)]
+        A, B, C = ((self._address(x), TYPES[x.dtype.name], ld) for x, ld in ((a, lda), (b, ldb), (out, ldc)))
         head = (self._handle, tb, ta, n, m, k, byref(al))
-        tail = (COMPUTE[compute], DEFAULT_ALGORITHM)
-        if not batch:
-            self._check(
-                self._library.cublasGemmEx(
-                    *head, where[1], FLOAT32, ldb, where[0], FLOAT32, lda, byref(be), where[2], FLOAT32, ldc, *tail
-                )
-            )
-            return
-        step = [x.strides[0] // x.itemsize for x in (a, b, out)]
-        self._check(
-            self._library.cublasGemmStridedBatchedEx(
-                *head,
-                where[1],
-                FLOAT32,
-                ldb,
-                step[1],
-                where[0],
-                FLOAT32,
-                lda,
-                step[0],
-                byref(be),
-                where[2],
-                FLOAT32,
-                ldc,
-                step[2],
-                batch[0],
-                *tail,
-            )  # fmt: skip
+        tail = (COMPUTE[compute if A[1] == 0 else "float32"], DEFAULT_ALGORITHM)
+        if batch:
+            sa, sb, sc = (x.strides[0] // x.itemsize for x in (a, b, out))
+            product = self._library.cublasGemmStridedBatchedEx
+            self._check(product(*head, *B, sb, *A, sa, byref(be), *C, sc, batch[0], *tail))
+        else:
+            self._check(self._library.cublasGemmEx(*head, *B, *A, byref(be), *C, *tail))
+
+    def matmul_of_addresses(self, a, b, out, addresses, *, alpha=1.0, compute="float32"):
+        """out_i = alpha a_i b_i for matrices that lie anywhere.
+
+        Shapes  addresses (3, count) uint64 on the device: where the matrices of a, b and out begin; a (m, k), b (k, n)
+                and out (m, n) stand for all of them: their sizes, strides and types
+        """
+        (m, k), n = a.shape, b.shape[1]
+        (ta, lda), (tb, ldb), (_, ldc) = (matrix_layout(x) for x in (a, b, out))
+        al, be = c_float(alpha), c_float(0.0)
+        start, step = self._address(addresses), addresses.strides[0]
+        A, B, C = (
+            (start + i * step, TYPES[x.dtype.name], ld) for i, (x, ld) in enumerate(((a, lda), (b, ldb), (out, ldc)))
         )
+        tail = (addresses.shape[1], COMPUTE[compute if A[1] == 0 else "float32"], DEFAULT_ALGORITHM)
+        self._check(
+            self._library.cublasGemmBatchedEx(
+                self._handle, tb, ta, n, m, k, byref(al), *B, *A, byref(be), *C, *tail
+            )
+        )  # fmt: skip

@@ -3,6 +3,16 @@
 `kernels.cu` holds the kernels with their equations; this file is the order in which they run. Twins cover float32 with
 a width and head size that are multiples of 4; other cases return NotImplemented, and the plain bodies run.
 
+The machine's precision says how numbers are multiplied and stored:
+
+    float32     all of it in float32
+    tf32        the factors of matrix products are rounded to 10 bits of mantissa, sums and storage are float32
+    bf16        activations and their gradients inside a block are stored as bfloat16, 7 bits of mantissa, and so are
+                the copies of the matrices that products take; parameters, gradients, the residual stream, LayerNorm's
+                and softmax's arithmetic, the head and the loss stay float32
+
+NumPy has no bfloat16: such arrays are uint16, the upper halves of float32 numbers.
+
 Every product and kernel goes through the `Machine` in use, a GPU's by default. The tests put another in its place
 that runs the same kernels on the CPU.
 """
@@ -27,7 +37,8 @@ SOURCE = Path(__file__).with_name("kernels.cu")
 MAX_WIDTH = 1024  # a warp holds a row in registers
 FUSED_TOKENS = 96  # attention up to so many tokens stays in shared memory
 WARPS = 8  # rows that a block of the row kernels works on at a time
-PRECISIONS = ("float32", "tf32")
+PRECISIONS = ("float32", "tf32", "bf16")
+ROWS = (("ROWS", 1),)
 
 
 class Machine:
@@ -41,7 +52,7 @@ class Machine:
         self.precision = "float32"
         self.processors = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["multiProcessorCount"]
         library = load_nvidia_dynamic_lib("cublas").abs_path
-        self._blas = Cublas(library, lambda array: array.data.ptr, workspace=cupy.empty(WORKSPACE, np.uint8))
+        self._blas = Cublas(library, self.address, workspace=cupy.empty(WORKSPACE, np.uint8))
 
     @functools.cache  # noqa: B019  there is one machine for each device
     def _module(self, sizes):
@@ -55,15 +66,20 @@ class Machine:
             kernel.max_dynamic_shared_size_bytes = shared
         return kernel
 
-    def launch(self, name, grid, block, arguments, *, sizes=(("ROWS", 1),), shared=0):
+    @staticmethod
+    def address(array):
+        """Where an array begins."""
+        return array.data.ptr
+
+    def launch(self, name, grid, block, arguments, *, sizes=ROWS, shared=0):
         """Run a kernel of kernels.cu. ``sizes`` are its constants; Python numbers become int and float."""
         converted = tuple(map(_argument, arguments))
         self._kernel(name, sizes, shared)(grid, block, converted, shared_mem=shared)
 
-    def matmul(self, a, b, out, *, alpha=1.0, add=False):
-        """out = alpha a b, or out += alpha a b; see `Cublas.matmul`."""
+    def blas(self):
+        """The `Cublas` handle, on the stream in use."""
         self._blas.use_stream(self.cupy.cuda.get_current_stream().ptr)
-        self._blas.matmul(a, b, out, alpha=alpha, add=add, compute=self.precision)
+        return self._blas
 
 
 class Size(int):
@@ -144,15 +160,22 @@ def _grid(size, threads=256):
     return (min(_blocks(size, threads), 4096),)
 
 
-def _width(D):
-    return (("WIDTH", D),)
+def _sizes(real, **constants):
+    """A kernel's constants; ``real`` is the type of stored activations, np.float32 or np.uint16 for bfloat16."""
+    return (*constants.items(), *((("BF16", 1),) if real == np.uint16 else ()))
+
+
+def _real():
+    """The type in which a block stores its activations."""
+    return np.uint16 if machine().precision == "bf16" else np.float32
 
 
 # ---- sums over rows, products ----------------------------------------------------------------------------------------
 
 
-def _chunks(rows):
-    return max(1, min(64, rows // 64))
+def _chunks(rows, column_blocks):
+    """How many chunks of rows to sum apart: enough blocks to fill the GPU, each with some rows to do."""
+    return max(1, min(_blocks(8 * machine().processors, column_blocks), rows // 64))
 
 
 def _add_partials(partial, outs, cols):
@@ -161,19 +184,80 @@ def _add_partials(partial, outs, cols):
     machine().launch("add_partials", (_blocks(cols, 32), used), (32, 16), (partial, *outs, len(partial), cols))
 
 
-def _add_column_sum(x, out, path=None, tokens=1):
-    """out += the sum over the rows of x (rows, cols), each times its picture's factor."""
-    rows, cols = x.shape
-    partial = array_module(x).empty((_chunks(rows), cols), np.float32)
-    arguments = (x, path, partial, rows, cols, tokens)
-    machine().launch("column_sum", (_blocks(cols, 32), len(partial)), (32, 8), arguments)
+def _add_column_sum(x, out, path=None, tokens=1, *, copy=False):
+    """out += the sum over the rows of x (rows, cols), each times its picture's factor; x, or its copy for products."""
+    xp, (rows, cols) = array_module(x), x.shape
+    partial = xp.empty((_chunks(rows, _blocks(cols, 32)), cols), np.float32)
+    grid, block = (_blocks(cols, 32), len(partial)), (32, 8)
+    if copy and _real() == np.uint16:
+        copied = xp.empty(x.shape, np.uint16)
+        arguments = (x, path, copied, partial, rows, cols, tokens)
+        machine().launch("column_sum_copy", grid, block, arguments, sizes=_sizes(np.uint16, ROWS=1))
+        x = copied
+    else:
+        arguments = (x, path, partial, rows, cols, tokens)
+        machine().launch("column_sum", grid, block, arguments, sizes=_sizes(x.dtype, ROWS=1))
     _add_partials(partial, [out], cols)
+    return x
 
 
-def _product(a, b):
-    out = array_module(a).empty((a.shape[0], b.shape[1]), np.float32)
-    machine().matmul(a, b, out)
+def _matmul(a, b, out, *, add=False):
+    """out = a b or out += a b, in the machine's precision; see `Cublas.matmul`."""
+    machine().blas().matmul(a, b, out, add=add, compute="float32" if machine().precision == "float32" else "tf32")
+
+
+def _product(a, b, dtype=None):
+    out = array_module(a).empty((a.shape[0], b.shape[1]), dtype or a.dtype)
+    _matmul(a, b, out)
     return out
+
+
+def _products(a, b, out, *, alpha=1.0):
+    """out = alpha a b for stacks of matrices (B, h, ., .) in any strides, such as the heads of a packed array."""
+    xp, (B, heads) = array_module(a), a.shape[:2]
+    addresses = xp.empty((3, B * heads), np.uint64)
+    starts = [Size(machine().address(x)) for x in (a, b, out)]
+    strides = [int(stride) for x in (a, b, out) for stride in x.strides[:2]]
+    machine().launch("matrix_addresses", _grid(B * heads), (256,), (*starts, *strides, heads, B * heads, addresses))
+    compute = "float32" if machine().precision == "float32" else "tf32"
+    machine().blas().matmul_of_addresses(a[0, 0], b[0, 0], out[0, 0], addresses, alpha=alpha, compute=compute)
+
+
+_rounded = []  # (address, size, rounded copy) of the flat parameters that `rounded` blocks hold
+
+
+@contextmanager
+def rounded(flat):
+    """While active, products in bf16 take the parameters from one copy of the flat buffer, which is rounded here.
+
+    Nobody may change the parameters meanwhile. Without it each matrix is rounded whenever it is used.
+    """
+    if _real() == np.float32:
+        yield
+        return
+    _rounded.append((machine().address(flat), flat.size, _round(flat)))
+    try:
+        yield
+    finally:
+        _rounded.pop()
+
+
+def _round(x):
+    copy = array_module(x).empty(x.shape, np.uint16)
+    arguments = (x, copy, Size(x.size))
+    machine().launch("round_copy", _grid(x.size), (256,), arguments, sizes=_sizes(np.uint16, ROWS=1))
+    return copy
+
+
+def _factor(W):
+    """A matrix of parameters as products take it."""
+    if _real() == np.float32:
+        return W
+    for start, size, copy in _rounded:
+        first = (machine().address(W) - start) // 4
+        if 0 <= first < size:
+            return copy[first : first + W.size].reshape(W.shape)
+    return _round(W)
 
 
 class CudaLinearCache(NamedTuple):
@@ -215,33 +299,37 @@ class CudaLayerNormCache(NamedTuple):
     w: Any  # (D,)
 
 
-def _layernorm(z, w, b, eps, *, u=None, bu=None, path1=None, bnext=None, path2=None, tokens=1):
+def _layernorm(z, w, b, eps, real, *, u=None, bu=None, path1=None, bnext=None, path2=None, tokens=1):
     """The kernel layernorm_forward over z (rows, D): y, out (None without u), cache."""
     xp = array_module(z)
     rows, D = z.shape
-    y, xhat, rstd = xp.empty_like(z), xp.empty_like(z), xp.empty(rows, np.float32)
+    y, xhat, rstd = xp.empty(z.shape, real), xp.empty(z.shape, real), xp.empty(rows, np.float32)
     out = None if u is None else xp.empty_like(z)
     arguments = (z, u, bu, path1, bnext, path2, w, b, out, y, xhat, rstd, rows, tokens, float(eps))
-    machine().launch("layernorm_forward", (_blocks(rows, WARPS),), (32 * WARPS,), arguments, sizes=_width(D))
+    grid, block = (_blocks(rows, WARPS),), (32 * WARPS,)
+    machine().launch("layernorm_forward", grid, block, arguments, sizes=_sizes(real, WIDTH=D))
     return y, out, CudaLayerNormCache(xhat, rstd, w)
 
 
 def _layernorm_backward(dy, cache, *, residual=None, path=None, tokens=1):
-    """The kernel layernorm_backward over dy (rows, D): dz, and the partial sums (blocks, 3, D)."""
+    """The kernel layernorm_backward over dy (rows, D): dz, dz as products take it, the partial sums (blocks, 3, D)."""
     xp = array_module(dy)
     rows, D = dy.shape
-    dz, blocks = xp.empty_like(dy), min(_blocks(rows, WARPS), 2 * machine().processors)
+    dz, blocks = xp.empty(dy.shape, np.float32), min(_blocks(rows, WARPS), 2 * machine().processors)
+    copy = xp.empty_like(dy) if dy.dtype == np.uint16 else None
     partial = xp.empty((blocks, 3, D), np.float32)
-    arguments = (dy, cache.xhat, cache.rstd, cache.w, residual, path, dz, partial, rows, tokens)
-    machine().launch("layernorm_backward", (blocks,), (32 * WARPS,), arguments, sizes=_width(D))
-    return dz, partial
+    arguments = (dy, cache.xhat, cache.rstd, cache.w, residual, path, dz, copy, partial, rows, tokens)
+    sizes = _sizes(dy.dtype, WIDTH=D)
+    machine().launch("layernorm_backward", (blocks,), (32 * WARPS,), arguments, sizes=sizes)
+    return dz, dz if copy is None else copy, partial
 
 
 def layernorm_forward(x, w, b, *, eps=1e-6):
     """Twin of `minivit.layers.layernorm.layernorm_forward`."""
     if x.dtype != np.float32 or not _covered(w, b) or x.shape[-1] % 4 or x.shape[-1] > MAX_WIDTH:
         return NotImplemented
-    y, _, cache = _layernorm(array_module(x).ascontiguousarray(x).reshape(-1, x.shape[-1]), w, b, eps)
+    rows = array_module(x).ascontiguousarray(x).reshape(-1, x.shape[-1])
+    y, _, cache = _layernorm(rows, w, b, eps, np.float32)
     return y.reshape(x.shape), cache
 
 
@@ -249,7 +337,7 @@ def layernorm_backward(dy, cache):
     """Twin of `minivit.layers.layernorm.layernorm_backward`."""
     xp = array_module(dy)
     D = dy.shape[-1]
-    dx, partial = _layernorm_backward(xp.ascontiguousarray(dy).reshape(-1, D), cache)
+    dx, _, partial = _layernorm_backward(xp.ascontiguousarray(dy).reshape(-1, D), cache)
     sums = xp.zeros((2, D), np.float32)
     _add_partials(partial, sums, D)
     return dx.reshape(dy.shape), sums[0], sums[1]
@@ -258,72 +346,69 @@ def layernorm_backward(dy, cache):
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-def _attention_launch(name, arguments, B, N, heads, Dh, arrays, maps):
+def _attention_launch(name, arguments, B, N, heads, Dh, real, arrays, maps):
     """One block per head and picture; ``arrays`` (N, Dh) and ``maps`` (N, N) lie in shared memory."""
     tiles = _blocks(N, 4)
     threads = 32 * _blocks(min(max(tiles * tiles, tiles * Dh // 4), 512), 32)
     shared = 4 * (arrays * 4 * tiles * (Dh + 4) + maps * 4 * tiles * (4 * tiles + 4))
-    sizes = (("TOKENS", N), ("HEAD", Dh))
+    sizes = _sizes(real, TOKENS=N, HEAD=Dh)
     machine().launch(name, (B * heads,), (threads,), (*arguments, heads), sizes=sizes, shared=shared)
 
 
-def _split(qkv, heads):
-    """q, k, v of a packed (B, N, 3D) array: lists of h views (B, N, Dh) each."""
-    B, N, width = qkv.shape
-    views = qkv.reshape(B, N, 3, heads, -1)
-    return [[views[:, :, part, head] for head in range(heads)] for part in range(3)]
+def _heads(packed, heads):
+    """Views (B, h, N, Dh) of each of the arrays in a packed one (B, N, k D)."""
+    B, N, width = packed.shape
+    return packed.reshape(B, N, heads, -1).transpose(0, 2, 1, 3)
 
 
 def _attention_forward(qkv, bias, path, heads):
     """qkv (B, N, 3D), the product without its bias  ->  y (B, N, D), and what the backward needs: p, or None."""
-    xp = array_module(qkv)
+    xp, real = array_module(qkv), qkv.dtype
     B, N, width = qkv.shape
     D = width // 3
     Dh = D // heads
-    y = xp.empty((B, N, D), np.float32)
+    y = xp.empty((B, N, D), real)
     if N <= FUSED_TOKENS:
-        _attention_launch("attention_forward", (qkv, bias, path, y), B, N, heads, Dh, 3, 1)
+        _attention_launch("attention_forward", (qkv, bias, path, y), B, N, heads, Dh, real, 3, 1)
         return y, None
-    machine().launch("add_bias", _grid(qkv.size), (256,), (qkv, bias, Size(qkv.size), width))
-    q, k, v = _split(qkv, heads)
-    p = xp.empty((heads, B, N, N), np.float32)
-    for h in range(heads):
-        machine().matmul(q[h], k[h].swapaxes(1, 2), p[h], alpha=Dh**-0.5)
-    rows = p.size // N
-    machine().launch("softmax_forward", (_blocks(rows, WARPS),), (32 * WARPS,), (p, rows, N))
-    for h, out in enumerate(_heads(y, heads)):
-        machine().matmul(p[h], v[h], out)
-    if path is not None:
-        y *= path[:, None, None]
+    arguments = (qkv, bias, Size(qkv.size), width)
+    machine().launch("add_bias", _grid(qkv.size), (256,), arguments, sizes=_sizes(real, ROWS=1))
+    q, k, v = (_heads(qkv[:, :, i * D : (i + 1) * D], heads) for i in range(3))
+    scores = xp.empty((B, heads, N, N), np.float32)
+    p = scores if real == np.float32 else xp.empty(scores.shape, real)
+    _products(q, k.swapaxes(2, 3), scores, alpha=Dh**-0.5)
+    rows = scores.size // N
+    grid, block = (_blocks(rows, WARPS),), (32 * WARPS,)
+    machine().launch("softmax_forward", grid, block, (scores, p, path, rows, N, heads * N), sizes=_sizes(real, ROWS=1))
+    _products(p, v, _heads(y, heads))
     return y, p
-
-
-def _heads(y, heads):
-    views = y.reshape(*y.shape[:2], heads, -1)
-    return [views[:, :, head] for head in range(heads)]
 
 
 def _attention_backward(dy, qkv, bias, path, p, heads):
     """dy (B, N, D)  ->  dqkv (B, N, 3D)."""
-    xp = array_module(qkv)
+    xp, real = array_module(qkv), qkv.dtype
     B, N, width = qkv.shape
-    Dh = width // 3 // heads
+    D = width // 3
+    Dh = D // heads
     dqkv = xp.empty_like(qkv)
     if p is None:
-        _attention_launch("attention_backward", (qkv, bias, path, dy, dqkv), B, N, heads, Dh, 4, 2)
+        _attention_launch("attention_backward", (qkv, bias, path, dy, dqkv), B, N, heads, Dh, real, 4, 2)
         return dqkv
-    if path is not None:
-        dy = dy * path[:, None, None]
-    (q, k, v), (dq, dk, dv), dys = _split(qkv, heads), _split(dqkv, heads), _heads(dy, heads)
-    dp = xp.empty_like(p)
-    for h in range(heads):
-        machine().matmul(p[h].swapaxes(1, 2), dys[h], dv[h])
-        machine().matmul(dys[h], v[h].swapaxes(1, 2), dp[h])
+    (q, k, v), (dq, dk, dv) = (
+        [_heads(packed[:, :, i * D : (i + 1) * D], heads) for i in range(3)] for packed in (qkv, dqkv)
+    )
+    dy = _heads(dy, heads)
+    dp = xp.empty(p.shape, np.float32)
+    ds = dp if real == np.float32 else xp.empty(p.shape, real)
+    _products(p.swapaxes(2, 3), dy, dv)
+    _products(dy, v.swapaxes(2, 3), dp)
     rows = p.size // N
-    machine().launch("softmax_backward", (_blocks(rows, WARPS),), (32 * WARPS,), (p, dp, Dh**-0.5, rows, N))
-    for h in range(heads):
-        machine().matmul(dp[h], k[h], dq[h])
-        machine().matmul(dp[h].swapaxes(1, 2), q[h], dk[h])
+    arguments = (p, dp, path, ds, Dh**-0.5, rows, N, heads * N)
+    machine().launch(
+        "softmax_backward", (_blocks(rows, WARPS),), (32 * WARPS,), arguments, sizes=_sizes(real, ROWS=1)
+    )  # fmt: skip
+    _products(ds, k, dq)
+    _products(ds.swapaxes(2, 3), q, dk)
     return dqkv
 
 
@@ -370,22 +455,22 @@ def block_forward(
     wqkv, bqkv, wproj, bproj = (params[name] for name in ATTN)
     wn2, bn2 = (params[name] for name in NORM2)
     w1, b1, w2, b2 = (params[name] for name in MLP)
-    rows = z.reshape(B * N, D)
+    rows, real = z.reshape(B * N, D), _real()
     # Eq. 2
-    y1, _, norm1 = _layernorm(rows, wn1, bn1, eps)
-    qkv = _product(y1, wqkv).reshape(B, N, 3 * D)
+    y1, _, norm1 = _layernorm(rows, wn1, bn1, eps, real)
+    qkv = _product(y1, _factor(wqkv)).reshape(B, N, 3 * D)
     heads, attention = _attention_forward(qkv, bqkv, path1, num_heads)
     heads = heads.reshape(B * N, D)
-    u = _product(heads, wproj)
+    u = _product(heads, _factor(wproj))
     # Eq. 3; out = z' + path2 b2, on which the last product is added
     y2, out, norm2 = _layernorm(
-        rows, wn2, bn2, eps, u=u, bu=bproj, path1=path1, bnext=b2, path2=path2, tokens=N
+        rows, wn2, bn2, eps, real, u=u, bu=bproj, path1=path1, bnext=b2, path2=path2, tokens=N
     )  # fmt: skip
-    hidden = _product(y2, w1)
+    hidden = _product(y2, _factor(w1))
     activated = xp.empty_like(hidden)
     arguments = (hidden, b1, path2, activated, B * N, M, N, int(erf_form))
-    machine().launch("bias_gelu_forward", _grid(hidden.size // 4), (256,), arguments)
-    machine().matmul(activated, w2, out, add=True)
+    machine().launch("bias_gelu_forward", _grid(hidden.size // 4), (256,), arguments, sizes=_sizes(real, ROWS=1))
+    _matmul(activated, _factor(w2), out, add=True)
     cache = CudaBlockCache(
         params, num_heads, erf_form, path1, path2, norm1, y1, qkv, attention, heads, norm2, y2, hidden, activated
     )
@@ -399,30 +484,31 @@ def block_backward(dz, cache, grads):
     rows, M = B * N, c.hidden.shape[1]
     xp = array_module(dz)
     dz = xp.ascontiguousarray(dz).reshape(rows, D)
-    # z'' = z' + path2 (gelu(y2 W1 + b1) W2 + b2)
-    _add_column_sum(dz, grads["mlp.fc2.bias"], c.path2, N)
-    machine().matmul(c.gelu.T, dz, grads["mlp.fc2.weight"], add=True)
-    dhidden = _product(dz, p["mlp.fc2.weight"].T)  # (rows, M), before the slope of the GELU
-    partial = xp.empty((_chunks(rows), M), np.float32)
+    # z'' = z' + path2 (gelu(y2 W1 + b1) W2 + b2); "rounded" is dz as products take it
+    rounded_dz = _add_column_sum(dz, grads["mlp.fc2.bias"], c.path2, N, copy=True)
+    _matmul(c.gelu.T, rounded_dz, grads["mlp.fc2.weight"], add=True)
+    dhidden = _product(rounded_dz, _factor(p["mlp.fc2.weight"]).T)  # (rows, M), before the slope of the GELU
+    partial = xp.empty((_chunks(rows, _blocks(M, 128)), M), np.float32)
     arguments = (c.hidden, p["mlp.fc1.bias"], c.path2, dhidden, dhidden, partial, rows, M, N, int(c.erf_form))
-    machine().launch("bias_gelu_backward", (_blocks(M, 128), len(partial)), (32, 8), arguments)
+    grid, block = (_blocks(M, 128), len(partial)), (32, 8)
+    machine().launch("bias_gelu_backward", grid, block, arguments, sizes=_sizes(dhidden.dtype, ROWS=1))
     _add_partials(partial, [grads["mlp.fc1.bias"]], M)
-    machine().matmul(c.y2.T, dhidden, grads["mlp.fc1.weight"], add=True)
-    dy2 = _product(dhidden, p["mlp.fc1.weight"].T)
+    _matmul(c.y2.T, dhidden, grads["mlp.fc1.weight"], add=True)
+    dy2 = _product(dhidden, _factor(p["mlp.fc1.weight"]).T)
     # y2 = LN(z'), z' = z + path1 (heads W_msa + b_msa)
-    dz, partial = _layernorm_backward(dy2, c.norm2, residual=dz, path=c.path1, tokens=N)
+    dz, rounded_dz, partial = _layernorm_backward(dy2, c.norm2, residual=dz, path=c.path1, tokens=N)
     _add_partials(partial, [grads["norm2.weight"], grads["norm2.bias"], grads["attn.proj.bias"]], D)
-    machine().matmul(c.heads.T, dz, grads["attn.proj.weight"], add=True)
-    dheads = _product(dz, p["attn.proj.weight"].T)
+    _matmul(c.heads.T, rounded_dz, grads["attn.proj.weight"], add=True)
+    dheads = _product(rounded_dz, _factor(p["attn.proj.weight"]).T)
     # heads = attention(y1 W_qkv + b_qkv)
     dqkv = _attention_backward(
         dheads.reshape(B, N, D), c.qkv, p["attn.qkv.bias"], c.path1, c.attention, c.num_heads
     ).reshape(rows, 3 * D)
     _add_column_sum(dqkv, grads["attn.qkv.bias"])
-    machine().matmul(c.y1.T, dqkv, grads["attn.qkv.weight"], add=True)
-    dy1 = _product(dqkv, p["attn.qkv.weight"].T)
+    _matmul(c.y1.T, dqkv, grads["attn.qkv.weight"], add=True)
+    dy1 = _product(dqkv, _factor(p["attn.qkv.weight"]).T)
     # y1 = LN(z)
-    dz, partial = _layernorm_backward(dy1, c.norm1, residual=dz)
+    dz, _, partial = _layernorm_backward(dy1, c.norm1, residual=dz)
     _add_partials(partial, [grads["norm1.weight"], grads["norm1.bias"]], D)
     return dz.reshape(B, N, D)
 
@@ -447,9 +533,10 @@ def patch_embed_forward(images, W, b, cls_token=None, pos_embed=None, *, patch_s
     B, H, width, C = images.shape
     P, D, prefix = patch_size, W.shape[1], int(cls_token is not None)
     N = prefix + (H // P) * (width // P)
-    patches = xp.empty((B * N, P * P * C), np.float32)
-    machine().launch("patchify", _grid(patches.size), (256,), (images, patches, B, H, width, C, P, prefix))
-    z = _product(patches, W)
+    patches = xp.empty((B * N, P * P * C), _real())
+    arguments = (images, patches, B, H, width, C, P, prefix)
+    machine().launch("patchify", _grid(patches.size), (256,), arguments, sizes=_sizes(patches.dtype, ROWS=1))
+    z = _product(patches, _factor(W), np.float32)
     machine().launch("embed", _grid(z.size), (256,), (z, b, cls_token, pos_embed, B, N, D, prefix))
     return z.reshape(B, N, D), CudaPatchEmbedCache(patches, (B, N, D), prefix, pos_embed is not None)
 
@@ -463,12 +550,11 @@ def patch_embed_backward(dz, cache, *, need_dimages=True):
         raise NotImplementedError("the pictures' gradient needs the plain functions: with minivit.backend.plain()")
     xp = array_module(dz)
     B, N, D = cache.shape
-    dz = xp.ascontiguousarray(dz)
     sums = xp.zeros((1, N, D), np.float32)  # over the batch
-    _add_column_sum(dz.reshape(B, N * D), sums.reshape(-1))
+    dz = _add_column_sum(xp.ascontiguousarray(dz).reshape(B, N * D), sums.reshape(-1), copy=True)
     db = xp.zeros(D, np.float32)
     _add_column_sum(sums[0, cache.prefix :], db)
-    dW = _product(cache.patches.T, dz.reshape(B * N, D))
+    dW = _product(cache.patches.T, dz.reshape(B * N, D), np.float32)
     dcls_token = sums[:, :1] if cache.prefix else None
     return None, dW, db, dcls_token, sums if cache.has_position else None
 

@@ -1,12 +1,15 @@
 // The hot steps of a Vision Transformer as CUDA kernels, each headed by the equation it computes.
 //
-// Arrays are row-major float32. A "row" is one token of one picture: rows = B N. Nothing is summed with atomics: every
+// Arrays are row-major. A "row" is one token of one picture: rows = B N. Nothing is summed with atomics: every
 // sum has a fixed order, so the same inputs give the same bits. Sums over rows (gradients of biases and of LayerNorm's
 // parameters) are made in two steps: each block writes the sums over its own rows, `add_partials` adds those up.
 //
 // Some sizes are constants at compile time, so that a row fits into registers and loops unroll:
 //   WIDTH          D, a multiple of 4 up to 1024     (kernels over rows)
 //   TOKENS, HEAD   N and Dh, a multiple of 4         (attention)
+//
+// Activations are stored as `real`: float, or with BF16 defined bfloat16, the upper half of a float. Arithmetic is
+// always that of float; parameters, their gradients, the residual stream z and its gradient dz are always stored so.
 //
 // "path" is stochastic depth's factor of each picture, m / (1 - rate), or null where nothing is dropped. As
 // path (g W + b) = (path g) W + path b, it scales the input of a branch's last product, which can then add its
@@ -29,6 +32,28 @@ __device__ __forceinline__ float warp_max(float v) {
 
 __device__ __forceinline__ float4 load4(const float* p, size_t quad) { return reinterpret_cast<const float4*>(p)[quad]; }
 __device__ __forceinline__ void store4(float* p, size_t quad, float4 v) { reinterpret_cast<float4*>(p)[quad] = v; }
+__device__ __forceinline__ float load1(const float* p, size_t i) { return p[i]; }
+__device__ __forceinline__ void store1(float* p, size_t i, float v) { p[i] = v; }
+
+#ifdef BF16
+typedef unsigned short real;
+__device__ __forceinline__ unsigned rounded(float v) {  // to the nearest bfloat16, ties to even
+  const unsigned bits = __float_as_uint(v);
+  return (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+}
+__device__ __forceinline__ float load1(const real* p, size_t i) { return __uint_as_float((unsigned)p[i] << 16); }
+__device__ __forceinline__ void store1(real* p, size_t i, float v) { p[i] = (real)rounded(v); }
+__device__ __forceinline__ float4 load4(const real* p, size_t quad) {
+  const uint2 v = reinterpret_cast<const uint2*>(p)[quad];
+  return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xFFFF0000u), __uint_as_float(v.y << 16),
+                     __uint_as_float(v.y & 0xFFFF0000u));
+}
+__device__ __forceinline__ void store4(real* p, size_t quad, float4 v) {
+  reinterpret_cast<uint2*>(p)[quad] = make_uint2(rounded(v.x) | rounded(v.y) << 16, rounded(v.z) | rounded(v.w) << 16);
+}
+#else
+typedef float real;
+#endif
 __device__ __forceinline__ float sum4(float4 a) { return (a.x + a.y) + (a.z + a.w); }
 __device__ __forceinline__ float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 __device__ __forceinline__ float4 operator-(float4 a, float4 b) { return make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w); }
@@ -43,10 +68,10 @@ constexpr int QUADS = WIDTH / 4, PER_LANE = (QUADS + 31) / 32, WARPS = 8;
 //     z' = z + u + path1 bu;   xhat = (z' - mean) / sqrt(var + eps);   y = xhat w + b;   out = z' + path2 bnext
 // out is the residual stream as the next product needs it, which adds its result onto it.
 extern "C" __global__ void layernorm_forward(
-    const float* __restrict__ z, const float* __restrict__ u, const float* __restrict__ bu,
+    const float* __restrict__ z, const real* __restrict__ u, const float* __restrict__ bu,
     const float* __restrict__ path1, const float* __restrict__ bnext, const float* __restrict__ path2,
-    const float* __restrict__ w, const float* __restrict__ b, float* __restrict__ out, float* __restrict__ y,
-    float* __restrict__ xhat, float* __restrict__ rstd, int rows, int tokens, float eps) {
+    const float* __restrict__ w, const float* __restrict__ b, float* __restrict__ out, real* __restrict__ y,
+    real* __restrict__ xhat, float* __restrict__ rstd, int rows, int tokens, float eps) {
   const int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
   const float s1 = path1 ? path1[row / tokens] : 1.f, s2 = path2 ? path2[row / tokens] : 1.f;
@@ -87,11 +112,11 @@ extern "C" __global__ void layernorm_forward(
 }
 
 // Backward of LayerNorm, and the residual's gradient added (dres, may be null). With dxhat = dy w:
-//     dz = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) + dres
+//     dz = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) + dres,   and its copy as `real` for products (may be null)
 // and over this block's rows: partial (blocks, 3, D) = sum dy xhat, sum dy, sum path dz.
 extern "C" __global__ void layernorm_backward(
-    const float* __restrict__ dy, const float* __restrict__ xhat, const float* __restrict__ rstd,
-    const float* __restrict__ w, const float* dres, const float* __restrict__ path, float* dz,
+    const real* __restrict__ dy, const real* __restrict__ xhat, const float* __restrict__ rstd,
+    const float* __restrict__ w, const float* dres, const float* __restrict__ path, float* dz, real* copy,
     float* __restrict__ partial, int rows, int tokens) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float4 sums[3][PER_LANE];
@@ -124,6 +149,7 @@ extern "C" __global__ void layernorm_backward(
         float4 g = r * ((d[k] - mean) - along * x[k]);
         if (dres) g = g + load4(dres, start + q);
         store4(dz, start + q, g);
+        if (copy) store4(copy, start + q, g);
         sums[2][k] = sums[2][k] + s * g;
       }
     }
@@ -147,13 +173,18 @@ extern "C" __global__ void layernorm_backward(
 #ifdef ROWS
 // partial (chunks, cols) = sum over the rows of each chunk of path x: the gradient of a bias, in part.
 // Blocks of 32 columns x 8 rows; grid (cols / 32, chunks).
-extern "C" __global__ void column_sum(const float* __restrict__ x, const float* __restrict__ path,
-                                      float* __restrict__ partial, int rows, int cols, int tokens) {
+template <class T>
+__device__ __forceinline__ void sum_columns(const T* __restrict__ x, const float* __restrict__ path,
+                                            real* __restrict__ copy, float* __restrict__ partial, int rows, int cols,
+                                            int tokens) {
   const int c = blockIdx.x * 32 + threadIdx.x;
   float sum = 0.f;
   if (c < cols)
-    for (int row = blockIdx.y * 8 + threadIdx.y; row < rows; row += gridDim.y * 8)
-      sum += (path ? path[row / tokens] : 1.f) * x[(size_t)row * cols + c];
+    for (int row = blockIdx.y * 8 + threadIdx.y; row < rows; row += gridDim.y * 8) {
+      const float v = load1(x, (size_t)row * cols + c);
+      if (copy) store1(copy, (size_t)row * cols + c, v);
+      sum += (path ? path[row / tokens] : 1.f) * v;
+    }
   __shared__ float all[8][32];
   all[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
@@ -161,6 +192,24 @@ extern "C" __global__ void column_sum(const float* __restrict__ x, const float* 
     for (int i = 1; i < 8; ++i) sum += all[i][threadIdx.x];
     partial[(size_t)blockIdx.y * cols + c] = sum;
   }
+}
+
+extern "C" __global__ void column_sum(const real* __restrict__ x, const float* __restrict__ path,
+                                      float* __restrict__ partial, int rows, int cols, int tokens) {
+  sum_columns(x, path, (real*)nullptr, partial, rows, cols, tokens);
+}
+
+// The same for a gradient stored as float, with its copy as `real` for the products that come next.
+extern "C" __global__ void column_sum_copy(const float* __restrict__ x, const float* __restrict__ path,
+                                           real* __restrict__ copy, float* __restrict__ partial, int rows, int cols,
+                                           int tokens) {
+  sum_columns(x, path, copy, partial, rows, cols, tokens);
+}
+
+// copy = x, rounded to `real`: the parameters as the products take them.
+extern "C" __global__ void round_copy(const float* __restrict__ x, real* __restrict__ copy, size_t size) {
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x)
+    store1(copy, i, x[i]);
 }
 
 // out_j[c] += sum over chunks of partial[chunk][j cols + c], for the outputs given (null ones are left out).
@@ -183,9 +232,9 @@ extern "C" __global__ void add_partials(const float* __restrict__ partial, float
 }
 
 // x += b, the bias of a linear layer.
-extern "C" __global__ void add_bias(float* __restrict__ x, const float* __restrict__ b, size_t size, int cols) {
+extern "C" __global__ void add_bias(real* __restrict__ x, const float* __restrict__ b, size_t size, int cols) {
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x)
-    x[i] += b[i % cols];
+    store1(x, i, load1(x, i) + b[i % cols]);
 }
 
 // GELU and its slope, from x with the bias added. With s the gate:
@@ -203,8 +252,8 @@ __device__ __forceinline__ float slope(float x, int erf_form) {
 }
 
 // y = path gelu(h + b), h (rows, cols) with cols a multiple of 4.
-extern "C" __global__ void bias_gelu_forward(const float* __restrict__ h, const float* __restrict__ b,
-                                             const float* __restrict__ path, float* __restrict__ y, int rows, int cols,
+extern "C" __global__ void bias_gelu_forward(const real* __restrict__ h, const float* __restrict__ b,
+                                             const float* __restrict__ path, real* __restrict__ y, int rows, int cols,
                                              int tokens, int erf_form) {
   const int quads = cols / 4;
   const size_t size = (size_t)rows * quads;
@@ -219,8 +268,8 @@ extern "C" __global__ void bias_gelu_forward(const float* __restrict__ h, const 
 
 // dh = path dy gelu'(h + b), and partial (chunks, cols) = sum of dh over each chunk's rows. dh may be dy.
 // Blocks of 32 groups of four columns x 8 rows; grid (cols / 128, chunks).
-extern "C" __global__ void bias_gelu_backward(const float* __restrict__ h, const float* __restrict__ b,
-                                              const float* __restrict__ path, const float* dy, float* dh,
+extern "C" __global__ void bias_gelu_backward(const real* __restrict__ h, const float* __restrict__ b,
+                                              const float* __restrict__ path, const real* dy, real* dh,
                                               float* __restrict__ partial, int rows, int cols, int tokens,
                                               int erf_form) {
   const int quads = cols / 4, q = blockIdx.x * 32 + threadIdx.x;
@@ -246,36 +295,35 @@ extern "C" __global__ void bias_gelu_backward(const float* __restrict__ h, const
   }
 }
 
-// Softmax of each row of n scores, in place, one warp per row.
-//     p = exp(s - max s) / sum exp(s - max s)
-extern "C" __global__ void softmax_forward(float* __restrict__ scores, int rows, int n) {
+// Softmax of each row of n scores, one warp per row; p may be the scores. Stochastic depth's factor, constant over the
+// `group` rows of a picture, is put in here: path (p v) = (path p) v.
+//     p = path exp(s - max s) / sum exp(s - max s)
+extern "C" __global__ void softmax_forward(const float* scores, real* p, const float* __restrict__ path, int rows, int n,
+                                           int group) {
   const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
-  float* s = scores + (size_t)row * n;
+  const float* s = scores + (size_t)row * n;
   float largest = LOWEST, sum = 0.f;
   for (int j = lane; j < n; j += 32) largest = fmaxf(largest, s[j]);
   largest = warp_max(largest);
-  for (int j = lane; j < n; j += 32) {
-    const float e = __expf(s[j] - largest);
-    s[j] = e;
-    sum += e;
-  }
-  const float scale = 1.f / warp_sum(sum);
-  for (int j = lane; j < n; j += 32) s[j] *= scale;
+  for (int j = lane; j < n; j += 32) sum += __expf(s[j] - largest);
+  const float scale = (path ? path[row / group] : 1.f) / warp_sum(sum);
+  for (int j = lane; j < n; j += 32) store1(p, (size_t)row * n + j, scale * __expf(s[j] - largest));
 }
 
-// Backward of softmax with the scores' factor, in place of dp, one warp per row.
-//     ds = scale p (dp - sum_j dp_j p_j)
-extern "C" __global__ void softmax_backward(const float* __restrict__ p, float* __restrict__ dp, float scale, int rows,
-                                            int n) {
+// Backward of softmax with the scores' factor, one warp per row; ds may be dp. p holds stochastic depth's factor, so
+// that the softmax itself is p / path.
+//     ds = scale p (dp - sum_j dp_j p_j / path), and 0 where path is 0
+extern "C" __global__ void softmax_backward(const real* __restrict__ p, const float* dp, const float* __restrict__ path,
+                                            real* ds, float scale, int rows, int n, int group) {
   const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
-  const float* a = p + (size_t)row * n;
-  float* d = dp + (size_t)row * n;
+  const size_t start = (size_t)row * n;
   float dot = 0.f;
-  for (int j = lane; j < n; j += 32) dot += a[j] * d[j];
-  dot = warp_sum(dot);
-  for (int j = lane; j < n; j += 32) d[j] = scale * a[j] * (d[j] - dot);
+  for (int j = lane; j < n; j += 32) dot += load1(p, start + j) * dp[start + j];
+  const float factor = path ? path[row / group] : 1.f;
+  dot = factor > 0.f ? warp_sum(dot) / factor : 0.f;
+  for (int j = lane; j < n; j += 32) store1(ds, start + j, scale * load1(p, start + j) * (dp[start + j] - dot));
 }
 
 // Softmax cross-entropy of each row, one warp per row.
@@ -301,16 +349,27 @@ extern "C" __global__ void cross_entropy_forward(const float* __restrict__ x, co
   if (lane == 0) weight[row] = w, loss[row] = w * logf(sum) - dot;
 }
 
+// Where the matrices of stacks (B, h) of three operands begin, given where the stacks begin and their strides in bytes.
+extern "C" __global__ void matrix_addresses(size_t a, size_t b, size_t c, int a0, int a1, int b0, int b1, int c0, int c1,
+                                            int heads, int count, size_t* __restrict__ out) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const size_t picture = i / heads, head = i % heads;
+  out[i] = a + picture * a0 + head * a1;
+  out[count + i] = b + picture * b0 + head * b1;
+  out[2 * (size_t)count + i] = c + picture * c0 + head * c1;
+}
+
 // Patches of pictures, with rows of zeros for the class token so that products over all tokens can be taken.
 //     images (B, H, W, C)  ->  patches (B, prefix + H/P W/P, P P C), entries in the order (row, column, channel)
-extern "C" __global__ void patchify(const float* __restrict__ images, float* __restrict__ patches, int B, int H, int W,
+extern "C" __global__ void patchify(const float* __restrict__ images, real* __restrict__ patches, int B, int H, int W,
                                     int C, int P, int prefix) {
   const int width = P * P * C, tokens = prefix + (H / P) * (W / P);
   const size_t size = (size_t)B * tokens * width;
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x) {
     const int e = i % width, token = i / width % tokens - prefix, picture = i / width / tokens;
     const int y = token / (W / P) * P + e / (P * C), x = token % (W / P) * P + e / C % P;
-    patches[i] = token < 0 ? 0.f : images[(((size_t)picture * H + y) * W + x) * C + e % C];
+    store1(patches, i, token < 0 ? 0.f : images[(((size_t)picture * H + y) * W + x) * C + e % C]);
   }
 }
 
@@ -396,13 +455,13 @@ extern "C" __global__ void crop_flip(const unsigned char* __restrict__ images, c
 constexpr int TILES = (TOKENS + 3) / 4, PADDED = 4 * TILES, ROW = HEAD + 4, KEYS = PADDED + 4, HQUADS = HEAD / 4;
 
 // Reads slice `which` (0: q, 1: k, 2: v) of a head into rows of shared memory; rows beyond the last token are zero.
-__device__ __forceinline__ void load_head(const float* __restrict__ x, const float* __restrict__ bias, float scale,
+__device__ __forceinline__ void load_head(const real* __restrict__ x, const float* __restrict__ bias, float scale,
                                           int stride, float* rows) {
   for (int i = threadIdx.x; i < PADDED * HQUADS; i += blockDim.x) {
     const int n = i / HQUADS, q = i % HQUADS;
     float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
     if (n < TOKENS) {
-      v = *reinterpret_cast<const float4*>(x + (size_t)n * stride + 4 * q);
+      v = load4(x + (size_t)n * stride, q);
       if (bias) v = v + load4(bias, q);
       v = scale * v;
     }
@@ -437,7 +496,7 @@ __device__ __forceinline__ void rows_times_rows(const float* a, const float* b, 
 }
 
 // out[i][d] = scale sum_j s[i][j] b[j][d], to global rows of `stride`.
-__device__ __forceinline__ void scores_times_rows(const float* s, const float* b, float scale, float* __restrict__ out,
+__device__ __forceinline__ void scores_times_rows(const float* s, const float* b, float scale, real* __restrict__ out,
                                                   int stride) {
   for (int t = threadIdx.x; t < TILES * HQUADS; t += blockDim.x) {
     const int i0 = t / HQUADS, d = 4 * (t % HQUADS);
@@ -456,13 +515,13 @@ __device__ __forceinline__ void scores_times_rows(const float* s, const float* b
 #pragma unroll
     for (int r = 0; r < 4; ++r)
       if (i0 + r * TILES < TOKENS)
-        *reinterpret_cast<float4*>(out + (size_t)(i0 + r * TILES) * stride + d) = scale * sum[r];
+        store4(out + (size_t)(i0 + r * TILES) * stride, d / 4, scale * sum[r]);
   }
 }
 
 // out[j][d] = scale sum_i s[i][j] a[i][d], to global rows of `stride`.
 __device__ __forceinline__ void scores_transposed_times_rows(const float* s, const float* a, float scale,
-                                                             float* __restrict__ out, int stride) {
+                                                             real* __restrict__ out, int stride) {
   for (int t = threadIdx.x; t < TILES * HQUADS; t += blockDim.x) {
     const int j0 = 4 * (t / HQUADS), d = 4 * (t % HQUADS);
     float4 sum[4] = {};
@@ -476,7 +535,7 @@ __device__ __forceinline__ void scores_transposed_times_rows(const float* s, con
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r)
-      if (j0 + r < TOKENS) *reinterpret_cast<float4*>(out + (size_t)(j0 + r) * stride + d) = scale * sum[r];
+      if (j0 + r < TOKENS) store4(out + (size_t)(j0 + r) * stride, d / 4, scale * sum[r]);
   }
 }
 
@@ -498,12 +557,12 @@ __device__ __forceinline__ void softmax_rows(float* s) {
   }
 }
 
-extern "C" __global__ void attention_forward(const float* __restrict__ qkv, const float* __restrict__ bias,
-                                             const float* __restrict__ path, float* __restrict__ y, int heads) {
+extern "C" __global__ void attention_forward(const real* __restrict__ qkv, const float* __restrict__ bias,
+                                             const float* __restrict__ path, real* __restrict__ y, int heads) {
   extern __shared__ float shared[];
   float *q = shared, *k = q + PADDED * ROW, *v = k + PADDED * ROW, *s = v + PADDED * ROW;
   const int picture = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD;
-  const float* x = qkv + (size_t)picture * TOKENS * 3 * D + head * HEAD;
+  const real* x = qkv + (size_t)picture * TOKENS * 3 * D + head * HEAD;
   const float* b = bias + head * HEAD;
   load_head(x, b, 1.f, 3 * D, q);
   load_head(x + D, b + D, 1.f, 3 * D, k);
@@ -518,9 +577,9 @@ extern "C" __global__ void attention_forward(const float* __restrict__ qkv, cons
 
 // Backward of the whole of it; p is made again from q and k.
 //     dv = p^T dy;   dp = dy v^T;   ds = p (dp - rowsum(dp p)) / sqrt(Dh);   dq = ds k;   dk = ds^T q     (dy <- path dy)
-extern "C" __global__ void attention_backward(const float* __restrict__ qkv, const float* __restrict__ bias,
-                                              const float* __restrict__ path, const float* __restrict__ dy,
-                                              float* __restrict__ dqkv, int heads) {
+extern "C" __global__ void attention_backward(const real* __restrict__ qkv, const float* __restrict__ bias,
+                                              const float* __restrict__ path, const real* __restrict__ dy,
+                                              real* __restrict__ dqkv, int heads) {
   extern __shared__ float shared[];
   float *q = shared, *k = q + PADDED * ROW, *v = k + PADDED * ROW, *d = v + PADDED * ROW, *p = d + PADDED * ROW,
         *ds = p + PADDED * KEYS;

@@ -23,7 +23,7 @@ from minivit.kernels.cublas import Cublas
 HERE = Path(__file__).parent
 SIGNATURE = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)', re.S)
 SHARED = re.compile(r"__shared__ (\w+) (\w+)((?:\[[^\]]+\])+);")
-DTYPES = {"float": np.float32, "int": np.int32, "unsigned char": np.uint8}
+DTYPES = {"float": np.float32, "int": np.int32, "unsigned char": np.uint8, "size_t": np.uint64}
 SCALARS = {
     "float": (np.float32, ctypes.c_float),
     "int": (np.int32, ctypes.c_int),
@@ -72,6 +72,18 @@ def build(source, suffix):
     return ctypes.CDLL(str(library))
 
 
+class CountedCublas(Cublas):
+    """Counts its products, and checks that they are of the machine's own arrays."""
+
+    def matmul(self, a, b, out, **settings):
+        self.launches["matmul"] += 1
+        super().matmul(a, b, out, **settings)
+
+    def matmul_of_addresses(self, *arguments, **settings):
+        self.launches["matmul_of_addresses"] += 1
+        super().matmul_of_addresses(*arguments, **settings)
+
+
 class Emulator:
     """Stands for a GPU: see `minivit.kernels.cuda.Machine`. ``launches`` counts kernels and products by name."""
 
@@ -80,9 +92,14 @@ class Emulator:
     def __init__(self, source=None):
         self.precision, self.source = "float32", source or cuda.SOURCE.read_text()
         self.launches, self._modules = Counter(), {}
-        build((HERE / "cublas.c").read_text(), "c")
         library = build((HERE / "cublas.c").read_text(), "c")._name
-        self._blas = Cublas(library, lambda array: array.ctypes.data, workspace=np.empty(64, np.uint8))
+        self._blas = CountedCublas(library, self.address, workspace=np.empty(64, np.uint8))
+        self._blas.launches = self.launches
+
+    @staticmethod
+    def address(array):
+        """Where an array begins."""
+        return array.ctypes.data
 
     def _module(self, sizes):
         if sizes not in self._modules:
@@ -125,7 +142,9 @@ class Emulator:
                 if value is None:
                     kept.append(ctypes.c_void_p(0))
                 else:
-                    expected = DTYPES[kind.removeprefix("const ").removesuffix("*").strip()]
+                    expected = ({"real": np.uint16 if "BF16" in dict(sizes) else np.float32} | DTYPES)[
+                        kind.removeprefix("const ").removesuffix("*").strip()
+                    ]
                     assert isinstance(value, np.ndarray) and value.flags.c_contiguous, f"{where} is not contiguous"
                     assert value.dtype == expected, f"{where} is {value.dtype}"
                     kept.append(ctypes.c_void_p(value.ctypes.data))
@@ -138,8 +157,6 @@ class Emulator:
         g, b = ((ctypes.c_uint * 3)(*(*extent, 1, 1)[:3]) for extent in (grid, block))
         getattr(library, f"launch_{name}")(g, b, ctypes.c_size_t(shared), pointers)
 
-    def matmul(self, a, b, out, *, alpha=1.0, add=False):
-        """A product through the library that stands for cuBLAS."""
-        assert a.dtype == b.dtype == out.dtype == np.float32
-        self.launches["matmul"] += 1
-        self._blas.matmul(a, b, out, alpha=alpha, add=add, compute=self.precision)
+    def blas(self):
+        """The library that stands for cuBLAS."""
+        return self._blas

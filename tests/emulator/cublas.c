@@ -1,37 +1,62 @@
-/* cuBLAS on the CPU, float32 only: checks the order of the arguments, the leading dimensions and the batch steps. */
+/* cuBLAS on the CPU, float32 and bfloat16: checks the order of the arguments, the leading dimensions and the batch steps. */
 #include <stddef.h>
 
 enum { OK = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
 
-static void product(int ta, int tb, int m, int n, int k, float alpha, const float *A, int lda, const float *B, int ldb,
-                    float beta, float *C, int ldc) {
+static float get(const void *p, int type, size_t i) {
+  if (type == 0) return ((const float *)p)[i];
+  union { unsigned u; float f; } v = {(unsigned)((const unsigned short *)p)[i] << 16};
+  return v.f;
+}
+
+static void set(void *p, int type, size_t i, float x) {
+  union { float f; unsigned u; } v = {x};
+  if (type == 0) ((float *)p)[i] = x;
+  else ((unsigned short *)p)[i] = (v.u + 0x7FFF + (v.u >> 16 & 1)) >> 16;
+}
+
+static int product(int ta, int tb, int m, int n, int k, float alpha, const void *A, int At, int lda, const void *B,
+                   int Bt, int ldb, float beta, void *C, int Ct, int ldc, int compute, int algorithm) {
+  if (At != Bt || (At != 0 && At != 14) || (Ct != 0 && Ct != 14) || (At == 0 && Ct != 0)) return NOT_SUPPORTED;
+  if ((compute != 68 && !(compute == 77 && At == 0)) || algorithm != -1) return NOT_SUPPORTED;
+  if (lda < (ta ? k : m) || ldb < (tb ? n : k) || ldc < m || m < 1 || n < 1 || k < 1) return INVALID_VALUE;
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < m; ++i) {
       double sum = 0;
-      for (int p = 0; p < k; ++p) sum += (double)A[ta ? p + (size_t)i * lda : i + (size_t)p * lda] * B[tb ? j + (size_t)p * ldb : p + (size_t)j * ldb];
-      float *c = &C[i + (size_t)j * ldc];
-      *c = (float)(alpha * sum) + (beta != 0 ? beta * *c : 0);
+      for (int p = 0; p < k; ++p)
+        sum += (double)get(A, At, ta ? p + (size_t)i * lda : i + (size_t)p * lda) * get(B, Bt, tb ? j + (size_t)p * ldb : p + (size_t)j * ldb);
+      const size_t c = i + (size_t)j * ldc;
+      set(C, Ct, c, (float)(alpha * sum) + (beta != 0 ? beta * get(C, Ct, c) : 0));
     }
+  return OK;
 }
 
 int cublasCreate_v2(void **handle) { return *handle = (void *)1, OK; }
 int cublasSetStream_v2(void *handle, void *stream) { return handle ? OK : 1; }
 int cublasSetWorkspace_v2(void *handle, void *memory, size_t bytes) { return handle && memory && bytes ? OK : INVALID_VALUE; }
 
-int cublasGemmStridedBatchedEx(void *handle, int ta, int tb, int m, int n, int k, const float *alpha, const float *A,
-                               int At, int lda, long long sa, const float *B, int Bt, int ldb, long long sb,
-                               const float *beta, float *C, int Ct, int ldc, long long sc, int count, int compute,
-                               int algorithm) {
-  if (!handle || At || Bt || Ct || (compute != 68 && compute != 77) || algorithm != -1) return NOT_SUPPORTED;
-  if (lda < (ta ? k : m) || ldb < (tb ? n : k) || ldc < m || m < 1 || n < 1 || k < 1) return INVALID_VALUE;
-  for (int i = 0; i < count; ++i)
-    product(ta, tb, m, n, k, *alpha, A + i * sa, lda, B + i * sb, ldb, *beta, C + i * sc, ldc);
-  return OK;
+int cublasGemmEx(void *handle, int ta, int tb, int m, int n, int k, const float *alpha, const void *A, int At, int lda,
+                 const void *B, int Bt, int ldb, const float *beta, void *C, int Ct, int ldc, int compute,
+                 int algorithm) {
+  return product(ta, tb, m, n, k, *alpha, A, At, lda, B, Bt, ldb, *beta, C, Ct, ldc, compute, algorithm);
 }
 
-int cublasGemmEx(void *handle, int ta, int tb, int m, int n, int k, const float *alpha, const float *A, int At, int lda,
-                 const float *B, int Bt, int ldb, const float *beta, float *C, int Ct, int ldc, int compute,
-                 int algorithm) {
-  return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, A, At, lda, 0, B, Bt, ldb, 0, beta, C, Ct, ldc, 0,
-                                    1, compute, algorithm);
+int cublasGemmStridedBatchedEx(void *handle, int ta, int tb, int m, int n, int k, const float *alpha, const char *A,
+                               int At, int lda, long long sa, const char *B, int Bt, int ldb, long long sb,
+                               const float *beta, char *C, int Ct, int ldc, long long sc, int count, int compute,
+                               int algorithm) {
+  int status = OK;
+  for (int i = 0; i < count && !status; ++i)
+    status = product(ta, tb, m, n, k, *alpha, A + i * sa * (At ? 2 : 4), At, lda, B + i * sb * (Bt ? 2 : 4), Bt, ldb,
+                     *beta, C + i * sc * (Ct ? 2 : 4), Ct, ldc, compute, algorithm);
+  return status;
+}
+
+int cublasGemmBatchedEx(void *handle, int ta, int tb, int m, int n, int k, const float *alpha, const void *const *A,
+                        int At, int lda, const void *const *B, int Bt, int ldb, const float *beta, void *const *C,
+                        int Ct, int ldc, int count, int compute, int algorithm) {
+  int status = OK;
+  for (int i = 0; i < count && !status; ++i)
+    status = product(ta, tb, m, n, k, *alpha, A[i], At, lda, B[i], Bt, ldb, *beta, C[i], Ct, ldc, compute, algorithm);
+  return status;
 }

@@ -23,6 +23,10 @@ using std::erfc;
 struct uint3 { unsigned x, y, z; };
 struct alignas(16) float4 { float x, y, z, w; };
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct uint2 { unsigned x, y; };
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static inline unsigned __float_as_uint(float v) { unsigned u; memcpy(&u, &v, 4); return u; }
+static inline float __uint_as_float(unsigned u) { float v; memcpy(&v, &u, 4); return v; }
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
