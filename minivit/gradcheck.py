@@ -22,8 +22,8 @@ and ``error <= rtol`` is that verdict exactly. Everything is float64: in float32
 
 The steps are meant for numbers of order 1. An entry beyond 100 moves by a step |x_i| / 100 times as long: x_i + h is
 rounded to a multiple of eps |x_i|, and at 1e8 a step of 6e-6 would be wrong in its third digit, as would be y. That is
-right for functions that vary over lengths like |x|, and wrong for the others, such as sin at 1e8: of these a difference
-says little at any step, since x itself is known to eps |x| only; the complex step has neither trouble.
+right for functions that vary over lengths like |x|. For the others, such as sin at 1e8, a difference says little at any
+step, since x itself is known to eps |x| only: check these by the complex step, which has neither trouble.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Result:
 
     argument: str
     method: str
-    step: float
+    step: float  # of entries that are not large; see the top of this file
     max_relative_error: float
     analytic: float  # the two values where the error is largest
     numerical: float
@@ -182,7 +182,7 @@ def _value_and_cache(forward, args):
     if not np.isfinite(y).all():
         raise ValueError("the forward returned a value that is not finite; gradients can only be checked where it is")
     again, _ = _pair(forward(*_copies(args)))
-    if np.shape(again) != np.shape(y) or np.abs(again - y).max() > 1e-9 * np.abs(y).max():
+    if np.shape(again) != np.shape(y) or not np.abs(again - y).max() <= 1e-9 * np.abs(y).max():
         raise ValueError(
             "the forward returned different numbers for the same arguments: it must not draw fresh random ones "
             "(make a Generator of the same seed at each call) or remember the last call"
@@ -501,18 +501,19 @@ def hessian_vector_product(forward, backward, args, direction, *, dy=1.0):
             H v = Im g(x + i h v) / h with h = 1e-30 / max |v|
     Shapes  direction: a list like ``args`` of arrays v, None for what does not move; dy like y, or one number for all
             ->  a list like ``args``: H v of each float argument, None for the others
-    Raises  TypeError: args or direction is no list.
-            ValueError: a direction of another count or shape; forward or backward is not analytic; as `check`.
+    Raises  TypeError, ValueError: as `check`.
+            ValueError: no direction, or one of another count or shape; forward or backward is not analytic.
     A forward that draws random numbers must draw the same at each call.
     """
     args, names, moving = _arguments(args)
-    if not isinstance(direction, (list, tuple)) or len(direction) != len(args):
-        raise ValueError(f"direction must be a list like args, of {len(args)} arrays or None")
-    for name, a, v in zip(names, args, direction, strict=True):
-        if v is not None and np.shape(v) != np.shape(a):
-            raise ValueError(f"the direction of {name} has shape {np.shape(v)}, {name} has {np.shape(a)}")
+    if not isinstance(direction, (list, tuple)) or len(direction) != len(args) or all(v is None for v in direction):
+        raise ValueError(f"direction must be a list like args, of {len(args)} arrays, or None for what does not move")
+    for i, v in enumerate(direction):
+        if v is not None and (i not in moving or np.shape(v) != args[i].shape):
+            of = f"has {args[i].shape}" if i in moving else "is no float array and cannot move"
+            raise ValueError(f"the direction of {names[i]} has shape {np.shape(v)}, {names[i]} {of}")
     # a step relative to the vector keeps h^2 v^2 out of sight at any length
-    longest = max((float(np.abs(v).max()) for v in direction if v is not None), default=0.0) or 1.0
+    longest = max(float(np.abs(v).max()) for v in direction if v is not None) or 1.0
     h = METHODS["complex"].step / longest
     moved = [a if v is None else a + 1j * h * np.asarray(v, float) for a, v in zip(args, direction, strict=True)]
     y, cache = _pair(forward(*_copies(moved)))
@@ -554,16 +555,17 @@ def symmetry_error(forward, backward, args, *, seed=0):
 def hessian_error(forward, backward, args, *, seed=0):
     """How far `hessian_vector_product` is from central differences of the backward's gradient g.
 
-    Math    D = (g(x + h v) - g(x - h v)) / 2h along a random v of length 1: |H v - D| / (|H v| + |g|)
+    Math    D = (g(x + h v) - g(x - h v)) / 2h along a random v of length 1, longer where x is large, as in `check`:
+            |H v - D| / (|H v| + |g|)
     All float arguments are moved together. It shows that the backward is analytic, not that it is right.
     Raises  TypeError, ValueError: as `check` and `hessian_vector_product`.
     """
-    args, names, moving = _arguments(args)
+    args, names, _ = _arguments(args)
     rng = np.random.default_rng([seed, COTANGENT_STREAM])
     dy = rng.standard_normal(np.shape(_value_and_cache(forward, args)[0]))
     v = _random_tangents(rng, args)
     length = np.linalg.norm(_joined(v))
-    v = [None if part is None else part / length for part in v]
+    v = [None if part is None else part / length * _scale(a) for a, part in zip(args, v, strict=True)]
 
     def gradient(multiple):
         moved = [a if part is None else a + multiple * h * part for a, part in zip(args, v, strict=True)]
@@ -621,10 +623,8 @@ class Knee(NamedTuple):
 
     step: float
     error: float
-    predicted_step: (
-        float  # (eps noise)^(1 / (order + 1)): there truncation h^order and rounding eps noise / h are equal
-    )
-    predicted_error: float  # each of the two; the step is infinite and the error 0 if there is no truncation
+    predicted_step: float  # (eps noise)^(1 / (order + 1)), where truncation h^order is rounding eps noise / h
+    predicted_error: float  # each of the two there; the step is infinite and the error 0 if there is no truncation
     slope: float  # of log(error) against log(step) on the truncation side, nan if there are too few points
 
 

@@ -141,6 +141,7 @@ FRESH, COUNT = np.random.default_rng(), itertools.count()
         (cube_forward, cube_backward, [X[:0]], {"elementwise": True}, ValueError, "x0 is empty"),
         (lambda x: (x[:0], x), cube_backward, [X], {}, ValueError, r"an empty y, of shape \(0, 4\)"),
         (lambda x: (x * FRESH.random(4), x), cube_backward, [X], {}, ValueError, "different numbers .* fresh random"),
+        (lambda x: (x / (1 - next(COUNT)), x), cube_backward, [X], {}, ValueError, "different numbers"),
         (lambda x: (x[: 1 + next(COUNT) % 2], x), cube_backward, [X], {}, ValueError, "different numbers"),
         (cube_forward, lambda dy, x: np.full((3, 4), "a"), [X], {}, TypeError, "dx0 must be an array of numbers"),
         (
@@ -436,6 +437,10 @@ def test_second_derivatives_of_the_readers_own_layer():
         gradcheck.hessian_vector_product(forward, backward, args, [v])
     with pytest.raises(ValueError, match=r"direction of x0 has shape \(4, 4\), x0 has \(3, 4\)"):
         gradcheck.hessian_vector_product(forward, backward, args, [V, None, None])
+    with pytest.raises(ValueError, match="x1 is no float array and cannot move"):
+        gradcheck.hessian_vector_product(forward, backward, args, [v, np.arange(3), None])
+    with pytest.raises(ValueError, match="a list like args"):
+        gradcheck.hessian_vector_product(forward, backward, args, [None, None, None])
 
 
 def test_differences_of_the_gradient_converge_to_the_hessian_vector_product():
@@ -461,6 +466,7 @@ def test_the_hessian_is_off_where_the_backward_is_not_analytic():
 
     assert gradcheck.hessian_error(cube_forward, cube_backward, [X]) < 1e-9
     assert gradcheck.hessian_error(cube_forward, backward, [X]) > 1e-3
+    assert gradcheck.hessian_error(cube_forward, cube_backward, [1e8 * X]) < 1e-9
 
 
 def test_symmetry_says_nothing_of_elementwise_functions():
