@@ -134,6 +134,8 @@ def expose(mistake, seed):
             findings.append(f"{what} fails: {str(error).splitlines()[0]}")
 
     def gradients(name):
+        if name in MODELS and all(r.passed for r in results_of(name, "complex", seed, elementwise=False)):
+            return  # a model has thousands of elements, and a random direction sees a mistake in any
         for r in results_of(name, "complex", seed):
             if not r.passed:
                 yield f"{name} d{r.argument}: analytic {r.analytic:.6g}, complex step {r.numerical:.6g}; {r.diagnosis}"
