@@ -19,12 +19,19 @@ The verdict on an analytic value a against a numerical one n is |a - n| <= atol 
     error = |a - n| / (atol / rtol + max(|a|, |n|)),   a relative error that stays finite where the gradient is 0,
 
 and ``error <= rtol`` is that verdict exactly. Everything is float64: in float32 rounding alone makes errors of 1e-3.
+
+The steps are meant for numbers of order 1. An entry beyond 100 moves by a step |x_i| / 100 times as long: x_i + h is
+rounded to a multiple of eps |x_i|, and at 1e8 a step of 6e-6 would be wrong in its third digit, as would be y. That is
+right for functions that vary over lengths like |x|. For the others, such as sin at 1e8, a difference says little at any
+step, since x itself is known to eps |x| only: check these by the complex step, which has neither trouble.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +54,8 @@ METHODS = {  # the steps are near the best ones for numbers of order 1; the tole
 }
 
 
+LARGE = 100.0  # entries beyond this move by longer steps
+
 COTANGENT_STREAM = 0x6479  # separates this module's random numbers from those of a caller with the same seed
 
 
@@ -56,7 +65,7 @@ class Result:
 
     argument: str
     method: str
-    step: float
+    step: float  # of entries that are not large; see the top of this file
     max_relative_error: float
     analytic: float  # the two values where the error is largest
     numerical: float
@@ -80,9 +89,10 @@ def numerical_derivative(forward, args, index, direction, dy, method, step=None)
     """Derivative of L = sum(dy * y) with respect to argument ``index`` along a direction.
 
     Shapes  direction like args[index], dy like y  ->  a float
+    Raises  ValueError: unknown method; the complex step of a forward that is not analytic.
     The outputs are subtracted entry by entry before they are summed: subtracting two large sums would lose digits.
     """
-    h = METHODS[method].step if step is None else step
+    h = _method(method).step if step is None else step
 
     def y(multiple):
         moved = _copies(args)  # a forward that works in place must not spoil the next one
@@ -92,14 +102,7 @@ def numerical_derivative(forward, args, index, direction, dy, method, step=None)
     if method == "complex":
         args = [a.astype(complex) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args]
         moved = y(1j)
-        if not np.iscomplexobj(moved):
-            raise ValueError(
-                "the forward gave real numbers for a complex argument: it is not analytic (abs, norm, a cast to float, "
-                "an array made as float?); use another method than the complex step"
-            )
-        return float((dy * moved.imag).sum() / h)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+        return float((dy * _analytic("forward", moved).imag).sum() / h)
     if method == "forward":
         return float((dy * (y(1) - y(0))).sum() / h)
     if method == "central":
@@ -107,22 +110,104 @@ def numerical_derivative(forward, args, index, direction, dy, method, step=None)
     return float((dy * (8 * (y(1) - y(-1)) - (y(2) - y(-2)))).sum() / (12 * h))
 
 
+def _method(name):
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
+    return METHODS[name]
+
+
+def _analytic(what, value):
+    if not np.iscomplexobj(value):
+        raise ValueError(
+            f"the {what} gave real numbers for a complex argument: it is not analytic (abs, norm, a cast to float, "
+            "an array made as float?); use another method than the complex step"
+        )
+    return value
+
+
 def _copies(args):
     return [a.copy() if isinstance(a, np.ndarray) else a for a in args]
 
 
-def _value_and_cache(forward, args):
-    """y and cache of a forward.
+def _floats(args):
+    """The places of the arguments that are differentiated: float arrays."""
+    return [i for i, a in enumerate(args) if isinstance(a, np.ndarray) and a.dtype.kind == "f"]
 
-    Raises  TypeError: it does not return a pair.  ValueError: y is not finite.
+
+def _arguments(args, names=None):
+    """The arguments as a list, the name of each, and the places of the float arrays.
+
+    Raises  TypeError: ``args`` is no list or tuple.
+            ValueError: names of another number; no float array; an empty one, or one with a NaN.
     """
-    returned = forward(*_copies(args))
+    if not isinstance(args, (list, tuple)):
+        raise TypeError(f"args must be a list of arguments, it is {type(args).__name__}; for one argument write [x]")
+    args, names = list(args), list(names or (f"x{i}" for i in range(len(args))))
+    if len(names) != len(args):
+        raise ValueError(f"there are {len(names)} names ({', '.join(names)}) for {len(args)} arguments")
+    moving = _floats(args)
+    if not moving:
+        kinds = ", ".join(f"{n} is {getattr(a, 'dtype', type(a).__name__)}" for n, a in zip(names, args, strict=True))
+        raise ValueError(f"no argument is a float array, so there is nothing to differentiate: {kinds}")
+    for i in moving:
+        if not args[i].size:
+            raise ValueError(f"argument {names[i]} is empty, its shape {args[i].shape}: there is nothing to check")
+        if not np.isfinite(args[i]).all():
+            raise ValueError(f"argument {names[i]} holds a value that is NaN or infinite")
+    return args, names, moving
+
+
+def _numbers(what, value):
+    if np.asarray(value).dtype.kind not in "iufc":
+        raise TypeError(f"the {what} must be an array of numbers, it is {type(value).__name__}")
+    return value
+
+
+def _pair(returned):
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise TypeError(f"the forward must return (y, cache), it returned {type(returned).__name__}")
-    y, cache = returned
+    _numbers("y that the forward returns", returned[0])
+    return returned
+
+
+def _value_and_cache(forward, args):
+    """y and cache of a forward, which is called twice to see that it is a function.
+
+    Raises  TypeError: it does not return a pair, or y is no array of numbers.
+            ValueError: y is empty or not finite; the second call returned another one.
+    """
+    y, cache = _pair(forward(*_copies(args)))
+    if not np.size(y):
+        raise ValueError(f"the forward returned an empty y, of shape {np.shape(y)}: there is nothing to differentiate")
     if not np.isfinite(y).all():
         raise ValueError("the forward returned a value that is not finite; gradients can only be checked where it is")
+    again, _ = _pair(forward(*_copies(args)))
+    if np.shape(again) != np.shape(y) or not np.abs(again - y).max() <= 1e-9 * np.abs(y).max():
+        raise ValueError(
+            "the forward returned different numbers for the same arguments: it must not draw fresh random ones "
+            "(make a Generator of the same seed at each call) or remember the last call"
+        )
     return y, cache
+
+
+def _gradients(backward, dy, cache, args, names):
+    """{place: gradient} of the float arguments.
+
+    Raises  TypeError: one is no array of numbers.  ValueError: gradients of the wrong count or shape.
+    """
+    gradients, moving = backward(dy.copy(), cache), _floats(args)
+    gradients = list(gradients) if isinstance(gradients, (tuple, list)) else [gradients]
+    if len(gradients) < len(moving):
+        raise ValueError(f"the backward returned {len(gradients)} gradients for {len(moving)} arguments")
+    gradients = {i: gradients[i] if i < len(gradients) else None for i in moving}
+    for i, gradient in gradients.items():
+        shape = None if gradient is None else np.shape(gradient)
+        if shape != args[i].shape:
+            raise ValueError(
+                f"d{names[i]} has shape {shape}, {names[i]} has {args[i].shape}{_unsummed(shape, args[i])}"
+            )
+        _numbers(f"gradient d{names[i]}", gradient)
+    return gradients
 
 
 def check(forward, backward, args, *, names=None, method="central", elementwise=False, seed=0):
@@ -134,22 +219,14 @@ def check(forward, backward, args, *, names=None, method="central", elementwise=
     looked at. Element by element, a wrong gradient comes with a diagnosis.
 
     Shapes  args: float arrays of any shape  ->  a list of `Result`, one per float argument
-    Raises  TypeError: the forward returns no (y, cache).
-            ValueError: unknown method; no float argument; an argument or y is not finite; gradients of the wrong count
-            or shape.
+    Raises  TypeError: args is no list; the forward returns no (y, cache), or a y that is no array of numbers.
+            ValueError: unknown method; no float argument; names of another number; an argument or y is empty or not
+            finite; a forward that returns different numbers at two calls; gradients of the wrong count or shape.
     Warns   if an argument is not float64 (it is converted), or y is not (it cannot be checked well).
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    args = list(args)
-    names = names or [f"x{i}" for i in range(len(args))]
-    checked = [i for i, a in enumerate(args) if isinstance(a, np.ndarray) and a.dtype.kind == "f"]
-    if not checked:
-        kinds = ", ".join(f"{n} is {getattr(a, 'dtype', type(a).__name__)}" for n, a in zip(names, args, strict=True))
-        raise ValueError(f"no argument is a float array, so there is nothing to differentiate: {kinds}")
-    for i in checked:
-        if not np.isfinite(args[i]).all():
-            raise ValueError(f"argument {names[i]} holds a value that is NaN or infinite")
+    _method(method)
+    args, names, moving = _arguments(args, names)
+    for i in moving:
         if args[i].dtype != np.float64:
             warnings.warn(f"{names[i]} is {args[i].dtype}; it is checked as float64", stacklevel=2)
             args[i] = args[i].astype(np.float64)
@@ -162,25 +239,27 @@ def check(forward, backward, args, *, names=None, method="central", elementwise=
             stacklevel=2,
         )
     dy = rng.standard_normal(np.shape(y))
-    y = np.array(y)  # before a backward that works in place
-    gradients = backward(dy.copy(), cache)
-    gradients = list(gradients) if isinstance(gradients, (tuple, list)) else [gradients]
-    if len(gradients) < len(checked):
-        raise ValueError(f"the backward returned {len(gradients)} gradients for {len(checked)} arguments")
-    sizes = {f"axis {axis} of {names[i]}": n for i in checked for axis, n in enumerate(args[i].shape)}
-    results = []
-    for i in checked:
-        gradient = gradients[i] if i < len(gradients) else None
-        shape = getattr(gradient, "shape", None) if gradient is None else np.shape(gradient)
-        if shape != args[i].shape:
-            raise ValueError(
-                f"d{names[i]} has shape {shape}, {names[i]} has {args[i].shape}{_unsummed(shape, args[i])}"
-            )
-        noise = float(np.abs(dy * y).sum())
-        results.append(
-            _check_argument(forward, args, i, names[i], gradient, dy, method, elementwise, rng, sizes, noise)
-        )
-    return results
+    terms = float(np.abs(dy * y).sum())  # before a backward that works in place
+    gradients = _gradients(backward, dy, cache, args, names)
+    sizes = _sizes({names[i]: args[i].shape for i in moving})
+    return [
+        _check_argument(forward, args, i, names[i], gradients[i], dy, method, elementwise, rng, sizes, terms)
+        for i in moving
+    ]
+
+
+def _sizes(shapes):
+    """{words: lengths of axes} of named shapes: each axis, and the products of several axes of one argument."""
+    axes, products = {}, {}
+    for name, shape in shapes.items():
+        axes |= {f"the length of axis {axis} of {name}": (n,) for axis, n in enumerate(shape)}
+        long = [axis for axis, n in enumerate(shape) if n > 1]
+        for count in range(2, len(long) + 1):
+            for chosen in combinations(long, count):
+                some = f"that of axes {', '.join(map(str, chosen))} of {name}"
+                words = some if count < len(long) else f"the size of {name}"
+                products[words] = tuple(shape[axis] for axis in chosen)
+    return axes | products
 
 
 def _unsummed(shape, x):
@@ -191,39 +270,47 @@ def _unsummed(shape, x):
     return ""
 
 
+def _scale(x):
+    """How much longer the step of each entry is than a method's own: see the top of this file."""
+    return np.maximum(1.0, np.abs(x) / LARGE)
+
+
 def _check_argument(forward, args, i, name, gradient, dy, method, elementwise, rng, sizes, terms):
-    shape = args[i].shape
+    shape, scale = args[i].shape, _scale(args[i])
     if elementwise:
         elements = list(np.ndindex(shape))
         analytic = np.asarray(gradient, dtype=np.float64).reshape(-1)
         numerical = np.empty(len(elements))
         for j, element in enumerate(elements):
             direction = np.zeros(shape)
-            direction[element] = 1.0
-            numerical[j] = numerical_derivative(forward, args, i, direction, dy, method)
+            direction[element] = scale[element]
+            numerical[j] = numerical_derivative(forward, args, i, direction, dy, method) / scale[element]
+        terms = terms / scale.reshape(-1)
     else:
         direction = rng.standard_normal(shape)
         direction /= np.linalg.norm(direction)
+        direction *= scale
         elements = [None]
         analytic = np.array([(gradient * direction).sum()])
         numerical = np.array([numerical_derivative(forward, args, i, direction, dy, method)])
-    shape = shape if elementwise else None
-    return compare(name, analytic, numerical, method, elements, _rms(gradient), shape=shape, sizes=sizes, terms=terms)
+    shape, size = shape if elementwise else None, _rms(gradient * scale)
+    return compare(name, analytic, numerical, method, elements, size, shape=shape, sizes=sizes, terms=terms)
 
 
 def _rms(gradient):
-    return float(np.linalg.norm(gradient) / max(gradient.size, 1) ** 0.5)
+    return float(np.linalg.norm(gradient) / gradient.size**0.5)
 
 
 def compare(name, analytic, numerical, method, elements, size, *, shape=None, sizes=None, terms=0.0):
     """The `Result` of analytic against numerical values, (n,) each, at the given elements.
 
     ``size`` is the root mean square of the whole gradient. With ``shape``, that of the whole gradient, a wrong one is
-    diagnosed; ``sizes`` names the lengths of axes; ``terms`` is sum |dy y|, the size of what is subtracted.
+    diagnosed; ``sizes`` names lengths of axes, as in `diagnose`; ``terms`` is sum |dy y|, the size of what is
+    subtracted, over how much longer the step was: a number, or (n,).
     """
     step, rtol, atol, _ = METHODS[method]
     if method != "complex":  # no difference is more exact than the rounding of the sum that it subtracts
-        atol = max(atol, float(np.finfo(np.float64).eps) * terms / step)
+        atol = np.maximum(atol, np.finfo(np.float64).eps * terms / step)
     error = np.abs(analytic - numerical) / (atol / rtol + np.maximum(np.abs(analytic), np.abs(numerical)))
     error[~np.isfinite(error)] = np.inf  # a NaN must not pass for small
     worst = int(error.argmax())
@@ -257,25 +344,34 @@ def _diagnose_factor(factor, sizes):
         return f"right to {-np.log10(abs(factor - 1) + 1e-16):.0f} digits: rounding, the step, or a rounded constant"
     large, small = "large: a sum where a mean belongs", "small: a mean where a sum belongs, or a division made twice"
     for value, words in ((factor, large), (1 / factor, small)):
-        found = {}  # every length that explains the factor: more than one may
-        for place, n in sizes.items():
-            for power, shown in ((1, f"{n}"), (0.5, f"sqrt({n})")):
-                if n > 1 and abs(value - n**power) < 1e-3 * n**power:
-                    found.setdefault((shown, n), place)
-        if found:
-            first = next(iter(found))[0]
-            reasons = ", or ".join(
-                f"{n} is the length of {place}" if shown == first else f"it is {shown}, {n} the length of {place}"
-                for (shown, n), place in found.items()
-            )
-            return f"{first} times too {words}; {reasons}"
+
+        def near(n, value=value):
+            return abs(value - n) < 1e-3 * n
+
+        # everything that explains the factor, the plainest first: {what it is: why}
+        reasons = {}
+        for words_of, lengths in sizes.items():
+            n, product = math.prod(lengths), " * ".join(map(str, lengths))
+            if n > 1 and near(n):
+                reasons.setdefault((n, product), f"{n if len(lengths) == 1 else f'{n} = {product}'} is {words_of}")
+        if near(2):
+            words = words if reasons else words.partition(":")[0]
+            reasons[2, ""] = "it may be a plain factor 2, as in the derivative of a square"
+        for words_of, lengths in sizes.items():
+            n, *others = lengths
+            if n > 1 and not others and near(n**0.5):
+                reasons.setdefault((f"sqrt({n})", ""), f"it is sqrt({n}), {n} {words_of}")
+        if reasons:
+            first, _ = next(iter(reasons))
+            return f"{first} times too {words}; {', or '.join(reasons.values())}"
     return f"everywhere {factor:.6g} times the true value: a constant factor"
 
 
 def diagnose(analytic, numerical, wrong, sizes):
     """What kind of mistake the pattern of a wrong gradient suggests, in words.
 
-    Shapes  analytic, numerical, wrong (bool): all like the argument; sizes: {words: length of an axis}
+    Shapes  analytic, numerical, wrong (bool): all like the argument
+    ``sizes`` names what a factor may come from: {words: lengths of axes}, several lengths if they are multiplied.
     """
 
     def alike(a, b):
@@ -337,37 +433,37 @@ def check_model(model_of, images, labels, flat, *, method="central", elementwise
     gradient, grads = model.gradient_buffer()
     dimages = model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads, need_dimages=True)
     rng = np.random.default_rng([seed, COTANGENT_STREAM])
-    one = np.ones(())
+    one, scale = np.ones(()), _scale(flat)
+    B, N = len(images), model.config.num_tokens
     sizes = {
-        "the batch": len(images),
-        "the tokens": model.config.num_tokens,
-        "a head": model.config.width // model.config.num_heads,
+        "the batch size": (B,),
+        "the number of tokens": (N,),
+        "the width of a head": (model.config.width // model.config.num_heads,),
+        "that of the tokens of the batch": (B, N),
     }
     results, start = [], 0
     for spec in model.table:
         part = np.s_[start : start + spec.size]
         start += spec.size
-        direction = np.zeros_like(flat)
+        direction, terms = np.zeros_like(flat), abs(float(loss))
         if elementwise:
             elements, numerical = list(np.ndindex(spec.shape)), np.empty(spec.size)
             for j in range(spec.size):
-                direction[part.start + j] = 1.0
-                numerical[j] = numerical_derivative(forward, [flat, images], 0, direction, one, method)
-                direction[part.start + j] = 0.0
-            analytic = gradient[part]
+                place = part.start + j
+                direction[place] = scale[place]
+                moved = numerical_derivative(forward, [flat, images], 0, direction, one, method)
+                numerical[j], direction[place] = moved / scale[place], 0.0
+            analytic, terms = gradient[part], terms / scale[part]
         else:
             unit = rng.standard_normal(spec.size)
-            direction[part] = unit / np.linalg.norm(unit)
+            direction[part] = unit / np.linalg.norm(unit) * scale[part]
             elements = [None]
             analytic = np.array([gradient @ direction])
             numerical = np.array([numerical_derivative(forward, [flat, images], 0, direction, one, method)])
-        shape = spec.shape if elementwise else None
-        size = _rms(gradient[part])
+        shape, size = spec.shape if elementwise else None, _rms(gradient[part] * scale[part])
         results.append(
-            compare(
-                spec.name, analytic, numerical, method, elements, size, shape=shape, sizes=sizes, terms=abs(float(loss))
-            )
-        )  # fmt: skip
+            compare(spec.name, analytic, numerical, method, elements, size, shape=shape, sizes=sizes, terms=terms)
+        )
     args = [flat, images]
     terms = abs(float(loss))
     results.append(_check_argument(forward, args, 1, "images", dimages, one, method, elementwise, rng, sizes, terms))
@@ -381,45 +477,104 @@ def adjoint_error(forward, backward, jvp, args, *, seed=0):
             a few 1e-16 where both are right
     ``jvp(*tangents, cache) -> ydot`` takes a tangent for each argument of ``forward``, None where the argument is no
     float array.
+    Raises  TypeError, ValueError: as `check`; and if ydot has not y's shape, or is zero (0 = 0 would show nothing).
     """
+    args, names, _ = _arguments(args)
     rng = np.random.default_rng([seed, COTANGENT_STREAM])
-    y, cache = forward(*args)
-    tangents = [
-        rng.standard_normal(a.shape) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else None for a in args
-    ]
+    y, cache = _value_and_cache(forward, args)
+    tangents = _random_tangents(rng, args)
     u = rng.standard_normal(np.shape(y))
-    ydot = jvp(*tangents, cache)
-    gradients = backward(u.copy(), cache)
-    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-    transposed = sum((v * g).sum() for v, g in zip(tangents, gradients, strict=False) if v is not None)
+    ydot = _numbers("ydot that the jvp returns", jvp(*tangents, cache))
+    if np.shape(ydot) != np.shape(y):
+        raise ValueError(f"the jvp returned shape {np.shape(ydot)}, y has {np.shape(y)}")
+    if not np.any(ydot):
+        raise ValueError("the jvp returned zero everywhere: the adjoint test would compare nothing with nothing")
+    gradients = _gradients(backward, u, cache, args, names)
+    transposed = sum((tangents[i] * gradient).sum() for i, gradient in gradients.items())
     return float(abs((ydot * u).sum() - transposed) / (np.linalg.norm(ydot) * np.linalg.norm(u)))
+
+
+def hessian_vector_product(forward, backward, args, direction, *, dy=1.0):
+    """H v for the Hessian H of L = sum(dy * y), by the complex step through the backward: exact to rounding.
+
+    Math    the backward's gradient g is a chain of analytic operations: g(x + i h v) = g(x) + i h H v - h^2 (...), so
+            H v = Im g(x + i h v) / h with h = 1e-30 / max |v|
+    Shapes  direction: a list like ``args`` of arrays v, None for what does not move; dy like y, or one number for all
+            ->  a list like ``args``: H v of each float argument, None for the others
+    Raises  TypeError, ValueError: as `check`.
+            ValueError: no direction, or one of another count or shape; forward or backward is not analytic.
+    A forward that draws random numbers must draw the same at each call.
+    """
+    args, names, moving = _arguments(args)
+    if not isinstance(direction, (list, tuple)) or len(direction) != len(args) or all(v is None for v in direction):
+        raise ValueError(f"direction must be a list like args, of {len(args)} arrays, or None for what does not move")
+    for i, v in enumerate(direction):
+        if v is not None and (i not in moving or np.shape(v) != args[i].shape):
+            of = f"has {args[i].shape}" if i in moving else "is no float array and cannot move"
+            raise ValueError(f"the direction of {names[i]} has shape {np.shape(v)}, {names[i]} {of}")
+    # a step relative to the vector keeps h^2 v^2 out of sight at any length
+    longest = max(float(np.abs(v).max()) for v in direction if v is not None) or 1.0
+    h = METHODS["complex"].step / longest
+    moved = [a if v is None else a + 1j * h * np.asarray(v, float) for a, v in zip(args, direction, strict=True)]
+    y, cache = _pair(forward(*_copies(moved)))
+    dy = np.array(np.broadcast_to(dy, np.shape(_analytic("forward", y))), complex)
+    gradients = _gradients(backward, dy, cache, args, names)
+    return [_analytic("backward", gradients[i]).imag / h if i in moving else None for i in range(len(args))]
+
+
+def _random_tangents(rng, args):
+    moving = _floats(args)
+    return [rng.standard_normal(a.shape) if i in moving else None for i, a in enumerate(args)]
+
+
+def _joined(parts):
+    """The arrays among the parts as one vector."""
+    return np.concatenate([np.ravel(part) for part in parts if part is not None])
 
 
 def symmetry_error(forward, backward, args, *, seed=0):
     """How far the second derivatives of L = sum(dy * y), taken through the backward, are from being symmetric.
 
-    Math    H v = Im g(x + i h v) / h with g the gradient that the backward returns, h = 1e-30;
-            |u^T H v - v^T H u| / (|u| |H v| + |v| |H u|): rounding, if the backward is the gradient of anything at all
-    All float arguments are moved together; 0 where L is linear in them.
+    Math    |u^T H v - v^T H u| / (|u| |H v| + |v| |H u|) with H v from `hessian_vector_product`: rounding, if the
+            backward is the gradient of anything at all
+    All float arguments are moved together; 0 where L is linear in them. It is a necessary condition and no more: the
+    Hessian of an elementwise function is diagonal, hence symmetric, for any elementwise backward, right or wrong; so is
+    that of a constant times the true gradient.
+    Raises  TypeError, ValueError: as `check` and `hessian_vector_product`.
     """
+    args, _, _ = _arguments(args)
     rng = np.random.default_rng([seed, COTANGENT_STREAM])
-    moving = [i for i, a in enumerate(args) if isinstance(a, np.ndarray) and a.dtype.kind == "f"]
-    dy = rng.standard_normal(np.shape(forward(*args)[0]))
-    h = METHODS["complex"].step
-
-    def product(tangents):
-        moved = list(args)
-        for i, v in zip(moving, tangents, strict=True):
-            moved[i] = args[i] + 1j * h * v
-        gradients = backward(dy.astype(complex), forward(*moved)[1])
-        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-        return np.concatenate([(gradients[i].imag / h).ravel() for i in moving])
-
-    u, v = ([rng.standard_normal(args[i].shape) for i in moving] for _ in range(2))
-    Hu, Hv = product(u), product(v)
-    u, v = (np.concatenate([part.ravel() for part in parts]) for parts in (u, v))
+    dy = rng.standard_normal(np.shape(_value_and_cache(forward, args)[0]))
+    u, v = (_random_tangents(rng, args) for _ in range(2))
+    Hu, Hv = (_joined(hessian_vector_product(forward, backward, args, x, dy=dy)) for x in (u, v))
+    u, v = _joined(u), _joined(v)
     scale = np.linalg.norm(u) * np.linalg.norm(Hv) + np.linalg.norm(v) * np.linalg.norm(Hu)
     return float(abs(u @ Hv - v @ Hu) / scale) if scale else 0.0
+
+
+def hessian_error(forward, backward, args, *, seed=0):
+    """How far `hessian_vector_product` is from central differences of the backward's gradient g.
+
+    Math    D = (g(x + h v) - g(x - h v)) / 2h along a random v of length 1, longer where x is large, as in `check`:
+            |H v - D| / (|H v| + |g|)
+    All float arguments are moved together. It shows that the backward is analytic, not that it is right.
+    Raises  TypeError, ValueError: as `check` and `hessian_vector_product`.
+    """
+    args, names, _ = _arguments(args)
+    rng = np.random.default_rng([seed, COTANGENT_STREAM])
+    dy = rng.standard_normal(np.shape(_value_and_cache(forward, args)[0]))
+    v = _random_tangents(rng, args)
+    length = np.linalg.norm(_joined(v))
+    v = [None if part is None else part / length * _scale(a) for a, part in zip(args, v, strict=True)]
+
+    def gradient(multiple):
+        moved = [a if part is None else a + multiple * h * part for a, part in zip(args, v, strict=True)]
+        return _joined(_gradients(backward, dy, _pair(forward(*_copies(moved)))[1], args, names).values())
+
+    h = METHODS["central"].step
+    Hv = _joined(hessian_vector_product(forward, backward, args, v, dy=dy))
+    difference = (gradient(1) - gradient(-1)) / (2 * h)
+    return float(np.linalg.norm(Hv - difference) / (np.linalg.norm(Hv) + np.linalg.norm(gradient(0)) or 1.0))
 
 
 class Curve(NamedTuple):
@@ -428,6 +583,8 @@ class Curve(NamedTuple):
     steps: np.ndarray  # (n,)
     errors: np.ndarray  # (n,) relative to the derivative, which the complex step gives
     derivative: float
+    noise: float  # |dy * y| / |derivative|: rounding alone makes errors of about eps noise / h
+    linear: bool  # y is a linear function along the direction: there is no truncation
 
 
 def error_curve(forward, args, index, method, *, dtype=np.float64, steps=None, seed=0):
@@ -436,17 +593,29 @@ def error_curve(forward, args, index, method, *, dtype=np.float64, steps=None, s
     The arithmetic is done in ``dtype``; the truth is the complex step in float64.
 
     Shapes  args as in `check`, steps (n,) or None for 10^-14 ... 10^-0.5  ->  `Curve`
+    Raises  TypeError, ValueError: as `check`; args[index] is no float array; the derivative is zero.
     """
+    _method(method)
+    args, names, moving = _arguments(args)
+    if index not in moving:
+        raise ValueError(f"there is no float array at args[{index}]; there is at {', '.join(map(str, moving))}")
     steps = np.logspace(-14, -0.5, 82) if steps is None else np.asarray(steps)
     rng = np.random.default_rng([seed, COTANGENT_STREAM])
-    dy = rng.standard_normal(np.shape(forward(*args)[0]))
+    y, _ = _value_and_cache(forward, args)
+    dy = rng.standard_normal(np.shape(y))
     direction = rng.standard_normal(args[index].shape)
     direction /= np.linalg.norm(direction)
     truth = numerical_derivative(forward, args, index, direction, dy, "complex")
-    narrow = [a.astype(dtype) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args]
+    if not truth:
+        raise ValueError(f"the derivative with respect to {names[index]} is zero: there is no relative error")
+    narrow = [a.astype(dtype) if i in moving else a for i, a in enumerate(args)]
     found = [numerical_derivative(forward, narrow, index, direction.astype(dtype), dy, method, dtype(h)) for h in steps]
     errors = np.abs(np.array(found) - truth) / abs(truth)
-    return Curve(steps, np.maximum(errors, 1e-17), truth)  # 0 has no place on a logarithmic axis
+    # a one-sided difference, whose truncation is the largest, shows none at large steps
+    far = [numerical_derivative(forward, args, index, direction, dy, "forward", h) for h in (0.1, 0.3)]
+    linear = bool(np.abs(np.array(far) - truth).max() < 1e-9 * abs(truth))
+    noise = float(np.linalg.norm(dy * y) / abs(truth))
+    return Curve(steps, np.maximum(errors, 1e-17), truth, noise, linear)  # 0 has no place on a logarithmic axis
 
 
 class Knee(NamedTuple):
@@ -454,16 +623,23 @@ class Knee(NamedTuple):
 
     step: float
     error: float
-    predicted_step: float  # eps^(1 / (order + 1)): truncation h^order and rounding eps / h balance there
+    predicted_step: float  # (eps noise)^(1 / (order + 1)), where truncation h^order is rounding eps noise / h
+    predicted_error: float  # each of the two there; the step is infinite and the error 0 if there is no truncation
     slope: float  # of log(error) against log(step) on the truncation side, nan if there are too few points
 
 
 def knee(curve, method, dtype=np.float64):
-    """The lowest point of a V-curve, smoothed over neighbours, and the slope of its truncation side."""
-    order, eps = METHODS[method].order, float(np.finfo(dtype).eps)
+    """The lowest point of a V-curve, smoothed over neighbours, and the slope of its truncation side.
+
+    The prediction takes the function's higher derivatives to be of the order of the first.
+    Raises  ValueError: unknown method.
+    """
+    order, eps = _method(method).order, float(np.finfo(dtype).eps)
     logs, x = np.log10(curve.errors), np.log10(curve.steps)
     smooth = np.array([np.median(logs[max(i - 3, 0) : i + 4]) for i in range(len(logs))])
     best = int(smooth.argmin())
-    rising = (x > x[best] + 0.5) & (x < -1.0) & (smooth > smooth[best] + 1.0)
+    rising = (x > x[best] + 0.5) & (x < -1.0) & (smooth > smooth[best] + 1.0) & (not curve.linear)
     slope = float(np.polyfit(x[rising], logs[rising], 1)[0]) if rising.sum() >= 4 else float("nan")
-    return Knee(float(curve.steps[best]), float(10 ** smooth[best]), eps ** (1 / (order + 1)), slope)
+    predicted = (eps * curve.noise) ** (1 / (order + 1))
+    predicted = (math.inf, 0.0) if curve.linear else (predicted, predicted**order)
+    return Knee(float(curve.steps[best]), float(10 ** smooth[best]), *predicted, slope)

@@ -7,10 +7,12 @@ import warnings
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 
 from minivit.checkpoint import write_atomically
+from minivit.gradcheck import METHODS
 from minivit.layers.softmax import softmax_forward
 
 TRAIN, TEST, GOOD, BAD = "#7a869a", "#c2410c", "#15803d", "#b91c1c"
@@ -120,34 +122,69 @@ def save_predictions(path, images, labels, logits, class_names, *, rows=4, colum
 def save_v_curves(path, panels, *, title=""):
     """Error of numerical derivatives against their step: the V-curves of one function.
 
+    Dashed straight lines are theory: rounding eps noise / h of slope -1, and truncation h^order of slope 1, 2 and 4; a
+    diamond where they cross is the predicted knee, a disc the measured one, smaller for float32.
     ``panels``: {argument: {(method, dtype name): (`gradcheck.Curve`, `gradcheck.Knee`)}}, a panel for each argument
     """
-    colors = {"forward": "#64748b", "central": "#1d4ed8", "five-point": "#15803d", "complex": TEST}
+    colors = {"forward": "#7e22ce", "central": "#1d4ed8", "five-point": "#15803d", "complex": TEST}
+    ink, theory = "#475569", {"ls": (0, (5, 3)), "lw": 0.8, "alpha": 0.7, "zorder": 2}
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure = _figure(4.6 * columns + 1.5, 4.0 * rows + 0.6)
+    figure = _figure(4.7 * columns + 0.6, 4.3 * rows + 1.1)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    left, right = 1e-14, 10**-0.5
+    slopes = []  # (axes, slope, a point of the line, colour), to be written when the layout is known
     for axes, (argument, curves) in zip(grid.flat, panels.items(), strict=False):
+        rounding = {}  # {dtype: how far its line is drawn}
         for (method, dtype), (curve, found) in curves.items():
-            narrow = dtype == "float32"
-            color = colors[method]
-            axes.loglog(curve.steps, curve.errors, color=color, lw=1.0 if narrow else 1.8, ls=":" if narrow else "-",
-                        zorder=1 if method == "complex" else 2,
-                        label=f"{method}, {dtype}")  # fmt: skip
-            if found.slope == found.slope and method != "complex":  # a slope was measured: there is a knee
-                axes.plot(found.step, found.error, "o", color=color, ms=7, mec="white", zorder=3)
+            narrow, color = dtype == "float32", colors[method]
+            order, size = METHODS[method].order, 4.5 if narrow else 7
+            axes.loglog(curve.steps, curve.errors, color=color, lw=0.8 if narrow else 1.6, alpha=0.5 if narrow else 1,
+                        zorder=1 if method == "complex" else 3)  # fmt: skip
+            if method == "complex":
+                continue
+            noise = float(np.finfo(dtype).eps) * curve.noise
+            end = right if curve.linear else found.predicted_step
+            start = rounding.get(dtype, left)  # one line for all methods, as far as the last knee
+            axes.plot([start, end], [noise / start, noise / end], color=ink, **theory)
+            rounding[dtype] = end
+            if method == "forward" and not narrow:
+                slopes.append((axes, -1, (1e-11, noise / 1e-11), ink))
+            if curve.linear:  # no truncation, hence no knee
+                continue
+            if not narrow:
+                axes.plot([end, right], [end**order, right**order], color=color, **theory)
+                h = 6.0 * end if order < 4 else 2.0 * end  # a little right of the knee
+                slopes.append((axes, order, (h, h**order), color))
+            axes.plot(found.predicted_step, found.predicted_error, "D", ms=size, mfc="white", mec=color, zorder=4)
+            axes.plot(found.step, found.error, "o", ms=size, color=color, mec="white", zorder=5)
         _style(axes, "step h", "relative error", f"derivative with respect to {argument}")
-        axes.set_xlim(1e-14, 10**-0.5)
+        axes.set_xlim(left, right)
         axes.set_ylim(3e-18, 1e3)
+        axes.label_outer()
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     first = grid[0, 0]
-    first.text(2e-13, 2e-14, "complex step: nothing is subtracted", fontsize=8, color=colors["complex"])
-    first.text(2e-13, 2e1, "rounding: error ~ eps / h", fontsize=8, color="#334155")
-    first.text(0.28, 2e1, "truncation: error ~ h^order", fontsize=8, color="#334155", ha="right")
-    handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    first.text(2e-14, 3e-14, "complex step: nothing is subtracted", fontsize=8, color=colors["complex"])
+    first.text(2e-14, 3, "float32: x + h = x", fontsize=8, color=ink)
+    lines = {name if name != "complex" else "complex step": {"color": color} for name, color in colors.items()}
+    lines |= {"float64": {"color": ink, "lw": 1.6}, "float32": {"color": ink, "lw": 0.8, "alpha": 0.6}}
+    lines |= {"theory": {"color": ink, **theory}}
+    lines |= {"knee, predicted": {"marker": "D", "ls": "", "mfc": "white", "mec": ink}}
+    lines |= {"knee, measured": {"marker": "o", "ls": "", "color": ink}}
+    handles = [Line2D([], [], label=name, **look) for name, look in lines.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3 * columns, 9), frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=12)
+    figure.get_layout_engine().set(wspace=0.05)
+    figure.draw_without_rendering()
+    for axes, slope, (x, y), color in slopes:
+        (x0, y0), (x1, y1) = axes.transData.transform([(x, y), (10 * x, y * 10.0**slope)])
+        angle = np.arctan2(y1 - y0, x1 - x0)
+        above = -5 * np.sin(angle), 5 * np.cos(angle)
+        words, look = f"slope {slope}".replace("-", "\N{MINUS SIGN}"), {"fontsize": 7.5, "color": color}
+        text = axes.annotate(words, (x, y), above, textcoords="offset points", rotation=np.degrees(angle),
+                             rotation_mode="anchor", **look)  # fmt: skip
+        text.set_in_layout(False)
     _save(figure, path)
 
 

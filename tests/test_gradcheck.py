@@ -1,12 +1,14 @@
 """The checker itself: it passes what is right, fails what is wrong, and refuses what it cannot judge."""
 
+import itertools
 import math
 import re
 
 import numpy as np
 import pytest
 
-from minivit import gradcheck
+from minivit import ViT, ViTConfig, gradcheck
+from minivit.gradcheck_cases import MODELS
 from minivit.layers.layernorm import layernorm_backward, layernorm_forward
 from minivit.layers.linear import linear_backward, linear_forward
 
@@ -115,6 +117,9 @@ def test_labels_and_none_are_left_out():
     assert [r.argument for r in results] == ["x"] and results[0].passed
 
 
+FRESH, COUNT = np.random.default_rng(), itertools.count()
+
+
 @pytest.mark.parametrize(
     ("forward", "backward", "args", "settings", "error", "message"),
     [
@@ -127,6 +132,18 @@ def test_labels_and_none_are_left_out():
         (cube_forward, cube_backward, [np.array([1.0, np.nan])], {"names": ["x"]}, ValueError, "x holds .* NaN"),
         (cube_forward, cube_backward, [np.arange(3)], {"names": ["x"]}, ValueError, "differentiate: x is int64"),
         (cube_forward, cube_backward, [[1.0, 2.0]], {"names": ["x"]}, ValueError, "x is list"),
+        (cube_forward, cube_backward, X, {}, TypeError, r"args must be a list .* it is ndarray; .* write \[x\]"),
+        (linear_forward, linear_backward, [X, X.T, np.ones(3)], {"names": ["x", "W"]}, ValueError,
+         r"2 names \(x, W\) for 3 arguments"),
+        (lambda x: (None, x), cube_backward, [X], {}, TypeError, "y .* must be an array of numbers, it is NoneType"),
+        (lambda x: ("y", x), cube_backward, [X], {}, TypeError, "y .* must be an array of numbers, it is str"),
+        (cube_forward, cube_backward, [X[:0]], {"names": ["x"]}, ValueError, r"x is empty, its shape \(0, 4\)"),
+        (cube_forward, cube_backward, [X[:0]], {"elementwise": True}, ValueError, "x0 is empty"),
+        (lambda x: (x[:0], x), cube_backward, [X], {}, ValueError, r"an empty y, of shape \(0, 4\)"),
+        (lambda x: (x * FRESH.random(4), x), cube_backward, [X], {}, ValueError, "different numbers .* fresh random"),
+        (lambda x: (x / (1 - next(COUNT)), x), cube_backward, [X], {}, ValueError, "different numbers"),
+        (lambda x: (x[: 1 + next(COUNT) % 2], x), cube_backward, [X], {}, ValueError, "different numbers"),
+        (cube_forward, lambda dy, x: np.full((3, 4), "a"), [X], {}, TypeError, "dx0 must be an array of numbers"),
         (
             lambda x, b: (x + b, None), lambda dy, c: (dy, dy), [X, X[0]], {"names": ["x", "b"]}, ValueError,
             r"db has shape \(3, 4\), b has \(4,\): it was broadcast, so its gradient must be summed",
@@ -136,6 +153,102 @@ def test_labels_and_none_are_left_out():
 def test_what_cannot_be_judged_is_refused(forward, backward, args, settings, error, message):
     with np.errstate(all="ignore"), pytest.raises(error, match=message):
         gradcheck.check(forward, backward, args, **settings)
+
+
+def cube_jvp(xdot, x):
+    return 3 * x * x * xdot
+
+
+TOOLS = {
+    "adjoint_error": lambda forward, backward, args: gradcheck.adjoint_error(forward, backward, cube_jvp, args),
+    "symmetry_error": gradcheck.symmetry_error,
+    "hessian_error": gradcheck.hessian_error,
+    "hessian_vector_product": lambda forward, backward, args: gradcheck.hessian_vector_product(
+        forward, backward, args, args if isinstance(args, list) else [args]
+    ),
+    "error_curve": lambda forward, backward, args: gradcheck.error_curve(forward, args, 0, "central"),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_other_tools_refuse_it_too(tool):
+    def refused(error, message, forward=cube_forward, backward=cube_backward, args=None):
+        with np.errstate(all="ignore"), pytest.raises(error, match=message):
+            TOOLS[tool](forward, backward, [X] if args is None else args)
+
+    refused(TypeError, "args must be a list", args=X)
+    refused(TypeError, r"must return \(y, cache\)", forward=lambda x: x * x * x)
+    refused(TypeError, "it is NoneType", forward=lambda x: (None, x))
+    refused(ValueError, "x0 is empty", args=[X[:0]])
+    refused(ValueError, "nothing to differentiate", args=[np.arange(3)])
+    if tool != "hessian_vector_product":  # one call, and no more: it is made for many products
+        refused(ValueError, "different numbers", forward=lambda x: (x * FRESH.random(4), x))
+    if tool != "error_curve":
+        refused(ValueError, r"dx0 has shape \(4,\)", backward=lambda dy, x: dy[0])
+        refused(ValueError, "dx0 has shape None", backward=lambda dy, x: None)
+    if tool not in ("adjoint_error", "error_curve"):
+        refused(ValueError, "the backward gave real numbers", backward=lambda dy, x: abs(dy))
+    if tool != "adjoint_error":
+        refused(ValueError, "the forward gave real numbers", forward=lambda x: (abs(x), x))
+
+
+@pytest.mark.parametrize(
+    ("jvp", "error", "message"),
+    [
+        (lambda xdot, x: None, TypeError, "ydot .* must be an array of numbers, it is NoneType"),
+        (lambda xdot, x: xdot[0], ValueError, r"the jvp returned shape \(4,\), y has \(3, 4\)"),
+        (lambda xdot, x: 0 * xdot, ValueError, "zero everywhere"),
+    ],
+)
+def test_a_jvp_that_shows_nothing_is_refused(jvp, error, message):
+    for backward in (cube_backward, lambda dy, x: 0 * dy):
+        with pytest.raises(error, match=message):
+            gradcheck.adjoint_error(cube_forward, backward, jvp, [X])
+
+
+def test_curves_of_nothing_are_refused():
+    for method, index, forward, message in (
+        ("magic", 0, cube_forward, "method must be one of .* got 'magic'"),
+        ("central", 1, cube_forward, r"no float array at args\[1\]; there is at 0"),
+        ("central", 0, lambda x: (0 * x + 1, x), "the derivative with respect to x0 is zero"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gradcheck.error_curve(forward, [X], index, method)
+    with pytest.raises(ValueError, match="method must be one of"):
+        gradcheck.knee(gradcheck.error_curve(cube_forward, [X], 0, "central"), "magic")
+    with pytest.raises(ValueError, match="method must be one of"):
+        gradcheck.numerical_derivative(cube_forward, [X], 0, X, X, "magic")
+
+
+@pytest.mark.parametrize("method", gradcheck.METHODS)
+@pytest.mark.parametrize("elementwise", [True, False])
+@pytest.mark.parametrize("size", [1e4, 1e8])
+def test_large_arguments_move_by_longer_steps(method, elementwise, size):
+    off = 1 + 3 * gradcheck.METHODS[method].rtol
+    for factor in (1.0, off):
+        (result,) = gradcheck.check(
+            cube_forward, lambda dy, x, factor=factor: factor * cube_backward(dy, x), [size * X],
+            method=method, elementwise=elementwise,
+        )  # fmt: skip
+        assert result.passed == (factor == 1.0), result
+
+
+def test_arguments_beside_large_ones_move_by_their_own_step():
+    """In one array: sin(x) is curved over a length of 1 where x is of that order, and y = 1e8 elsewhere."""
+    small = np.arange(12).reshape(3, 4) % 2 == 0
+
+    def forward(x):
+        return np.where(small, np.sin(x), 1e-8 * x * x), x
+
+    def backward(dy, x):
+        return np.where(small, np.cos(x), 2e-8 * x) * dy
+
+    x = np.where(small, X, 1e8 * X)
+    for elementwise in (True, False):
+        (result,) = gradcheck.check(forward, backward, [x], elementwise=elementwise)
+        assert result.passed, result
+    right = gradcheck.check(forward, backward, [x], method="complex", elementwise=True)
+    assert right[0].passed
 
 
 def test_float32_is_checked_as_float64_with_a_warning():
@@ -166,7 +279,11 @@ def matrix_backward(dy, cache):
             "3 times too small: a mean where a sum belongs.* 3 is the length of axis 0 of x",
         ),
         (lambda dx, dW, db: (dx, dW * 3, db), "3 times too large: a sum where a mean belongs"),
-        (lambda dx, dW, db: (dx / 2, dW, db), r"sqrt\(4\) times too small.* 4 is the length of axis 1 of x"),
+        (
+            lambda dx, dW, db: (dx / 2, dW, db),
+            r"^2 times too small; it may be a plain factor 2.* sqrt\(4\), 4 the length of axis 1 of x",
+        ),
+        (lambda dx, dW, db: (dx * 12, dW, db), r"^12 times too large: .*; 12 = 3 \* 4 is the size of x$"),
         (lambda dx, dW, db: (dx, dW * 1.1, db), "everywhere 1.1 times the true value"),
         (lambda dx, dW, db: (-dx, dW, db), "the sign is reversed"),
         (lambda dx, dW, db: (dx, dW.T, db), "the transpose"),
@@ -192,6 +309,43 @@ def test_the_pattern_of_a_mistake_is_named(mistake, message):
     assert len(wrong) == 1
     assert re.search(message, wrong[0].diagnosis), wrong[0].diagnosis
     assert wrong[0].diagnosis in str(wrong[0])
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (1 / 10, r"^10 times too small: a mean .*; 10 = 2 \* 5 is that of axes 0, 1 of x$"),
+        (14, r"^14 times too large: a sum .*; 14 = 2 \* 7 is that of axes 0, 2 of x$"),
+        (70, r"^70 times too large: a sum .*; 70 = 2 \* 5 \* 7 is the size of x$"),
+        (2, r"^2 times too large: a sum .*; 2 is the length of axis 0 of x, or it may be a plain factor 2"),
+        (7**-0.5, r"^sqrt\(7\) times too small: .*; it is sqrt\(7\), 7 the length of axis 2 of x$"),
+        (11, "^everywhere 11 times the true value"),
+    ],
+)
+def test_factors_are_named_the_plainest_first(factor, message):
+    x = np.random.default_rng(0).standard_normal((2, 5, 7))
+    (result,) = gradcheck.check(
+        cube_forward, lambda dy, x: factor * cube_backward(dy, x), [x], names=["x"], elementwise=True
+    )
+    assert re.search(message, result.diagnosis), result.diagnosis
+
+
+def test_in_a_model_the_tokens_of_the_batch_are_named(monkeypatch):
+    def wrong(self, *args, **keywords):
+        return 40.0 * right(self, *args, **keywords)
+
+    right = ViT.backward
+    monkeypatch.setattr(ViT, "backward", wrong)
+    config = ViTConfig(**{**MODELS["vit"], "depth": 1})
+    rng = np.random.default_rng(0)
+    flat = ViT(config, dtype=np.float64).flat
+    flat += 0.3 * rng.standard_normal(flat.shape)
+    results = gradcheck.check_model(
+        lambda flat: ViT(config, flat=flat), rng.standard_normal((8, 4, 4, 3)), np.arange(8) % 6, flat,
+        method="complex", elementwise=True,
+    )  # fmt: skip
+    assert [r.argument for r in results if not r.passed] == ["images"]
+    assert "40 = 8 * 5 is that of the tokens of the batch" in results[-1].diagnosis
 
 
 def test_the_random_cotangent_is_not_the_callers_random_input():
@@ -255,6 +409,71 @@ def test_every_tool_takes_the_readers_own_layer():
     curve = gradcheck.error_curve(swish_forward, [X], 0, "central")
     found = gradcheck.knee(curve, "central")
     assert abs(found.slope - 2) < 0.1 and found.error < 1e-8 and 1e-7 < found.step < 1e-3
+
+
+def test_second_derivatives_of_the_readers_own_layer():
+    """y = x W: L = sum(dy x W) has the Hessian blocks d2L/dx dW alone, known in closed form."""
+
+    def forward(x, labels, W):
+        return x @ W, (x, W)
+
+    def backward(dy, cache):
+        x, W = cache
+        return dy @ W.T, None, x.T @ dy
+
+    rng = np.random.default_rng(5)
+    args = [X, np.arange(3), ROOT]
+    v, V, dy = rng.standard_normal(X.shape), rng.standard_normal(ROOT.shape), rng.standard_normal((3, 4))
+    for scale in (1e-8, 1.0, 1e8):
+        Hx, nothing, HW = gradcheck.hessian_vector_product(forward, backward, args, [scale * v, None, scale * V], dy=dy)
+        np.testing.assert_allclose(Hx / scale, dy @ V.T, rtol=1e-13)
+        np.testing.assert_allclose(HW / scale, v.T @ dy, rtol=1e-13)
+        assert nothing is None
+    Hx, _, HW = gradcheck.hessian_vector_product(forward, backward, args, [v, None, None])  # L is the sum of y
+    assert not Hx.any() and np.allclose(HW, v.T @ np.ones((3, 4)))
+    _, _, HW = gradcheck.hessian_vector_product(forward, backward, args, [0 * v, None, None])
+    assert not HW.any()
+    with pytest.raises(ValueError, match="a list like args, of 3"):
+        gradcheck.hessian_vector_product(forward, backward, args, [v])
+    with pytest.raises(ValueError, match=r"direction of x0 has shape \(4, 4\), x0 has \(3, 4\)"):
+        gradcheck.hessian_vector_product(forward, backward, args, [V, None, None])
+    with pytest.raises(ValueError, match="x1 is no float array and cannot move"):
+        gradcheck.hessian_vector_product(forward, backward, args, [v, np.arange(3), None])
+    with pytest.raises(ValueError, match="a list like args"):
+        gradcheck.hessian_vector_product(forward, backward, args, [None, None, None])
+
+
+def test_differences_of_the_gradient_converge_to_the_hessian_vector_product():
+    args = [X, np.linspace(0.5, 1.5, 4), np.zeros(4)]
+    rng = np.random.default_rng(6)
+    direction = [rng.standard_normal(a.shape) / 5 for a in args]
+    dy = rng.standard_normal(X.shape)
+
+    def gradient(h):
+        moved = [a + h * v for a, v in zip(args, direction, strict=True)]
+        return np.concatenate([g.ravel() for g in layernorm_backward(dy, layernorm_forward(*moved)[1])])
+
+    parts = gradcheck.hessian_vector_product(layernorm_forward, layernorm_backward, args, direction, dy=dy)
+    Hv = np.concatenate([part.ravel() for part in parts])
+    errors = [np.linalg.norm((gradient(h) - gradient(-h)) / (2 * h) - Hv) for h in (1e-1, 1e-2, 1e-3)]
+    assert 80 < errors[0] / errors[1] < 120 and 80 < errors[1] / errors[2] < 120  # O(h^2)
+    assert gradcheck.hessian_error(layernorm_forward, layernorm_backward, args) < 1e-9
+
+
+def test_the_hessian_is_off_where_the_backward_is_not_analytic():
+    def backward(dy, x):
+        return (3 * x * x + 0.1 * x.real) * dy  # the complex step does not see the last term
+
+    assert gradcheck.hessian_error(cube_forward, cube_backward, [X]) < 1e-9
+    assert gradcheck.hessian_error(cube_forward, backward, [X]) > 1e-3
+    # at 1e8 a direction of length 1 would make a difference too small to be seen beside the gradient
+    assert gradcheck.hessian_error(cube_forward, cube_backward, [1e8 * X]) < 1e-9
+    assert gradcheck.hessian_error(cube_forward, lambda dy, x: 3 * x * x.real * dy, [1e8 * X]) > 1e-5
+
+
+def test_symmetry_says_nothing_of_elementwise_functions():
+    assert gradcheck.symmetry_error(swish_forward, swish_backward, [X]) < 1e-15  # wrong, and symmetric all the same
+    assert "diagonal" in gradcheck.symmetry_error.__doc__
 
 
 def test_a_backward_that_is_no_gradient_is_not_symmetric():

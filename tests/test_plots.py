@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from minivit import plots
+from minivit.laboratory import v_curves
 
 NAMES = ["a $x_1$ ^ b$", "$\\frac{", "猫", "a" * 300, "two\nlines", "", "_x", "\\"]
 
@@ -153,3 +154,22 @@ def test_figures_need_no_display_and_no_global_state(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "DISPLAY"} | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-W", "error", "-c", code, tmp_path / "c.png"], env=environment, check=True)
     whole(tmp_path / "c.png")
+
+
+def test_v_curves_show_the_slopes_and_knees_of_theory(tmp_path, drawn):
+    panels = v_curves("layernorm", 0)
+    plots.save_v_curves(tmp_path / "v.png", panels)
+    x, w, b = drawn[0].axes
+    diamonds, discs = ([line for line in x.lines if line.get_marker() == marker] for marker in "Do")
+    knees = [knee for (method, _), (_, knee) in panels["x"].items() if method != "complex"]
+    assert len(knees) == 6  # three methods, float64 and float32
+    assert sorted(line.get_xdata()[0] for line in diamonds) == sorted(knee.predicted_step for knee in knees)
+    assert sorted(line.get_xdata()[0] for line in discs) == sorted(knee.step for knee in knees)
+
+    def slopes(axes):
+        straight = [np.log(line.get_xydata()) for line in axes.lines if line.get_linestyle() == "--"]
+        return {round(d[1] / d[0]) for d in (np.diff(ends, axis=0)[0] for ends in straight) if d[0]}
+
+    assert slopes(x) == {-1, 1, 2, 4} and slopes(w) == slopes(b) == {-1}
+    assert {t.get_text() for t in x.texts} >= {f"slope {n}" for n in ("\N{MINUS SIGN}1", 1, 2, 4)}
+    assert not [line for line in w.lines if line.get_marker() in "Do"]  # linear: no truncation, no knee

@@ -1,0 +1,53 @@
+"""The laboratory: checks by name, dropout included, and what they say when a mistake is planted."""
+
+import numpy as np
+import pytest
+
+from minivit import ViT, gradcheck
+from minivit.gradcheck_cases import LAYERS, MODELS
+from minivit.laboratory import LIMITS, errors_of, every_check, expose, model_problem, pair_of, v_curves
+from minivit.mistakes import find
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *MODELS])
+def test_every_check_of_everything(name):
+    first, *others = every_check(name, 1)
+    assert set(LIMITS) - {"facts"} < set(first)
+    for row in (first, *others):
+        assert all(row[kind] <= limit for kind, limit in LIMITS.items() if kind in row), row
+
+
+def test_dropout_acts_in_every_check_of_a_model_that_has_it():
+    forward, backward, _, args = pair_of("vit-dropout", 0)
+    config, flat, images, _ = model_problem("vit-dropout", 0)
+    logits = forward(*args)[0]
+    assert (forward(*args)[0] == logits).all()
+    assert np.abs(logits - ViT(config, flat=flat).forward(images)[0]).max() > 0.1
+
+    def still(flat, images):
+        model = ViT(config, flat=flat)
+        logits, cache = model.forward(images)
+        return logits, (model, cache)
+
+    v = [np.random.default_rng(2).standard_normal(a.shape) for a in args]
+    with_dropout, without = (gradcheck.hessian_vector_product(f, backward, args, v)[0] for f in (forward, still))
+    assert np.linalg.norm(with_dropout - without) > 0.1 * np.linalg.norm(without)
+    assert errors_of("vit-dropout", 0)["symmetry"] == gradcheck.symmetry_error(forward, backward, args)
+
+
+def test_a_mistake_is_exposed_by_the_checks_that_it_concerns():
+    findings = expose(find("layernorm-dropped-variance"), 0)
+    assert any(line.startswith("layernorm dx: analytic") for line in findings)
+    assert any(line.startswith("layernorm: <J v, u>") for line in findings)
+    assert any(line.startswith("layernorm: u^T H v") for line in findings)
+    assert any("of no function" in line for line in findings)
+    assert not any(line.startswith("softmax") for line in findings)
+    assert any("|W|" not in line and "differences of the gradient" in line
+               for line in expose(find("linear-input-abs-weight"), 0))  # fmt: skip
+
+
+def test_curves_know_what_is_linear():
+    curves = v_curves("attention", 0)
+    assert list(curves) == ["q", "k", "v"]
+    for argument, linear in (("q", False), ("k", False), ("v", True)):
+        assert {curve.linear for curve, _ in curves[argument].values()} == {linear}
