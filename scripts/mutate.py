@@ -1,4 +1,4 @@
-"""Mutation score: break the gradients, the loss, the optimisers and the engine line by line; does a check notice?
+"""Mutation score: break every gradient, the loss, the optimisers and the engine line by line; does a check notice?
 
 Each mutant is one small change of one line: a sign, an operator, an operand, a transpose, an axis, a dropped term, a
 constant, an off-by-one. The checks that run the changed function are tried on it, the sharpest and quickest first: its
