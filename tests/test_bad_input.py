@@ -432,6 +432,12 @@ def test_a_diverging_run(tmp_path, call):
     assert all(np.isfinite(array).all() for array in checkpoint.load(tmp_path / "run" / LAST)[0].values())
 
 
+def test_a_diverging_run_of_which_every_tensor_is_looked_at(tmp_path, call):
+    flags = ["--lr", 1e30, "--optimizer", "sgd", "--clip-norm", 0, "--check-finite"]
+    ended = call("train", *TINY, *flags, "--out", tmp_path / "run")
+    assert_refused(ended, "is the first tensor of the forward pass that is not finite")
+
+
 def test_memory_that_runs_out(trained, tmp_path, monkeypatch, call):
     from minivit.engine import Engine
 
