@@ -391,7 +391,7 @@ def recording(known=(), *, keep=False, figures=True):
 
     ``known`` are arrays, such as a model's ``flat``, whose memory is not counted as cached. With ``keep``, copies of
     all that the calls returned are in ``recorder.kept``: {(path, direction, name): array}, a forward's by the name "y".
-    Without ``figures``, norms and statistics are left out (NaN, {}), which takes half the time: finiteness is still seen.
+    Without ``figures``, norms and statistics are left out (NaN, {}), which saves a third of the time.
     The functions are put back at the end, whatever happens; records of calls that an exception cut short are dropped.
     It changes the package for the whole process but records its own thread alone: not for production, and not two at
     once in different threads.

@@ -717,9 +717,9 @@ def test_a_diverging_run_names_the_first_tensor_that_is_not_finite(tmp_path):
 def test_checking_every_tensor_changes_no_number_and_costs_nothing_when_it_is_off(tmp_path, whole, monkeypatch):
     recorded, real = [], train.recording
 
-    def recording(*arguments):
+    def recording(*arguments, **keywords):
         recorded.append(1)
-        return real(*arguments)
+        return real(*arguments, **keywords)
 
     monkeypatch.setattr(train, "recording", recording)
     monkeypatch.setattr(
