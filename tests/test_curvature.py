@@ -71,7 +71,9 @@ def test_lanczos_finds_the_eigenvalues_of_the_whole_hessian():
     found = lanczos(product, flat.size, count=3, steps=60, rtol=1e-8)
     np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-7)
     assert (abs(found.eigenvalues - expected) <= found.residuals + 1e-12).all()
-    assert found.products <= 60
+    assert found.products <= 60 and found.converged.all()
+    hasty = lanczos(product, flat.size, count=3, steps=4, rtol=1e-8)
+    assert hasty.products == 4 and not hasty.converged.any() and (hasty.residuals > 1e-8 * hasty.eigenvalues[0]).all()
     for value, vector in zip(found.eigenvalues, found.eigenvectors, strict=True):
         np.testing.assert_allclose(H @ vector, value * vector, atol=1e-6 * abs(value))
         assert np.isclose(np.linalg.norm(vector), 1.0)
