@@ -52,7 +52,7 @@ COLUMNS = ("mutants", *KINDS, "invalid", "timeout", "equivalent", "survived")
 
 EXAMPLES = """
 examples:
-  python scripts/mutate.py                                everything: some 3500 mutants
+  python scripts/mutate.py                                everything: some 4000 mutants
   python scripts/mutate.py layernorm_backward Adam.step   two functions
   python scripts/mutate.py minivit/optim.py --list        the mutants of a file, numbered
   python scripts/mutate.py minivit/optim.py --show 17     one of them as a diff
