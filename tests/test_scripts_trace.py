@@ -125,7 +125,6 @@ def test_what_is_not_finite_is_named(tmp_path, call):
     (["--label-smoothing", "nan"], "--label-smoothing must be at least 0 and below 1"),
     (["--scale-weights", "inf"], "--scale-weights must be a finite number"),
     (["--width", "10", "--num-heads", "3"], "width 10 is not a multiple of num_heads 3"),
-    (["--json", "missing/t.json", *SMALL], "missing/t.json"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, monkeypatch, call, flags, message):
     monkeypatch.chdir(tmp_path)
