@@ -69,9 +69,11 @@ def describe_os_error(error):
 
 def output_file(text):
     """An argument's type: the name of a file to write, in a folder that exists."""
-    folder = Path(text).parent
-    if not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {folder} to write {Path(text).name} to")
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file to write")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write {path.name} to")
     return text
 
 

@@ -59,7 +59,8 @@ class Spectrum(NamedTuple):
 
     eigenvalues: Any  # (k,) the largest ones, descending
     eigenvectors: Any  # (k, size), of length 1
-    residuals: Any  # (k,) |H x - lambda x| of each: how far it may be off
+    residuals: Any  # (k,) |H x - lambda x| of each: some eigenvalue is as near as that
+    converged: Any  # (k,) bool: the residual is below the tolerance asked for
     products: int  # how many products H v were made
 
 
@@ -91,12 +92,14 @@ def lanczos(product, size, *, count=1, steps=40, seed=0, rtol=1e-3):
         values, vectors = np.linalg.eigh(T)
         residuals = abs(beta * vectors[-1])
         largest = np.argsort(values)[::-1][:count]
-        done = made >= count and (residuals[largest] <= rtol * abs(values).max()).all()
-        if done or beta <= 1e-14 * abs(values).max():  # the space that these vectors span is exhausted
+        converged = residuals[largest] <= rtol * abs(values).max()
+        if (made >= count and converged.all()) or beta <= 1e-14 * abs(
+            values
+        ).max():  # the space that these vectors span is exhausted
             break
         betas.append(beta)
         basis.append(w / beta)
-    return Spectrum(values[largest], vectors[:, largest].T @ Q, residuals[largest], made)
+    return Spectrum(values[largest], vectors[:, largest].T @ Q, residuals[largest], converged, made)
 
 
 def sharpness(config, flat, images, labels, *, label_smoothing=0.0, scale=None, count=1, steps=40, seed=0):

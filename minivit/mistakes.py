@@ -46,7 +46,7 @@ def _in(module, function):
 _linear = _in("layers.linear", "linear_backward")
 _layernorm = _in("layers.layernorm", "layernorm_backward")
 _forward_of_layernorm = _in("layers.layernorm", "layernorm_forward")
-_gelu = _in("layers.gelu", "gelu_slope")
+_gelu = _in("layers.gelu", "gelu_backward")
 _forward_of_softmax = _in("layers.softmax", "softmax_forward")
 _softmax = _in("layers.softmax", "softmax_backward")
 _dropout = _in("layers.dropout", "dropout_backward")
@@ -155,16 +155,16 @@ MISTAKES = (
         "rounded magic decimals copied from code to code",
     ),
     _gelu(
-        "gelu-no-product-rule", "slope *= x\n    slope -= gate", "slope -= gate",
+        "gelu-no-product-rule", "dx *= x\n    dx -= gate", "dx -= gate",
         "the factor x of the second term is missing", "the product rule has two terms, each with a factor",
     ),
     _gelu(
-        "gelu-erf-density", "slope *= -0.5\n        xp.exp", "slope *= -1.0\n        xp.exp",
+        "gelu-erf-density", "dx *= -0.5\n        xp.exp", "dx *= -1.0\n        xp.exp",
         "the density is exp(-x^2) instead of exp(-x^2/2)",
         "what is the density of the standard normal?",
     ),
     _gelu(
-        "gelu-erf-no-density", "slope *= x\n        slope += gate", "slope *= 0.0\n        slope += gate",
+        "gelu-erf-no-density", "dx *= x\n        dx += gate", "dx *= 0.0\n        dx += gate",
         "the term x phi(x) is missing: Phi is treated as a constant", "does Phi(x) depend on x?",
     ),
     _softmax(

@@ -318,15 +318,12 @@ class ViT:
         Shapes  imagesdot (B, H, W, C) in scaled pixels, flatdot (n,) like the parameters  ->  logitsdot (B, K)
         """
         tangents = parameters.views(flatdot, self.table)
-        position = tangents.get("pos_embed")
-        if position is None and self._position is not None:  # a fixed sine-cosine embedding does not move
-            position = array_module(self.flat).zeros_like(self._position)
         zdot = patch_embed_jvp(
             imagesdot,
             tangents["patch_embed.proj.weight"],
             tangents["patch_embed.proj.bias"],
             tangents.get("cls_token"),
-            position,
+            tangents.get("pos_embed", 0.0),  # a fixed sine-cosine embedding does not move
             cache.embed,
         )
         zdot = dropout_jvp(zdot, cache.dropout)

@@ -479,12 +479,17 @@ def units_of(path, *, root=ROOT):
     return list(found.values())
 
 
+# Of files that do much else, what computes derivatives.
+CHOSEN = {"model": ("ViT.gradient_buffer", "ViT.backward", "ViT.jvp"), "backend": ("matmul",)}
+
+
 def all_units(root=ROOT):
-    """Every unit of the project, in reading order: layers, loss, optimisers, engine."""
+    """Every unit of the project, in reading order: layers, model, matrix product, loss, optimisers, engine."""
     package = root / "minivit"
     files = [p for p in sorted((package / "layers").glob("*.py")) if p.stem != "__init__"]
-    files += [package / f"{name}.py" for name in ("loss", "optim", "engine")]
-    return [unit for path in files for unit in units_of(path, root=root)]
+    files += [package / f"{name}.py" for name in (*CHOSEN, "loss", "optim", "engine")]
+    units = [unit for path in files for unit in units_of(path, root=root)]
+    return [u for u in units if u.function in CHOSEN.get(Path(u.file).stem, (u.function,))]
 
 
 def _signatures(tree):

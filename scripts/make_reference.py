@@ -721,6 +721,10 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     if arguments.only is not None and arguments.only not in REFERENCES:
         return fail(f"--only {arguments.only}: choose from {', '.join(REFERENCES)}")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return fail(f"cannot write to {arguments.out} ({error.strerror}): choose another --out")
     for name in [arguments.only] if arguments.only else REFERENCES:
         try:
             arrays, differences = make_reference(name)
@@ -729,7 +733,6 @@ def main(argv=None):
         path = arguments.out / f"{name}.npz"
         partial = path.with_suffix(".partial.npz")  # an interrupted run leaves the old file as it was
         try:
-            arguments.out.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(partial, **arrays)
             partial.replace(path)
         except OSError as error:

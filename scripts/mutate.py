@@ -1,4 +1,4 @@
-"""Mutation score: break the gradients, the loss, the optimisers and the engine line by line; does a check notice?
+"""Mutation score: break every gradient, the loss, the optimisers and the engine line by line; does a check notice?
 
 Each mutant is one small change of one line: a sign, an operator, an operand, a transpose, an axis, a dropped term, a
 constant, an off-by-one. The checks that run the changed function are tried on it, the sharpest and quickest first: its
@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minivit import InputError
-from minivit.cli import Parser, run
+from minivit.cli import Parser, output_file, run
 from minivit.engine import available_cores
 
 try:
@@ -52,7 +52,7 @@ COLUMNS = ("mutants", *KINDS, "invalid", "timeout", "equivalent", "survived")
 
 EXAMPLES = """
 examples:
-  python scripts/mutate.py                                everything: some 3500 mutants
+  python scripts/mutate.py                                everything: some 4000 mutants
   python scripts/mutate.py layernorm_backward Adam.step   two functions
   python scripts/mutate.py minivit/optim.py --list        the mutants of a file, numbered
   python scripts/mutate.py minivit/optim.py --show 17     one of them as a diff
@@ -538,7 +538,8 @@ def main(argv=None):
     parser.add_argument("--only-tests", action="store_true", help="no gradient checks and facts, only tests")
     parser.add_argument("--equivalent", default=str(EQUIVALENT), metavar="FILE",
                         help="the mutants that change no result [tests/equivalent_mutants.toml]")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON, and beside it a table as .md")
+    parser.add_argument("--json", type=output_file, metavar="FILE",
+                        help="write the figures as JSON, and beside it a table as .md")  # fmt: skip
     arguments = parser.parse_args(argv)
     for name in ("workers", "limit", "timeout"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
@@ -549,8 +550,6 @@ def main(argv=None):
     for path in tests:
         if not path.exists():
             raise InputError(f"there are no tests at {path}")
-    if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
-        raise InputError(f"there is no folder {Path(arguments.json).parent} to write {Path(arguments.json).name} to")
     if not hasattr(os, "fork"):
         raise InputError("mutation testing needs os.fork, which Windows does not have; use Linux, macOS or WSL")
 

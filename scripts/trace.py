@@ -9,7 +9,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minivit import ViT, ViTConfig, checkpoint, params
-from minivit.cli import Parser, add_settings, given, run
+from minivit.cli import Parser, add_settings, given, output_file, run
 from minivit.data import load
 from minivit.engine import DROPOUT_STREAM
 from minivit.errors import InputError
@@ -52,7 +52,7 @@ def parse(argv):
     show.add_argument("--all", action="store_true", help="open every block, not the first alone")
     show.add_argument("--backward", action=argparse.BooleanOptionalAction, default=True, help="the backward pass [yes]")
     show.add_argument("--nan", action="store_true", help="name the first tensor that is not finite, and nothing else")
-    show.add_argument("--json", metavar="FILE", help="write everything as JSON")
+    show.add_argument("--json", type=output_file, metavar="FILE", help="write everything as JSON")
     show.add_argument("--out", metavar="DIR", help="folder for the picture, trace.png [no picture]")
     add_settings(parser.add_argument_group("model, without a checkpoint"), ViTConfig)
     arguments = parser.parse_args(argv)

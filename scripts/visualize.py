@@ -22,7 +22,8 @@ curvature: the training of the checkpoint is made again, in memory, with its own
 every few epochs the largest eigenvalues of the loss's Hessian are computed, exactly, on a fixed set of training
 pictures. Gradient descent on a loss of curvature c is stable while c < 2 / lr (more with momentum; for Adam the
 curvature counts that its scaling leaves). Training often climbs to this edge and stays there. The last panel is the
-loss around the checkpoint in the plane of the two sharpest directions.
+loss around the end of this training in the plane of the two sharpest directions. An eigenvalue that --steps products
+do not find to a thousandth of the largest is drawn hollow, with a bar as long as its residual: more --steps find it.
 """
 
 
@@ -32,8 +33,22 @@ def measured_pictures(dataset, count, seed):
     return dataset.train_images[chosen], dataset.train_labels[chosen]
 
 
+def figures_of(spectrum):
+    """A `curvature.Spectrum` without its vectors, ready for JSON."""
+    return {name: getattr(spectrum, name).tolist() for name in ("eigenvalues", "residuals", "converged")}
+
+
+def in_words(figures):
+    """The largest eigenvalue, with how far it may be off where it was not found."""
+    value, residual, found = (figures[name][0] for name in ("eigenvalues", "residuals", "converged"))
+    return f"{value:9.3g}" if found else f"{value:9.3g} +- {residual:.2g}"
+
+
 def along_training(dataset, config, settings, images, labels, *, every, count, steps):
-    """Train once more and measure; returns a record per measurement, ready for JSON."""
+    """Train once more and measure: a record per measurement, ready for JSON, and the parameters at the end.
+
+    Returns  (records, flat (n,) float32), or None if it was stopped
+    """
     records = []
 
     def measure(trainer):
@@ -47,24 +62,25 @@ def along_training(dataset, config, settings, images, labels, *, every, count, s
         )
         lr = trainer.learning_rate(trainer.step - 1)
         record = {"epoch": trainer.epoch, "loss": float(loss), "lr": lr}
-        record["eigenvalues"] = [float(value) for value in spectrum.eigenvalues]
+        record |= figures_of(spectrum)
         record["edge"] = curvature.stability_edge(trainer.optimizer, lr) if lr else None
-        shown = f"largest eigenvalue {record['eigenvalues'][0]:9.3g}"
+        shown = f"largest eigenvalue {in_words(record)}"
         if (scale := curvature.adam_scale(trainer.optimizer)) is not None:
             seen = curvature.sharpness(
                 config, flat, images, labels, label_smoothing=smoothing, scale=scale, steps=steps
             )
-            record["preconditioned"] = float(seen.eigenvalues[0])
-            shown += f", as Adam sees it {record['preconditioned']:9.3g}"
+            record["preconditioned"] = figures_of(seen)
+            shown += f", as Adam sees it {in_words(record['preconditioned'])}"
         edge = f", edge {record['edge']:9.3g}" if lr else ""
         print(f"epoch {trainer.epoch:4d}  loss {loss:.4f}  {shown}{edge}", flush=True)
         records.append(record)
 
     quiet = dataclasses.replace(settings, evaluate_every=settings.epochs, checkpoint_seconds=1e9)
     with tempfile.TemporaryDirectory() as folder:
-        if Trainer(dataset, config, quiet, Path(folder) / "run", progress=False, on_epoch=measure).run() is None:
+        trainer = Trainer(dataset, config, quiet, Path(folder) / "run", progress=False, on_epoch=measure)
+        if trainer.run() is None:
             return None
-    return records
+    return records, trainer.model.flat
 
 
 def draw_curvature(arguments):
@@ -89,36 +105,37 @@ def draw_curvature(arguments):
         f"{model.flat.size:,} parameters; Hessian of the mean loss of {len(images)} training pictures of {dataset.name}"
     )
     measured = {"every": arguments.every, "count": arguments.count, "steps": arguments.steps}
-    records = along_training(dataset, model.config, settings, images, labels, **measured)
-    if records is None:
+    made = along_training(dataset, model.config, settings, images, labels, **measured)
+    if made is None:
         return 130
+    records, flat = made
     smoothing = settings.label_smoothing
     spectrum = curvature.sharpness(
-        model.config, model.flat, images, labels, label_smoothing=smoothing, count=2, steps=2 * arguments.steps
+        model.config, flat, images, labels, label_smoothing=smoothing, count=2, steps=2 * arguments.steps
     )
     # far enough along the sharpest direction to raise the loss by about one
     radius = float(np.sqrt(2.0 / max(spectrum.eigenvalues[0], 1e-6)))
     surface = curvature.loss_slice(
-        model.config, model.flat, images, labels, spectrum.eigenvectors, radius, points=arguments.points,
+        model.config, flat, images, labels, spectrum.eigenvectors, radius, points=arguments.points,
         label_smoothing=smoothing,
     )  # fmt: skip
     figure = out / "curvature.png"
     momentum = f"momentum {settings.momentum:g}" if settings.optimizer == "sgd" else settings.optimizer
-    plots.save_curvature(figure, records, edge=f"edge of stability ({momentum})", slice_=surface, title=dataset.name)
+    title = f"{dataset.name}: {settings.epochs} epochs of {settings.optimizer}, lr {settings.lr:g}"
+    plots.save_curvature(figure, records, edge=f"edge of stability ({momentum})", slice_=surface, title=title)
+    same = np.array_equal(flat, model.flat)
     report = {
         "checkpoint": str(path),
         "settings": dataclasses.asdict(settings),
         "pictures": len(images),
         "records": records,
-        "at_checkpoint": {
-            "eigenvalues": [float(value) for value in spectrum.eigenvalues],
-            "residuals": [float(value) for value in spectrum.residuals],
-            "products": spectrum.products,
-        },
+        "ends_at_checkpoint": same,
+        "at_end": figures_of(spectrum) | {"products": spectrum.products},
     }
     write_json(arguments.json or out / "curvature.json", report)
     eigenvalues = ", ".join(f"{value:.4g}" for value in spectrum.eigenvalues)
-    print(f"at the checkpoint: largest eigenvalues {eigenvalues}; drawn in {figure}")
+    where = "at the end, which is the checkpoint" if same else "at the end of this training, not at the checkpoint"
+    print(f"{where}: largest eigenvalues {eigenvalues}; drawn in {figure}")
     return 0
 
 

@@ -153,7 +153,6 @@ CASES = {
     "evaluate: weights": ("evaluate run/last.npz --weights best", "invalid choice: 'best'"),
     "evaluate: out is a file": ("evaluate run/last.npz --out file", "file: File exists; choose another place"),
     "evaluate: out in a file": ("evaluate run/last.npz --out file/x", "Not a directory; choose another place"),
-    "evaluate: json is a folder": ("evaluate run/last.npz --out new --json run", "run: Is a directory"),
     "evaluate: nothing": ("evaluate", "the following arguments are required: CHECKPOINT"),
     # predict
     "predict: no picture": ("predict run/last.npz", "no picture is named; name files, or --test 0"),
@@ -287,7 +286,6 @@ CASES = {
     "data: missing": ("data info cifar10 --data-dir nowhere", "scripts/data.py fetch cifar10"),
     "data: size": ("data info digits --image-size 9", "digits pictures are 8x8, not 9x9"),
     "data: no command": ("data", "required: command"),
-    "data: json": ("data info digits --json file/x.json", "there is no folder file to write x.json to"),
     # the others
     "gradcheck: unknown": ("gradcheck nothing", "nothing called 'nothing' to check"),
     "kill_check: kills": ("kill_check --kills 0", "must be at least 1"),
@@ -304,6 +302,33 @@ def test_one_line_and_nothing_lost(place, monkeypatch, call, command, said):
     after = tree(place)
     assert {name: after.get(name) for name in before} == before
     assert all(name.split("/")[0] == "new" for name in set(after) - set(before))
+
+
+WITH_JSON = ("evaluate run/last.npz", "predict run/last.npz --test 0", "data info digits", "gradcheck linear", "trace",
+             "visualize curvature run/last.npz --epochs 1", "mutate softmax_jvp")  # fmt: skip
+
+
+@pytest.mark.parametrize("command", WITH_JSON, ids=lambda command: command.split()[0])
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("nowhere/x.json", "there is no folder nowhere to write x.json to"),
+        ("file/x.json", "there is no folder file to write x.json to"),
+        ("run", "run is a folder; name a file to write"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(place, monkeypatch, call, command, file, said):
+    monkeypatch.chdir(place)
+    before = tree(place)
+    ended = call(*command.split(), "--json", file)
+    assert_refused(ended, said)
+    assert not ended.out and tree(place) == before
+
+
+def test_every_script_that_writes_json_is_among_them():
+    scripts = Path(__file__).resolve().parent.parent / "scripts"
+    with_json = {path.stem for path in scripts.glob("*.py") if '"--json"' in path.read_text(encoding="utf-8")}
+    assert with_json == {command.split()[0] for command in WITH_JSON}
 
 
 @pytest.mark.parametrize("name", ["cut.npz", "nan.npz", "version.npz", "text.npz", "names.npz", "nodata.npz"])
@@ -405,6 +430,12 @@ def test_a_diverging_run(tmp_path, call):
     ended = call("train", *TINY, "--lr", 1e30, "--optimizer", "sgd", "--clip-norm", 0, "--out", tmp_path / "run")
     assert_refused(ended, "the run diverged; ")
     assert all(np.isfinite(array).all() for array in checkpoint.load(tmp_path / "run" / LAST)[0].values())
+
+
+def test_a_diverging_run_of_which_every_tensor_is_looked_at(tmp_path, call):
+    flags = ["--lr", 1e30, "--optimizer", "sgd", "--clip-norm", 0, "--check-finite"]
+    ended = call("train", *TINY, *flags, "--out", tmp_path / "run")
+    assert_refused(ended, "is the first tensor of the forward pass that is not finite")
 
 
 def test_memory_that_runs_out(trained, tmp_path, monkeypatch, call):

@@ -72,9 +72,11 @@ def test_lanczos_finds_the_eigenvalues_of_the_whole_hessian():
     found = lanczos(lambda v: made.append(v) or product(v), flat.size, count=3, steps=60, rtol=1e-8)
     np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-7)
     assert (abs(found.eigenvalues - expected) <= found.residuals + 1e-12).all()
-    assert found.products == len(made)
+    assert found.products == len(made) and found.converged.all()
     # it stops as soon as it knows enough, and not before
     assert lanczos(product, flat.size, count=3, steps=60, rtol=1e-2).products < found.products < 60
+    hasty = lanczos(product, flat.size, count=3, steps=4, rtol=1e-8)
+    assert hasty.products == 4 and not hasty.converged.any() and (hasty.residuals > 1e-8 * hasty.eigenvalues[0]).all()
     for value, vector in zip(found.eigenvalues, found.eigenvectors, strict=True):
         np.testing.assert_allclose(H @ vector, value * vector, atol=1e-6 * abs(value))
         assert np.isclose(np.linalg.norm(vector), 1.0)

@@ -122,6 +122,27 @@ def test_a_wrong_prediction_is_red(tmp_path, drawn):
     assert colors[0] == colors[2] != colors[1]
 
 
+def test_eigenvalues_that_have_not_converged_are_hollow(tmp_path, drawn):
+    def figures(*eigenvalues, converged):
+        return {"eigenvalues": eigenvalues, "residuals": [3.0] * len(eigenvalues), "converged": converged}
+
+    adam = figures(90.0, converged=[False])
+    runs = [
+        {"epoch": e, "loss": 1.0, "lr": 0.1, "edge": 200.0, "preconditioned": adam, **figures(9.0, 5.0, converged=c)}
+        for e, c in ((1, [True, True]), (2, [True, False]))
+    ]
+    surface = np.linspace(-1, 1, 3), np.ones((3, 3)) + np.eye(3)
+    plots.save_curvature(tmp_path / "c.png", runs, edge="edge", slice_=surface, title="digits: 2 epochs of adam")
+    whole(tmp_path / "c.png")
+    _, sharp, around, _ = drawn[0].axes
+    points = [bar for bar in sharp.containers if bar[0].get_markerfacecolor() == "white"]
+    ends = [[end.tolist() for end in bar[2][0].get_segments()[0]] for bar in points]
+    assert ends == [[[2, 5], [2, 8]], [[1, 90], [1, 93]], [[2, 90], [2, 93]]]
+    assert "not converged: + residual" in [text.get_text() for text in sharp.get_legend().get_texts()]
+    assert drawn[0].get_suptitle() == "digits: 2 epochs of adam"
+    assert around.get_title("left") == "loss surface at the end, epoch 2"
+
+
 def test_labels():
     assert plots.label("a  b\nc\t") == "a b c"
     assert plots.label("x" * 50) == "x" * 23 + "…" and plots.label("x" * 24) == "x" * 24

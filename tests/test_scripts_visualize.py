@@ -17,20 +17,36 @@ def test_curvature_of_a_run(call, trained, tmp_path):
     report = json.loads((tmp_path / "curvature.json").read_text())
     assert [r["epoch"] for r in report["records"]] == [2, 3]
     for record in report["records"]:
-        assert record["eigenvalues"][0] >= record["eigenvalues"][1] > 0 and record["preconditioned"] > 0
+        assert record["eigenvalues"][0] >= record["eigenvalues"][1] > 0 and record["converged"] == [True, True]
+        assert max(record["residuals"]) < 1e-2 * record["eigenvalues"][0]
+        assert record["preconditioned"]["eigenvalues"][0] > 0
         assert record["edge"] == pytest.approx(38 / record["lr"])
     # the training that was made again is that of the checkpoint: its last learning rate, and its end's curvature
     rates = [r["lr"] for r in read_metrics(trained / METRICS) if r["kind"] == "train"]
     assert report["records"][-1]["lr"] == pytest.approx(rates[-1])
-    assert report["records"][-1]["eigenvalues"][0] == pytest.approx(report["at_checkpoint"]["eigenvalues"][0], rel=1e-2)
+    assert report["records"][-1]["eigenvalues"][0] == pytest.approx(report["at_end"]["eigenvalues"][0], rel=1e-2)
+    assert report["ends_at_checkpoint"] and "at the end, which is the checkpoint" in ended.out
 
 
 def test_another_optimizer(call, trained, tmp_path):
     few = ["--pictures", 8, "--points", 2, "--epochs", 1, "--out", tmp_path, "--json", tmp_path / "x.json"]
     ended = call("visualize", "curvature", trained / "last.npz", "--optimizer", "sgd", "--lr", 0.1, *few)
     assert ended.status == 0, ended.err
-    (record,) = json.loads((tmp_path / "x.json").read_text())["records"]
+    report = json.loads((tmp_path / "x.json").read_text())
+    (record,) = report["records"]
     assert "preconditioned" not in record and record["edge"] == pytest.approx(3.8 / record["lr"])
+    # every panel is of the training that was asked for: the surface is at its end, not at the checkpoint
+    assert not report["ends_at_checkpoint"] and "not at the checkpoint" in ended.out
+    assert report["at_end"]["eigenvalues"][0] == pytest.approx(record["eigenvalues"][0], rel=1e-2)
+
+
+def test_an_eigenvalue_that_is_not_found_is_marked(call, trained, tmp_path):
+    few = ["--pictures", 8, "--points", 2, "--epochs", 1, "--steps", 2, "--out", tmp_path]
+    ended = call("visualize", "curvature", trained / "last.npz", *few)
+    assert ended.status == 0, ended.err
+    (record,) = json.loads((tmp_path / "curvature.json").read_text())["records"]
+    assert record["converged"] == [False, False] and record["preconditioned"]["converged"] == [False]
+    assert record["residuals"][0] > 1e-3 * record["eigenvalues"][0] and ended.out.count(" +- ") == 2
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,23 @@ def test_it_changes_no_bit(name):
     assert flat.any()
 
 
+def test_without_figures_the_rest_is_the_same(monkeypatch):
+    def records(figures):
+        model = ViT(ViTConfig(**SMALL), seed=3)
+        with trace.recording([model.flat], figures=figures) as recorder:
+            images, labels = batch(model.config)
+            logits, cache = model.forward(images)
+            dlogits = softmax_cross_entropy_backward(1.0, softmax_cross_entropy_forward(logits, labels)[1])
+            model.backward(dlogits, cache, model.gradient_buffer()[1])
+        nothing = {"mean": 0, "std": 0, "largest": 0, "norms": {}, "incoming": 0.0, "seconds": 0, "own_seconds": 0}
+        return [r._replace(**nothing) for r in recorder.records]
+
+    expected = records(True)
+    for name in ("norm", "statistics"):
+        monkeypatch.delattr(trace, name)  # not called
+    assert records(False) == expected and len(expected) > 20
+
+
 def test_everything_is_put_back():
     before = everything()
     with trace.recording():

@@ -21,7 +21,7 @@ from minivit.engine import Engine
 from minivit.errors import InputError
 from minivit.model import ViT
 from minivit.optim import learning_rate
-from minivit.train import BEST, LAST, METRICS, SETTINGS, SUMMARY, TrainConfig, Trainer, read_metrics
+from minivit.train import BEST, FREE_ON_RESUME, LAST, METRICS, SETTINGS, SUMMARY, TrainConfig, Trainer, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = load("digits")
@@ -89,7 +89,8 @@ def assert_same_run(out, other):
         for key in arrays:
             np.testing.assert_array_equal(arrays[key], others[key], err_msg=f"{name}: {key}")
         for each in (meta, other_meta):
-            del each["progress"]["seconds"], each["settings"]["checkpoint_seconds"]
+            del each["progress"]["seconds"]
+            each["settings"] = {k: v for k, v in each["settings"].items() if k not in FREE_ON_RESUME}
         assert meta == other_meta
     assert timeless(out / METRICS) == timeless(other / METRICS)
     summaries = [json.loads((folder / SUMMARY).read_text()) for folder in (out, other)]
@@ -385,7 +386,7 @@ def test_an_altered_checkpoint_is_refused_and_changes_nothing(tmp_path, stopped,
 
 def test_settings_that_change_no_number_may_change(tmp_path, stopped):
     checkpoint.save(tmp_path / LAST, *stopped)
-    run = resumed(tmp_path, replace(HARD, log_every=5, checkpoint_seconds=1.0))
+    run = resumed(tmp_path, replace(HARD, log_every=5, check_finite=True, checkpoint_seconds=1.0))
     assert run.step == 6
     for name, value in asdict(replace(HARD, lr=0.02, seed=6, workers=2)).items():
         if value != getattr(HARD, name):
@@ -711,3 +712,58 @@ def test_a_diverging_run_names_the_first_tensor_that_is_not_finite(tmp_path):
         run.run()
     assert "\n" not in str(caught.value) and "the run diverged" in str(caught.value)
     assert checkpoint.load(tmp_path / "run" / LAST)[1]["progress"]["step"] < 7
+
+
+def test_checking_every_tensor_changes_no_number_and_costs_nothing_when_it_is_off(tmp_path, whole, monkeypatch):
+    recorded, real = [], train.recording
+
+    def recording(*arguments, **keywords):
+        recorded.append(1)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(train, "recording", recording)
+    monkeypatch.setattr(
+        Trainer, "_check_update", lambda self, real=Trainer._check_update: recorded.append(2) or real(self)
+    )
+    run = trainer(tmp_path)
+    before_step(run, 6, lambda: run.stop("test"))
+    assert run.run() is None and not recorded
+    assert resumed(tmp_path, replace(HARD, check_finite=True)).run()["steps"] == STEPS
+    # 60 pictures in parts of 3 and, of each batch of 8, one of 2: of the 8 batches in each of two epochs, 4 were done
+    assert recorded.count(1) == 4 * 3 - 1 + 8 * 3 - 1 and recorded.count(2) == 6
+    assert_same_run(tmp_path, whole())
+
+
+def test_the_check_finds_what_a_finite_loss_hides(tmp_path):
+    """LayerNorm of huge numbers overflows, then gives 0: a network that is dead, with a loss that is finite."""
+
+    def spoiled(name, **changes):
+        run = trainer(tmp_path / name, replace(HARD, **changes))
+        before_step(run, 2, lambda: run.model.params["pos_embed"].fill(1e30))
+        return run
+
+    assert spoiled("off").run()["steps"] == STEPS
+    with pytest.raises(
+        InputError, match=r"a temporary of blocks\.0\.norm1 \(layernorm_forward\) .* at step 2 .*diverged"
+    ):
+        spoiled("on", check_finite=True).run()
+
+
+@pytest.mark.parametrize(
+    ("vector", "said"),
+    [
+        (lambda run: run.optimizer.state["v"], r"optimizer/v/cls_token, made by AdamW\.step"),
+        (lambda run: run.model.flat, r"params/cls_token, made by AdamW\.step"),
+        (lambda run: run.ema.flat, r"ema/cls_token, made by EMA\.update"),
+    ],
+    ids=["state", "parameters", "average"],
+)
+def test_the_check_looks_at_the_update_too(tmp_path, vector, said):
+    run = trainer(tmp_path, replace(HARD, check_finite=True))
+
+    def spoil():
+        vector(run)[3] = np.inf
+
+    before_step(run, 2, spoil)
+    with pytest.raises(InputError, match=f"{said}, is the first tensor of the update that is not finite at step 1 "):
+        run.run()

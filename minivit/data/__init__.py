@@ -37,23 +37,11 @@ __all__ = [
 def load(name, data_dir="data", *, image_size=None):
     """Load one of the ``DATASETS`` into memory.
 
-    Parameters
-    ----------
-    name : str
-        ``"digits"``, ``"cifar10"``, ``"cifar100"`` or ``"folder"``.
-    data_dir : path
-        Where the data lies; ``"digits"`` ships with the package and ignores it.
-    image_size : int, optional
-        Height and width for ``"folder"`` (default 32). The other sets have one size each.
+    ``data_dir`` is where the data lie; the digits ship with the package and ignore it. ``image_size`` is the height and
+    width that pictures of a folder are brought to (default 32); the other sets have one size each.
 
-    Returns
-    -------
-    Dataset
-
-    Raises
-    ------
-    InputError
-        If the name is unknown, the data are missing or damaged, or ``image_size`` is not the set's own.
+    Returns  Dataset
+    Raises   InputError: unknown name; data that are missing or damaged; an ``image_size`` that is not the set's own.
     """
     if name == "folder":
         return validated(load_folder(data_dir, 32 if image_size is None else image_size))

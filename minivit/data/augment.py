@@ -1,39 +1,24 @@
 """Random crops, flips and affine maps for a whole batch of uint8 pictures at once.
 
 The arrays may live on the host or on a device; the random numbers always come from a NumPy Generator, so that
-the same seed gives the same pictures everywhere.
+the same seed gives the same pictures everywhere. No function changes its input.
 """
-
-import sys
 
 import numpy as np
 
-
-def _module_of(array):
-    return sys.modules[type(array).__module__.partition(".")[0]]  # numpy or cupy
+from minivit.backend import array_module
 
 
 def random_crop(images, padding, rng):
     """Shift each picture by up to ``padding`` pixels each way; what moves in is black.
 
-    It is the usual "pad by 4, crop back to 32 x 32 at a random place" of training on CIFAR.
+    It is the usual "pad by 4, crop back to 32 x 32 at a random place" of training on CIFAR: one of the
+    (2 * padding + 1)^2 windows of the padded picture is drawn for each.
 
-    Parameters
-    ----------
-    images : array, (B, H, W, C)
-    padding : int
-        Zeros to put on each side. One of the (2 * padding + 1)^2 windows is drawn for each picture.
-    rng : numpy.random.Generator
-
-    Returns
-    -------
-    array, (B, H, W, C), of the same dtype; the input is left as it is
-
-    Source
-    ------
-    He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385, section 4.2.
+    Shapes  images (B, H, W, C)  ->  (B, H, W, C) of the same dtype
+    Source  He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385, section 4.2.
     """
-    xp = _module_of(images)
+    xp = array_module(images)
     B, H, W, C = images.shape
     padded = xp.zeros((B, H + 2 * padding, (W + 2 * padding) * C), images.dtype)
     # Pixels and channels share one axis, so that the gather below copies whole rows, W * C bytes at a time.
@@ -46,16 +31,9 @@ def random_crop(images, padding, rng):
 def random_flip(images, rng):
     """Mirror each picture left to right with probability 1/2.
 
-    Parameters
-    ----------
-    images : array, (B, H, W, C)
-    rng : numpy.random.Generator
-
-    Returns
-    -------
-    array, (B, H, W, C), of the same dtype; the input is left as it is
+    Shapes  images (B, H, W, C)  ->  (B, H, W, C) of the same dtype
     """
-    xp = _module_of(images)
+    xp = array_module(images)
     B, H, W, C = images.shape
     chosen = xp.asarray(rng.random(B) < 0.5)
     # One gather along flat rows: three times as fast as [:, :, ::-1], which copies three bytes at a time.
@@ -68,30 +46,13 @@ def random_flip(images, rng):
 def random_affine(images, rng, *, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0):
     """Turn, scale, slant and move each picture a little, each by its own random amounts.
 
-    Every output pixel p (relative to the centre) is read, by bilinear interpolation, at the place
-
-        q = diag(1 + z) R(a) (1, 0; s, 1) p + t
-
-    of the input, where what lies outside is black.
-
-    Parameters
-    ----------
-    images : array, (B, H, W, C) uint8
-    rng : numpy.random.Generator
-    rotate : float
-        Angle a, drawn from +-rotate degrees.
-    zoom : float
-        Scales z of height and width, each drawn from +-zoom; below 1.
-    shear : float
-        Slant s, drawn from +-shear: columns move by s pixels per row.
-    shift : float
-        Displacement t, drawn from +-shift pixels in each direction; fractions count.
-
-    Returns
-    -------
-    array, (B, H, W, C) uint8; the input is left as it is
+    Math    every output pixel p (relative to the centre) is read, by bilinear interpolation, at the place
+            q = diag(1 + z) R(a) (1, 0; s, 1) p + t of the input, where what lies outside is black;
+            angle a in +-rotate degrees, scales z of height and width each in +-zoom (below 1), slant s in +-shear
+            (columns move by s pixels per row), displacements t each in +-shift pixels, fractions included
+    Shapes  images (B, H, W, C) uint8  ->  (B, H, W, C) uint8
     """
-    xp = _module_of(images)
+    xp = array_module(images)
     B, H, W, C = images.shape
     angle = xp.asarray(np.deg2rad(rng.uniform(-rotate, rotate, (B, 1, 1))))
     scale_y, scale_x = xp.asarray(1.0 + rng.uniform(-zoom, zoom, (2, B, 1, 1)))
@@ -117,16 +78,8 @@ def random_affine(images, rng, *, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0):
 def augment(images, rng, *, crop_padding=0, flip=False, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0):
     """Affine map, crop, flip, in this order, each only if asked for; with none, the result is ``images`` itself.
 
-    Parameters
-    ----------
-    images : array, (B, H, W, C) uint8
-    rng : numpy.random.Generator
-    crop_padding : int
-        Pixels for ``random_crop``.
-    flip : bool
-        Whether to apply ``random_flip``. Leave it off where left and right matter, as with digits.
-    rotate, zoom, shear, shift : float
-        Largest amounts for ``random_affine``.
+    Shapes  images (B, H, W, C) uint8  ->  (B, H, W, C) uint8
+    See `random_affine`, `random_crop`, `random_flip`; leave ``flip`` off where left and right matter, as with digits.
     """
     if rotate or zoom or shear or shift:
         images = random_affine(images, rng, rotate=rotate, zoom=zoom, shear=shear, shift=shift)

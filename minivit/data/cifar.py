@@ -134,14 +134,8 @@ def load_cifar(name, data_dir):
 
     The number of records comes from the files; labels are checked one by one.
 
-    Shapes
-    ------
-    Pictures (n, 32, 32, 3) uint8, labels (n,) int64.
-
-    Raises
-    ------
-    InputError
-        If the data are missing (it says how to get them), incomplete, damaged, or not what they claim to be.
+    Shapes  pictures (n, 32, 32, 3) uint8, labels (n,) int64
+    Raises  InputError: the data are missing (it says how to get them), incomplete, damaged, or not what they claim.
     """
     kind, data_dir = _SETS[name], Path(data_dir)
     path, layout = _find(name, kind, data_dir)
@@ -360,26 +354,11 @@ def fetch(name, data_dir="data", *, url=None, progress=True):
 
     A download that breaks off leaves a ``.part`` file, from which the next call goes on.
 
-    Parameters
-    ----------
-    name : str
-        ``"cifar10"`` or ``"cifar100"``.
-    data_dir : path
-        Made if it is not there.
-    url : str, optional
-        Another place to download the same archive from; the checksum stays the official one.
-    progress : bool
-        Whether to show a bar.
+    ``data_dir`` is made if it is not there; nothing that was there before is overwritten. ``url`` is another place to
+    download the same archive from; the checksum stays the official one.
 
-    Returns
-    -------
-    Path
-        The folder with the data. Nothing that was there before is overwritten.
-
-    Raises
-    ------
-    InputError
-        If there is no such data set or no way to it, or if what came is not the official archive.
+    Returns  Path of the folder with the data
+    Raises   InputError: there is no such data set or no way to it, or what came is not the official archive.
     """
     if name not in _SETS:
         raise InputError(f"there is nothing to fetch for {name!r}; choose one of {', '.join(_SETS)}")

@@ -10,9 +10,7 @@ from minivit.errors import InputError
 class Dataset(NamedTuple):
     """Pictures and labels of one data set, split for training and testing.
 
-    Shapes
-    ------
-    Pictures are (n, H, W, C) uint8 in 0..255, labels (n,) int64 in [0, K), where K = ``len(class_names)``.
+    Shapes  pictures (n, H, W, C) uint8 in 0..255, labels (n,) int64 in [0, K), K = ``len(class_names)``
     """
 
     name: str
@@ -27,10 +25,7 @@ class Dataset(NamedTuple):
 def validated(dataset):
     """Return ``dataset`` itself once its parts are known to fit together.
 
-    Raises
-    ------
-    InputError
-        If a split is empty, or its shapes, dtypes or labels are not those that ``Dataset`` promises.
+    Raises  InputError: a split is empty, or its shapes, dtypes or labels are not those that `Dataset` promises.
     """
     splits = {
         "training": (dataset.train_images, dataset.train_labels),

@@ -13,14 +13,9 @@ def load_digits():
     The split is fixed and stratified (each class keeps its share). It is random over pictures, so both
     sides hold digits of the same writers: test accuracies come out higher than on new writers.
 
-    Shapes
-    ------
-    Pictures (n, 8, 8, 1) uint8; the file's 0..16 are scaled to 0..255.
-
-    Source
-    ------
-    E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
-    Repository, 1998, doi 10.24432/C50P49, CC BY 4.0; the 1,797 pictures of its test file.
+    Shapes  pictures (n, 8, 8, 1) uint8; the file's 0..16 are scaled to 0..255
+    Source  E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository,
+            1998, doi 10.24432/C50P49, CC BY 4.0; the 1,797 pictures of its test file.
     """
     file = resources.files("minivit.data").joinpath("digits.npz")
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:

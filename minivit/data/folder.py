@@ -21,21 +21,10 @@ _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
 def load_folder(data_dir, image_size=32):
     """Load a folder of pictures; the classes are the names of the folders in ``train``, sorted.
 
-    Parameters
-    ----------
-    data_dir : path
-        The folder that holds ``train`` and ``test``. Hidden files and other endings are left out.
-    image_size : int
-        Height and width that each picture is brought to, as ``read_image`` does.
+    Hidden files and other endings are left out.
 
-    Shapes
-    ------
-    Pictures (n, image_size, image_size, 3) uint8, in the order of their classes and file names.
-
-    Raises
-    ------
-    InputError
-        If folders or pictures are missing, a test class has no training pictures, or a picture is broken.
+    Shapes  pictures (n, image_size, image_size, 3) uint8 from `read_image`, in the order of classes and file names
+    Raises  InputError: folders or pictures are missing, a test class has no training pictures, or a picture is broken.
     """
     root = Path(data_dir)
     class_names = _classes(root / "train")
@@ -58,14 +47,8 @@ def read_image(path, image_size):
 
     Turned as its camera says (EXIF); of an animation the first frame; transparency is ignored.
 
-    Returns
-    -------
-    (image_size, image_size, 3) uint8
-
-    Raises
-    ------
-    InputError
-        If Pillow is missing, or the picture cannot be read, is huge, or has more than 8 bits a channel.
+    Shapes  ->  (image_size, image_size, 3) uint8
+    Raises  InputError: Pillow is missing, or the picture cannot be read, is huge, or has more than 8 bits a channel.
     """
     with _pillow() as pillow:
         return _decoded(path, image_size, *pillow)

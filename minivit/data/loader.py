@@ -21,11 +21,9 @@ def _generator(seed, *key):
 
 
 def epoch_order(n, *, seed, epoch):
-    """Return the order in which an epoch visits n pictures.
+    """The order in which an epoch visits n pictures, the same for the same arguments.
 
-    Returns
-    -------
-    (n,) int64 permutation of 0 .. n - 1, the same for the same arguments
+    Shapes  ->  (n,) int64, a permutation of 0 .. n - 1
     """
     return _generator(seed, _SHUFFLE, epoch).permutation(n)
 
@@ -42,29 +40,12 @@ def batches(images, labels, order, batch_size, *, seed, epoch, start=0, prefetch
     Batch i takes ``order[i * batch_size : (i + 1) * batch_size]``, and its augmentation is drawn from a
     Generator of its own, so a pass from any ``start`` continues a full pass exactly.
 
-    Parameters
-    ----------
-    images, labels : (n, H, W, C) uint8 and (n,) int64
-        On one device; they are left as they are.
-    order : (m,) int64
-        Rows to visit, usually from ``epoch_order``.
-    batch_size : int
-    seed, epoch : int
-    start : int
-        First batch to yield.
-    augmentation
-        Keyword settings of ``augment``.
-    prefetch : int
-        Batches that one background thread prepares ahead; 0 prepares each when asked for. Same batches.
-        An error there is raised here; closing the generator ends the thread.
-    drop_last : bool
-        Leave out a last batch that is smaller than ``batch_size``.
-
-    Yields
-    ------
-    index : int
-    images : (B, H, W, C) uint8, a copy
-    labels : (B,) int64, a copy
+    Shapes  images (n, H, W, C) uint8, labels (n,) int64, order (m,) int64: the rows to visit, as from `epoch_order`
+            ->  index, images (B, H, W, C) uint8, labels (B,) int64: copies
+    ``augmentation`` are keyword settings of `augment`. One background thread prepares ``prefetch`` batches ahead; with
+    0 each is prepared when asked for: the same batches. An error there is raised here; closing the generator ends the
+    thread. ``drop_last`` leaves out a last batch that is smaller than ``batch_size``.
+    Raises  ValueError: batch_size is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")

@@ -69,9 +69,12 @@ def dropout_backward(dy, cache):
 
 
 def dropout_jvp(xdot, cache):
-    """Forward-mode derivative of `dropout_forward`: linear in x with a diagonal matrix, so the same as the backward.
+    """Forward-mode derivative of `dropout_forward`: linear in x, so the same map of the tangent.
 
     Math    ydot = xdot m / (1 - rate)
     Shapes  xdot (...)  ->  ydot (...)
     """
-    return dropout_backward(xdot, cache)
+    if cache.mask is None:
+        return xdot
+    # y = x m scale
+    return xdot * cache.mask * cache.scale

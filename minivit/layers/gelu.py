@@ -62,57 +62,61 @@ def gelu_forward(x, *, kind="tanh"):
     return y, GeluCache(x, gate, kind)
 
 
-def gelu_slope(cache):
-    """The derivative dy/dx of `gelu_forward`, entry by entry.
+def gelu_backward(dy, cache):
+    """Backward of `gelu_forward`.
 
-    Math    "tanh": (1 + t)/2 + x/2 (1 - t^2) u';  "erf": Phi(x) + x phi(x)
-    Shapes  ->  (...), like x
+    Math    dx = dy dy/dx;  "tanh": dy/dx = (1 + t)/2 + x/2 (1 - t^2) u';  "erf": dy/dx = Phi(x) + x phi(x)
+    Shapes  dy (...)  ->  dx (...)
     """
     x, gate, kind = cache
     xp = array_module(x)
     if kind == "erf":
         # y = x Phi(x)  =>  dy/dx = Phi(x) + x phi(x)
-        slope = x * x
-        slope *= -0.5
-        xp.exp(slope, out=slope)
-        slope *= INV_SQRT_2PI  # phi(x)
-        slope *= x
-        slope += gate
-        return slope
+        dx = x * x
+        dx *= -0.5
+        xp.exp(dx, out=dx)
+        dx *= INV_SQRT_2PI  # phi(x)
+        dx *= x
+        dx += gate
+        dx *= dy
+        return dx
     # u = sqrt(2/pi) (x + 0.044715 x^3)  =>  u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2)
-    slope = x * x
-    slope *= 3.0 * SQRT_2_OVER_PI * CUBIC
-    slope += SQRT_2_OVER_PI
+    dx = x * x
+    dx *= 3.0 * SQRT_2_OVER_PI * CUBIC
+    dx += SQRT_2_OVER_PI
     # t = tanh(u)  =>  dt/dx = (1 - t^2) u'
     dtanh = gate * gate
     dtanh -= 1.0  # -(1 - t^2)
-    slope *= dtanh
+    dx *= dtanh
     # y = x/2 (1 + t)  =>  dy/dx = (1 + t)/2 + x/2 dt/dx
-    slope *= x
-    slope -= gate
-    slope -= 1.0  # -2 dy/dx
-    slope *= -0.5
-    return slope
-
-
-def gelu_backward(dy, cache):
-    """Backward of `gelu_forward`.
-
-    Math    dx = dy dy/dx, with dy/dx from `gelu_slope`
-    Shapes  dy (...)  ->  dx (...)
-    """
-    # each y depends on its own x alone
-    dx = gelu_slope(cache)
+    dx *= x
+    dx -= gate
+    dx -= 1.0  # -2 dy/dx
+    dx *= -0.5
     dx *= dy
     return dx
 
 
 def gelu_jvp(xdot, cache):
-    """Forward-mode derivative of `gelu_forward`.
+    """Forward-mode derivative of `gelu_forward`, line by line: it shares no derivative with the backward.
 
-    Math    ydot = dy/dx xdot
+    Math    "tanh": udot = sqrt(2/pi) (xdot + 0.044715 * 3 x^2 xdot), tdot = (1 - t^2) udot,
+            ydot = (xdot (1 + t) + x tdot) / 2;  "erf": ydot = xdot Phi(x) + x Phidot
     Shapes  xdot (...)  ->  ydot (...)
     """
-    ydot = gelu_slope(cache)
-    ydot *= xdot
-    return ydot
+    x, gate, kind = cache
+    xp = array_module(x)
+    if kind == "erf":
+        # Phi = (1 + erf(s)) / 2 with s = x / sqrt 2, and erf'(s) = 2 exp(-s^2) / sqrt(pi)
+        s, sdot = x * SQRT_HALF, xdot * SQRT_HALF
+        gatedot = xp.exp(-s * s) * sdot * (1.0 / math.sqrt(math.pi))
+        # y = x Phi
+        return xdot * gate + x * gatedot
+    # u = p x with p = sqrt(2/pi) (1 + 0.044715 x^2)
+    p = SQRT_2_OVER_PI * (1.0 + CUBIC * (x * x))
+    pdot = SQRT_2_OVER_PI * CUBIC * (xdot * x + x * xdot)
+    udot = pdot * x + p * xdot
+    # t = tanh(u)
+    tdot = (1.0 - gate * gate) * udot
+    # y = (1 + t) x / 2
+    return 0.5 * (tdot * x + (1.0 + gate) * xdot)
