@@ -361,6 +361,11 @@ def _heads(packed, heads):
     return packed.reshape(B, N, heads, -1).transpose(0, 2, 1, 3)
 
 
+def _padded(N):
+    """The stride of rows of N scores: tensor cores want rows that begin at multiples of 16 bytes."""
+    return 8 * _blocks(N, 8)
+
+
 def _attention_forward(qkv, bias, path, heads):
     """qkv (B, N, 3D), the product without its bias  ->  y (B, N, D), and what the backward needs: p, or None."""
     xp, real = array_module(qkv), qkv.dtype
@@ -374,13 +379,14 @@ def _attention_forward(qkv, bias, path, heads):
     arguments = (qkv, bias, Size(qkv.size), width)
     machine().launch("add_bias", _grid(qkv.size), (256,), arguments, sizes=_sizes(real, ROWS=1))
     q, k, v = (_heads(qkv[:, :, i * D : (i + 1) * D], heads) for i in range(3))
-    scores = xp.empty((B, heads, N, N), np.float32)
+    scores = xp.empty((B, heads, N, _padded(N)), np.float32)
     p = scores if real == np.float32 else xp.empty(scores.shape, real)
-    _products(q, k.swapaxes(2, 3), scores, alpha=Dh**-0.5)
-    rows = scores.size // N
+    _products(q, k.swapaxes(2, 3), scores[..., :N], alpha=Dh**-0.5)
+    rows = B * heads * N
+    arguments = (scores, p, path, rows, N, _padded(N), heads * N)
     grid, block = (_blocks(rows, WARPS),), (32 * WARPS,)
-    machine().launch("softmax_forward", grid, block, (scores, p, path, rows, N, heads * N), sizes=_sizes(real, ROWS=1))
-    _products(p, v, _heads(y, heads))
+    machine().launch("softmax_forward", grid, block, arguments, sizes=_sizes(real, ROWS=1))
+    _products(p[..., :N], v, _heads(y, heads))
     return y, p
 
 
@@ -400,15 +406,14 @@ def _attention_backward(dy, qkv, bias, path, p, heads):
     dy = _heads(dy, heads)
     dp = xp.empty(p.shape, np.float32)
     ds = dp if real == np.float32 else xp.empty(p.shape, real)
-    _products(p.swapaxes(2, 3), dy, dv)
-    _products(dy, v.swapaxes(2, 3), dp)
-    rows = p.size // N
-    arguments = (p, dp, path, ds, Dh**-0.5, rows, N, heads * N)
-    machine().launch(
-        "softmax_backward", (_blocks(rows, WARPS),), (32 * WARPS,), arguments, sizes=_sizes(real, ROWS=1)
-    )  # fmt: skip
-    _products(ds, k, dq)
-    _products(ds.swapaxes(2, 3), q, dk)
+    _products(p[..., :N].swapaxes(2, 3), dy, dv)
+    _products(dy, v.swapaxes(2, 3), dp[..., :N])
+    rows = B * heads * N
+    arguments = (p, dp, path, ds, Dh**-0.5, rows, N, _padded(N), heads * N)
+    grid, block = (_blocks(rows, WARPS),), (32 * WARPS,)
+    machine().launch("softmax_backward", grid, block, arguments, sizes=_sizes(real, ROWS=1))
+    _products(ds[..., :N], k, dq)
+    _products(ds[..., :N].swapaxes(2, 3), q, dk)
     return dqkv
 
 

@@ -295,30 +295,30 @@ extern "C" __global__ void bias_gelu_backward(const real* __restrict__ h, const 
   }
 }
 
-// Softmax of each row of n scores, one warp per row; p may be the scores. Stochastic depth's factor, constant over the
+// Softmax of each row of n scores, rows `stride` apart, one warp per row; p may be the scores. Stochastic depth's factor, constant over the
 // `group` rows of a picture, is put in here: path (p v) = (path p) v.
 //     p = path exp(s - max s) / sum exp(s - max s)
 extern "C" __global__ void softmax_forward(const float* scores, real* p, const float* __restrict__ path, int rows, int n,
-                                           int group) {
+                                           int stride, int group) {
   const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
-  const float* s = scores + (size_t)row * n;
+  const float* s = scores + (size_t)row * stride;
   float largest = LOWEST, sum = 0.f;
   for (int j = lane; j < n; j += 32) largest = fmaxf(largest, s[j]);
   largest = warp_max(largest);
   for (int j = lane; j < n; j += 32) sum += __expf(s[j] - largest);
   const float scale = (path ? path[row / group] : 1.f) / warp_sum(sum);
-  for (int j = lane; j < n; j += 32) store1(p, (size_t)row * n + j, scale * __expf(s[j] - largest));
+  for (int j = lane; j < n; j += 32) store1(p, (size_t)row * stride + j, scale * __expf(s[j] - largest));
 }
 
 // Backward of softmax with the scores' factor, one warp per row; ds may be dp. p holds stochastic depth's factor, so
 // that the softmax itself is p / path.
 //     ds = scale p (dp - sum_j dp_j p_j / path), and 0 where path is 0
 extern "C" __global__ void softmax_backward(const real* __restrict__ p, const float* dp, const float* __restrict__ path,
-                                            real* ds, float scale, int rows, int n, int group) {
+                                            real* ds, float scale, int rows, int n, int stride, int group) {
   const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
-  const size_t start = (size_t)row * n;
+  const size_t start = (size_t)row * stride;
   float dot = 0.f;
   for (int j = lane; j < n; j += 32) dot += load1(p, start + j) * dp[start + j];
   const float factor = path ? path[row / group] : 1.f;
