@@ -96,15 +96,22 @@ def test_the_whole_model_is_the_plain_one_in_float64(xp, name):
         assert_close(grads[key], gradient, 2e-5 * max(1.0, 0.01 * largest / max(np.abs(gradient).max(), 1e-9)), key)
 
 
-@pytest.fixture
-def bf16(xp):
-    cuda.machine().precision = "bf16"
-    yield
+ROUNDING = {"tf32": 3e-3, "bf16": 0.03}  # of a gradient, relative to its norm
+
+
+@pytest.fixture(params=ROUNDING)
+def precision(xp, request):
+    """The machine in a precision below float32."""
+    cuda.machine().precision = request.param
+    yield request.param
     cuda.machine().precision = "float32"
 
 
+@pytest.mark.parametrize("tensor_cores", [True, False])
 @pytest.mark.parametrize("name", ["cls", "path", "mean", "long"])
-def test_bf16_is_the_plain_model_up_to_its_seven_bits(xp, bf16, name):
+def test_rounded_factors_give_the_plain_model_up_to_their_bits(xp, precision, name, tensor_cores, monkeypatch):
+    if not tensor_cores:  # as where a block's shared memory is too small for so many tokens
+        monkeypatch.setattr(cuda.machine(), "shared_memory", 0)
     config = CONFIGS[name]
     images, labels = batch_of(config)
     with plain():
@@ -112,12 +119,13 @@ def test_bf16_is_the_plain_model_up_to_its_seven_bits(xp, bf16, name):
         expected = one_pass(exact, images, labels, np.random.default_rng(3))
     model = ViT(config, flat=xp.asarray(parameters_of(config)))
     found = one_pass(model, xp.asarray(images), xp.asarray(labels), np.random.default_rng(3))
-    assert found[1] == pytest.approx(expected[1], rel=1e-2) and found[1] != pytest.approx(expected[1], rel=1e-6)
+    assert found[1] == pytest.approx(expected[1], rel=1e-2)
     for key, gradient in expected[2].items():
+        actual = found[2][key]
         if key.endswith("qkv.bias"):  # a third of it, the keys', is zero but for rounding
-            continue
-        error = np.linalg.norm(found[2][key] - gradient) / np.linalg.norm(gradient)
-        assert error < 0.03, f"{key}: {error:.1%}"
+            actual, gradient = (np.delete(g.reshape(3, -1), 1, axis=0) for g in (actual, gradient))
+        error = np.linalg.norm(actual - gradient) / np.linalg.norm(gradient)
+        assert error < ROUNDING[precision], f"{key}: {error:.1%}"
     with cuda.rounded(model.flat):  # one rounded copy of the parameters, not one each time
         once = one_pass(model, xp.asarray(images), xp.asarray(labels), np.random.default_rng(3))
     assert once[1] == found[1]

@@ -50,7 +50,9 @@ class Machine:
 
         self.cupy = cupy
         self.precision = "float32"
-        self.processors = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["multiProcessorCount"]
+        attributes = cupy.cuda.Device().attributes
+        self.processors = attributes["MultiProcessorCount"]
+        self.shared_memory = attributes["MaxSharedMemoryPerBlockOptin"]
         library = load_nvidia_dynamic_lib("cublas").abs_path
         self._blas = Cublas(library, self.address, workspace=cupy.empty(WORKSPACE, np.uint8))
 
@@ -346,6 +348,24 @@ def layernorm_backward(dy, cache):
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
+class AttentionCache(NamedTuple):
+    """What the backward of attention reads beside qkv."""
+
+    y: Any  # (B, N, D), on tensor cores
+    logsum: Any  # (B h, N), on tensor cores
+    p: Any  # (B, h, N, N'), through products
+
+
+def _tensor_cores(N, Dh):
+    """Threads, and bytes of shared memory of forward and backward, of attention on tensor cores; None if unfit."""
+    tiles = _blocks(N, 16)
+    array = 4 * 16 * tiles * (Dh + 4)
+    shared = 2 * array, 4 * array + 2 * 4 * 16 * tiles
+    if machine().precision == "float32" or Dh % 8 or tiles > 32 or shared[1] > machine().shared_memory:
+        return None
+    return 32 * tiles, *shared
+
+
 def _attention_launch(name, arguments, B, N, heads, Dh, real, arrays, maps):
     """One block per head and picture; ``arrays`` (N, Dh) and ``maps`` (N, N) lie in shared memory."""
     tiles = _blocks(N, 4)
@@ -367,15 +387,26 @@ def _padded(N):
 
 
 def _attention_forward(qkv, bias, path, heads):
-    """qkv (B, N, 3D), the product without its bias  ->  y (B, N, D), and what the backward needs: p, or None."""
+    """qkv (B, N, 3D), the product without its bias  ->  y (B, N, D), AttentionCache.
+
+    On tensor cores where factors may be rounded; else in float32, up to 96 tokens in shared memory, beyond through
+    products of stacks, which leave the map in the cache.
+    """
     xp, real = array_module(qkv), qkv.dtype
     B, N, width = qkv.shape
     D = width // 3
     Dh = D // heads
     y = xp.empty((B, N, D), real)
+    if fit := _tensor_cores(N, Dh):
+        threads, shared, _ = fit
+        logsum = xp.empty((B * heads, N), np.float32)
+        arguments = (qkv, bias, path, y, logsum, heads)
+        sizes = _sizes(real, TENSOR=1, TOKENS=N, HEAD=Dh)
+        machine().launch("attention_forward", (B * heads,), (threads,), arguments, sizes=sizes, shared=shared)
+        return y, AttentionCache(y, logsum, None)
     if N <= FUSED_TOKENS:
         _attention_launch("attention_forward", (qkv, bias, path, y), B, N, heads, Dh, real, 3, 1)
-        return y, None
+        return y, AttentionCache(None, None, None)
     arguments = (qkv, bias, Size(qkv.size), width)
     machine().launch("add_bias", _grid(qkv.size), (256,), arguments, sizes=_sizes(real, ROWS=1))
     q, k, v = (_heads(qkv[:, :, i * D : (i + 1) * D], heads) for i in range(3))
@@ -387,16 +418,23 @@ def _attention_forward(qkv, bias, path, heads):
     grid, block = (_blocks(rows, WARPS),), (32 * WARPS,)
     machine().launch("softmax_forward", grid, block, arguments, sizes=_sizes(real, ROWS=1))
     _products(p[..., :N], v, _heads(y, heads))
-    return y, p
+    return y, AttentionCache(None, None, p)
 
 
-def _attention_backward(dy, qkv, bias, path, p, heads):
+def _attention_backward(dy, qkv, bias, path, cache, heads):
     """dy (B, N, D)  ->  dqkv (B, N, 3D)."""
     xp, real = array_module(qkv), qkv.dtype
     B, N, width = qkv.shape
     D = width // 3
     Dh = D // heads
     dqkv = xp.empty_like(qkv)
+    p = cache.p
+    if cache.y is not None:
+        threads, _, shared = _tensor_cores(N, Dh)
+        arguments = (qkv, bias, path, cache.y, cache.logsum, dy, dqkv, heads)
+        sizes = _sizes(real, TENSOR=1, TOKENS=N, HEAD=Dh)
+        machine().launch("attention_backward", (B * heads,), (threads,), arguments, sizes=sizes, shared=shared)
+        return dqkv
     if p is None:
         _attention_launch("attention_backward", (qkv, bias, path, dy, dqkv), B, N, heads, Dh, real, 4, 2)
         return dqkv
@@ -431,7 +469,7 @@ class CudaBlockCache(NamedTuple):
     norm1: CudaLayerNormCache
     y1: Any  # (rows, D) what goes into U_qkv
     qkv: Any  # (B, N, 3D)
-    attention: Any  # (h, B, N, N), or None where the backward makes it again
+    attention: AttentionCache
     heads: Any  # (rows, D) what goes into U_msa
     norm2: CudaLayerNormCache
     y2: Any  # (rows, D) what goes into W1

@@ -6,7 +6,8 @@
 //
 // Some sizes are constants at compile time, so that a row fits into registers and loops unroll:
 //   WIDTH          D, a multiple of 4 up to 1024     (kernels over rows)
-//   TOKENS, HEAD   N and Dh, a multiple of 4         (attention)
+//   TOKENS, HEAD   N and Dh, a multiple of 4         (attention in float32)
+//   TENSOR         with TOKENS, and HEAD a multiple of 8: attention on tensor cores, which round factors to TF32
 //
 // Activations are stored as `real`: float, or with BF16 defined bfloat16, the upper half of a float. Arithmetic is
 // always that of float; parameters, their gradients, the residual stream z and its gradient dz are always stored so.
@@ -15,8 +16,7 @@
 // path (g W + b) = (path g) W + path b, it scales the input of a branch's last product, which can then add its
 // result straight onto the residual stream.
 
-constexpr float SQRT_2_OVER_PI = 0.7978845608028654f, CUBIC = 0.044715f, SQRT_HALF = 0.7071067811865476f,
-                INV_SQRT_2PI = 0.3989422804014327f, LOWEST = -3.402823e38f;
+constexpr float LOWEST = -3.402823e38f;
 
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
@@ -34,6 +34,10 @@ __device__ __forceinline__ float4 load4(const float* p, size_t quad) { return re
 __device__ __forceinline__ void store4(float* p, size_t quad, float4 v) { reinterpret_cast<float4*>(p)[quad] = v; }
 __device__ __forceinline__ float load1(const float* p, size_t i) { return p[i]; }
 __device__ __forceinline__ void store1(float* p, size_t i, float v) { p[i] = v; }
+__device__ __forceinline__ void store2(float* p, size_t pair, float a, float b) {
+  p[2 * pair] = a;
+  p[2 * pair + 1] = b;
+}
 
 #ifdef BF16
 typedef unsigned short real;
@@ -50,6 +54,9 @@ __device__ __forceinline__ float4 load4(const real* p, size_t quad) {
 }
 __device__ __forceinline__ void store4(real* p, size_t quad, float4 v) {
   reinterpret_cast<uint2*>(p)[quad] = make_uint2(rounded(v.x) | rounded(v.y) << 16, rounded(v.z) | rounded(v.w) << 16);
+}
+__device__ __forceinline__ void store2(real* p, size_t pair, float a, float b) {
+  reinterpret_cast<unsigned*>(p)[pair] = rounded(a) | rounded(b) << 16;
 }
 #else
 typedef float real;
@@ -236,6 +243,9 @@ extern "C" __global__ void add_bias(real* __restrict__ x, const float* __restric
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x)
     store1(x, i, load1(x, i) + b[i % cols]);
 }
+
+constexpr float SQRT_2_OVER_PI = 0.7978845608028654f, CUBIC = 0.044715f, SQRT_HALF = 0.7071067811865476f,
+                INV_SQRT_2PI = 0.3989422804014327f;
 
 // GELU and its slope, from x with the bias added. With s the gate:
 //     tanh form  s = sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3);   y = x s,   y' = s + x s (1 - s) 2 u'
@@ -447,7 +457,7 @@ extern "C" __global__ void crop_flip(const unsigned char* __restrict__ images, c
 }
 #endif  // ROWS
 
-#ifdef TOKENS
+#if defined(TOKENS) && !defined(TENSOR)
 // Attention of one head of one picture, in one block: everything between the products with U_qkv and U_msa stays in
 // shared memory. qkv (B, N, 3, h, Dh) is the product without its bias.
 //     q, k, v = qkv + bqkv;   p = softmax(q k^T / sqrt(Dh));   y = path p v
@@ -607,4 +617,284 @@ extern "C" __global__ void attention_backward(const real* __restrict__ qkv, cons
   scores_times_rows(ds, k, 1.f, dqkv + at, 3 * D);                     // dq
   scores_transposed_times_rows(ds, q, 1.f, dqkv + at + D, 3 * D);      // dk
 }
-#endif  // TOKENS
+#endif  // TOKENS without TENSOR
+
+#ifdef TENSOR
+// Attention of one head of one picture, in one block, on tensor cores. A warp multiplies tiles
+//     c (16 x 8) += a (16 x 8) b (8 x 8)
+// that its lanes hold together: with g = lane / 4 and t = lane % 4, a lane has a[g][t], a[g + 8][t], a[g][t + 4],
+// a[g + 8][t + 4]; b[t][g], b[t + 4][g]; c[g][2t], c[g][2t + 1], c[g + 8][2t], c[g + 8][2t + 1].
+//
+// The result of one product is the left factor of the next (p of y = p v) without moving: where the product sums over k,
+// any order of k will do, so that columns 2t, 2t + 1 of c serve as k = t, t + 4, and the right factor's rows are read
+// in the same order. What a warp makes of its 16 rows therefore never leaves its registers.
+#ifndef EMULATED
+__device__ __forceinline__ float to_tf32(float v) {
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return __uint_as_float(bits);
+}
+__device__ __forceinline__ void multiply_add(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  const unsigned *x = reinterpret_cast<const unsigned*>(a), *y = reinterpret_cast<const unsigned*>(b);
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
+}
+#endif
+
+constexpr int TILES = (TOKENS + 15) / 16, ROWS16 = 16 * TILES, STRIDE = HEAD + 4, DTILES = HEAD / 8,
+              KTILES = (TOKENS + 7) / 8, CHUNK = KTILES <= 12 ? KTILES : 8;
+constexpr float LOG2E = 1.4426950408889634f;
+
+// The left factor: rows i0 ... i0 + 15 and columns d0 ... d0 + 7 of an array in shared memory.
+__device__ __forceinline__ void left(float (&a)[4], const float* x, int i0, int d0) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const float* p = x + (i0 + g) * STRIDE + d0 + t;
+  a[0] = p[0], a[1] = p[8 * STRIDE], a[2] = p[4], a[3] = p[8 * STRIDE + 4];
+}
+// The right factor x^T: its columns are the rows j0 ... j0 + 7 of x.
+__device__ __forceinline__ void right_transposed(float (&b)[2], const float* x, int j0, int d0) {
+  const float* p = x + (j0 + threadIdx.x % 32 / 4) * STRIDE + d0 + threadIdx.x % 4;
+  b[0] = p[0], b[1] = p[4];
+}
+// The right factor x: its rows are the rows k0 ... k0 + 7 of x in the order of c's columns.
+__device__ __forceinline__ void right(float (&b)[2], const float* x, int k0, int d0) {
+  const float* p = x + (k0 + 2 * (threadIdx.x % 4)) * STRIDE + d0 + threadIdx.x % 32 / 4;
+  b[0] = p[0], b[1] = p[STRIDE];
+}
+// A result as a left factor.
+__device__ __forceinline__ void left_of(float (&a)[4], const float (&c)[4]) {
+  a[0] = to_tf32(c[0]), a[1] = to_tf32(c[2]), a[2] = to_tf32(c[1]), a[3] = to_tf32(c[3]);
+}
+
+// A slice of a packed array into rows of shared memory, with its bias and factor; rows beyond the last token are zero.
+__device__ __forceinline__ void load_rows(float* rows, const real* __restrict__ x, const float* __restrict__ bias,
+                                          float factor, int stride) {
+  for (int i = threadIdx.x; i < ROWS16 * (HEAD / 4); i += blockDim.x) {
+    const int n = i / (HEAD / 4), q = i % (HEAD / 4);
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (n < TOKENS) {
+      v = load4(x + (size_t)n * stride, q);
+      if (bias) v = v + load4(bias, q);
+      v = make_float4(to_tf32(factor * v.x), to_tf32(factor * v.y), to_tf32(factor * v.z), to_tf32(factor * v.w));
+    }
+    *reinterpret_cast<float4*>(rows + n * STRIDE + 4 * q) = v;
+  }
+}
+
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(0xffffffffu, v, 1);
+  return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+__device__ __forceinline__ float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
+  return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+
+// y = path softmax(q k^T / sqrt(Dh)) v, and of each row log2 sum_j 2^(score_j log2 e), from which the backward makes p
+// again. A warp has 16 queries and goes through the keys in chunks; with m the largest score so far, l the sum and
+// o the weighted values, both relative to m, a larger maximum m' scales what is there by 2^(m - m').
+extern "C" __global__ void attention_forward(const real* __restrict__ qkv, const float* __restrict__ bias,
+                                             const float* __restrict__ path, real* __restrict__ y,
+                                             float* __restrict__ logsum, int heads) {
+  extern __shared__ float shared[];
+  float *k = shared, *v = k + ROWS16 * STRIDE;
+  const int picture = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD;
+  const real* x = qkv + (size_t)picture * TOKENS * 3 * D + head * HEAD;
+  const float* b = bias + head * HEAD;
+  load_rows(k, x + D, b + D, 1.f, 3 * D);
+  load_rows(v, x + 2 * D, b + 2 * D, 1.f, 3 * D);
+  const int i0 = 16 * (threadIdx.x / 32), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  float q[DTILES][4];
+#pragma unroll
+  for (int d = 0; d < DTILES; ++d)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int i = i0 + g + 8 * (e % 2), c = 8 * d + t + 4 * (e / 2);
+      q[d][e] = i < TOKENS ? to_tf32(load1(x, (size_t)i * 3 * D + c) + b[c]) : 0.f;
+    }
+  __syncthreads();
+  float o[DTILES][4] = {}, m[2] = {LOWEST, LOWEST}, l[2] = {0.f, 0.f};
+  for (int first = 0; first < KTILES; first += CHUNK) {
+    float s[CHUNK][4] = {};
+#pragma unroll
+    for (int n = 0; n < CHUNK; ++n)
+      if (first + n < KTILES)
+#pragma unroll
+        for (int d = 0; d < DTILES; ++d) {
+          float kt[2];
+          right_transposed(kt, k, 8 * (first + n), 8 * d);
+          multiply_add(s[n], q[d], kt);
+        }
+    float largest[2] = {m[0], m[1]};
+#pragma unroll
+    for (int n = 0; n < CHUNK; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        s[n][e] = 8 * (first + n) + 2 * t + e % 2 < TOKENS ? s[n][e] * (LOG2E * rsqrtf((float)HEAD)) : LOWEST;
+        largest[e / 2] = fmaxf(largest[e / 2], s[n][e]);
+      }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      largest[r] = quad_max(largest[r]);
+      const float shrink = exp2f(m[r] - largest[r]);
+      m[r] = largest[r];
+      l[r] *= shrink;
+#pragma unroll
+      for (int d = 0; d < DTILES; ++d) o[d][2 * r] *= shrink, o[d][2 * r + 1] *= shrink;
+    }
+#pragma unroll
+    for (int n = 0; n < CHUNK; ++n)
+      if (first + n < KTILES) {
+        float p[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          s[n][e] = exp2f(s[n][e] - m[e / 2]);
+          l[e / 2] += s[n][e];
+        }
+        left_of(p, s[n]);
+#pragma unroll
+        for (int d = 0; d < DTILES; ++d) {
+          float vt[2];
+          right(vt, v, 8 * (first + n), 8 * d);
+          multiply_add(o[d], p, vt);
+        }
+      }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int i = i0 + g + 8 * r;
+    const float sum = quad_sum(l[r]), factor = (path ? path[picture] : 1.f) / sum;
+    if (i >= TOKENS) continue;
+    real* out = y + ((size_t)picture * TOKENS + i) * D + head * HEAD;
+#pragma unroll
+    for (int d = 0; d < DTILES; ++d) store2(out, 4 * d + t, factor * o[d][2 * r], factor * o[d][2 * r + 1]);
+    if (t == 0) logsum[(size_t)blockIdx.x * TOKENS + i] = m[r] + log2f(sum);
+  }
+}
+
+// Backward of the whole of it. With p = 2^(s log2 e - logsum) made again and delta_i = sum_d dy_id y_id, which is
+// sum_j p_ij dp_ij,
+//     dv = p^T dy;   dp = dy v^T;   ds = p (dp - delta) / sqrt(Dh);   dq = ds k;   dk = ds^T q     (dy <- path dy)
+// First a warp has 16 keys and goes through the queries (dk and dv are sums over queries), then 16 queries and goes
+// through the keys (dq is a sum over keys): each sum stays in one warp, in a fixed order.
+extern "C" __global__ void attention_backward(const real* __restrict__ qkv, const float* __restrict__ bias,
+                                              const float* __restrict__ path, const real* __restrict__ y,
+                                              const float* __restrict__ logsum, const real* __restrict__ dy,
+                                              real* __restrict__ dqkv, int heads) {
+  extern __shared__ float shared[];
+  constexpr int SIZE = ROWS16 * STRIDE;
+  float *q = shared, *k = q + SIZE, *v = k + SIZE, *d_y = v + SIZE, *delta = d_y + SIZE, *log_sum = delta + ROWS16;
+  const int picture = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const size_t packed = (size_t)picture * TOKENS * 3 * D + head * HEAD;
+  const size_t plain = (size_t)picture * TOKENS * D + head * HEAD;
+  const float* b = bias + head * HEAD;
+  const float scale = rsqrtf((float)HEAD);
+  load_rows(q, qkv + packed, b, 1.f, 3 * D);
+  load_rows(k, qkv + packed + D, b + D, 1.f, 3 * D);
+  load_rows(v, qkv + packed + 2 * D, b + 2 * D, 1.f, 3 * D);
+  load_rows(d_y, dy + plain, nullptr, path ? path[picture] : 1.f, D);
+  for (int i = threadIdx.x / 32; i < ROWS16; i += TILES) {
+    float sum = 0.f;
+    if (i < TOKENS)
+      for (int d = lane; d < HEAD; d += 32) sum += load1(dy, plain + (size_t)i * D + d) * load1(y, plain + (size_t)i * D + d);
+    sum = warp_sum(sum);
+    if (lane == 0) delta[i] = sum, log_sum[i] = i < TOKENS ? logsum[(size_t)blockIdx.x * TOKENS + i] : 0.f;
+  }
+  __syncthreads();
+  const int mine = 16 * (threadIdx.x / 32);  // this warp's rows
+  {
+    float dk[DTILES][4] = {}, dv[DTILES][4] = {};
+    for (int i0 = 0; i0 < ROWS16; i0 += 16) {
+      float p[2][4] = {}, ds[2][4] = {};
+#pragma unroll
+      for (int d = 0; d < DTILES; ++d) {
+        float keys[4], values[4], other[2];
+        left(keys, k, mine, 8 * d);
+        left(values, v, mine, 8 * d);
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          right_transposed(other, q, i0 + 8 * u, 8 * d);
+          multiply_add(p[u], keys, other);
+          right_transposed(other, d_y, i0 + 8 * u, 8 * d);
+          multiply_add(ds[u], values, other);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int i = i0 + 8 * u + 2 * t + e % 2, j = mine + g + 8 * (e / 2);
+          const bool inside = i < TOKENS && j < TOKENS;
+          p[u][e] = inside ? exp2f(p[u][e] * (LOG2E * scale) - log_sum[i]) : 0.f;
+          ds[u][e] = inside ? p[u][e] * (ds[u][e] - delta[i]) * scale : 0.f;
+        }
+        float pt[4], dst[4], other[2];
+        left_of(pt, p[u]);
+        left_of(dst, ds[u]);
+#pragma unroll
+        for (int d = 0; d < DTILES; ++d) {
+          right(other, d_y, i0 + 8 * u, 8 * d);
+          multiply_add(dv[d], pt, other);
+          right(other, q, i0 + 8 * u, 8 * d);
+          multiply_add(dk[d], dst, other);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int j = mine + g + 8 * r;
+      if (j >= TOKENS) continue;
+      real* out = dqkv + packed + (size_t)j * 3 * D;
+#pragma unroll
+      for (int d = 0; d < DTILES; ++d) {
+        store2(out + D, 4 * d + t, dk[d][2 * r], dk[d][2 * r + 1]);
+        store2(out + 2 * D, 4 * d + t, dv[d][2 * r], dv[d][2 * r + 1]);
+      }
+    }
+  }
+  float dq[DTILES][4] = {};
+  for (int j0 = 0; j0 < ROWS16; j0 += 16) {
+    float p[2][4] = {}, ds[2][4] = {};
+#pragma unroll
+    for (int d = 0; d < DTILES; ++d) {
+      float queries[4], d_out[4], other[2];
+      left(queries, q, mine, 8 * d);
+      left(d_out, d_y, mine, 8 * d);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        right_transposed(other, k, j0 + 8 * u, 8 * d);
+        multiply_add(p[u], queries, other);
+        right_transposed(other, v, j0 + 8 * u, 8 * d);
+        multiply_add(ds[u], d_out, other);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int i = mine + g + 8 * (e / 2), j = j0 + 8 * u + 2 * t + e % 2;
+        const bool inside = i < TOKENS && j < TOKENS;
+        const float weight = inside ? exp2f(p[u][e] * (LOG2E * scale) - log_sum[i]) : 0.f;
+        ds[u][e] = inside ? weight * (ds[u][e] - delta[i]) * scale : 0.f;
+      }
+      float dst[4], other[2];
+      left_of(dst, ds[u]);
+#pragma unroll
+      for (int d = 0; d < DTILES; ++d) {
+        right(other, k, j0 + 8 * u, 8 * d);
+        multiply_add(dq[d], dst, other);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int i = mine + g + 8 * r;
+    if (i >= TOKENS) continue;
+#pragma unroll
+    for (int d = 0; d < DTILES; ++d)
+      store2(dqkv + packed + (size_t)i * 3 * D, 4 * d + t, dq[d][2 * r], dq[d][2 * r + 1]);
+  }
+}
+#endif  // TENSOR

@@ -88,6 +88,7 @@ class Emulator:
     """Stands for a GPU: see `minivit.kernels.cuda.Machine`. ``launches`` counts kernels and products by name."""
 
     processors = 2
+    shared_memory = 227 << 10  # of an H100
 
     def __init__(self, source=None):
         self.precision, self.source = "float32", source or cuda.SOURCE.read_text()
@@ -107,10 +108,9 @@ class Emulator:
             code = code.replace("extern __shared__ float shared[];", "float* shared = emulator::dynamic_shared();")
             defines = "".join(f"#define {name} {value}\n" for name, value in sizes)
             parts, signatures = [f'{defines}#include "cuda.h"\n{code}\n'], {}
-            for section in re.findall(r"#ifdef (\w+)\n(.*?)#endif  // \1", self.source, re.S):
-                if section[0] not in dict(sizes):
-                    continue
-                for name, arguments in SIGNATURE.findall(section[1]):
+            section = next(name for name in ("WIDTH", "ROWS", "TENSOR", "TOKENS") if name in dict(sizes))
+            for text in re.findall(rf"#if(?:def | defined\(){section}\b(.*?)#endif  // {section}", self.source, re.S):
+                for name, arguments in SIGNATURE.findall(text):
                     types = [self._type(argument) for argument in arguments.split(",")]
                     signatures[name] = types
                     values = ", ".join(f"*({t}*)a[{i}]" for i, t in enumerate(types))

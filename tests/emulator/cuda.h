@@ -5,6 +5,7 @@
 // Shared memory begins as NaN in each block. It finds wrong results, missing barriers and reads of what was never
 // written; not races within a warp, and nothing about speed.
 #pragma once
+#define EMULATED
 #include <ucontext.h>
 
 #include <cmath>
@@ -30,7 +31,7 @@ static inline float __uint_as_float(unsigned u) { float v; memcpy(&v, &u, 4); re
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
-struct Thread { ucontext_t context; std::vector<char> stack; uint3 index; bool ended, waits; uint64_t shown; };
+struct Thread { ucontext_t context; std::vector<char> stack; uint3 index; bool ended, waits; float shown[6]; };
 static std::vector<Thread> threads;
 static ucontext_t scheduler;
 static size_t current, alive;
@@ -105,11 +106,28 @@ static inline void __syncthreads() {
 }
 static inline float __shfl_xor_sync(unsigned, float v, int mask) {
   const size_t me = emulator::current;
-  memcpy(&emulator::threads[me].shown, &v, sizeof v);
+  emulator::threads[me].shown[0] = v;
   emulator::pause();  // until the whole warp has shown its number
-  memcpy(&v, &emulator::threads[me ^ (size_t)mask].shown, sizeof v);
+  v = emulator::threads[me ^ (size_t)mask].shown[0];
   emulator::pause();  // until the whole warp has read
   return v;
 }
 #define __expf std::exp  // glibc has another function of this name
 static inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+static inline float to_tf32(float v) {  // 10 bits of mantissa, to the nearest, ties away from zero
+  return __uint_as_float((__float_as_uint(v) + 0x1000u) & 0xFFFFE000u);
+}
+// The product of tensor cores that kernels.cu describes: c (16 x 8) += a (16 x 8) b (8 x 8), spread over a warp.
+static inline void multiply_add(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  const size_t me = emulator::current, warp = me & ~size_t(31), g = me % 32 / 4, t = me % 4;
+  for (int i = 0; i < 4; ++i) emulator::threads[me].shown[i] = a[i];
+  for (int i = 0; i < 2; ++i) emulator::threads[me].shown[4 + i] = b[i];
+  emulator::pause();
+  for (int e = 0; e < 4; ++e)
+    for (size_t k = 0; k < 8; ++k) {
+      const float x = emulator::threads[warp + 4 * g + k % 4].shown[e / 2 + 2 * (k / 4)];
+      const float y = emulator::threads[warp + 4 * (2 * t + e % 2) + k % 4].shown[4 + k / 4];
+      c[e] += to_tf32(x) == x && to_tf32(y) == y ? x * y : NAN;  // factors must have been rounded
+    }
+  emulator::pause();
+}
