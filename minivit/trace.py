@@ -245,9 +245,10 @@ class Recorder:
     ``records`` lists them in the order in which they began. Their caches are kept as long as the recorder is.
     """
 
-    def __init__(self, known=(), *, keep=False):
+    def __init__(self, known=(), *, keep=False, calls=False):
         self.records = []
         self.kept = {} if keep else None
+        self.calls = {} if calls else None
         self._calls = [_Call("", "", {})]  # the calls under way, under one that stands for the caller
         self._paths = {}  # (id of a cache, function's stem) -> (the cache itself, so that its id stays its own; path)
         self._counted = {id(owner(array)): owner(array) for array in known}
@@ -316,6 +317,8 @@ class Recorder:
             if stem in ("linear", "attention"):  # some BLAS sound false alarms; the product is seen anyway
                 alarms.clear()
             record = self._record(call, name, result, seconds, incoming, ", ".join(sorted(alarms)), bad)
+            if self.calls is not None:
+                self.calls[call.path, direction] = function, args, keywords, arguments, result
             self.records[slot] = record
             parent = self._calls[-1]
             parent.seconds += record.seconds
@@ -386,16 +389,17 @@ ARGUMENTS = {  # of the forwards, where there are others than x
 
 
 @contextmanager
-def recording(known=(), *, keep=False):
+def recording(known=(), *, keep=False, calls=False):
     """While active, every call of a layer's forward or backward, or the loss's, is recorded: yields a `Recorder`.
 
     ``known`` are arrays, such as a model's ``flat``, whose memory is not counted as cached. With ``keep``, copies of
     all that the calls returned are in ``recorder.kept``: {(path, direction, name): array}, a forward's by the name "y".
+    With ``calls``, ``recorder.calls`` is {(path, direction): (function, args, keywords, arguments by name, result)}.
     The functions are put back at the end, whatever happens; records of calls that an exception cut short are dropped.
     It changes the package for the whole process but records its own thread alone: not for production, and not two at
     once in different threads.
     """
-    recorder, changed, wrapped = Recorder(known, keep=keep), [], {}
+    recorder, changed, wrapped = Recorder(known, keep=keep, calls=calls), [], {}
     for module in list(sys.modules.values()):
         if not getattr(module, "__name__", "").startswith("minivit"):
             continue
