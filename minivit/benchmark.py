@@ -22,6 +22,8 @@ fight, and the peak memory is the contender's own.
 with ours: an error of at most 1e-4 in the Euclidean norm of each parameter's gradient, and of 1e-5 in the loss.
 float32 rounds to 6e-8, and a gradient sums up thousands of products: ours is off float64's by some 2e-6, and so are
 correct contenders off ours. One with the other form of GELU, or with twice the LayerNorm epsilon, is off by 6e-4.
+The loss after one update must agree too, to 1e-4 since AdamW's first step is the sign of the gradient, in which
+rounding tells where the gradient is next to nothing; without the update the loss is off by some 1e-2.
 
 **The floor** is the step's matrix products alone (see `minivit.contenders.ours`), timed in the same rounds; the
 ``floor_fraction`` of a step is floor / step, 1 being as quick as the machine multiplies matrices.
@@ -64,7 +66,7 @@ from minivit.trace import arrays_in, expected_flops, recording
 
 AGAINST = ("torch", "torch-compile", "jax", "plain")  # whom one may ask for
 NEEDS = {"torch": "torch", "torch-compile": "torch", "jax": "jax"}  # contender -> what must be installed
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative: see the module's docstring
+LOSS_TOLERANCE, GRADIENT_TOLERANCE, UPDATE_TOLERANCE = 1e-5, 1e-4, 1e-4  # relative: see the module's docstring
 TURN_SECONDS, PAUSE_SECONDS = 0.2, 0.05
 QUIET = 0.05  # of the cores' time may go to other programs
 FLOORS = ("floor-threads", "floor-workers")
@@ -204,6 +206,18 @@ def agree(name, ours, theirs):
     return loss_error, worst
 
 
+def agree_after_update(name, ours, theirs):
+    """Check a contender's loss after one step of the optimiser against ours: its relative error.
+
+    Raises  Disagreement
+    """
+    error = abs(theirs - ours) / abs(ours)
+    if not error <= UPDATE_TOLERANCE:
+        what = f"its loss after an update is off by {error:.1e}"
+        raise Disagreement(f"{name} disagrees: {what}, allowed {UPDATE_TOLERANCE:.0e}")
+    return error
+
+
 class Turns(NamedTuple):
     """What `take_turns` measured, round by round."""
 
@@ -320,12 +334,17 @@ def contest(
             if name in FLOORS:
                 continue
             answer = child.ask("check")
+            updated = child.ask("turn", 2)[1]  # the loss of the second step; None for predictions
+            contenders[name] |= {"loss": answer[0], "updated_loss": updated}
             if name == "minivit":
                 ours = answer
-                contenders[name]["loss"] = answer[0]
-            else:
-                loss_error, worst = agree(name, ours, answer)
-                contenders[name] |= {"loss": answer[0], "loss_error": loss_error, "largest_error": worst}
+                continue
+            loss_error, worst = agree(name, ours, answer)
+            contenders[name] |= {"loss_error": loss_error, "largest_error": worst}
+            if updated is not None:
+                contenders[name]["updated_loss_error"] = agree_after_update(
+                    name, contenders["minivit"]["updated_loss"], updated
+                )
         turns = take_turns(children, pairs, patience=patience, progress=progress)
         for child in children:
             contenders[child.name] |= {"seconds": turns.seconds[child.name], "peak_memory": child.ask("memory")}

@@ -51,7 +51,7 @@ def parse(argv):
         how.add_argument("--pairs", type=int, default=pairs, metavar="N", help=f"rounds that count [{pairs}]")
         if name != "layers":
             how.add_argument("--patience", type=float, default=0.0, metavar="X",
-                             help="seconds to spend on new rounds for those that other programs disturbed [0]")  # fmt: skip
+                             help="seconds to spend on new rounds for disturbed ones [0]")  # fmt: skip
         how.add_argument("--threads", type=int, default=0, metavar="N", help="cores for everybody [0: all]")
         how.add_argument("--workers", type=int, default=0, metavar="N", help="our workers [0: one per core]")
         how.add_argument("--micro-batch", type=int, default=0, metavar="N", help="our micro-batch [0: the engine's]")
