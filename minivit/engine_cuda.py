@@ -81,7 +81,7 @@ class CudaStep:
         self._rates = [engine.model.drop_path_rate(i) for i in range(c.depth)]
         self.fused = isinstance(optimizer, Adam) and kernels_wanted() and engine.model.flat.dtype == np.float32
         self._wanted = graph and self.fused and c.dropout == c.attention_dropout == 0.0
-        self._shape = self._graph = self._pool = self._results = None
+        self._shape = self._graph = self.pool = self._results = None  # pool: the graph's memory
         self.replays = 0  # how many steps a graph made
 
     def __call__(self, images, labels, *, step, lr):
@@ -136,9 +136,9 @@ class CudaStep:
         stream = cupy.cuda.get_current_stream()
         if self._graph is None:
             # memory that the graph uses must stay its own, also between two replays
-            self._pool = cupy.cuda.MemoryPool()
+            self.pool = cupy.cuda.MemoryPool()
             try:
-                with cupy.cuda.using_allocator(self._pool.malloc):
+                with cupy.cuda.using_allocator(self.pool.malloc):
                     stream.begin_capture()
                     try:
                         self._results = self._run(self._images, self._labels, self._factors, self._hyper, step)

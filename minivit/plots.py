@@ -437,3 +437,139 @@ def save_trace(file, trace, *, title=""):
     if backward:
         axes.text(15.7, 8.7, "← gradient, norm", fontsize=10, va="center", ha="right", color=TEST)
     _save(figure, file)
+
+
+OURS, THEIRS, FLOOR = "#1d4ed8", "#94a3b8", "#cbd5e1"
+BENCHMARK_COLORS = {"minivit": OURS, "minivit-fed": OURS, "plain": "#7dabf8", "torch": "#c2410c",
+                    "torch-compile": "#ea8a4f", "jax": "#15803d"}  # fmt: skip
+
+
+def _strip(axes, contenders, xlabel, title, *, note=None, names=None):
+    """A row for each contender: a bar to its median, a dot for each round, the median in figures."""
+    largest = max(max(c["seconds"]) for c in contenders.values())
+    scale, unit = (1e3, "ms") if largest < 10 else (1.0, "s")
+    for row, (name, c) in enumerate(contenders.items()):
+        color = BENCHMARK_COLORS.get(name, FLOOR)
+        axes.barh(row, scale * c["median"], color=color, alpha=0.35 if name in BENCHMARK_COLORS else 0.8, height=0.62)
+        spread = np.linspace(-0.2, 0.2, len(c["seconds"]))  # round after round from top to bottom
+        axes.plot([scale * s for s in c["seconds"]], row + spread, ".", color=color if color != FLOOR else THEIRS, ms=4)
+        text = f"{scale * c['median']:,.4g} {unit}" + (f"  {note(name, c)}" if note else "")
+        axes.text(scale * max(c["seconds"]) + 0.02 * scale * largest, row, text, va="center", fontsize=9)
+    axes.set_yticks(range(len(contenders)), names or list(contenders))
+    axes.invert_yaxis()
+    axes.set_xlim(0, scale * largest * (1.6 if note else 1.2))
+    _style(axes, f"{xlabel}, {unit}", "", title)
+    axes.grid(axis="y", visible=False)
+
+
+def _against_us(name, c):
+    """The figure that stands beside a contender's time."""
+    if name == "minivit":
+        return f"(floor {c['floor_fraction']:.0%} of it)" if "floor_fraction" in c else ""
+    return f"(ours is {c['ratio']['median']:.2f}×)" if name in BENCHMARK_COLORS else ""
+
+
+def save_contest(path, report, *, title=""):
+    """Times and peak memory of `minivit.benchmark.contest`; with "latency" in the report, that of one picture too."""
+    contests = [report] + ([report["latency"]] if "latency" in report else [])
+    rows = len(report["contenders"])
+    figure = _figure(4.6 * (1 + len(contests)) + 1, 0.42 * rows + 1.7)
+    *timed, memory = figure.subplots(1, 1 + len(contests))
+    for axes, each in zip(timed, contests, strict=True):
+        what = f"a batch of {each['batch']}" if each["batch"] > 1 else "one picture"
+        each_title = f"{what}, {each['images_per_second']:,.0f} pictures/s"
+        _strip(axes, each["contenders"], "time (dots: rounds, bar: median)", each_title, note=_against_us)
+    known = {name: c for name, c in report["contenders"].items() if c["peak_memory"] and not name.startswith("floor")}
+    largest = max((c["peak_memory"] for c in known.values()), default=1) / 2**20
+    for row, (name, c) in enumerate(known.items()):
+        peak, start = c["peak_memory"] / 2**20, c["start_memory"] / 2**20
+        memory.barh(row, peak, color=BENCHMARK_COLORS[name], alpha=0.45, height=0.62)
+        memory.barh(row, start, color=BENCHMARK_COLORS[name], height=0.62)
+        memory.text(peak + 0.02 * largest, row, f"{peak:,.0f}", va="center", fontsize=9)
+    memory.set_yticks(range(len(known)), list(known))
+    memory.invert_yaxis()
+    memory.set_xlim(0, 1.2 * largest)
+    _style(memory, "MiB (dark: the imports alone)", "", "peak memory of the process")
+    memory.grid(axis="y", visible=False)
+    figure.suptitle(label(title, 100), fontsize=12, x=0.01, ha="left", weight="bold")
+    _save(figure, path)
+
+
+def save_data(path, report, *, title=""):
+    """Times of `minivit.benchmark.data_report`."""
+    figure = _figure(8, 2.9)
+    share, added = report["share_of_step"]["median"], report["added_to_step"]["median"]
+    _strip(
+        figure.subplots(), report["contenders"], f"time for a batch of {report['batch']} (dots: rounds, bar: median)",
+        f"{report['images_per_second']:,.0f} augmented pictures/s: the work is {share:.2%} of a step; fed, it takes "
+        f"{1 + added:.3f} times as long",
+        names=["a step", "a step, fed", "the pipeline alone"],
+    )  # fmt: skip
+    figure.suptitle(label(title, 100), fontsize=12, x=0.01, ha="left", weight="bold")
+    _save(figure, path)
+
+
+def save_layers(path, report, *, title=""):
+    """Where a step's time goes, layer by layer, and how much of it is each one's floor."""
+    rows = [row for row in report["layers"] if not row["inside_another"] and row["share_of_step"] >= 0.001]
+    step = report["step"]["median"]
+    figure = _figure(10, 0.27 * len(rows) + 1.9)
+    axes = figure.subplots()
+    largest = 100 * max(*(r["share_of_step"] for r in rows), report["rest_of_step"])
+    for y, row in enumerate(rows):
+        share = 100 * row["share_of_step"]
+        color = {"forward": OURS, "backward": TEST}.get(row["direction"], GOOD)
+        axes.barh(y, share, color=color, alpha=0.35, height=0.72)
+        axes.barh(y, share * min(row["floor_fraction"], 1.0), color=color, height=0.72)
+        axes.text(
+            share + 0.01 * largest, y, f"{share:.1f} %, floor {row['floor_fraction']:.0%}", va="center", fontsize=8
+        )
+    rest = 100 * report["rest_of_step"]
+    axes.barh(len(rows), max(rest, 0.0), color=THEIRS, alpha=0.5, height=0.72)
+    axes.text(max(rest, 0) + 0.01 * largest, len(rows), f"{rest:.1f} %",
+              va="center", fontsize=8)  # fmt: skip
+    labels = [f"{row['layer']} {row['direction']}" for row in rows] + ["additions, sums, waiting"]
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_xlim(0, 1.25 * largest)
+    at = report["settings"]
+    _style(axes, "share of a step's time, % (dark: the floor; calls below 0.1 % are left out)", "",
+           f"a step of {report['batch']} pictures, {1e3 * step:,.0f} ms; all floors together "
+           f"{report['floor_fraction']:.0%}; {at['workers']} workers, micro-batches of {at['micro_batch']}",
+    )  # fmt: skip
+    axes.grid(axis="y", visible=False)
+    figure.suptitle(label(title, 100), fontsize=12, x=0.01, ha="left", weight="bold")
+    _save(figure, path)
+
+
+def save_scaling(path, report, *, title=""):
+    """Step times of `minivit.benchmark.scaling_report`, a panel for each of batch, depth, tokens and workers."""
+    texts = {"batch": "pictures in the batch, B", "depth": "blocks, L", "tokens": "tokens, N", "workers": "workers"}
+    figure = _figure(12, 7.2)
+    for axes, (panel, points) in zip(figure.subplots(2, 2).flat, report["panels"].items(), strict=True):
+        x = np.array([p["x"] for p in points])
+        for name in points[0]["contenders"]:
+            times = [{key: 1e3 * p["contenders"][name][key] for key in ("median", "q1", "q3")} for p in points]
+            median = np.array([t["median"] for t in times])
+            spread = np.array([[t["median"] - t["q1"], t["q3"] - t["median"]] for t in times]).T
+            axes.errorbar(x, median, spread, fmt="o-", color=BENCHMARK_COLORS.get(name, THEIRS), label=name, ms=4,
+                          capsize=2, lw=1.4)  # fmt: skip
+        mine = np.array([1e3 * p["contenders"]["minivit"]["median"] for p in points])
+        if panel == "workers":
+            axes.plot(x, mine[0] * x[0] / x, ":", color="#475569", label="one worker's time / workers")
+            note = f"{mine[0] / mine[-1]:.2f} times as quick with {x[-1]} as with {x[0]}"
+        else:
+            flops = np.array([p["flops"] for p in points], float)
+            axes.plot(x, flops * np.median(mine / flops), ":", color="#475569", label="in proportion to FLOPs")
+            growth = np.log(mine[-1] / mine[0]) / np.log(x[-1] / x[0]) if x[-1] > x[0] else float("nan")
+            note = f"time grows as the power {growth:.2f}"
+            if panel == "tokens":
+                note += f"; N² products: {points[0]['attention_share']:.0%} to {points[-1]['attention_share']:.0%}"
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False, fontsize=8)
+        batch = "" if panel == "batch" else f", batch of {report['batch']}"
+        _style(axes, texts[panel] + batch, "a step, ms", note)
+    figure.suptitle(label(title, 100), fontsize=12, x=0.01, ha="left", weight="bold")
+    _save(figure, path)

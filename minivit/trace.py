@@ -246,9 +246,10 @@ class Recorder:
     ``records`` lists them in the order in which they began. Their caches are kept as long as the recorder is.
     """
 
-    def __init__(self, known=(), *, keep=False, figures=True):
+    def __init__(self, known=(), *, keep=False, figures=True, calls=False):
         self.records, self._figures = [], figures
         self.kept = {} if keep else None
+        self.calls = {} if calls else None
         self._calls = [_Call("", "", {})]  # the calls under way, under one that stands for the caller
         self._paths = {}  # (id of a cache, function's stem) -> (the cache itself, so that its id stays its own; path)
         self._counted = {id(owner(array)): owner(array) for array in known}
@@ -317,6 +318,8 @@ class Recorder:
             if stem in ("linear", "attention"):  # some BLAS sound false alarms; the product is seen anyway
                 alarms.clear()
             record = self._record(call, name, result, seconds, incoming, ", ".join(sorted(alarms)), bad)
+            if self.calls is not None:
+                self.calls[call.path, direction] = function, args, keywords, arguments, result
             self.records[slot] = record
             parent = self._calls[-1]
             parent.seconds += record.seconds
@@ -387,18 +390,19 @@ ARGUMENTS = {  # of the forwards, where there are others than x
 
 
 @contextmanager
-def recording(known=(), *, keep=False, figures=True):
+def recording(known=(), *, keep=False, figures=True, calls=False):
     """While active, every call of a layer's forward or backward, or the loss's, is recorded: yields a `Recorder`.
 
     ``known`` are arrays, such as a model's ``flat``, whose memory is not counted as cached. With ``keep``, copies of
     all that the calls returned are in ``recorder.kept``: {(path, direction, name): array}, a forward's by the name "y".
+    With ``calls``, ``recorder.calls`` is {(path, direction): (function, args, keywords, arguments by name, result)}.
     Without ``figures``, norms and statistics are left out (NaN, {}), which saves a third of the time.
     Plain bodies run (`backend.plain`), so that each step is seen.
     The functions are put back at the end, whatever happens; records of calls that an exception cut short are dropped.
     It changes the package for the whole process but records its own thread alone: not for production, and not two at
     once in different threads.
     """
-    recorder, changed, wrapped = Recorder(known, keep=keep, figures=figures), [], {}
+    recorder, changed, wrapped = Recorder(known, keep=keep, figures=figures, calls=calls), [], {}
     for module in list(sys.modules.values()):
         if not getattr(module, "__name__", "").startswith("minivit"):
             continue

@@ -1,0 +1,144 @@
+"""Who is timed against whom: the same step, of the same model on the same batch, by us, PyTorch, JAX and BLAS alone.
+
+Each contender is a class in a module of its own, which alone imports its library, and runs in a process of its own:
+``python -m minivit.contenders`` reads who it is and its `Job` from its standard input and then obeys one request after
+the other, so that `minivit.benchmark` can let the contenders step in turn. No contender meets another one's threads or
+memory allocator that way, and the peak memory of its process is its own.
+
+A contender is made from a job and has
+
+    check()      loss and gradient at the parameters of the start, or the logits: what must agree with ours
+    step()       what is timed: forward + backward + AdamW of one batch, returning the loss; or one prediction
+    settings     what it was told to do, for the record
+
+and on a GPU also synchronize(), which waits for it, and device_memory(), the most of its memory that was taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import statistics
+import sys
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minivit import params
+from minivit.model import ViTConfig, parameter_table
+
+# name -> module, class, keyword settings, and the environment that its process needs
+CONTENDERS = {
+    "minivit": ("minivit.contenders.ours", "ours", {}, {}),
+    "plain": ("minivit.contenders.ours", "ours", {}, {"MINIVIT_KERNELS": "plain"}),
+    "minivit-fed": ("minivit.contenders.ours", "Fed", {}, {}),
+    "pipeline": ("minivit.contenders.ours", "Pipeline", {}, {}),
+    "floor-threads": ("minivit.contenders.ours", "Floor", {"blas_threads": True}, {}),
+    "floor-workers": ("minivit.contenders.ours", "Floor", {"blas_threads": False}, {}),
+    "torch": ("minivit.contenders.with_torch", "Torch", {}, {}),
+    "torch-compile": ("minivit.contenders.with_torch", "Torch", {"compiled": True}, {}),
+    "jax": ("minivit.contenders.with_jax", "Jax", {}, {"JAX_PLATFORMS": "cpu"}),
+}
+
+# AdamW, for everyone. The learning rate is small: the batch is always the same, and should not be learned by heart.
+LR, WEIGHT_DECAY, BETAS, EPS = 1e-4, 0.05, (0.9, 0.999), 1e-8
+
+
+class Job(NamedTuple):
+    """What a contender is to do."""
+
+    task: str  # "step" or "infer"
+    config: ViTConfig
+    batch: int
+    seed: int
+    engine: dict  # keyword settings of our Engine: workers, micro_batch
+    device: str = "cpu"  # or "cuda"
+    precision: str = "float32"  # on a GPU also "tf32" or "bf16"
+
+
+class Problem(NamedTuple):
+    """What everyone starts from."""
+
+    flat: Any  # (n,) float32, the parameters
+    images: Any  # (B, H, W, C) uint8
+    labels: Any  # (B,) int64
+
+
+def problem(job):
+    """Parameters, pictures and labels of a job, from its seed.
+
+    Math    theta = official initialisation + N(0, 0.02^2)
+    The noise is on every parameter, so that none sits at a value that hides a mistake: a head of zeros would let no
+    gradient through to the blocks.
+    """
+    c, rng = job.config, np.random.default_rng([job.seed, 7])
+    flat = params.initialise(parameter_table(c), seed=job.seed)
+    flat += np.float32(0.02) * rng.standard_normal(flat.size, dtype=np.float32)
+    images = rng.integers(0, 256, (job.batch, c.image_size, c.image_size, c.channels), dtype=np.uint8)
+    return Problem(flat, images, rng.integers(0, c.num_classes, job.batch))
+
+
+def peak_memory():
+    """Largest resident size of this process so far in bytes, or None where the system does not tell."""
+    try:  # Linux: ru_maxrss would count the parent too, whose memory a process shares until it becomes a program
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def turn(contender, repeats):
+    """``repeats`` steps: (median of their seconds, what the last one returned).
+
+    A GPU goes on while the host prepares the next step, in training as here: it is waited for at the end alone, and
+    the seconds are those of a step on average.
+    """
+    if hasattr(contender, "synchronize"):
+        contender.synchronize()
+        started = perf_counter()
+        for _ in range(repeats):
+            result = contender.step()
+        contender.synchronize()
+        return (perf_counter() - started) / repeats, None if result is None else float(result)
+    seconds = []
+    for _ in range(repeats):
+        started = perf_counter()
+        result = contender.step()
+        seconds.append(perf_counter() - started)
+    return statistics.median(seconds), result
+
+
+def serve():
+    """The life of a contender's process: a job, then requests until the pipe is closed; each is answered."""
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is not an answer
+
+    def answer(kind, value):
+        pickle.dump((kind, value), answers, protocol=5)
+        answers.flush()
+
+    try:
+        (module, name, settings), job = pickle.load(requests)
+        module = importlib.import_module(module)
+        start = peak_memory()
+        contender = getattr(module, name)(job, **settings)
+        answer("done", {"start_memory": start, "settings": contender.settings})
+        while True:
+            request, *arguments = pickle.load(requests)
+            if request == "turn":
+                answer("done", turn(contender, *arguments))
+            elif request == "check":
+                answer("done", contender.check())
+            else:  # "memory"
+                answer("done", contender.device_memory() if hasattr(contender, "device_memory") else peak_memory())
+    except (EOFError, KeyboardInterrupt, BrokenPipeError):
+        pass  # the benchmark is over
+    except Exception as error:
+        answer("failed", f"{type(error).__name__}: {error}")

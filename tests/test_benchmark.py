@@ -1,0 +1,484 @@
+"""Timing in turn: the figures, the checks before them, the processes, the command line. No time is asserted."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_script
+
+from minivit import ViTConfig, benchmark, contenders, plots, trace
+from minivit.benchmark import Child, Disagreement, agree, contest, disagreement, paired_ratio, summarise, take_turns
+from minivit.contenders import Job, problem
+from minivit.contenders.ours import Floor, Ours, Pipeline, model_products
+from minivit.errors import InputError
+
+TINY = {"image_size": 8, "patch_size": 4, "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
+FLAGS = [
+    "--image-size", 8, "--patch-size", 4, "--width", 12, "--depth", 2, "--heads", 3, "--mlp-dim", 20, "--batch", 5,
+    "--pairs", 2, "--quiet",
+]  # fmt: skip
+MORE = [  # what the models elsewhere must follow
+    {}, {"pooling": "mean", "pos_embed": "sincos2d"}, {"pre_logits": 7, "pos_embed": "none"}, {"gelu": "erf"},
+]  # fmt: skip
+
+
+def job(task="step", batch=5, engine=None, **changes):
+    return Job(task, ViTConfig(**TINY | changes), batch, 0, engine or {})
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    """A turn is one step, and nobody rests."""
+    monkeypatch.setattr(benchmark, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(benchmark, "PAUSE_SECONDS", 0.0)
+
+
+# ---- the floor -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"pooling": "mean"}, {"pre_logits": 7}, {"mlp_dim": 9}])
+def test_the_floor_is_every_product_of_a_step(changes):
+    """Its FLOPs are those of the closed form, and of the products that a step really makes."""
+    config = ViTConfig(**TINY | changes)
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8), rng.integers(0, 10, 5)
+    expected, recorded = trace.expected_flops(config, 5), trace.trace_batch(config, images, labels).totals
+    forward = sum(p.flops for p in model_products(config, 5, backward=False))
+    assert forward == expected.forward == recorded.forward_matmul_flops
+    both = sum(p.flops for p in model_products(config, 5))
+    assert both == sum(expected) == recorded.forward_matmul_flops + recorded.backward_matmul_flops
+
+
+def test_the_floors_products_fit():
+    for product in model_products(ViTConfig(**TINY), 3):
+        product.run()
+        assert np.allclose(product.out, product.a @ product.b, atol=1e-5)
+
+
+@pytest.mark.parametrize("blas_threads", [True, False])
+@pytest.mark.parametrize("task", ["step", "infer"])
+def test_the_floor_covers_the_batch(task, blas_threads):
+    """Micro-batches of 2 in 2 workers cover 5 pictures exactly: 2 + 2 + 1."""
+    wanted = trace.expected_flops(ViTConfig(**TINY), 5)
+    floor = Floor(job(task, engine={"workers": 2, "micro_batch": 2}), blas_threads=blas_threads)
+    with floor.pool:
+        assert round(1e9 * floor.settings["gflop"]) == (sum(wanted) if task == "step" else wanted.forward)
+        assert [len(parts) for parts in floor.work] == ([1] if blas_threads else [2, 1])
+        floor.step()
+    floor.limits.restore_original_limits()
+
+
+# ---- agreement -------------------------------------------------------------------------------------------------------
+
+
+def test_disagreement_is_relative_to_each_array():
+    ours = (2.0, {"a": np.array([3.0, 4.0]), "b": np.array([1e-9])})
+    off = (2.0, {"a": np.array([3.0, 4.005]), "b": np.array([2e-9])})
+    loss, worst, where = disagreement(ours, off)
+    assert loss == 0.0 and where == "a" and math.isclose(worst, 1e-3, rel_tol=1e-9)  # "b" is rounding beside "a"
+    assert disagreement(ours, (2.002, ours[1]))[0] == pytest.approx(1e-3)
+    for wrong in ({"a": ours[1]["a"]}, ours[1] | {"c": np.zeros(1)}, ours[1] | {"a": np.zeros(3)},
+                  ours[1] | {"a": np.array([3.0, np.nan])}):  # fmt: skip
+        assert disagreement(ours, (2.0, wrong))[1] == math.inf
+    assert disagreement(ours, (math.nan, ours[1]))[0] == math.inf
+    assert disagreement((None, ours[1]), (None, ours[1]))[:2] == (0.0, 0.0)
+
+
+def test_a_contender_that_computes_something_else_is_refused():
+    ours = (2.0, {"w": np.ones(4)})
+    assert agree("x", ours, (2.0 + 1e-5, {"w": np.full(4, 1 + 5e-5)})) == (pytest.approx(5e-6), pytest.approx(5e-5))
+    with pytest.raises(Disagreement, match="x disagrees: its loss is off by 1.0e-03, allowed 1e-05"):
+        agree("x", ours, (2.002, ours[1]))
+    with pytest.raises(Disagreement, match="x disagrees: the gradient of w is off by 1.0e-03, allowed 1e-04"):
+        agree("x", ours, (2.0, {"w": np.full(4, 1.001)}))
+    with pytest.raises(Disagreement, match="x disagrees: logits is off"):
+        agree("x", (None, {"logits": np.ones(4)}), (None, {"logits": np.zeros(4)}))
+
+
+def test_the_tolerance_tells_rounding_from_another_function():
+    """float64 against float32 passes; the other form of GELU, and twice the LayerNorm epsilon, do not."""
+    sizes = {"width": 48, "num_heads": 3, "mlp_dim": 192, "image_size": 16}
+
+    def check(**changes):
+        ours = Ours(job(batch=16, **sizes | changes))
+        loss, gradients = ours.check()
+        ours.engine.__exit__(None, None, None)
+        return loss, {name: g.copy() for name, g in gradients.items()}
+
+    mine = check()
+    flat, images, labels = problem(job(batch=16, **sizes))
+    model = benchmark.ViT(ViTConfig(**TINY | sizes), flat=flat.astype(np.float64))
+    with benchmark.Engine(model) as engine:
+        loss = float(engine.gradient(images, labels).loss)
+        exact = loss, benchmark.params.views(engine.grad, model.table)
+    assert disagreement(exact, mine)[1] < benchmark.GRADIENT_TOLERANCE / 10
+    for changes in ({"gelu": "erf"}, {"layernorm_eps": 2e-6}):
+        with pytest.raises(Disagreement):
+            agree("another", mine, check(**changes))
+
+
+def test_no_parameter_is_at_a_special_value():
+    flat, images, labels = problem(job())
+    assert flat.dtype == np.float32 and (flat != 0).all() and (flat != 1).all()
+    assert images.shape == (5, 8, 8, 3) and images.dtype == np.uint8 and labels.shape == (5,)
+    again, other = problem(job()), problem(job()._replace(seed=1))
+    assert (again.flat == flat).all() and (again.images == images).all() and (again.labels == labels).all()
+    assert (other.flat != flat).any() and (other.images != images).any()
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_ratios_are_taken_round_by_round():
+    """A machine that gets slower and slower does not change them."""
+    slow = np.array([1.0, 2.0, 5.0, 9.0])
+    assert paired_ratio(0.5 * slow, slow) == {"median": 0.5, "q1": 0.5, "q3": 0.5}
+    assert paired_ratio([1, 2, 9], [2, 2, 3]) == {"median": 1.0, "q1": 0.75, "q3": 2.0}
+
+
+def test_the_summary():
+    found = {
+        "minivit": ([2.0, 4.0], 30),
+        "torch-compile": ([4.0, 8.0], 120),
+        "floor-threads": ([1.0, 3.0], 9),
+        "floor-workers": ([1.5, 3.0], 9),
+    }
+    report = summarise({name: {"seconds": s, "peak_memory": m} for name, (s, m) in found.items()}, batch=6)
+    assert report["ratio_to_torch_compile"] == 0.5 and report["memory_ratio_to_torch_compile"] == 0.25
+    assert report["floor"] == "floor-threads" and report["floor_fraction"] == (1 / 2 + 3 / 4) / 2
+    assert report["images_per_second"] == 2.0 and report["contenders"]["torch-compile"]["images_per_second"] == 1.0
+    assert report["contenders"]["torch-compile"]["floor_fraction"] == (1 / 4 + 3 / 8) / 2
+    assert report["ratio_to_torch"] is report["ratio_to_jax"] is report["memory_ratio_to_torch"] is None  # not measured
+    assert report["contenders"]["minivit"]["median"] == 3.0
+
+
+# ---- turns -----------------------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """A child that keeps a common diary."""
+
+    def __init__(self, name, diary, seconds=0.001):
+        self.name, self.diary, self.seconds = name, diary, seconds
+        self.process = type("Process", (), {"pid": -1})
+
+    def ask(self, request, repeats):
+        self.diary.append((self.name, repeats))
+        return self.seconds, None
+
+
+def test_the_contenders_step_in_turn(monkeypatch):
+    monkeypatch.setattr(benchmark, "TURN_SECONDS", 0.01)
+    diary = []
+    turns = take_turns([StandIn("a", diary), StandIn("b", diary, 1.0)], 3, progress=False)
+    assert diary[:4] == [("a", 2), ("a", 1), ("b", 2), ("b", 1)]  # warm-up
+    assert diary[4:] == [("a", 10), ("b", 1)] * 3  # short steps are made several times in a turn
+    assert turns.seconds == {"a": [0.001] * 3, "b": [1.0] * 3} and len(turns.others) == 3
+
+
+def test_disturbed_rounds_are_made_again(monkeypatch):
+    shares = iter([0.0, 0.9, 0.01, 0.8, 0.02, 0.5])
+    monkeypatch.setattr(benchmark, "_share_of_others", lambda before, after: next(shares))
+    child, count = StandIn("a", []), iter(range(99))
+    child.ask = lambda request, repeats: (float(next(count)), None)  # each turn has its number
+    turns = take_turns([child], 3, patience=60, progress=False)
+    assert turns.others == [0.0, 0.01, 0.02] and turns.seconds["a"] == [2.0, 4.0, 6.0]  # two were warm-up
+    shares = iter([0.0, 0.9, 0.01, 0.8])
+    assert take_turns([child], 3, progress=False).others == [0.0, 0.9, 0.01]  # no patience
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="needs Linux's /proc")
+def test_other_programs_are_seen():
+    """What this process does is ours, what another one does is not."""
+
+    def share(work):
+        before = benchmark._glance()
+        work()
+        return benchmark._share_of_others(before, benchmark._glance())
+
+    def busy(seconds=0.3):
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    def another():
+        end = "import time\nwhile time.process_time() < 0.5: pass"
+        subprocess.run([sys.executable, "-c", end], check=True)
+
+    before = benchmark._glance()
+    busy()
+    clock, all_, own = (b - a for a, b in zip(before, benchmark._glance(), strict=True))
+    assert own >= 0.29 and all_ >= 0.25
+    assert share(another) > 0.0
+    assert benchmark._share_of_others((0.0, None, 0.0), (1.0, None, 0.0)) is None
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_contest_of_processes():
+    report = contest(ViTConfig(**TINY), batch=5, against=["plain"], engine={"workers": 2, "micro_batch": 2}, pairs=2,
+                     progress=False)  # fmt: skip
+    mine, plain = report["contenders"]["minivit"], report["contenders"]["plain"]
+    assert list(report["contenders"]) == ["minivit", "plain", "floor-threads", "floor-workers"]
+    assert plain["settings"]["kernels"] == "plain" != mine["settings"]["kernels"]
+    assert (mine["settings"]["workers"], mine["settings"]["micro_batch"]) == (2, 2)
+    assert plain["loss"] == mine["loss"] != mine["updated_loss"] == plain["updated_loss"]
+    assert plain["largest_error"] < 1e-5
+    assert len(mine["seconds"]) == len(plain["seconds"]) == len(report["others"]) == 2
+    assert report["ratio_to_plain"] > 0 and 0 < report["floor_fraction"] and report["floor"] in benchmark.FLOORS
+    assert mine["peak_memory"] > mine["start_memory"] > 2**20
+
+
+def test_peak_memory_is_that_of_the_own_process():
+    """A child's peak is not that of the parent that started it."""
+    ballast = np.ones(100 * 2**20 // 8)  # 100 MiB
+    with Child("pipeline", job()) as child:
+        assert child.start_memory < contenders.peak_memory() - ballast.nbytes / 2
+
+
+CROOKED = """
+from minivit.contenders.ours import Ours
+import os
+
+class Crooked(Ours):
+    def __init__(self, job, **settings):
+        print("libraries like to talk")
+        if settings.get("how") == "raise":
+            raise RuntimeError("no such thing")
+        if settings.get("how") == "die":
+            import sys
+            sys.exit("out of luck")
+        super().__init__(job)
+        self.how = settings["how"]
+        if self.how == "lazy":
+            self.optimizer.step = lambda *arguments: None
+
+    def check(self):
+        loss, gradients = super().check()
+        if self.how != "lazy":
+            gradients["head.bias"][0] *= 1.01
+        return loss, gradients
+"""
+
+
+@pytest.fixture
+def crooked(tmp_path, monkeypatch):
+    """A contender named torch that is wrong, in a module that its process finds."""
+    (tmp_path / "crooked.py").write_text(CROOKED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(benchmark, "NEEDS", {})
+
+    def install(how=""):
+        monkeypatch.setitem(benchmark.CONTENDERS, "torch", ("crooked", "Crooked", {"how": how}, {}))
+
+    install()
+    return install
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ("", "the gradient of head.bias is off by"), ("lazy", "its loss after an update is off by"),
+])  # fmt: skip
+def test_nothing_is_timed_before_all_agree(crooked, call, how, message):
+    crooked(how)
+    ended = call("benchmark", "step", *FLAGS, "--against", "torch")
+    assert ended.status == 1 and f"torch disagrees: {message}" in ended.err
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1 and "pictures/s" not in ended.out
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ("raise", "torch failed: RuntimeError: no such thing"), ("die", "the process of torch ended: out of luck"),
+])  # fmt: skip
+def test_a_contender_that_cannot_is_one_line(crooked, call, how, message):
+    crooked(how)
+    ended = call("benchmark", "step", *FLAGS, "--against", "torch")
+    assert ended.status == 2 and ended.err == f"error: {message}\n"
+
+
+def test_only_so_many_cores():
+    before = benchmark.available_cores()
+    if before > 1 and hasattr(os, "sched_setaffinity"):
+        with benchmark.only_cores(1), Child("minivit", job()) as child:
+            assert benchmark.available_cores() == child.settings["workers"] == 1
+    assert benchmark.available_cores() == before
+    with pytest.raises(InputError, match=f"--threads must be 1 to {before}"), benchmark.only_cores(before + 1):
+        pass
+
+
+def test_importing_the_benchmark_imports_no_other_library():
+    code = "import sys, minivit.benchmark, minivit.contenders.ours; print({'torch', 'jax'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_the_pipeline_goes_on_for_ever():
+    pipeline = Pipeline(job())
+    seen = [next(pipeline.stream) for _ in range(20)]  # the data set is eight batches long
+    assert all(images.shape == (5, 8, 8, 3) and labels.shape == (5,) for images, labels in seen)
+    assert any((images != seen[0][0]).any() for images, _ in seen[1:])
+
+
+# ---- layers, scaling -------------------------------------------------------------------------------------------------
+
+
+def test_every_layer_has_its_floor():
+    config = ViTConfig(**TINY)
+    flat, images, labels = problem(job())
+    model = benchmark.ViT(config, flat=flat)
+    layers = {(r.path, r.direction): r for r in benchmark.captured_layers(model, images, labels, 2)}
+    for path in ("patch_embed.proj", "norm1", "msa.qkv", "msa.attention", "msa.proj", "norm2", "mlp.fc1", "mlp.gelu",
+                 "mlp.fc2", "head.norm", "head.head", "loss"):  # fmt: skip
+        for direction in ("forward", "backward"):
+            layer = layers.pop((path, direction))
+            products = path.endswith(("proj", "qkv", "attention", "fc1", "fc2", "head.head"))
+            assert layer.kind == ("products" if products else "traffic") and not layer.part
+            assert layer.times == (1 if path.startswith(("patch", "head", "loss")) else 2)
+            assert len(layer.calls) == len(layer.floors) == 2
+            for call in layer.calls + layer.floors:
+                call()
+    assert {layer.path for layer in layers.values()} == {"msa.attention.softmax"}
+    assert all(layer.part for layer in layers.values())  # inside attention, and not counted twice
+
+
+def test_scaling_varies_one_thing_at_a_time():
+    points = benchmark.scaling_points(ViTConfig(), 32)
+    assert [p.x for p in points["batch"]] == [p.batch for p in points["batch"]] == [16, 32, 64, 128]
+    assert [p.x for p in points["depth"]] == [p.config.depth for p in points["depth"]] == [1, 2, 3, 6, 12]
+    assert [p.x for p in points["tokens"]] == [p.config.num_tokens for p in points["tokens"]] == [17, 65, 145, 257, 577]
+    assert {p.config.patch_size for p in points["tokens"]} == {4} and points["workers"][0].engine == {"workers": 1}
+    assert all(p.config == ViTConfig() for panel in ("batch", "workers") for p in points[panel])
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["step", "infer", "layers", "data"])
+def test_tables_and_files(tmp_path, call, task):
+    against = [] if task in ("layers", "data") else ["--against", "plain"]
+    ended = call("benchmark", task, *FLAGS, *against, "--json", tmp_path / "b.json", "--png", tmp_path / "b.png")
+    assert ended.status == 0 and ended.err == "", ended.err
+    assert max(map(len, ended.out.splitlines())) <= 140
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "b.json").read_text(), parse_constant=pytest.fail)
+    assert report["task"] == task and report["config"]["num_heads"] == 3 and report["batch"] == 5
+    assert report["pairs"] == 2 and {"processor", "cores", "blas", "numpy", "python"} <= set(report["machine"])
+    if task in ("step", "infer"):
+        assert set(benchmark.KEYS) <= set(report) and report["ratio_to_torch"] is None
+        assert report["ratio_to_plain"] > 0 and report["images_per_second"] > 0 and report["floor_fraction"] > 0
+        assert "plain agrees with us" in ended.out and "floor-workers" in ended.out
+    if task == "infer":
+        assert report["latency"]["batch"] == 1 and report["latency"]["ratio_to_plain"] > 0
+    if task == "layers":
+        assert {"adamw", "msa.attention", "norm1"} <= {row["layer"] for row in report["layers"]}
+        whole = sum(row["share_of_step"] for row in report["layers"] if not row["inside_another"])
+        assert whole + report["rest_of_step"] == pytest.approx(1.0)
+    if task == "data":
+        assert report["share_of_step"]["median"] > 0 and len(report["contenders"]["minivit-fed"]["seconds"]) == 2
+
+
+def test_scaling(tmp_path, monkeypatch, call):
+    points = benchmark.scaling_points
+    monkeypatch.setattr(benchmark, "scaling_points", lambda *a: {k: v[:2] for k, v in points(*a).items()})
+    monkeypatch.setattr(benchmark, "contest", lambda config, **settings: {
+        "others": [0.0], "contenders": {"minivit": {"seconds": [config.depth * 0.01], "peak_memory": 2**20}},
+    })  # fmt: skip
+    ended = call("benchmark", "scaling", *FLAGS, "--json", tmp_path / "b.json", "--png", tmp_path / "b.png")
+    assert ended.status == 0 and ended.err == "" and "tokens" in ended.out
+    report = json.loads((tmp_path / "b.json").read_text(), parse_constant=pytest.fail)
+    assert set(report["panels"]) == {"batch", "depth", "tokens", "workers"}
+    point = report["panels"]["batch"][0]
+    config = ViTConfig(**TINY)
+    assert point["flops"] == sum(trace.expected_flops(config, point["batch"]))
+    scores = 12 * 2 * point["batch"] * config.num_tokens**2 * 12  # two products forward and four backward, per block
+    assert point["attention_share"] == scores / point["flops"]
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_presets_and_flags_make_the_model():
+    script = load_script("benchmark")
+
+    def config(*flags):
+        return script.config_of(script.parse(["step", *map(str, flags)]))
+
+    assert config() == ViTConfig.preset("Mini/4") == config("--width", 192, "--depth", 6, "--heads", 3)
+    assert config("--preset", "Ti/16", "--num-classes", 10) == ViTConfig.preset("Ti/16", num_classes=10)
+    assert config("--preset", "Micro/4", "--width", 64).mlp_dim == 128  # the preset's ratio
+    assert config("--width", 96, "--mlp-dim", 100).mlp_dim == 100
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["step", "--against", "tensorflow"], "no contender 'tensorflow'; the contenders are torch, torch-compile, jax"),
+    (["step", "--against", "floor-workers"], "no contender 'floor-workers'"),
+    (["step", "--preset", "Ti/17"], "no preset 'Ti/17'"),
+    (["step", "--width", "10", "--heads", "3"], "width 10 is not a multiple of num_heads 3"),
+    (["step", "--image-size", "30"], "image_size 30 is not a multiple of patch_size 4"),
+    (["step", "--batch", "0"], "--batch must be at least 1, got 0"),
+    (["step", "--pairs", "0"], "--pairs must be at least 1, got 0"),
+    (["step", "--workers", "-1"], "--workers must be at least 0"),
+    (["step", "--micro-batch", "-1"], "--micro-batch must be at least 0"),
+    (["step", "--threads", "4096"], "--threads must be 1 to"),
+    (["step", "--patience", "-1"], "--patience must be a number of seconds"),
+    (["step", "--json", "missing/b.json"], "there is no folder missing to write b.json to"),
+    (["step", "--png", "missing/b.png"], "there is no folder missing"),
+    (["step", "--dropout", "0.1"], "unrecognized arguments: --dropout"),
+    (["layers", "--against", "torch"], "unrecognized arguments: --against"),
+    (["race"], "invalid choice: 'race'"),
+    ([], "TASK"),
+])  # fmt: skip
+def test_bad_input_is_one_line(tmp_path, monkeypatch, call, flags, message):
+    monkeypatch.chdir(tmp_path)
+    ended = call("benchmark", *flags)
+    assert ended.status == 2 and message in ended.err
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["torch", "torch-compile", "jax"])
+def test_a_library_that_is_missing(monkeypatch, call, name):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    ended = call("benchmark", "step", *FLAGS, "--against", name)
+    library = name.partition("-")[0]
+    assert ended.status == 2
+    assert ended.err == f'error: --against {name} needs {library}: pip install "minivit[bench]"\n'
+
+
+def test_others_are_mentioned(capsys):
+    load_script("benchmark").warn_of_others([0.0, None, 0.5, 0.4])
+    assert "in 2 of 3 rounds other programs took more than 5% of the cores (median 40%)" in capsys.readouterr().out
+    load_script("benchmark").warn_of_others([0.0, None, 0.05])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_figures_show_what_was_measured(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    names = ("minivit", "torch", "floor-workers")
+    report = summarise({name: {"seconds": [0.1 * k, 0.2 * k], "peak_memory": k * 2**20, "start_memory": 2**19}
+                        for k, name in enumerate(names, 1)}, batch=8)  # fmt: skip
+    plots.save_contest(tmp_path / "x.png", report | {"latency": report | {"batch": 1}}, title="a $1 machine")
+    texts = [t.get_text() for axes in figures[0].axes for t in [*axes.texts, axes.title, *axes.get_yticklabels()]]
+    assert len(figures[0].axes) == 3 and "150 ms  (floor 300% of it)" in texts and "300 ms  (ours is 0.50×)" in texts
+    assert any("one picture" in axes.get_title(loc="left") for axes in figures[0].axes)
+
+
+# ---- with PyTorch and JAX --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("task", ["step", "infer"])
+@pytest.mark.parametrize("changes", MORE)
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_the_same_model_elsewhere(name, changes, task):
+    pytest.importorskip(name)
+    mine = Ours(job(task, **changes))
+    with Child(name, job(task, **changes)) as child:
+        loss_error, worst = agree(name, mine.check(), child.ask("check"))
+        assert loss_error < 1e-6 and worst < 1e-5
+        for _ in range(3):  # the optimisers agree too
+            loss, theirs = mine.step(), child.ask("turn", 1)[1]
+            assert loss == theirs or loss == pytest.approx(theirs, rel=1e-5)
+    mine.engine.__exit__(None, None, None)
