@@ -67,11 +67,7 @@ from minivit.trace import arrays_in, expected_flops, recording
 AGAINST = ("torch", "torch-compile", "jax", "plain")  # whom one may ask for
 NEEDS = {"torch": "torch", "torch-compile": "torch", "jax": "jax"}  # contender -> what must be installed
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, UPDATE_TOLERANCE = 1e-5, 1e-4, 1e-4  # relative: see the module's docstring
-COARSER = {
-    "float32": 1,
-    "tf32": 100,
-    "bf16": 1000,
-}  # how many times as much precisions may differ: 2^-11, 2^-8 a factor
+COARSER = {"float32": 1, "tf32": 100, "bf16": 1000}  # times these, for factors that are rounded to 2^-11 or 2^-8
 TURN_SECONDS, PAUSE_SECONDS = 0.2, 0.05
 QUIET = 0.05  # of the cores' time may go to other programs
 FLOORS = ("floor-threads", "floor-workers")

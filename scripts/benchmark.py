@@ -61,7 +61,7 @@ def parse(argv):
         if name in ("step", "infer"):
             how.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda, for everybody [cpu]")
             how.add_argument("--precision", choices=PRECISIONS, default="float32",
-                             help="on a GPU, of everybody: PyTorch's allow_tf32, or its autocast to bfloat16 [float32]")  # fmt: skip
+                             help="on a GPU; PyTorch's allow_tf32, or its autocast to bfloat16 [float32]")  # fmt: skip
         how.add_argument("--quiet", action="store_true", help="no progress bar")
         how.add_argument("--json", type=output_file, metavar="FILE", help="write everything as JSON")
         how.add_argument("--png", type=output_file, metavar="FILE", help="draw the figure")

@@ -94,23 +94,23 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def turn(contender, repeats):
-    """``repeats`` steps: (median of their seconds, what the last one returned).
+def turn(step, repeats, synchronize=None):
+    """``repeats`` calls of ``step``: (median of their seconds, what the last one returned).
 
-    A GPU goes on while the host prepares the next step, in training as here: it is waited for at the end alone, and
-    the seconds are those of a step on average.
+    A GPU goes on while the host prepares the next step, in training as here: with ``synchronize`` it is waited for at
+    the end alone, and the seconds are those of a step on average.
     """
-    if hasattr(contender, "synchronize"):
-        contender.synchronize()
+    if synchronize:
+        synchronize()
         started = perf_counter()
         for _ in range(repeats):
-            result = contender.step()
-        contender.synchronize()
+            result = step()
+        synchronize()
         return (perf_counter() - started) / repeats, None if result is None else float(result)
     seconds = []
     for _ in range(repeats):
         started = perf_counter()
-        result = contender.step()
+        result = step()
         seconds.append(perf_counter() - started)
     return statistics.median(seconds), result
 
@@ -133,7 +133,7 @@ def serve():
         while True:
             request, *arguments = pickle.load(requests)
             if request == "turn":
-                answer("done", turn(contender, *arguments))
+                answer("done", turn(contender.step, *arguments, synchronize=getattr(contender, "synchronize", None)))
             elif request == "check":
                 answer("done", contender.check())
             else:  # "memory"
