@@ -234,8 +234,8 @@ def _equalize(images):
 # ---- the policies ----------------------------------------------------------------------------------------------------
 
 
-def _space(shear, shift_x, shift_y, angle, factor, bits, bins=BINS):
-    """Magnitudes (15, bins) of each operation, from the weakest to the largest, that are given; without their signs."""
+def _space(shear, shift_x, shift_y, angle, factor, bits, bins):
+    """Magnitudes (15, bins) of each operation from the weakest to the strongest, which are given."""
     largest = dict.fromkeys(BLENDS, factor)
     largest |= {"shear_x": shear, "shear_y": shear, "translate_x": shift_x, "translate_y": shift_y, "rotate": angle}
     table = np.linspace(0.0, [largest.get(name, 0.0) for name in OPERATIONS], bins, axis=1)
@@ -247,6 +247,16 @@ def _space(shear, shift_x, shift_y, angle, factor, bits, bins=BINS):
 def _with_sign(operations, magnitudes, rng):
     """The magnitudes, each negated with probability 1/2 where its operation has a sign."""
     return magnitudes * np.where(SIGNED[operations], rng.choice([-1.0, 1.0], operations.shape), 1.0)
+
+
+def wide_space(H, W):
+    """The magnitudes of `trivial_augment` for pictures of a size, without signs: (15, 31), weakest first."""
+    return _space(0.99, min(32, W), min(32, H), 135.0, 0.99, 2, BINS)
+
+
+def usual_space(H, W, bins=BINS):
+    """The magnitudes of `rand_augment`, and in ten steps those of `auto_augment`: (15, bins), weakest first."""
+    return _space(0.3, 150 / 331 * W, 150 / 331 * H, 30.0, 0.9, 4, bins)
 
 
 _WITHOUT_INVERT = np.delete(np.arange(len(OPERATIONS)), CODE["invert"])
@@ -261,7 +271,7 @@ def trivial_augment(images, rng):
     Source  Mueller and Hutter, "TrivialAugment", arXiv:2103.10158, table 1.
     """
     B, H, W, _ = images.shape
-    space = _space(0.99, min(32, W), min(32, H), 135.0, 0.99, 2)
+    space = wide_space(H, W)
     operations = rng.choice(_WITHOUT_INVERT, B)
     magnitudes = space[operations, rng.integers(0, BINS, B)]
     return operate(images, operations, _with_sign(operations, magnitudes, rng))
@@ -276,7 +286,7 @@ def rand_augment(images, rng, *, count=2, magnitude=9):
     Source  Cubuk et al., "RandAugment", arXiv:1909.13719.
     """
     B, H, W, _ = images.shape
-    space = _space(0.3, 150 / 331 * W, 150 / 331 * H, 30.0, 0.9, 4)
+    space = usual_space(H, W)
     for _ in range(count):
         operations = rng.choice(_WITHOUT_INVERT, B)
         images = operate(images, operations, _with_sign(operations, space[operations, magnitude], rng))
@@ -291,7 +301,7 @@ def auto_augment(images, rng):
             steps, as in torchvision.
     """
     B, H, W, _ = images.shape
-    space = _space(0.3, 150 / 331 * W, 150 / 331 * H, 30.0, 0.9, 4, bins=10)
+    space = usual_space(H, W, bins=10)
     chosen = rng.integers(0, len(_CIFAR10), B)
     for i in range(2):
         operations, strengths = (_AUTO[key][chosen, i] for key in ("operation", "magnitude"))
