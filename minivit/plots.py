@@ -119,6 +119,25 @@ def save_predictions(path, images, labels, logits, class_names, *, rows=4, colum
     _save(figure, path)
 
 
+def save_contact_sheet(path, rows, *, title=""):
+    """Rows of pictures, each row under a name: ``rows`` maps names to pictures (n, H, W, C) of one shape."""
+    H, W, C = next(iter(rows.values())).shape[1:]
+    gap = max(1, H // 16)
+    columns = max(len(pictures) for pictures in rows.values())
+    sheet = np.full((len(rows) * (H + gap) - gap, columns * (W + gap) - gap, C), 255 if C > 1 else 24, np.uint8)
+    for r, pictures in enumerate(rows.values()):
+        for c, image in enumerate(pictures):
+            sheet[r * (H + gap) :, c * (W + gap) :][:H, :W] = image
+    figure = _figure(3.0 + 0.7 * columns, 0.5 + 0.7 * len(rows) * H / W)
+    axes = figure.subplots()
+    _show(axes, sheet)
+    axes.set_yticks([r * (H + gap) + H / 2 for r in range(len(rows))], [label(name, 40) for name in rows], fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=11)
+    _save(figure, path)
+
+
 def save_v_curves(path, panels, *, title=""):
     """Error of numerical derivatives against their step: the V-curves of one function.
 

@@ -42,6 +42,7 @@ from minivit.backend import device_name, erf, find_device, to_device, to_host, u
 from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
 from minivit.data import load as load_data
 from minivit.data.loader import batches, epoch_order
+from minivit.data.operations import POLICIES
 from minivit.engine import Engine, available_cores
 from minivit.engine_cuda import CudaEngine, CudaStep
 from minivit.errors import InputError
@@ -78,12 +79,19 @@ class TrainConfig:
     clip_norm: float = setting(1.0, "largest global norm of the gradient; 0 for no clipping")
     ema_decay: float = setting(0.0, "decay of the moving average of the weights, tested in their place; 0 for none")
     label_smoothing: float = setting(0.0, "share of each target given to all classes alike")
+    policy: str = setting("none", "an operation or two on each picture: none, trivial, rand or auto(Augment)")
+    rand_count: int = setting(2, "operations on a picture with the policy rand")
+    rand_magnitude: int = setting(9, "their strength, 0 to 30")
     crop_padding: int = setting(0, "random crops after padding by so many pixels")
     flip: bool = setting(False, "random horizontal flips")
     rotate: float = setting(0.0, "random rotations by up to so many degrees")
     zoom: float = setting(0.0, "random scaling of height and width by up to this share")
     shear: float = setting(0.0, "random slant, pixels per row")
     shift: float = setting(0.0, "random displacement by up to so many pixels, fractions included")
+    erasing: float = setting(0.0, "probability that a random rectangle of a picture becomes noise")
+    mixup: float = setting(0.0, "alpha of mixup, which blends pictures and labels in pairs; 0 for none")
+    cutmix: float = setting(0.0, "alpha of CutMix, which pastes rectangles between pictures; 0 for none")
+    mix_probability: float = setting(1.0, "share of batches that are mixed, half of them by each if both are on")
     seed: int = setting(0, "seed of initialisation, shuffling, augmentation and dropout")
     workers: int = setting(
         0, "threads; 0 for one per core of the machine that starts the run (it fixes the order of sums)"
@@ -110,6 +118,11 @@ class TrainConfig:
         check_range(self, 0, None, "crop_padding", "seed")
         check_range(self, 0.0, 180.0, "rotate")
         check_range(self, 0.0, None, "shear", "shift")
+        check_choice(self, "policy", POLICIES)
+        check_range(self, 1, 16, "rand_count")
+        check_range(self, 0, 30, "rand_magnitude")
+        check_range(self, 0.0, 1.0, "erasing", "mix_probability")
+        check_range(self, 0.0, 1000.0, "mixup", "cutmix")
         check_range(self, 0.0, 1.0, "zoom", open_high=True)
         check_range(self, 0, MAX_WORKERS, "workers")
         check_range(
@@ -124,7 +137,9 @@ class TrainConfig:
 
 
 # Settings that `minivit.data.augment` takes.
-AUGMENTATION = ("crop_padding", "flip", "rotate", "zoom", "shear", "shift")
+AUGMENTATION = (
+    "policy", "rand_count", "rand_magnitude", "rotate", "zoom", "shear", "shift", "crop_padding", "flip", "erasing",
+)  # fmt: skip
 
 # Settings that a resumed run may change: they alter neither the numbers nor their order.
 FREE_ON_RESUME = ("log_every", "check_finite", "checkpoint_seconds")
@@ -496,7 +511,7 @@ class Trainer:
         on_gpu, whole_step = self.device != "cpu", self._whole_step
         stream = batches(
             *self._train_data, self.order, c.batch_size, seed=c.seed, epoch=self.epoch, start=self.batch,
-            prefetch=0 if on_gpu else 2, **{name: getattr(c, name) for name in AUGMENTATION},
+            prefetch=0 if on_gpu else 2, mixing=self._mixing(), **{name: getattr(c, name) for name in AUGMENTATION},
         )  # fmt: skip
         group = c.batch_size * c.accumulate  # pictures per optimiser step
         since, seen_since = time.monotonic(), 0
@@ -557,6 +572,16 @@ class Trainer:
             self._read(unread)
         finally:
             stream.close()
+
+    def _mixing(self):
+        """What `minivit.data.mix` takes, or None where no batch is to be mixed and labels stay class indices."""
+        c = self.config
+        if not (c.mixup or c.cutmix):
+            return None
+        return {
+            "num_classes": self.model.config.num_classes, "mixup_alpha": c.mixup, "cutmix_alpha": c.cutmix,
+            "probability": c.mix_probability,
+        }  # fmt: skip
 
     def _read(self, unread):
         """Add the figures of the steps in the list to the epoch's and empty it: (loss, correct, norm) of the last."""

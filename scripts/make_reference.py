@@ -1,4 +1,4 @@
-"""Write the float64 reference files of the test-suite from PyTorch/timm and JAX/Flax.
+"""Write the reference files of the test-suite from PyTorch/timm and JAX/Flax in float64, and from torchvision.
 
 The tests compare minivit with other people's code without installing it: this script runs that code once and
 stores what it computed in ``tests/data/NAME.npz``. Run it again only to change or to extend the references.
@@ -47,6 +47,11 @@ absolute tolerance of 1e-8.
 Every file is checked before it is written: a NumPy forward pass on the stored arrays gives the same logits,
 loss, features and attention to 1e-12, central differences of the library's loss agree with the gradients, and
 ten AdamW steps written out in NumPy lead to the same parameters.
+
+The file ``torchvision_operations`` is of another kind: the picture operations of AutoAugment on uint8. It holds
+``color/before`` (4, 12, 16, 3) and ``grey/before`` (4, 12, 16, 1), ``KIND/after/OPERATION`` (magnitudes, 4, 12, 16, C)
+what ``torchvision.transforms.functional`` makes of them, with bilinear interpolation, ``magnitude/OPERATION`` and the
+``cifar10`` policy of AutoAugment, as JSON text.
 
 Requirements
 ------------
@@ -646,6 +651,60 @@ def check_training(reference, params, losses, after):
     return worst
 
 
+# --------------------------------------------------------------------------------------- picture operations
+
+OPERATIONS_FILE = "torchvision_operations"
+FILES = [*REFERENCES, OPERATIONS_FILE]
+MAGNITUDES = {
+    "identity": [0],
+    "shear_x": [-0.7, 0.05, 0.99],
+    "shear_y": [-0.99, 0.3, 0.5],
+    "translate_x": [-30.0, -3.9, 5.2],
+    "translate_y": [-4.0, 1.9, 30.0],
+    "rotate": [-135.0, -4.5, 45.0, 90.0],
+    "brightness": [-0.99, -0.33, 0.66],
+    "color": [-0.99, -0.33, 0.66],
+    "contrast": [-0.99, -0.33, 0.66],
+    "sharpness": [-0.99, -0.33, 0.66],
+    "posterize": [2, 5, 8],
+    "solarize": [0.0, 93.5, 255.0],
+    "invert": [0],
+    "autocontrast": [0],
+    "equalize": [0],
+}
+
+
+def picture_operations():
+    """What torchvision makes of a few pictures, as AutoAugment applies its operations."""
+    import torch
+    from torchvision.transforms import AutoAugmentPolicy, InterpolationMode
+    from torchvision.transforms import autoaugment as policies
+
+    rng = np.random.default_rng(21)
+    y, x = np.arange(12)[:, None, None], np.arange(16)[:, None]
+    noise = rng.integers(0, 256, (12, 16, 3))
+    ramp = 9 * x + 7 * y + np.array([0, 20, 60])
+    narrow = 100 + rng.integers(0, [40, 3, 1], (12, 16, 3))  # the last channel is of one value
+    disc = np.where((x - 7) ** 2 + (y - 5) ** 2 < 20, [250, 130, 10], [5, 90, 200])
+    color = np.stack([noise, ramp, narrow, disc]).astype(np.uint8)
+    arrays = {"color/before": color, "grey/before": np.ascontiguousarray(color[..., :1])}
+    for name, magnitudes in MAGNITUDES.items():
+        arrays[f"magnitude/{name}"] = np.array(magnitudes, np.float64)
+        title = {"autocontrast": "AutoContrast"}.get(name, name.title().replace("_", ""))
+        for kind in ("color", "grey"):
+            before = torch.from_numpy(arrays[f"{kind}/before"]).permute(0, 3, 1, 2)
+            after = [
+                policies._apply_op(before, title, m, interpolation=InterpolationMode.BILINEAR, fill=None)
+                for m in magnitudes
+            ]
+            arrays[f"{kind}/after/{name}"] = torch.stack(after).permute(0, 1, 3, 4, 2).numpy()
+    policy = policies.AutoAugment(AutoAugmentPolicy.CIFAR10).policies
+    arrays["cifar10"] = np.array(json.dumps(policy))
+    versions = {package: version(package) for package in ("torch", "torchvision", "numpy")}
+    arrays["settings"] = np.array(json.dumps({"versions": versions}))
+    return arrays
+
+
 # ------------------------------------------------------------------------------------------ the command line
 
 
@@ -701,8 +760,8 @@ def make_reference(name):
 def parse_arguments(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Write the float64 reference files of the tests from PyTorch/timm and JAX/Flax.",
-        epilog=f"files: {', '.join(REFERENCES)}. requirements: pip install {REQUIREMENTS}",
+        description="Write the reference files of the tests from PyTorch/timm, JAX/Flax and torchvision.",
+        epilog=f"files: {', '.join(FILES)}. requirements: pip install {REQUIREMENTS}",
     )
     default = Path(__file__).resolve().parent.parent / "tests" / "data"
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="directory (tests/data)")
@@ -719,15 +778,15 @@ def fail(message):
 def main(argv=None):
     """Write the files; return the exit status."""
     arguments = parse_arguments(argv)
-    if arguments.only is not None and arguments.only not in REFERENCES:
-        return fail(f"--only {arguments.only}: choose from {', '.join(REFERENCES)}")
+    if arguments.only is not None and arguments.only not in FILES:
+        return fail(f"--only {arguments.only}: choose from {', '.join(FILES)}")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return fail(f"cannot write to {arguments.out} ({error.strerror}): choose another --out")
-    for name in [arguments.only] if arguments.only else REFERENCES:
+    for name in [arguments.only] if arguments.only else FILES:
         try:
-            arrays, differences = make_reference(name)
+            arrays, differences = (picture_operations(), {}) if name == OPERATIONS_FILE else make_reference(name)
         except ImportError as error:
             return fail(f"{name}: {error}: pip install {REQUIREMENTS}")
         path = arguments.out / f"{name}.npz"
@@ -737,9 +796,11 @@ def main(argv=None):
             partial.replace(path)
         except OSError as error:
             return fail(f"cannot write {path} ({error.strerror}): choose another --out")
-        size = f"{path.stat().st_size / 1000:.1f} kB"
-        checks = ", ".join(f"{check} {value:.1e}" for check, value in differences.items())
-        print(f"{path.name}: {size}, loss {arrays['loss']:.12f}, {len(arrays)} arrays; differences: {checks}")
+        about = f"{path.name}: {path.stat().st_size / 1000:.1f} kB, {len(arrays)} arrays"
+        if differences:
+            checks = ", ".join(f"{check} {value:.1e}" for check, value in differences.items())
+            about += f", loss {arrays['loss']:.12f}; differences: {checks}"
+        print(about)
     return 0
 
 

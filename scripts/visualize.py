@@ -1,4 +1,4 @@
-"""Draw what a trained model has inside."""
+"""Draw what a trained model has inside, and what training shows to it."""
 
 import dataclasses
 import sys
@@ -9,6 +9,19 @@ import numpy as np
 
 from minivit import checkpoint, curvature
 from minivit.cli import Parser, output_file, run
+from minivit.data import (
+    DATASETS,
+    augment,
+    auto_augment,
+    cutmix,
+    load,
+    mixup,
+    operate,
+    rand_augment,
+    trivial_augment,
+)
+from minivit.data.mixing import one_hot
+from minivit.data.operations import OPERATIONS, wide_space
 from minivit.errors import InputError
 from minivit.train import Trainer, config_from, dataset_of, write_json
 
@@ -17,6 +30,8 @@ examples:
   python scripts/visualize.py curvature runs/digits/last.npz
   python scripts/visualize.py curvature runs/digits/last.npz --every 10 --pictures 128 --count 3
   python scripts/visualize.py curvature runs/digits/last.npz --optimizer sgd --lr 0.05 --epochs 40 --out sgd
+  python scripts/visualize.py augment
+  python scripts/visualize.py augment --data cifar10 --columns 16 --seed 1 --out figures
 
 curvature: the training of the checkpoint is made again, in memory, with its own settings (or those given here), and
 every few epochs the largest eigenvalues of the loss's Hessian are computed, exactly, on a fixed set of training
@@ -24,6 +39,9 @@ pictures. Gradient descent on a loss of curvature c is stable while c < 2 / lr (
 curvature counts that its scaling leaves). Training often climbs to this edge and stays there. The last panel is the
 loss around the end of this training in the plane of the two sharpest directions. An eigenvalue that --steps products
 do not find to a thousandth of the largest is drawn hollow, with a bar as long as its residual: more --steps find it.
+
+augment: a sheet of training pictures, a row for each augmentation. The rows of single operations go from the weakest
+strength on the left to the strongest on the right, as TrivialAugment draws them.
 """
 
 
@@ -139,10 +157,51 @@ def draw_curvature(arguments):
     return 0
 
 
+def sheet_of(images, seed):
+    """A name and the augmented pictures (n, H, W, C) for each augmentation, as a dict."""
+    n, H, W, _ = images.shape
+    rows = {"as they are": images}
+
+    def add(name, function, *arguments, **settings):
+        rows[name] = function(images, *arguments, np.random.default_rng([seed, len(rows)]), **settings)
+
+    add("crop", augment, crop_padding=max(1, H // 8))
+    add("flip", augment, flip=True)
+    add("affine", augment, rotate=15.0, zoom=0.15, shear=0.15, shift=H / 16)
+    add("erasing", augment, erasing=1.0)
+    strengths = wide_space(H, W)[:, np.linspace(0, 30, n).round().astype(int)]
+    for code, name in enumerate(OPERATIONS[1:], start=1):
+        rows[name] = operate(images, np.full(n, code), strengths[code])
+    add("policy: trivial", trivial_augment)
+    add("policy: rand", rand_augment)
+    add("policy: auto", auto_augment)
+    for name, function in (("mixup", mixup), ("cutmix", cutmix)):
+        mixed, targets = function(images, one_hot(np.arange(n), n), np.random.default_rng([seed, len(rows)]), 1.0)
+        rows[f"{name}, {targets.diagonal().min():.0%} kept"] = mixed
+    return rows
+
+
+def draw_augment(arguments):
+    """The subcommand ``augment``; returns the exit status."""
+    from minivit import plots  # matplotlib is slow to import
+
+    for name, low in (("columns", 2), ("seed", 0)):
+        if getattr(arguments, name) < low:
+            raise InputError(f"--{name} must be at least {low}, got {getattr(arguments, name)}")
+    dataset = load(arguments.data, arguments.data_dir)
+    images, _ = measured_pictures(dataset, arguments.columns, arguments.seed)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    figure = out / f"augment-{arguments.data}.png"
+    plots.save_contact_sheet(figure, sheet_of(images, arguments.seed), title=f"{dataset.name}: augmentations")
+    print(f"drawn in {figure}")
+    return 0
+
+
 def main(argv=None):
     """Entry point; returns the exit status."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="visualize.py")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT", parser_class=Parser)
+    commands = parser.add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
     about = "largest Hessian eigenvalues along training, loss surface"
     parts = commands.add_parser("curvature", help=about, description=about, epilog=EXAMPLES)
     parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
@@ -157,7 +216,17 @@ def main(argv=None):
     parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
     parts.add_argument("--out", metavar="DIR", help="folder for curvature.png and .json [the checkpoint's]")
     parts.add_argument("--json", type=output_file, metavar="FILE", help="the measurements [curvature.json in --out]")
-    return draw_curvature(parser.parse_args(argv))
+    parts.set_defaults(draw=draw_curvature)
+    about = "a sheet of training pictures, a row for each augmentation"
+    parts = commands.add_parser("augment", help=about, description=about, epilog=EXAMPLES)
+    parts.add_argument("--data", choices=DATASETS, default="digits", help="data set [digits]")
+    parts.add_argument("--data-dir", default="data", metavar="DIR", help="where the data lie [data]")
+    parts.add_argument("--columns", type=int, default=12, metavar="N", help="pictures in a row [12]")
+    parts.add_argument("--seed", type=int, default=0, metavar="N", help="draws pictures and augmentations [0]")
+    parts.add_argument("--out", default="runs", metavar="DIR", help="folder for augment-DATA.png [runs]")
+    parts.set_defaults(draw=draw_augment)
+    arguments = parser.parse_args(argv)
+    return arguments.draw(arguments)
 
 
 if __name__ == "__main__":

@@ -224,7 +224,13 @@ def test_augmentation_is_the_plain_one(xp):
 
     images, labels = batch_of(replace(SMALL, image_size=12), 40)
     order = np.random.default_rng(2).permutation(40)
-    for settings in ({"crop_padding": 3, "flip": True}, {"crop_padding": 2}, {"flip": True}, {}, {"rotate": 9.0}):
+    both = {"crop_padding": 3, "flip": True}
+    mixing = {"num_classes": 10, "probability": 0.9}
+    for settings in (
+        both, {"crop_padding": 2}, {"flip": True}, {}, {"rotate": 9.0}, both | {"policy": "trivial"},
+        {"policy": "auto"}, {"policy": "rand", "rand_count": 3, "rand_magnitude": 20}, both | {"erasing": 0.5},
+        both | {"rand_count": 2, "mixing": mixing | {"mixup_alpha": 1.0}}, {"mixing": mixing | {"cutmix_alpha": 1.0}},
+    ):  # fmt: skip
         with plain():
             expected = list(batches(images, labels, order, 16, seed=1, epoch=2, prefetch=0, **settings))
         found = list(

@@ -1,9 +1,9 @@
-"""Random crops, flips and affine maps against pictures made one by one."""
+"""Random crops, flips, affine maps and erasing against pictures made one by one."""
 
 import numpy as np
 import pytest
 
-from minivit.data import augment, random_affine, random_crop, random_flip
+from minivit.data import augment, random_affine, random_crop, random_erasing, random_flip, trivial_augment
 
 
 @pytest.fixture
@@ -117,3 +117,42 @@ def test_augment_takes_the_affine_settings(images):
     result = augment(images, np.random.default_rng(3), rotate=40, zoom=0.3, shear=0.2, shift=1.5)
     expected = random_affine(images, np.random.default_rng(3), rotate=40, zoom=0.3, shear=0.2, shift=1.5)
     np.testing.assert_array_equal(result, expected)
+
+
+def test_erasing_fills_a_rectangle_with_noise():
+    images = np.full((4000, 32, 24, 3), 255, np.uint8)
+    before = images.copy()
+    result = random_erasing(images, 0.25, np.random.default_rng(0))
+    np.testing.assert_array_equal(images, before)
+    changed = (result != images).any(axis=3)
+    erased = np.flatnonzero(changed.any(axis=(1, 2)))
+    assert abs(len(erased) / 4000 - 0.25) < 0.03
+    areas, ratios, noise = [], [], []
+    for i in erased:
+        rows, columns = np.flatnonzero(changed[i].any(axis=1)), np.flatnonzero(changed[i].any(axis=0))
+        box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert changed[i][box].mean() > 0.99  # noise is hardly ever 255 in all three channels
+        areas.append(changed[i][box].size / (32 * 24))
+        ratios.append(len(rows) / len(columns))
+        noise.append(result[i][box].ravel())
+    assert 0.01 < min(areas) and max(areas) < 0.36 and abs(np.mean(areas) - (0.02 + 1 / 3) / 2) < 0.01
+    assert abs(np.median(ratios) - 1) < 0.1 and np.quantile(ratios, 0.02) < 0.4 and np.quantile(ratios, 0.98) > 2.6
+    assert changed[erased].any(axis=0).all()  # no place is spared
+    counts = np.bincount(np.concatenate(noise), minlength=256)
+    np.testing.assert_allclose(counts / counts.sum(), 1 / 256, rtol=0.1)
+
+
+def test_erasing_all_none_and_tiny_pictures(images):
+    assert random_erasing(images, 0.0, np.random.default_rng(0)) is images
+    assert (random_erasing(images, 1.0, np.random.default_rng(0)) != images).any(axis=(1, 2, 3)).all()
+    assert random_erasing(np.zeros((9, 1, 1, 1), np.uint8), 1.0, np.random.default_rng(0)).any()
+    assert random_erasing(images[:0], 1.0, np.random.default_rng(0)).shape == (0, 5, 7, 3)
+
+
+def test_augment_goes_from_policy_to_erasing(images):
+    settings = {"crop_padding": 2, "flip": True, "rotate": 9.0, "erasing": 0.5}
+    result = augment(images, np.random.default_rng(3), policy="trivial", **settings)
+    rng = np.random.default_rng(3)
+    expected = random_affine(trivial_augment(images, rng), rng, rotate=9.0)
+    expected = random_flip(random_crop(expected, 2, rng), rng)
+    np.testing.assert_array_equal(result, random_erasing(expected, 0.5, rng))

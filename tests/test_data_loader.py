@@ -91,6 +91,36 @@ def test_augmentation_differs_between_batches_epochs_and_seeds():
     assert len(seen) == 8
 
 
+MIXING = {"num_classes": N, "mixup_alpha": 0.5, "cutmix_alpha": 1.0, "probability": 0.7}
+ALL = {"policy": "trivial", "erasing": 0.4, "mixing": MIXING}
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_mixed_batches_continue_exactly_too(data, prefetch):
+    assert_same(loaded(data, start=2, prefetch=prefetch, **ALL), loaded(data, **ALL)[2:])
+
+
+def test_mixing_gives_targets_to_every_batch(data):
+    plain, mixed = loaded(data), loaded(data, mixing=MIXING)
+    changed = 0
+    for (_, images, labels), (_, others, targets) in zip(plain, mixed, strict=True):
+        assert targets.shape == (len(labels), N) and targets.dtype == np.float32
+        same = (targets == np.eye(N)[labels]).all()
+        assert same == (others == images).all()  # what is not mixed is the batch without mixing
+        assert (targets[np.arange(len(labels)), labels] > 0).any()
+        changed += not same
+    assert 0 < changed
+
+
+def test_each_epoch_mixes_in_its_own_way(data):
+    first, second = (
+        list(batches(*data, np.arange(N), 8, seed=0, epoch=epoch, mixing=MIXING | {"probability": 1.0}))
+        for epoch in (0, 1)
+    )
+    assert not any(np.array_equal(a[2], b[2]) for a, b in zip(first, second, strict=True))
+    assert not any(np.array_equal(a[2], first[0][2]) for a in first[1:])
+
+
 def test_the_data_are_left_alone(data):
     before = data[0].copy()
     for _, images, labels in batches(*data, np.arange(N), 8, seed=0, epoch=0):

@@ -194,3 +194,18 @@ def test_v_curves_show_the_slopes_and_knees_of_theory(tmp_path, drawn):
     assert slopes(x) == {-1, 1, 2, 4} and slopes(w) == slopes(b) == {-1}
     assert {t.get_text() for t in x.texts} >= {f"slope {n}" for n in ("\N{MINUS SIGN}1", 1, 2, 4)}
     assert not [line for line in w.lines if line.get_marker() in "Do"]  # linear: no truncation, no knee
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_contact_sheet(tmp_path, drawn, channels):
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 4, 5, channels), dtype=np.uint8)
+    plots.save_contact_sheet(tmp_path / "s.png", {"first": pictures, NAMES[0]: pictures[:2] // 2}, title=NAMES[1])
+    whole(tmp_path / "s.png", 100)
+    axes = drawn[0].axes[0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["first", plots.label(NAMES[0], 40)]
+    shown = np.asarray(axes.images[0].get_array()).reshape(9, 17, channels)
+    for row, factor, count in ((0, 1, 3), (5, 2, 2)):
+        for i in range(count):
+            np.testing.assert_array_equal(shown[row : row + 4, 6 * i : 6 * i + 5], pictures[i] // factor)
+    left = min(t.get_window_extent().x0 for t in axes.get_yticklabels())
+    assert left >= 0  # no name is cut off

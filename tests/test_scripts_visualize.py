@@ -1,10 +1,12 @@
-"""scripts/visualize.py: the curvature of a run, measured while it is made again."""
+"""scripts/visualize.py: the curvature of a run, measured while it is made again; the sheet of augmentations."""
 
 import json
 
 import numpy as np
 import pytest
 
+from minivit import plots
+from minivit.data.operations import OPERATIONS
 from minivit.train import METRICS, read_metrics
 
 
@@ -64,3 +66,36 @@ def test_bad_checkpoints(call, tmp_path):
     for name in ("missing.npz", "other.npz"):
         ended = call("visualize", "curvature", tmp_path / name)
         assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1
+
+
+def test_sheet_of_augmentations(call, tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(plots, "save_contact_sheet", lambda path, rows, *, title: sheets.append((path, rows)))
+    for seed in (0, 0, 1):
+        ended = call("visualize", "augment", "--columns", 9, "--seed", seed, "--out", tmp_path / "new")
+        assert ended.status == 0, ended.err
+        assert "augment-digits.png" in ended.out
+    (path, first), (_, again), (_, other) = sheets
+    assert path == tmp_path / "new" / "augment-digits.png"
+    assert set(OPERATIONS[1:]) < set(first) and {"crop", "flip", "affine", "erasing"} < set(first)
+    same = {name for name, pictures in first.items() if np.array_equal(pictures, first["as they are"])}
+    # digits have no colours, but white and black and too few pixels to spread evenly
+    assert same == {"as they are", "color", "autocontrast", "equalize"}
+    for name, pictures in first.items():
+        assert pictures.shape == (9, 8, 8, 1) and pictures.dtype == np.uint8
+        np.testing.assert_array_equal(pictures, again[name])
+    assert not np.array_equal(first["as they are"], other["as they are"])
+
+
+def test_sheet_is_drawn(call, tmp_path):
+    assert call("visualize", "augment", "--out", tmp_path).status == 0
+    assert (tmp_path / "augment-digits.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--columns", 1], ["--seed", -1], ["--data", "x"], ["--data", "cifar10", "--data-dir", "x"]]
+)
+def test_bad_settings_of_a_sheet(call, tmp_path, arguments):
+    ended = call("visualize", "augment", "--out", tmp_path / "new", *arguments)
+    assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1
+    assert not (tmp_path / "new").exists()

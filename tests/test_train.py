@@ -141,6 +141,32 @@ def test_every_optimiser_and_worker_count_resumes_exactly(tmp_path, whole, optim
     assert_same_run(tmp_path, whole(config))
 
 
+MIXED = replace(HARD, policy="trivial", erasing=0.5, mixup=0.4, cutmix=1.0, mix_probability=0.8)
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_mixed_batches_resume_exactly(tmp_path, whole, step):
+    run = trainer(tmp_path, MIXED)
+    before_step(run, step, lambda: run.stop("test"))
+    assert run.run() is None
+    resumed(tmp_path, MIXED).run()
+    assert_same_run(tmp_path, whole(MIXED))
+
+
+@pytest.mark.parametrize(
+    "change", [{"policy": "none"}, {"policy": "auto"}, {"erasing": 0.0}, {"mixup": 0.0}, {"mix_probability": 0.1}]
+)
+def test_each_augmentation_reaches_the_training(whole, change):
+    figures = [[line["loss"] for line in timeless(whole(c) / METRICS)] for c in (MIXED, replace(MIXED, **change))]
+    assert figures[0] != figures[1]
+
+
+def test_training_on_targets_counts_the_likelier_class(whole):
+    """With nothing mixed in, targets are the labels once more: the same figures as without."""
+    same = replace(HARD, mixup=1.0, mix_probability=0.0)
+    assert timeless(whole(same) / METRICS) == timeless(whole() / METRICS)
+
+
 @pytest.mark.parametrize("every", [0.0, 1000.0], ids=["a checkpoint per step", "only the first checkpoint"])
 @pytest.mark.parametrize("step", [1, 2, 5, 8, 9, 12])
 def test_a_crash_costs_the_steps_since_the_checkpoint_and_nothing_else(tmp_path, whole, step, every):

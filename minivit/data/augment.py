@@ -1,4 +1,4 @@
-"""Random crops, flips and affine maps for a whole batch of uint8 pictures at once.
+"""Random crops, flips, affine maps and erasing for a whole batch of uint8 pictures at once.
 
 The arrays may live on the host or on a device; the random numbers always come from a NumPy Generator, so that
 the same seed gives the same pictures everywhere. No function changes its input.
@@ -7,6 +7,7 @@ the same seed gives the same pictures everywhere. No function changes its input.
 import numpy as np
 
 from minivit.backend import array_module
+from minivit.data.operations import POLICIES, auto_augment, rand_augment, trivial_augment
 
 
 def random_crop(images, padding, rng):
@@ -75,16 +76,65 @@ def random_affine(images, rng, *, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0):
     return xp.rint((1 - down) * upper + down * lower).astype(images.dtype)
 
 
-def augment(images, rng, *, crop_padding=0, flip=False, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0):
-    """Affine map, crop, flip, in this order, each only if asked for; with none, the result is ``images`` itself.
+def random_erasing(images, probability, rng):
+    """In some of the pictures, replace the pixels of a random rectangle by noise.
+
+    The noise is uniform in 0 .. 255 for each pixel and channel: of the fillings in the paper this one does best, and it
+    is no pattern that a network could learn to look for.
+
+    Math    share s of the area uniform in 0.02 .. 1/3, height to width r log-uniform in 0.3 .. 3.3;
+            height sqrt(s H W r), width sqrt(s H W / r), rounded, at least 1 and at most the picture's; any place
+    Shapes  images (B, H, W, C) uint8  ->  (B, H, W, C) uint8
+    Source  Zhong et al., "Random Erasing Data Augmentation", arXiv:1708.04896.
+    """
+    xp = array_module(images)
+    B, H, W, C = images.shape
+    chosen = np.flatnonzero(rng.random(B) < probability)
+    if not len(chosen):
+        return images
+    n = len(chosen)
+    area = H * W * rng.uniform(0.02, 1 / 3, n)
+    ratio = np.exp(rng.uniform(np.log(0.3), np.log(3.3), n))
+    height = np.clip(np.rint(np.sqrt(area * ratio)), 1, H).astype(int)
+    width = np.clip(np.rint(np.sqrt(area / ratio)), 1, W).astype(int)
+    top, left = rng.integers(0, H - height + 1), rng.integers(0, W - width + 1)
+    noise = rng.integers(0, 256, (n, H, W, C), dtype=np.uint8)
+    y, x = np.arange(H), np.arange(W)
+    in_rows = (y >= top[:, None]) & (y < (top + height)[:, None])  # (n, H)
+    in_columns = (x >= left[:, None]) & (x < (left + width)[:, None])  # (n, W)
+    inside = in_rows[:, :, None, None] & in_columns[:, None, :, None]  # (n, H, W, 1)
+    rows = xp.asarray(chosen)
+    result = images.copy()
+    result[rows] = xp.where(xp.asarray(inside), xp.asarray(noise), images[rows])
+    return result
+
+
+def augment(
+    images, rng, *, policy="none", rand_count=2, rand_magnitude=9, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0,
+    crop_padding=0, flip=False, erasing=0.0,
+):  # fmt: skip
+    """Policy, affine map, crop, flip, erasing, in this order, each only if asked for; with none, ``images`` itself.
 
     Shapes  images (B, H, W, C) uint8  ->  (B, H, W, C) uint8
-    See `random_affine`, `random_crop`, `random_flip`; leave ``flip`` off where left and right matter, as with digits.
+    ``policy`` is one of "none", "trivial", "rand" (of ``rand_count`` operations at ``rand_magnitude``), "auto", see
+    `minivit.data.operations`; ``erasing`` is the probability of `random_erasing`. See `random_affine`, `random_crop`,
+    `random_flip`; leave ``flip`` off where left and right matter, as with digits.
+    Raises  ValueError: there is no such policy.
     """
+    if policy == "trivial":
+        images = trivial_augment(images, rng)
+    elif policy == "rand":
+        images = rand_augment(images, rng, count=rand_count, magnitude=rand_magnitude)
+    elif policy == "auto":
+        images = auto_augment(images, rng)
+    elif policy != "none":
+        raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
     if rotate or zoom or shear or shift:
         images = random_affine(images, rng, rotate=rotate, zoom=zoom, shear=shear, shift=shift)
     if crop_padding:
         images = random_crop(images, crop_padding, rng)
     if flip:
         images = random_flip(images, rng)
+    if erasing:
+        images = random_erasing(images, erasing, rng)
     return images

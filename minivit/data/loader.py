@@ -11,9 +11,10 @@ import numpy as np
 
 from minivit.backend import accelerated, array_module
 from minivit.data.augment import augment
+from minivit.data.mixing import mix
 
 # Each use of the seed draws from a stream of its own; the numbers are part of what "the same seed" means.
-_SHUFFLE, _AUGMENT = 1, 2
+_SHUFFLE, _AUGMENT, _MIX = 1, 2, 4  # 3 is dropout's
 
 
 def _generator(seed, *key):
@@ -34,17 +35,20 @@ def augmented(images, rows, rng, **augmentation):
     return augment(images[rows], rng, **augmentation)
 
 
-def batches(images, labels, order, batch_size, *, seed, epoch, start=0, prefetch=2, drop_last=False, **augmentation):
+def batches(
+    images, labels, order, batch_size, *, seed, epoch, start=0, prefetch=2, drop_last=False, mixing=None, **augmentation
+):
     """Yield ``(index, images, labels)`` for batch ``start``, ``start + 1``, ... of an epoch.
 
     Batch i takes ``order[i * batch_size : (i + 1) * batch_size]``, and its augmentation is drawn from a
     Generator of its own, so a pass from any ``start`` continues a full pass exactly.
 
     Shapes  images (n, H, W, C) uint8, labels (n,) int64, order (m,) int64: the rows to visit, as from `epoch_order`
-            ->  index, images (B, H, W, C) uint8, labels (B,) int64: copies
-    ``augmentation`` are keyword settings of `augment`. One background thread prepares ``prefetch`` batches ahead; with
-    0 each is prepared when asked for: the same batches. An error there is raised here; closing the generator ends the
-    thread. ``drop_last`` leaves out a last batch that is smaller than ``batch_size``.
+            ->  index, images (B, H, W, C) uint8, labels (B,) int64, or (B, K) float32 with ``mixing``: copies
+    ``augmentation`` are keyword settings of `augment`; ``mixing`` is a dict of those of `mix`, or None. One background
+    thread prepares ``prefetch`` batches ahead; with 0 each is prepared when asked for: the same batches. An error there
+    is raised here; closing the generator ends the thread. ``drop_last`` leaves out a last batch that is smaller than
+    ``batch_size``.
     Raises  ValueError: batch_size is below 1.
     """
     if batch_size < 1:
@@ -55,7 +59,10 @@ def batches(images, labels, order, batch_size, *, seed, epoch, start=0, prefetch
     def prepare(index):
         rows = xp.asarray(order[index * batch_size : (index + 1) * batch_size])
         rng = _generator(seed, _AUGMENT, epoch, index)
-        return index, augmented(images, rows, rng, **augmentation), labels[rows]
+        batch = augmented(images, rows, rng, **augmentation), labels[rows]
+        if mixing:
+            batch = mix(*batch, _generator(seed, _MIX, epoch, index), **mixing)
+        return index, *batch
 
     stop = len(order) // batch_size if drop_last else -(-len(order) // batch_size)
     indices = range(start, stop)

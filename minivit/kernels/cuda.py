@@ -616,9 +616,11 @@ def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denomi
     return losses.sum() / denominator, CrossEntropyCache(p, targets, weights, denominator)
 
 
-def augmented(images, rows, rng, *, crop_padding=0, flip=False, **affine):
+def augmented(
+    images, rows, rng, *, crop_padding=0, flip=False, policy="none", rand_count=0, rand_magnitude=0, **others
+):
     """Twin of `minivit.data.loader.augmented`, for crops and flips; the random numbers are the plain function's."""
-    if any(affine.values()) or not (crop_padding or flip):
+    if policy != "none" or any(others.values()) or not (crop_padding or flip):
         return NotImplemented
     xp = array_module(images)
     _, H, W, C = images.shape
