@@ -312,7 +312,7 @@ def test_one_line_and_nothing_lost(place, monkeypatch, call, command, said):
 
 
 WITH_JSON = ("evaluate run/last.npz", "predict run/last.npz --test 0", "data info digits", "gradcheck linear", "trace",
-             "visualize curvature run/last.npz --epochs 1", "mutate softmax_jvp")  # fmt: skip
+             "visualize curvature run/last.npz --epochs 1", "mutate softmax_jvp", "benchmark step")  # fmt: skip
 
 
 @pytest.mark.parametrize("command", WITH_JSON, ids=lambda command: command.split()[0])
