@@ -361,7 +361,7 @@ def _tensor_cores(N, Dh):
     tiles = _blocks(N, 16)
     array = 4 * 16 * tiles * (Dh + 4)
     shared = 2 * array, 4 * array + 2 * 4 * 16 * tiles
-    if machine().precision == "float32" or Dh % 8 or tiles > 32 or shared[1] > machine().shared_memory:
+    if machine().precision == "float32" or Dh not in (8, 16, 32, 64, 128) or tiles > 32 or shared[1] > machine().shared_memory:
         return None
     return 32 * tiles, *shared
 

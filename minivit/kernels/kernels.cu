@@ -7,7 +7,7 @@
 // Some sizes are constants at compile time, so that a row fits into registers and loops unroll:
 //   WIDTH          D, a multiple of 4 up to 1024     (kernels over rows)
 //   TOKENS, HEAD   N and Dh, a multiple of 4         (attention in float32)
-//   TENSOR         with TOKENS, and HEAD a multiple of 8: attention on tensor cores, which round factors to TF32
+//   TENSOR         with TOKENS, and HEAD 8, 16, 32, ...: attention on tensor cores, which round factors to TF32
 //
 // Activations are stored as `real`: float, or with BF16 defined bfloat16, the upper half of a float. Arithmetic is
 // always that of float; parameters, their gradients, the residual stream z and its gradient dz are always stored so.
@@ -667,18 +667,36 @@ __device__ __forceinline__ void left_of(float (&a)[4], const float (&c)[4]) {
   a[0] = to_tf32(c[0]), a[1] = to_tf32(c[2]), a[2] = to_tf32(c[1]), a[3] = to_tf32(c[3]);
 }
 
+constexpr int THREADS = 32 * TILES, QUADS = HEAD / 4, LOADS = ROWS16 * QUADS / THREADS,  // quads for each thread
+              BLOCKS = TILES <= 6 ? 2 : 1;  // at once on a multiprocessor, for the compiler to count registers
+
 // A slice of a packed array into rows of shared memory, with its bias and factor; rows beyond the last token are zero.
+// All loads are on their way before the first one is waited for. With `other` given, delta_n = sum_d x_nd other_nd.
 __device__ __forceinline__ void load_rows(float* rows, const real* __restrict__ x, const float* __restrict__ bias,
-                                          float factor, int stride) {
-  for (int i = threadIdx.x; i < ROWS16 * (HEAD / 4); i += blockDim.x) {
-    const int n = i / (HEAD / 4), q = i % (HEAD / 4);
-    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+                                          float factor, int stride, const real* __restrict__ other = nullptr,
+                                          float* delta = nullptr) {
+  float4 v[LOADS], w[LOADS];
+#pragma unroll
+  for (int r = 0; r < LOADS; ++r) {
+    const int n = (threadIdx.x + r * THREADS) / QUADS, q = (threadIdx.x + r * THREADS) % QUADS;
+    v[r] = w[r] = make_float4(0.f, 0.f, 0.f, 0.f);
     if (n < TOKENS) {
-      v = load4(x + (size_t)n * stride, q);
-      if (bias) v = v + load4(bias, q);
-      v = make_float4(to_tf32(factor * v.x), to_tf32(factor * v.y), to_tf32(factor * v.z), to_tf32(factor * v.w));
+      v[r] = load4(x + (size_t)n * stride, q);
+      if (other) w[r] = load4(other + (size_t)n * stride, q);
     }
-    *reinterpret_cast<float4*>(rows + n * STRIDE + 4 * q) = v;
+  }
+#pragma unroll
+  for (int r = 0; r < LOADS; ++r) {
+    const int n = (threadIdx.x + r * THREADS) / QUADS, q = (threadIdx.x + r * THREADS) % QUADS;
+    if (other) {
+      float dot = sum4(v[r] * w[r]);  // of a quad; a row's are in neighbouring lanes
+#pragma unroll
+      for (int o = QUADS / 2; o > 0; o >>= 1) dot += __shfl_xor_sync(0xffffffffu, dot, o);
+      if (q == 0) delta[n] = dot;
+    }
+    if (bias && n < TOKENS) v[r] = v[r] + load4(bias, q);
+    const float4 u = factor * v[r];
+    *reinterpret_cast<float4*>(rows + n * STRIDE + 4 * q) = make_float4(to_tf32(u.x), to_tf32(u.y), to_tf32(u.z), to_tf32(u.w));
   }
 }
 
@@ -694,9 +712,9 @@ __device__ __forceinline__ float quad_max(float v) {
 // y = path softmax(q k^T / sqrt(Dh)) v, and of each row log2 sum_j 2^(score_j log2 e), from which the backward makes p
 // again. A warp has 16 queries and goes through the keys in chunks; with m the largest score so far, l the sum and
 // o the weighted values, both relative to m, a larger maximum m' scales what is there by 2^(m - m').
-extern "C" __global__ void attention_forward(const real* __restrict__ qkv, const float* __restrict__ bias,
-                                             const float* __restrict__ path, real* __restrict__ y,
-                                             float* __restrict__ logsum, int heads) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+attention_forward(const real* __restrict__ qkv, const float* __restrict__ bias, const float* __restrict__ path,
+                  real* __restrict__ y, float* __restrict__ logsum, int heads) {
   extern __shared__ float shared[];
   float *k = shared, *v = k + ROWS16 * STRIDE;
   const int picture = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD;
@@ -778,15 +796,15 @@ extern "C" __global__ void attention_forward(const real* __restrict__ qkv, const
 //     dv = p^T dy;   dp = dy v^T;   ds = p (dp - delta) / sqrt(Dh);   dq = ds k;   dk = ds^T q     (dy <- path dy)
 // First a warp has 16 keys and goes through the queries (dk and dv are sums over queries), then 16 queries and goes
 // through the keys (dq is a sum over keys): each sum stays in one warp, in a fixed order.
-extern "C" __global__ void attention_backward(const real* __restrict__ qkv, const float* __restrict__ bias,
-                                              const float* __restrict__ path, const real* __restrict__ y,
-                                              const float* __restrict__ logsum, const real* __restrict__ dy,
-                                              real* __restrict__ dqkv, int heads) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+attention_backward(const real* __restrict__ qkv, const float* __restrict__ bias, const float* __restrict__ path,
+                   const real* __restrict__ y, const float* __restrict__ logsum, const real* __restrict__ dy,
+                   real* __restrict__ dqkv, int heads) {
   extern __shared__ float shared[];
   constexpr int SIZE = ROWS16 * STRIDE;
   float *q = shared, *k = q + SIZE, *v = k + SIZE, *d_y = v + SIZE, *delta = d_y + SIZE, *log_sum = delta + ROWS16;
   const int picture = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const size_t packed = (size_t)picture * TOKENS * 3 * D + head * HEAD;
   const size_t plain = (size_t)picture * TOKENS * D + head * HEAD;
   const float* b = bias + head * HEAD;
@@ -794,14 +812,9 @@ extern "C" __global__ void attention_backward(const real* __restrict__ qkv, cons
   load_rows(q, qkv + packed, b, 1.f, 3 * D);
   load_rows(k, qkv + packed + D, b + D, 1.f, 3 * D);
   load_rows(v, qkv + packed + 2 * D, b + 2 * D, 1.f, 3 * D);
-  load_rows(d_y, dy + plain, nullptr, path ? path[picture] : 1.f, D);
-  for (int i = threadIdx.x / 32; i < ROWS16; i += TILES) {
-    float sum = 0.f;
-    if (i < TOKENS)
-      for (int d = lane; d < HEAD; d += 32) sum += load1(dy, plain + (size_t)i * D + d) * load1(y, plain + (size_t)i * D + d);
-    sum = warp_sum(sum);
-    if (lane == 0) delta[i] = sum, log_sum[i] = i < TOKENS ? logsum[(size_t)blockIdx.x * TOKENS + i] : 0.f;
-  }
+  load_rows(d_y, dy + plain, nullptr, path ? path[picture] : 1.f, D, y + plain, delta);
+  for (int i = threadIdx.x; i < ROWS16; i += THREADS)
+    log_sum[i] = i < TOKENS ? logsum[(size_t)blockIdx.x * TOKENS + i] : 0.f;
   __syncthreads();
   const int mine = 16 * (threadIdx.x / 32);  // this warp's rows
   {

@@ -19,6 +19,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __restrict__
+#define __launch_bounds__(...)
 using std::erfc;
 
 struct uint3 { unsigned x, y, z; };
