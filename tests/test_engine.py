@@ -1,6 +1,7 @@
 """The engine: micro-batches and threads change neither the gradient nor, for the same settings, a single bit."""
 
 import os
+import platform
 import threading
 
 import numpy as np
@@ -179,3 +180,21 @@ def test_the_callers_blas_setting_is_back_and_threads_have_a_name(data):
             engine.gradient(*data)
             assert [t for t in threading.enumerate() if t.name.startswith("minivit")]
         assert [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"] == before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept_for_the_next_micro_batch():
+    resource = pytest.importorskip("resource")
+
+    def pages_fetched():
+        def faults():
+            return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+
+        np.ones(1 << 21)  # 16 MiB, written and freed
+        before = faults()
+        for _ in range(4):
+            np.ones(1 << 21)
+        return faults() - before
+
+    with Engine(model_of(), workers=1) as engine:
+        assert engine._pool.submit(pages_fetched).result() < 100  # 16,000 if the blocks came fresh each time
