@@ -270,11 +270,11 @@ MISTAKES = (
         "the residual path of the MLP half is cut on the way back", "z'' = z' + MLP(...): who else gets dz''?",
     ),
     _block(
-        "block-residual-twice", "    dz = dz + du\n    return dz", "    dz = dz + dz + du\n    return dz",
+        "block-residual-twice", "+= dz\n    return du", "+= dz + dz\n    return du",
         "the residual path of the attention half is counted twice", "how often does z enter z'?",
     ),
     _block(
-        "block-attention-residual-dropped", "    dz = dz + du\n    return dz", "    return du",
+        "block-attention-residual-dropped", "    du[:, : dz.shape[1]] += dz\n    return du", "    return du",
         "the residual path of the attention half is cut on the way back", "z' = z + MSA(...): who else gets dz'?",
     ),
     _block(
@@ -369,9 +369,9 @@ MISTAKES = (
         "a published CuPy ViT leaves it out, with a note to figure this out later",
     ),
     _model(
-        "model-last-block-skipped", "for i in reversed(range(self.config.depth)):",
-        "for i in reversed(range(self.config.depth - 1)):",
-        "the last block is left out of the backward pass", "count the blocks",
+        "model-first-block-skipped", "for i in reversed(range(self.config.depth)):",
+        "for i in reversed(range(1, self.config.depth)):",
+        "the first block is left out of the backward pass", "count the blocks",
     ),
     _sgd(
         "sgd-momentum-forgets", "m *= self.momentum", "m *= 0.0", "momentum keeps nothing of the past steps",

@@ -237,8 +237,10 @@ class ViT:
 
     def _block_settings(self, i):
         c = self.config
+        only_class_token = c.pooling == "cls" and i == c.depth - 1
         return {
             "num_heads": c.num_heads,
+            "queries": 1 if only_class_token else None,  # the head reads no other row of the last block
             "gelu": c.gelu,
             "eps": c.layernorm_eps,
             "dropout": c.dropout,
@@ -281,7 +283,7 @@ class ViT:
         z, embed, dropout = self._embed(images, rng)  # (B, N, D)
         blocks = []
         for i, params in enumerate(self._blocks):
-            z, cache = block_forward(z, params, **self._block_settings(i), rng=rng)  # (B, N, D)
+            z, cache = block_forward(z, params, **self._block_settings(i), rng=rng)  # (B, N, D); (B, 1, D) at the end
             blocks.append(cache)
         logits, head = self._head(z)  # (B, K)
         return logits, ViTCache(embed, dropout, tuple(blocks), head)
@@ -292,7 +294,7 @@ class ViT:
         Shapes  dlogits (B, K)  ->  dimages (B, H, W, C) with respect to the scaled pixels, or None unless asked for
         """
         # logits = head(z_L)
-        dz = head_backward(dlogits, cache.head, grads)  # (B, N, D)
+        dz = head_backward(dlogits, cache.head, grads)  # (B, N, D) or (B, 1, D)
         # z_l = block(z_{l-1})
         for i in reversed(range(self.config.depth)):
             dz = block_backward(dz, cache.blocks[i], self._of_block(grads, i))  # (B, N, D)
@@ -326,7 +328,7 @@ class ViT:
         )
         zdot = dropout_jvp(zdot, cache.dropout)
         for i in range(self.config.depth):
-            zdot = block_jvp(zdot, self._of_block(tangents, i), cache.blocks[i])  # (B, N, D)
+            zdot = block_jvp(zdot, self._of_block(tangents, i), cache.blocks[i])  # (B, N, D); (B, 1, D) at the end
         return head_jvp(zdot, tangents, cache.head)  # (B, K)
 
     def predict(self, images):
@@ -347,7 +349,7 @@ class ViT:
         z, *_ = self._embed(images, None)
         attention, features = [], [z]
         for i, params in enumerate(self._blocks):
-            z, cache = block_forward(z, params, **self._block_settings(i))
+            z, cache = block_forward(z, params, **(self._block_settings(i) | {"queries": None}))  # every token
             attention.append(cache.msa.attention.softmax.y)
             features.append(z)
         return Intermediates(self._head(z)[0], tuple(attention), tuple(features))

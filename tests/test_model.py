@@ -183,11 +183,19 @@ def test_predict_and_intermediates_are_the_forward_without_dropout(name):
     logits, _ = model.forward(images)
     np.testing.assert_array_equal(model.predict(images), logits)
     seen = model.intermediates(images)
-    np.testing.assert_array_equal(seen.logits, logits)
+    np.testing.assert_allclose(seen.logits, logits, rtol=1e-12, atol=1e-14)  # its last block makes every token
     c, N = model.config, model.config.num_tokens
     assert [a.shape for a in seen.attention] == [(MODEL_BATCH, c.num_heads, N, N)] * c.depth
     assert [f.shape for f in seen.features] == [(MODEL_BATCH, N, c.width)] * (c.depth + 1)
     np.testing.assert_allclose(seen.attention[0].sum(axis=-1), 1.0)
+
+
+def test_the_last_block_works_for_the_class_token_alone():
+    for pooling, tokens in (("cls", 1), ("mean", 4)):
+        model = random_model(pooling=pooling)
+        cache = model.forward(batch(model)[0])[1]
+        assert [block.mlp.gelu.x.shape[1] for block in cache.blocks] == [model.config.num_tokens, tokens]
+        assert [block.msa.attention.q.shape[2] for block in cache.blocks] == [model.config.num_tokens, tokens]
 
 
 def test_dropout_is_drawn_from_the_generator_alone():
@@ -230,7 +238,10 @@ def test_the_dropout_sites_of_the_official_code(rate, embedding, block):
     keep = Recorder(drop=False)
     kept, _ = model.forward(images, rng=keep)
     blocks = 1 if rate == "drop_path" else 2  # stochastic depth rises from 0 in the first block
-    assert keep.shapes == embedding + blocks * block
+    expected = embedding + blocks * block
+    if rate != "drop_path":  # the last block goes on with the class token alone: 1 of its 5 tokens asks
+        expected[-len(block) :] = [(*shape[:-2], 1, shape[-1]) for shape in block]
+    assert keep.shapes == expected
     # nothing dropped, but what is kept is scaled by 1 / (1 - rate)
     assert not np.allclose(kept, model.predict(images), rtol=1e-3)
     dropped, _ = model.forward(images, rng=Recorder(drop=True))
