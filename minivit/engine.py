@@ -1,6 +1,6 @@
 """A batch -> micro-batches -> workers -> one summed flat gradient.
 
-The batch is cut into micro-batches of a few pictures. Worker w runs forward and backward on micro-batches w,
+The batch is cut into micro-batches of a few pictures, equally many for each worker. Worker w runs forward and backward on micro-batches w,
 w + W, w + 2W, ... one after the other and adds all of them into its own flat gradient buffer; the buffers are
 then summed in the order of the workers. Three things follow:
 
@@ -94,8 +94,13 @@ class Engine:
         self._limits.restore_original_limits()
 
     def parts(self, count):
-        """The micro-batches of a batch of ``count`` pictures, as slices."""
-        return [slice(i, i + self.micro_batch) for i in range(0, count, self.micro_batch)]
+        """The micro-batches of a batch of ``count`` pictures, as slices: as many for each worker, of even sizes.
+
+        All workers then end together. A few pictures make fewer than one micro-batch per worker.
+        """
+        rounds = -(-count // (self.micro_batch * self.workers))
+        n = min(rounds * self.workers, count)
+        return [slice(count * i // n, count * (i + 1) // n) for i in range(n)]
 
     def gradient(self, images, labels, *, step=0, denominator=None, accumulate=False):
         """Gradient of the mean loss over a batch, left in ``self.grad``.

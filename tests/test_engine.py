@@ -146,7 +146,7 @@ def test_dropout_draws_from_the_stream_of_seed_step_and_micro_batch(data):
     model = model_of(dropout=0.3)
     for settings, call, seed, step in (({}, {}, 0, 0), ({"seed": 7}, {"step": 5}, 7, 5)):
         expected, grads = model.gradient_buffer()
-        for m, part in enumerate((slice(0, 4), slice(4, 6))):
+        for m, part in enumerate((slice(0, 3), slice(3, 6))):
             logits, cache = model.forward(images[part], rng=np.random.default_rng([seed, 3, step, m]))
             _, loss_cache = softmax_cross_entropy_forward(logits, labels[part], denominator=6)
             model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads)
@@ -170,7 +170,20 @@ def test_a_worker_for_every_core_unless_told_otherwise(monkeypatch):
     default, told = Engine(model), Engine(model, workers=3, micro_batch=4)
     assert (default.workers, default.micro_batch, len(default._buffers)) == (5, 8, 5)
     assert (told.workers, told.micro_batch, len(told._buffers)) == (3, 4, 3)
-    assert told.parts(8) == [slice(0, 4), slice(4, 8)]
+    assert told.parts(12) == [slice(0, 4), slice(4, 8), slice(8, 12)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 23, 24, 25, 100])
+def test_micro_batches_cover_the_batch_and_keep_every_worker_busy(workers, count):
+    engine = Engine(model_of(), workers=workers, micro_batch=4)
+    parts = engine.parts(count)
+    sizes = [part.stop - part.start for part in parts]
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+    assert all(0 < size <= 4 for size in sizes)
+    totals = [sum(sizes[w::workers]) for w in range(workers)]
+    rounds = -(-count // (4 * workers))
+    assert len(parts) == min(rounds * workers, count) and max(totals) - min(totals) <= max(rounds, 1)
 
 
 def test_the_callers_blas_setting_is_back_and_threads_have_a_name(data):
