@@ -1,8 +1,8 @@
 """A batch -> micro-batches -> workers -> one summed flat gradient.
 
-The batch is cut into micro-batches of a few pictures, equally many for each worker. Worker w runs forward and backward on micro-batches w,
-w + W, w + 2W, ... one after the other and adds all of them into its own flat gradient buffer; the buffers are
-then summed in the order of the workers. Three things follow:
+The batch is cut into micro-batches of a few pictures, equally many for each worker. Worker w runs forward and backward
+on micro-batches w, w + W, w + 2W, ... one after the other and adds all of them into its own flat gradient buffer; the
+buffers are then summed in the order of the workers. Three things follow:
 
 * every processor core is busy with elementwise work too, not in the matrix products alone, because NumPy releases the
   interpreter lock in both; each worker's BLAS keeps to one thread;
@@ -73,11 +73,12 @@ class Engine:
     """Runs a model over batches with worker threads; use as a context manager.
 
     Inside the ``with`` block BLAS is limited to one thread per call; the caller's setting is restored at its
-    end. ``grad`` is the flat gradient of the last `gradient` call.
+    end. ``grad`` is the flat gradient of the last `gradient` call. ``recompute`` makes each block's activations again
+    in the backward pass instead of keeping them (see `ViT.forward`): a third more work, the same bits, little memory.
     """
 
-    def __init__(self, model, *, workers=0, micro_batch=8, label_smoothing=0.0, seed=0):
-        self.model, self.micro_batch = model, micro_batch
+    def __init__(self, model, *, workers=0, micro_batch=8, label_smoothing=0.0, seed=0, recompute=False):
+        self.model, self.micro_batch, self.recompute = model, micro_batch, recompute
         self.workers = workers or available_cores()
         self.label_smoothing, self.seed = label_smoothing, seed
         self._buffers = [model.gradient_buffer() for _ in range(self.workers)]
@@ -133,7 +134,7 @@ class Engine:
 
     def forward_backward(self, images, labels, grads, denominator, rng):
         """One micro-batch: adds its gradient into ``grads`` and returns its `StepResult`."""
-        logits, cache = self.model.forward(images, rng=rng)
+        logits, cache = self.model.forward(images, rng=rng, recompute=self.recompute)
         loss, loss_cache = softmax_cross_entropy_forward(
             logits, labels, label_smoothing=self.label_smoothing, denominator=denominator
         )

@@ -96,6 +96,7 @@ NAMES = {
     ("block", "dropout"): ("dropout1", "dropout2"),
     ("block", "drop_path"): ("path1", "path2"),
     ("msa", "linear"): ("qkv", "proj"),
+    ("msa", "flash_attention"): ("attention",),
     ("mlp", "linear"): ("fc1", "fc2"),
     ("head", "layernorm"): ("norm",),
     ("head", "linear"): ("head",),  # after "pre_logits", if there is one
@@ -169,10 +170,11 @@ def work(function, arguments, result):
             return 2 * first.size * a["W"].shape[1], result[0].size
         x, W = a["cache"]
         return (4 if result[0] is not None else 2) * x.size * W.shape[1], first.size
-    if stem == "attention":
+    if stem in ("attention", "flash_attention"):
         q = a["q"] if forward else a["cache"].q
         scores = q.size // q.shape[-1] * (a["k"] if forward else a["cache"].k).shape[-2]
-        return (4 if forward else 8) * scores * q.shape[-1], scores
+        again = 2 if stem == "flash_attention" else 0  # its backward makes the scores again
+        return (4 if forward else 8 + again) * scores * q.shape[-1], scores
     if stem == "gelu":
         cache = result[1] if forward else a["cache"]
         return 0, GELU_PER_ELEMENT[direction, cache.kind] * first.size
@@ -316,7 +318,7 @@ class Recorder:
                 self._calls.pop()
             seconds = perf_counter() - self._paused - started
             entered = perf_counter()
-            if stem in ("linear", "attention"):  # some BLAS sound false alarms; the product is seen anyway
+            if stem == "linear" or stem.endswith("attention"):  # some BLAS sound false alarms; the product is seen anyway
                 alarms.clear()
             record = self._record(call, name, result, seconds, incoming, ", ".join(sorted(alarms)), bad)
             self.records[slot] = record
@@ -379,6 +381,7 @@ ARGUMENTS = {  # of the forwards, where there are others than x
     "linear": ("x", "W", "b"),
     "layernorm": ("x", "w", "b"),
     "attention": ("q", "k", "v"),
+    "flash_attention": ("q", "k", "v"),
     "msa": ("x", "Wqkv", "bqkv", "Wproj", "bproj"),
     "mlp": ("x", "W1", "b1", "W2", "b2"),
     "block": ("z",),

@@ -15,20 +15,30 @@ Backward
     The three steps in reverse. Splitting and joining heads only relabels axes: q, k and v are views of the
     (B, N, 3D) product, and their gradients are written through the same views into one (B, N, 3D) array, with
     no copies in between.
+
+Long sequences take `flash_attention` in place of `attention`: the same function of q, k and v, in linear memory.
 """
 
 from typing import NamedTuple
 
 from minivit.backend import array_module
 from minivit.layers.attention import AttentionCache, attention_backward, attention_forward, attention_jvp
+from minivit.layers.flash_attention import (
+    FlashAttentionCache,
+    flash_attention_backward,
+    flash_attention_forward,
+    flash_attention_jvp,
+)
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
+
+LONG = 512  # queries of a picture from which on the attention map is not kept
 
 
 class MSACache(NamedTuple):
     """What `msa_backward` reads: the caches of its three steps."""
 
     qkv: LinearCache
-    attention: AttentionCache
+    attention: AttentionCache | FlashAttentionCache
     proj: LinearCache
 
 
@@ -53,7 +63,8 @@ def msa_forward(x, Wqkv, bqkv, Wproj, bproj, *, num_heads, queries=None, attenti
     q = q[:, :, :queries]  # (B, h, Q, Dh)
     Q = q.shape[2]
     heads = xp.empty((B, Q, num_heads, D // num_heads), x.dtype)
-    _, attention_cache = attention_forward(
+    attend = flash_attention_forward if Q >= LONG else attention_forward
+    _, attention_cache = attend(
         q, k, v, dropout=attention_dropout, rng=rng, out=heads.transpose(0, 2, 1, 3)
     )  # written as (B, Q, h, Dh), so that joining the heads is a reshape
     y, proj_cache = linear_forward(heads.reshape(B, Q, D), Wproj, bproj)  # (B, Q, D)
@@ -76,11 +87,20 @@ def msa_backward(dy, cache):
     # heads = attention(q, k, v)
     dqkv = xp.empty((B, N, 3 * D), dy.dtype)
     dq, dk, dv = split_heads(dqkv, num_heads)  # (B, h, N, Dh) each, views
-    attention_backward(dheads, cache.attention, out=(dq[:, :, :Q], dk, dv))
+    attend_backward = attention_backward if isinstance(cache.attention, AttentionCache) else flash_attention_backward
+    attend_backward(dheads, cache.attention, out=(dq[:, :, :Q], dk, dv))
     dq[:, :, Q:] = 0.0  # what the other tokens would have asked, nobody read
     # qkv = x Wqkv + bqkv
     dx, dWqkv, dbqkv = linear_backward(dqkv, cache.qkv)
     return dx, dWqkv, dbqkv, dWproj, dbproj
+
+
+def attention_map(cache):
+    """The attention map (B, h, N, N) of an `MSACache`; made again where it was not kept."""
+    attention = cache.attention
+    if isinstance(attention, FlashAttentionCache):
+        _, attention = attention_forward(attention.q, attention.k, attention.v)
+    return attention.softmax.y
 
 
 def msa_jvp(xdot, Wqkvdot, bqkvdot, Wprojdot, bprojdot, cache):
@@ -94,6 +114,7 @@ def msa_jvp(xdot, Wqkvdot, bqkvdot, Wprojdot, bprojdot, cache):
     qkvdot = linear_jvp(xdot, Wqkvdot, bqkvdot, cache.qkv)
     # heads = attention(q, k, v)
     qdot, kdot, vdot = split_heads(qkvdot, num_heads)
-    headsdot = attention_jvp(qdot[:, :, :Q], kdot, vdot, cache.attention)  # (B, h, Q, Dh)
+    attend_jvp = attention_jvp if isinstance(cache.attention, AttentionCache) else flash_attention_jvp
+    headsdot = attend_jvp(qdot[:, :, :Q], kdot, vdot, cache.attention)  # (B, h, Q, Dh)
     # y = heads Wproj + bproj
     return linear_jvp(headsdot.transpose(0, 2, 1, 3).reshape(cache.proj.x.shape), Wprojdot, bprojdot, cache.proj)
