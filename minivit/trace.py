@@ -318,7 +318,7 @@ class Recorder:
                 self._calls.pop()
             seconds = perf_counter() - self._paused - started
             entered = perf_counter()
-            if stem == "linear" or stem.endswith("attention"):  # some BLAS sound false alarms; the product is seen anyway
+            if stem == "linear" or stem.endswith("attention"):  # some BLAS sound false alarms; the result is seen
                 alarms.clear()
             record = self._record(call, name, result, seconds, incoming, ", ".join(sorted(alarms)), bad)
             self.records[slot] = record

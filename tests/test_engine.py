@@ -211,3 +211,13 @@ def test_freed_memory_is_kept_for_the_next_micro_batch():
 
     with Engine(model_of(), workers=1) as engine:
         assert engine._pool.submit(pages_fetched).result() < 100  # 16,000 if the blocks came fresh each time
+
+
+def test_recomputing_changes_no_bit(data):
+    model = model_of(np.float32, dropout=0.2, attention_dropout=0.2, drop_path=0.2)
+    gradients = []
+    for recompute in (False, True):
+        with Engine(model, workers=2, micro_batch=3, seed=7, recompute=recompute) as engine:
+            engine.gradient(*data, step=3)
+            gradients.append(engine.grad.tobytes())
+    assert gradients[0] == gradients[1]

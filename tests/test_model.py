@@ -198,6 +198,22 @@ def test_the_last_block_works_for_the_class_token_alone():
         assert [block.msa.attention.q.shape[2] for block in cache.blocks] == [model.config.num_tokens, tokens]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_recomputed_blocks_give_the_same_bits(name):
+    model = random_model(**MODELS[name])
+    images, labels = batch(model)
+    found = []
+    for recompute in (False, True):
+        logits, cache = model.forward(images, rng=np.random.default_rng(5), recompute=recompute)
+        dlogits = softmax_cross_entropy_backward(1.0, softmax_cross_entropy_forward(logits, labels)[1])
+        for _ in range(2):  # a backward leaves the cache as it was
+            flat, grads = model.gradient_buffer()
+            dimages = model.backward(dlogits, cache, grads, need_dimages=True)
+            found.append((logits.tobytes(), flat.tobytes(), dimages.tobytes()))
+    assert found[0] == found[1] == found[2] == found[3]
+    assert [type(block).__name__ for block in cache.blocks] == ["BlockInput"] * 2
+
+
 def test_dropout_is_drawn_from_the_generator_alone():
     model = random_model(dropout=0.3, attention_dropout=0.3, drop_path=0.3)
     images, _ = batch(model)

@@ -31,7 +31,9 @@ from minivit.layers.flash_attention import (
 )
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
 
-LONG = 512  # queries of a picture from which on the attention map is not kept
+# Queries of a picture from which on the attention map is not kept. About there (at D / h = 64) the map would outweigh
+# all else that a block keeps, and making it twice costs little: 1.09 of `attention` at 1,025 tokens, 0.97 at 2,049.
+LONG = 1024
 
 
 class MSACache(NamedTuple):
