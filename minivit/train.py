@@ -42,7 +42,7 @@ from minivit.backend import erf
 from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
 from minivit.data import load as load_data
 from minivit.data.loader import batches, epoch_order
-from minivit.engine import Engine, available_cores
+from minivit.engine import Engine, available_cores, default_micro_batch
 from minivit.errors import InputError
 from minivit.loss import softmax_cross_entropy_forward
 from minivit.model import ViT, parameter_table
@@ -86,7 +86,12 @@ class TrainConfig:
     workers: int = setting(
         0, "threads; 0 for one per core of the machine that starts the run (it fixes the order of sums)"
     )
-    micro_batch: int = setting(16, "pictures that a thread takes at a time")
+    micro_batch: int = setting(
+        0, "most pictures that a thread takes at a time; 0 for about 1,024 tokens (it fixes the order of sums)"
+    )
+    recompute: bool = setting(
+        False, "make activations again in the backward pass instead of keeping them: less memory, more time, same bits"
+    )
     device: str = setting("cpu", "where to compute: cpu")
     log_every: int = setting(10, "steps between two lines of metrics.jsonl")
     evaluate_every: int = setting(1, "epochs between two evaluations")
@@ -94,8 +99,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_range(self, 1, None, "epochs", "batch_size", "accumulate", "micro_batch", "log_every", "evaluate_every")
-        check_range(self, 0, None, "crop_padding", "seed")
+        check_range(self, 1, None, "epochs", "batch_size", "accumulate", "log_every", "evaluate_every")
+        check_range(self, 0, None, "crop_padding", "seed", "micro_batch")
         check_range(self, 0.0, 180.0, "rotate")
         check_range(self, 0.0, None, "shear", "shift")
         check_range(self, 0.0, 1.0, "zoom", open_high=True)
@@ -114,7 +119,7 @@ class TrainConfig:
 AUGMENTATION = ("crop_padding", "flip", "rotate", "zoom", "shear", "shift")
 
 # Settings that a resumed run may change: they alter neither the numbers nor their order.
-FREE_ON_RESUME = ("log_every", "checkpoint_seconds")
+FREE_ON_RESUME = ("recompute", "log_every", "checkpoint_seconds")
 
 LAST, BEST, METRICS, SUMMARY, SETTINGS = "last.npz", "best.npz", "metrics.jsonl", "summary.json", "settings.json"
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"  # images/s is in the postfix
@@ -227,7 +232,8 @@ class Trainer:
     """
 
     def __init__(self, dataset, model_config, config, out, *, describe=None, progress=True, on_epoch=None):
-        config = replace(config, workers=check_workers(config.workers))
+        micro_batch = config.micro_batch or default_micro_batch(model_config)
+        config = replace(config, workers=check_workers(config.workers), micro_batch=micro_batch)
         self.dataset, self.config, self.out, self.progress = dataset, config, Path(out), progress
         self.describe, self.on_epoch = describe or {}, on_epoch
         height, width, channels = dataset.train_images.shape[1:]
@@ -417,8 +423,9 @@ class Trainer:
             write_json(self.out / SETTINGS, settings)
             c = self.config
             engine = Engine(
-                self.model, workers=c.workers, micro_batch=c.micro_batch, label_smoothing=c.label_smoothing, seed=c.seed
-            )
+                self.model, workers=c.workers, micro_batch=c.micro_batch, label_smoothing=c.label_smoothing,
+                seed=c.seed, recompute=c.recompute,
+            )  # fmt: skip
             with engine:
                 if not self.finished:
                     self._train(engine)

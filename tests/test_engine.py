@@ -168,9 +168,15 @@ def test_a_worker_for_every_core_unless_told_otherwise(monkeypatch):
     monkeypatch.setattr(engine_module, "available_cores", lambda: 5)
     model = model_of()
     default, told = Engine(model), Engine(model, workers=3, micro_batch=4)
-    assert (default.workers, default.micro_batch, len(default._buffers)) == (5, 8, 5)
+    assert (default.workers, default.micro_batch, len(default._buffers)) == (5, 60, 5)  # of 17 tokens each
     assert (told.workers, told.micro_batch, len(told._buffers)) == (3, 4, 3)
     assert told.parts(12) == [slice(0, 4), slice(4, 8), slice(8, 12)]
+
+
+def test_a_micro_batch_is_about_a_thousand_tokens():
+    sizes = {"Mini/4": 16, "Mini/2": 4, "Ti/16": 5, "B/8": 1, "H/14": 4}
+    assert {name: engine_module.default_micro_batch(ViTConfig.preset(name)) for name in sizes} == sizes
+    assert engine_module.default_micro_batch(ViTConfig(patch_size=1, image_size=64)) == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
