@@ -52,6 +52,8 @@ _softmax = _in("layers.softmax", "softmax_backward")
 _dropout = _in("layers.dropout", "dropout_backward")
 _forward_of_attention = _in("layers.attention", "attention_forward")
 _attention = _in("layers.attention", "attention_backward")
+_forward_of_flash = _in("layers.flash_attention", "flash_attention_forward")
+_flash = _in("layers.flash_attention", "flash_attention_backward")
 _msa = _in("layers.msa", "msa_backward")
 _mlp = _in("layers.mlp", "mlp_backward")
 _block = _in("layers.block", "block_backward")
@@ -238,6 +240,18 @@ MISTAKES = (
     _attention(
         "attention-dropout-not-redone", "dropout_backward(softmax_cache.y, dropout_cache)", "softmax_cache.y",
         "dv is built from the map before dropout", "which map multiplied v?",
+    ),
+    _forward_of_flash(
+        "flash-mixture-not-shrunk", "y *= shrink", "pass",
+        "where a block raises the maximum, the mixture so far keeps its old shift", "which shift does y have?",
+    ),
+    _flash(
+        "flash-no-row-sum", "dscores -= along", "pass",
+        "the row sum of softmax's derivative is missing", "what does one block not know of the others?",
+    ),
+    _flash(
+        "flash-keys-not-scaled", "dscores.swapaxes(-1, -2), q_scaled", "dscores.swapaxes(-1, -2), q",
+        "dk is made from q, not from q / sqrt(Dh)", "which factor made the scores?",
     ),
     _msa(
         "msa-heads-not-transposed", ".transpose(0, 2, 1, 3)", ".reshape(B, num_heads, N, -1)",
