@@ -54,6 +54,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.backend import plain
+from minivit.layers.msa import LONG
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT, ViTConfig
 
@@ -338,7 +339,8 @@ class Recorder:
         if function.endswith("_forward"):
             direction, (y, cache) = "forward", result
             results = {output: y}
-            cached += self._new_bytes(cache)
+            if self._calls[-1].stem != "flash_attention":  # which keeps no mask of its blocks
+                cached += self._new_bytes(cache)
             self._paths[id(cache), call.stem] = cache, call.path
         else:
             direction, results = "backward", self._gradients(call.stem, result)
@@ -492,9 +494,11 @@ class ExpectedFLOPs(NamedTuple):
 
 
 def _asking_tokens(config, every_token=False):
-    """Queries of one picture in all blocks together: Q of `expected_flops` and `expected_cache_bytes`, summed."""
-    last = 1 if config.pooling == "cls" and not every_token else config.num_tokens
-    return (config.depth - 1) * config.num_tokens + last
+    """How many tokens of a picture ask: (in all blocks together, in those blocks that keep no attention map)."""
+    N = config.num_tokens
+    last = 1 if config.pooling == "cls" and not every_token else N
+    asking = (config.depth - 1) * N + last
+    return asking, (asking if last >= LONG else asking - last) if N >= LONG else 0
 
 
 def expected_flops(config, batch, *, every_token=False):
@@ -503,16 +507,17 @@ def expected_flops(config, batch, *, every_token=False):
     Math    forward / B = 2 n P^2 C D + sum_blocks (6 N D^2 + 4 Q N D + 2 Q (D^2 + 2 D M)) + 2 (D R + R K), or 2 D K for
             the last term without a pre-logits layer; n patches, N tokens, of which Q ask: 1 in the last block if the
             head reads the class token alone, else N; ``every_token`` counts N, as published figures do
-            backward = 2 forward - 2 B n P^2 C D: two products for each one, but no gradient of the images
+            backward = 2 forward - 2 B n P^2 C D: two products for each one, but no gradient of the images; and
+            2 B Q N D for each block of Q >= `msa.LONG`, which makes its attention map again
     Returns  ExpectedFLOPs
     """
     c, D = config, config.width
     embed = 2 * c.grid_size**2 * c.patch_size**2 * c.channels * D
-    N, asking = c.num_tokens, _asking_tokens(c, every_token)
+    N, (asking, again) = c.num_tokens, _asking_tokens(c, every_token)
     blocks = c.depth * 6 * N * D**2 + asking * (4 * N * D + 2 * (D**2 + 2 * D * c.mlp_dim))
     head = 2 * (D * c.pre_logits + (c.pre_logits or D) * c.num_classes)
     forward = embed + blocks + head
-    return ExpectedFLOPs(batch * forward, batch * (2 * forward - embed))
+    return ExpectedFLOPs(batch * forward, batch * (2 * forward - embed + 2 * again * N * D))
 
 
 def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
@@ -520,6 +525,7 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
 
     Math    numbers / B = n P^2 C + sum_blocks (N (5 D + 1) + Q (3 D + 3 M + 1 + h N)) + rows (D + 1) + D + R + 2 K + 1
             Q = 1 in the last block if the head reads the class token alone, else N
+            where Q >= `msa.LONG`, h Q takes the place of h Q N, and there is no mask of attention
             rows = 1 normalised by the head for the class token, N for mean pooling
             masks / B, one byte per entry, each only with its rate above 0 and ``dropout`` (a Generator was given):
             N D for the embedding;  Q (2 D + M) in each block;  h Q N of its attention;  1 per branch of the blocks
@@ -527,17 +533,19 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
     """
     c, N, D, M = config, config.num_tokens, config.width, config.mlp_dim
     patches = c.grid_size**2 * c.patch_size**2 * c.channels
-    asking = _asking_tokens(c)
+    asking, again = _asking_tokens(c)
     # norm1: xhat, rstd; what it gives to qkv; q, k, v
     blocks = c.depth * N * ((D + 1) + D + 3 * D)
-    # the attention map; heads; norm2: xhat, rstd; what it gives to fc1; the GELU's x and gate; what it gives
-    blocks += asking * (c.num_heads * N + D + (D + 1) + D + 3 * M)
+    # heads; norm2: xhat, rstd; what it gives to fc1; the GELU's x and gate; what it gives
+    blocks += asking * (D + (D + 1) + D + 3 * M)
+    maps = c.num_heads * N * (asking - again)
+    blocks += maps + c.num_heads * again  # the attention maps, or the logarithms of their rows' sums
     rows = 1 if c.pooling == "cls" else N
     numbers = patches + blocks + rows * (D + 1) + D + c.pre_logits + 2 * c.num_classes + 1
     masks = 0
     if dropout:
         masks += (c.dropout > 0) * (N * D + asking * (2 * D + M))
-        masks += (c.attention_dropout > 0) * asking * c.num_heads * N
+        masks += (c.attention_dropout > 0) * maps
         masks += (c.drop_path > 0) * 2 * max(c.depth - 1, 1)  # of several blocks, the first has rate 0
     return batch * (numbers * np.dtype(dtype).itemsize + masks)
 

@@ -17,6 +17,7 @@ from minivit import (
     softmax_cross_entropy_forward,
 )
 from minivit.gradcheck_cases import MODEL_BATCH, MODELS
+from minivit.layers import msa
 from minivit.layers.patch_embed import patchify, unpatchify
 from minivit.model import parameter_table, pixels
 
@@ -196,6 +197,20 @@ def test_the_last_block_works_for_the_class_token_alone():
         cache = model.forward(batch(model)[0])[1]
         assert [block.mlp.gelu.x.shape[1] for block in cache.blocks] == [model.config.num_tokens, tokens]
         assert [block.msa.attention.q.shape[2] for block in cache.blocks] == [model.config.num_tokens, tokens]
+
+
+def test_long_sequences_change_no_number(monkeypatch):
+    model = random_model()
+    images, labels = batch(model)
+    loss, flat, _ = gradient(model, images, labels)
+    seen = model.intermediates(images)
+    monkeypatch.setattr(msa, "LONG", 5)
+    long_loss, long_flat, _ = gradient(model, images, labels)
+    long_seen = model.intermediates(images)
+    assert math.isclose(long_loss, loss, rel_tol=1e-12)
+    np.testing.assert_allclose(long_flat, flat, rtol=1e-9, atol=1e-13)
+    for a, b in zip(long_seen.attention, seen.attention, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11)
 
 
 @pytest.mark.parametrize("name", MODELS)

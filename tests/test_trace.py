@@ -155,6 +155,19 @@ def test_totals_are_the_closed_forms(name, dtype):
     assert found.forward_flops > found.forward_matmul_flops and found.backward_flops > found.backward_matmul_flops
 
 
+@pytest.mark.parametrize("name", ["cls", "mean", "dropout", "attention-dropout"])
+def test_totals_of_long_sequences(name, monkeypatch):
+    monkeypatch.setattr(msa, "LONG", 4)
+    monkeypatch.setattr(trace, "LONG", 4)
+    t = traced(**CONFIGS[name])
+    found = {r.path: r.function for r in t.records if r.direction == "backward"}
+    assert found["blocks.0.msa.attention"] == "flash_attention_backward"
+    last = "flash_attention_backward" if name == "mean" else "attention_backward"
+    assert found["blocks.1.msa.attention"] == last
+    assert (t.totals.forward_matmul_flops, t.totals.backward_matmul_flops) == trace.expected_flops(t.config, 3)
+    assert t.totals.cached == trace.expected_cache_bytes(t.config, 3)
+
+
 def test_without_a_generator_there_are_no_masks():
     config = ViTConfig(**SMALL, **DROPS)
     t = trace.trace_batch(config, *batch(config))
