@@ -352,7 +352,8 @@ def contest(
         turns = take_turns(children, pairs, patience=patience, progress=progress)
         for child in children:
             contenders[child.name] |= {"seconds": turns.seconds[child.name], "peak_memory": child.ask("memory")}
-    return summarise(contenders, batch=batch) | {"others": turns.others}
+    allowed = {"gradient": coarser * GRADIENT_TOLERANCE, "loss": coarser * LOSS_TOLERANCE}
+    return summarise(contenders, batch=batch) | {"others": turns.others, "allowed": allowed}
 
 
 def summarise(contenders, *, batch):

@@ -28,8 +28,9 @@ class CudaEngine(Engine):
     ``micro_batch`` pictures go through the model at a time, 0 for the whole batch.
     """
 
-    def __init__(self, model, *, micro_batch=0, label_smoothing=0.0, seed=0):
-        super().__init__(model, workers=1, micro_batch=micro_batch, label_smoothing=label_smoothing, seed=seed)
+    def __init__(self, model, *, micro_batch=0, label_smoothing=0.0, seed=0, recompute=False):
+        super().__init__(model, workers=1, label_smoothing=label_smoothing, seed=seed, recompute=recompute)
+        self.micro_batch = micro_batch
 
     def __enter__(self):
         return self

@@ -12,6 +12,7 @@ from minivit.layers.attention import attention_backward, attention_forward, atte
 from minivit.layers.block import ATTN, BLOCK_PARAMETERS, MLP, block_backward, block_forward, block_jvp
 from minivit.layers.drop_path import drop_path_backward, drop_path_forward, drop_path_jvp
 from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp
+from minivit.layers.flash_attention import flash_attention_backward, flash_attention_forward, flash_attention_jvp
 from minivit.layers.gelu import gelu_backward, gelu_forward, gelu_jvp
 from minivit.layers.head import head_backward, head_forward, head_jvp
 from minivit.layers.layernorm import layernorm_backward, layernorm_forward, layernorm_jvp
@@ -78,6 +79,17 @@ def _attention(dropout):
 
         shapes = [(B, HEADS, N, D // HEADS)] * 3
         return forward, attention_backward, _arrays(rng, *shapes), ("q", "k", "v")
+
+    return case
+
+
+def _flash_attention(dropout):
+    def case(rng):
+        def forward(q, k, v):  # two keys at a time: blocks of 2, 2 and 1
+            return flash_attention_forward(q, k, v, dropout=dropout, rng=np.random.default_rng(1), keys=2)
+
+        shapes = [(B, HEADS, N, D // HEADS)] * 3
+        return forward, flash_attention_backward, _arrays(rng, *shapes), ("q", "k", "v")
 
     return case
 
@@ -190,6 +202,8 @@ LAYERS = {
     "drop_path": _drop_path,
     "attention": _attention(0.0),
     "attention-dropout": _attention(0.3),
+    "flash_attention": _flash_attention(0.0),
+    "flash_attention-dropout": _flash_attention(0.3),
     "msa": _msa,
     "mlp": _mlp,
     "block": _block(0.0),
@@ -227,6 +241,7 @@ JVPS = {
     "dropout": dropout_jvp,
     "drop_path": drop_path_jvp,
     "attention": attention_jvp,
+    "flash_attention": flash_attention_jvp,
     "msa": msa_jvp,
     "mlp": mlp_jvp,
     "block": _named_jvp(block_jvp),

@@ -52,6 +52,8 @@ _softmax = _in("layers.softmax", "softmax_backward")
 _dropout = _in("layers.dropout", "dropout_backward")
 _forward_of_attention = _in("layers.attention", "attention_forward")
 _attention = _in("layers.attention", "attention_backward")
+_forward_of_flash = _in("layers.flash_attention", "flash_attention_forward")
+_flash = _in("layers.flash_attention", "flash_attention_backward")
 _msa = _in("layers.msa", "msa_backward")
 _mlp = _in("layers.mlp", "mlp_backward")
 _block = _in("layers.block", "block_backward")
@@ -98,17 +100,16 @@ MISTAKES = (
         "the input gradient goes back through |W|", "what does dx = dy W^T say of signs?",
     ),
     _layernorm(
-        "layernorm-dropped-mean", "dx -= dxhat.mean(axis=-1, keepdims=True)", "pass",
+        "layernorm-dropped-mean", "dx -= row_mean(dxhat)", "pass",
         "the mean term, from x - mean(x), is missing in dx", "what does subtracting the mean do on the way back?",
         "one of the commonest LayerNorm backward mistakes",
     ),
     _layernorm(
-        "layernorm-dropped-variance", "dx -= xhat * product.mean(axis=-1, keepdims=True)", "pass",
+        "layernorm-dropped-variance", "dx -= xhat * row_mean(product)", "pass",
         "the variance is treated as a constant: its term in dx is missing", "does rstd depend on x?",
     ),
     _layernorm(
-        "layernorm-variance-sum", "xhat * product.mean(axis=-1, keepdims=True)",
-        "xhat * product.sum(axis=-1, keepdims=True)",
+        "layernorm-variance-sum", "xhat * row_mean(product)", "xhat * D * row_mean(product)",
         "the variance term is a sum over D instead of a mean", "where does 1/D come from?",
     ),
     _layernorm(
@@ -120,21 +121,21 @@ MISTAKES = (
         "dy is not multiplied by w on its way to xhat", "y = xhat w + b: what is dxhat?",
     ),
     _layernorm(
-        "layernorm-weight-order", "dw = product.sum(axis=rows)", "dw = (product * w).sum(axis=rows)",
+        "layernorm-weight-order", "ones @ product.reshape(-1, D)", "ones @ (product * w).reshape(-1, D)",
         "dw is taken after the product was multiplied by w", "does w belong in its own gradient?",
     ),
     _layernorm(
-        "layernorm-stale-mean", "dx -= dxhat.mean(axis=-1, keepdims=True)", "dx -= dy.mean(axis=-1, keepdims=True)",
+        "layernorm-stale-mean", "dx -= row_mean(dxhat)", "dx -= row_mean(dy)",
         "the mean taken off is that of dy, not of dxhat", "which quantity was centred?",
     ),
     _layernorm(
-        "layernorm-batch-axis", "product.mean(axis=-1, keepdims=True)", "product.mean(axis=0, keepdims=True)",
+        "layernorm-batch-axis", "row_mean(product)", "product.mean(axis=0, keepdims=True)",
         "the variance term is averaged over the batch instead of the features", "which axis was normalised?",
         "wrong for inputs of rank three and more, right for none: tests at rank two passed",
     ),
     _forward_of_layernorm(
-        "layernorm-unbiased", "var = (xc * xc).mean(axis=-1, keepdims=True)",
-        "var = (xc * xc).sum(axis=-1, keepdims=True) / (x.shape[-1] - 1)",
+        "layernorm-unbiased", "var = row_mean(xc * xc)",
+        "var = row_mean(xc * xc) * (x.shape[-1] / (x.shape[-1] - 1))",
         "the forward divides the variance by D - 1, the backward differentiates 1/D",
         "do forward and backward agree on the variance?",
     ),
@@ -168,17 +169,17 @@ MISTAKES = (
         "the term x phi(x) is missing: Phi is treated as a constant", "does Phi(x) depend on x?",
     ),
     _softmax(
-        "softmax-no-jacobian", "xp.subtract(dy, (dy * y).sum(axis=-1, keepdims=True), out=out)",
+        "softmax-no-jacobian", "xp.subtract(dy, row_sum(dy * y), out=out)",
         "xp.subtract(dy, 0.0, out=out)",
         "only the diagonal of the Jacobian is there: the sum over the row is missing", "does y_i depend on x_k?",
         "a softmax whose backward expects the caller to pass p - y",
     ),
     _softmax(
-        "softmax-sum-axis", "(dy * y).sum(axis=-1, keepdims=True)", "(dy * y).sum(axis=0, keepdims=True)",
+        "softmax-sum-axis", "row_sum(dy * y)", "(dy * y).sum(axis=0, keepdims=True)",
         "the row-wise sum runs over the first axis", "over which axis does softmax normalise?",
     ),
     _softmax(
-        "softmax-dy-sum", "(dy * y).sum(axis=-1, keepdims=True)", "dy.sum(axis=-1, keepdims=True)",
+        "softmax-dy-sum", "row_sum(dy * y)", "row_sum(dy)",
         "the sum is not weighted by the probabilities", "derive dx_k with the delta written out",
     ),
     _softmax(
@@ -240,6 +241,18 @@ MISTAKES = (
         "attention-dropout-not-redone", "dropout_backward(softmax_cache.y, dropout_cache)", "softmax_cache.y",
         "dv is built from the map before dropout", "which map multiplied v?",
     ),
+    _forward_of_flash(
+        "flash-mixture-not-shrunk", "y *= shrink", "pass",
+        "where a block raises the maximum, the mixture so far keeps its old shift", "which shift does y have?",
+    ),
+    _flash(
+        "flash-no-row-sum", "dscores -= along", "pass",
+        "the row sum of softmax's derivative is missing", "what does one block not know of the others?",
+    ),
+    _flash(
+        "flash-keys-not-scaled", "dscores.swapaxes(-1, -2), q_scaled", "dscores.swapaxes(-1, -2), q",
+        "dk is made from q, not from q / sqrt(Dh)", "which factor made the scores?",
+    ),
     _msa(
         "msa-heads-not-transposed", ".transpose(0, 2, 1, 3)", ".reshape(B, num_heads, N, -1)",
         "heads and tokens are told apart by a reshape where a transpose is needed", "in which order do the axes lie?",
@@ -270,11 +283,11 @@ MISTAKES = (
         "the residual path of the MLP half is cut on the way back", "z'' = z' + MLP(...): who else gets dz''?",
     ),
     _block(
-        "block-residual-twice", "    dz = dz + du\n    return dz", "    dz = dz + dz + du\n    return dz",
+        "block-residual-twice", "+= dz\n    return du", "+= dz + dz\n    return du",
         "the residual path of the attention half is counted twice", "how often does z enter z'?",
     ),
     _block(
-        "block-attention-residual-dropped", "    dz = dz + du\n    return dz", "    return du",
+        "block-attention-residual-dropped", "    du[:, : dz.shape[1]] += dz\n    return du", "    return du",
         "the residual path of the attention half is cut on the way back", "z' = z + MSA(...): who else gets dz'?",
     ),
     _block(
@@ -369,9 +382,9 @@ MISTAKES = (
         "a published CuPy ViT leaves it out, with a note to figure this out later",
     ),
     _model(
-        "model-last-block-skipped", "for i in reversed(range(self.config.depth)):",
-        "for i in reversed(range(self.config.depth - 1)):",
-        "the last block is left out of the backward pass", "count the blocks",
+        "model-first-block-skipped", "for i in reversed(range(self.config.depth)):",
+        "for i in reversed(range(1, self.config.depth)):",
+        "the first block is left out of the backward pass", "count the blocks",
     ),
     _sgd(
         "sgd-momentum-forgets", "m *= self.momentum", "m *= 0.0", "momentum keeps nothing of the past steps",

@@ -10,6 +10,7 @@ Data flows  images (B, H, W, C) -> tokens (B, N, D) -> L blocks -> logits (B, K)
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from minivit.layers.block import BLOCK_PARAMETERS, BlockCache, block_backward, b
 from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.gelu import KINDS as GELUS
 from minivit.layers.head import POOLINGS, HeadCache, head_backward, head_forward, head_jvp
+from minivit.layers.msa import attention_map
 from minivit.layers.patch_embed import (
     PatchEmbedCache,
     patch_embed_backward,
@@ -192,12 +194,19 @@ def pixels(images, dtype):
     return images.astype(dtype, copy=False)
 
 
+class BlockInput(NamedTuple):
+    """What makes a block's cache again: all that is kept of it with ``recompute``."""
+
+    z: Any  # (B, N, D)
+    rng: np.random.Generator | None  # as it was before the block
+
+
 class ViTCache(NamedTuple):
     """What `ViT.backward` reads: the caches of the embedding, of its dropout, of each block and of the head."""
 
     embed: PatchEmbedCache
     dropout: DropoutCache
-    blocks: tuple[BlockCache, ...]
+    blocks: tuple[BlockCache | BlockInput, ...]
     head: HeadCache
 
 
@@ -242,8 +251,10 @@ class ViT:
 
     def _block_settings(self, i):
         c = self.config
+        only_class_token = c.pooling == "cls" and i == c.depth - 1
         return {
             "num_heads": c.num_heads,
+            "queries": 1 if only_class_token else None,  # the head reads no other row of the last block
             "gelu": c.gelu,
             "eps": c.layernorm_eps,
             "dropout": c.dropout,
@@ -275,19 +286,25 @@ class ViT:
         flat = array_module(self.flat).zeros_like(self.flat)
         return flat, parameters.views(flat, self.table)
 
-    def forward(self, images, *, rng=None):
+    def _block(self, i, z, rng):
+        return block_forward(z, self._blocks[i], **self._block_settings(i), rng=rng)
+
+    def forward(self, images, *, rng=None, recompute=False):
         """Logits, and the cache for `backward`.
 
         Math    Eq. 1-4: embed, L blocks, final LayerNorm, pooling, head
         Shapes  images (B, H, W, C) uint8, or floats scaled to about [-1, 1]  ->  logits (B, K)
         Dropout and stochastic depth act only when a Generator is given (training).
+        With ``recompute``, the cache holds of each block its input alone, and `backward` runs the block forward once
+        more, with the same dropout masks (Chen et al. 2016, arXiv:1604.06174).
         Raises  InputError: pictures of another shape, or with NaN pixels.
         """
         z, embed, dropout = self._embed(images, rng)  # (B, N, D)
         blocks = []
-        for i, params in enumerate(self._blocks):
-            z, cache = block_forward(z, params, **self._block_settings(i), rng=rng)  # (B, N, D)
-            blocks.append(cache)
+        for i in range(self.config.depth):
+            block_input = BlockInput(z, deepcopy(rng)) if recompute else None
+            z, cache = self._block(i, z, rng)  # (B, N, D); (B, 1, D) at the end
+            blocks.append(block_input or cache)
         logits, head = self._head(z)  # (B, K)
         return logits, ViTCache(embed, dropout, tuple(blocks), head)
 
@@ -297,10 +314,13 @@ class ViT:
         Shapes  dlogits (B, K)  ->  dimages (B, H, W, C) with respect to the scaled pixels, or None unless asked for
         """
         # logits = head(z_L)
-        dz = head_backward(dlogits, cache.head, grads)  # (B, N, D)
+        dz = head_backward(dlogits, cache.head, grads)  # (B, N, D) or (B, 1, D)
         # z_l = block(z_{l-1})
         for i in reversed(range(self.config.depth)):
-            dz = block_backward(dz, cache.blocks[i], self._of_block(grads, i))  # (B, N, D)
+            block = cache.blocks[i]
+            if isinstance(block, BlockInput):
+                _, block = self._block(i, block.z, deepcopy(block.rng))
+            dz = block_backward(dz, block, self._of_block(grads, i))  # (B, N, D)
         # z_0 = dropout(embed(images))
         dz = dropout_backward(dz, cache.dropout)
         dimages, dW, db, dcls_token, dpos_embed = patch_embed_backward(dz, cache.embed, need_dimages=need_dimages)
@@ -328,7 +348,7 @@ class ViT:
         )
         zdot = dropout_jvp(zdot, cache.dropout)
         for i in range(self.config.depth):
-            zdot = block_jvp(zdot, self._of_block(tangents, i), cache.blocks[i])  # (B, N, D)
+            zdot = block_jvp(zdot, self._of_block(tangents, i), cache.blocks[i])  # (B, N, D); (B, 1, D) at the end
         return head_jvp(zdot, tangents, cache.head)  # (B, K)
 
     def predict(self, images):
@@ -337,8 +357,8 @@ class ViT:
         Shapes  images (B, H, W, C)  ->  logits (B, K)
         """
         z, *_ = self._embed(images, None)
-        for i, params in enumerate(self._blocks):
-            z, _ = block_forward(z, params, **self._block_settings(i))
+        for i in range(self.config.depth):
+            z, _ = self._block(i, z, None)
         return self._head(z)[0]
 
     def intermediates(self, images):
@@ -349,7 +369,7 @@ class ViT:
         z, *_ = self._embed(images, None)
         attention, features = [], [z]
         for i, params in enumerate(self._blocks):
-            z, cache = block_forward(z, params, **self._block_settings(i))
-            attention.append(cache.msa.attention.softmax.y)
+            z, cache = block_forward(z, params, **(self._block_settings(i) | {"queries": None}))  # every token
+            attention.append(attention_map(cache.msa))
             features.append(z)
         return Intermediates(self._head(z)[0], tuple(attention), tuple(features))

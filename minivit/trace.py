@@ -21,7 +21,7 @@ q, k and v are three views of one buffer; a linear layer's cache holds the outpu
 **FLOPs**. A multiply-add is 2. Matrix products are counted exactly, from their shapes:
 
     linear     forward   2 n d m for n rows          backward  4 n d m, or 2 n d m without the input's gradient
-    attention  forward   4 B h N^2 Dh                backward  8 B h N^2 Dh
+    attention  forward   4 B h Q N Dh                backward  8 B h Q N Dh, where Q of the N tokens ask
 
 Everything else by operations per element, exp, tanh, erf and comparisons being one each, figures of a row none:
 
@@ -54,6 +54,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.backend import plain
+from minivit.layers.msa import LONG
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT, ViTConfig
 
@@ -96,6 +97,7 @@ NAMES = {
     ("block", "dropout"): ("dropout1", "dropout2"),
     ("block", "drop_path"): ("path1", "path2"),
     ("msa", "linear"): ("qkv", "proj"),
+    ("msa", "flash_attention"): ("attention",),
     ("mlp", "linear"): ("fc1", "fc2"),
     ("head", "layernorm"): ("norm",),
     ("head", "linear"): ("head",),  # after "pre_logits", if there is one
@@ -169,10 +171,11 @@ def work(function, arguments, result):
             return 2 * first.size * a["W"].shape[1], result[0].size
         x, W = a["cache"]
         return (4 if result[0] is not None else 2) * x.size * W.shape[1], first.size
-    if stem == "attention":
+    if stem in ("attention", "flash_attention"):
         q = a["q"] if forward else a["cache"].q
-        scores = q.size // q.shape[-1] * q.shape[-2]
-        return (4 if forward else 8) * scores * q.shape[-1], scores
+        scores = q.size // q.shape[-1] * (a["k"] if forward else a["cache"].k).shape[-2]
+        again = 2 if stem == "flash_attention" else 0  # its backward makes the scores again
+        return (4 if forward else 8 + again) * scores * q.shape[-1], scores
     if stem == "gelu":
         cache = result[1] if forward else a["cache"]
         return 0, GELU_PER_ELEMENT[direction, cache.kind] * first.size
@@ -180,7 +183,9 @@ def work(function, arguments, result):
         mask = (result[1] if forward else a["cache"]).mask
         return 0, 0 if mask is None else 2 * first.size
     if stem == "block":
-        return 0, 2 * first.size + (0 if forward else sum(g.size for g in a["grads"].values()))
+        if forward:
+            return 0, 2 * result[0].size
+        return 0, 2 * first.size + sum(g.size for g in a["grads"].values())
     if stem == "patch_embed":
         if forward:
             return 0, result[0].size if a.get("pos_embed") is not None else 0
@@ -315,7 +320,7 @@ class Recorder:
                 self._calls.pop()
             seconds = perf_counter() - self._paused - started
             entered = perf_counter()
-            if stem in ("linear", "attention"):  # some BLAS sound false alarms; the product is seen anyway
+            if stem == "linear" or stem.endswith("attention"):  # some BLAS sound false alarms; the result is seen
                 alarms.clear()
             record = self._record(call, name, result, seconds, incoming, ", ".join(sorted(alarms)), bad)
             if self.calls is not None:
@@ -337,7 +342,8 @@ class Recorder:
         if function.endswith("_forward"):
             direction, (y, cache) = "forward", result
             results = {output: y}
-            cached += self._new_bytes(cache)
+            if self._calls[-1].stem != "flash_attention":  # which keeps no mask of its blocks
+                cached += self._new_bytes(cache)
             self._paths[id(cache), call.stem] = cache, call.path
         else:
             direction, results = "backward", self._gradients(call.stem, result)
@@ -380,6 +386,7 @@ ARGUMENTS = {  # of the forwards, where there are others than x
     "linear": ("x", "W", "b"),
     "layernorm": ("x", "w", "b"),
     "attention": ("q", "k", "v"),
+    "flash_attention": ("q", "k", "v"),
     "msa": ("x", "Wqkv", "bqkv", "Wproj", "bproj"),
     "mlp": ("x", "W1", "b1", "W2", "b2"),
     "block": ("z",),
@@ -491,41 +498,59 @@ class ExpectedFLOPs(NamedTuple):
     backward: int
 
 
-def expected_flops(config, batch):
+def _asking_tokens(config, every_token=False):
+    """How many tokens of a picture ask: (in all blocks together, in those blocks that keep no attention map)."""
+    N = config.num_tokens
+    last = 1 if config.pooling == "cls" and not every_token else N
+    asking = (config.depth - 1) * N + last
+    return asking, (asking if last >= LONG else asking - last) if N >= LONG else 0
+
+
+def expected_flops(config, batch, *, every_token=False):
     """FLOPs in matrix products that one batch takes, from the configuration alone.
 
-    Math    forward / B = 2 n P^2 C D + L (2 N (4 D^2 + 2 D M) + 4 N^2 D) + 2 (D R + R K), or 2 D K for the last term
-            without a pre-logits layer; n patches, N tokens
-            backward = 2 forward - 2 B n P^2 C D: two products for each one, but no gradient of the images
+    Math    forward / B = 2 n P^2 C D + sum_blocks (6 N D^2 + 4 Q N D + 2 Q (D^2 + 2 D M)) + 2 (D R + R K), or 2 D K for
+            the last term without a pre-logits layer; n patches, N tokens, of which Q ask: 1 in the last block if the
+            head reads the class token alone, else N; ``every_token`` counts N, as published figures do
+            backward = 2 forward - 2 B n P^2 C D: two products for each one, but no gradient of the images; and
+            2 B Q N D for each block of Q >= `msa.LONG`, which makes its attention map again
     Returns  ExpectedFLOPs
     """
     c, D = config, config.width
     embed = 2 * c.grid_size**2 * c.patch_size**2 * c.channels * D
-    block = 2 * c.num_tokens * (4 * D**2 + 2 * D * c.mlp_dim) + 4 * c.num_tokens**2 * D
+    N, (asking, again) = c.num_tokens, _asking_tokens(c, every_token)
+    blocks = c.depth * 6 * N * D**2 + asking * (4 * N * D + 2 * (D**2 + 2 * D * c.mlp_dim))
     head = 2 * (D * c.pre_logits + (c.pre_logits or D) * c.num_classes)
-    forward = embed + c.depth * block + head
-    return ExpectedFLOPs(batch * forward, batch * (2 * forward - embed))
+    forward = embed + blocks + head
+    return ExpectedFLOPs(batch * forward, batch * (2 * forward - embed + 2 * again * N * D))
 
 
 def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
     """Bytes that the caches of one forward pass and its loss keep alive, from the configuration alone.
 
-    Math    numbers / B = n P^2 C + L (N (8 D + 3 M + 2) + h N^2) + rows (D + 1) + D + R + 2 K + 1
+    Math    numbers / B = n P^2 C + sum_blocks (N (5 D + 1) + Q (3 D + 3 M + 1 + h N)) + rows (D + 1) + D + R + 2 K + 1
+            Q = 1 in the last block if the head reads the class token alone, else N
+            where Q >= `msa.LONG`, h Q takes the place of h Q N, and there is no mask of attention
             rows = 1 normalised by the head for the class token, N for mean pooling
             masks / B, one byte per entry, each only with its rate above 0 and ``dropout`` (a Generator was given):
-            N D for the embedding;  L (N (2 D + M)) in the blocks;  L h N^2 of attention;  1 per branch of the blocks
+            N D for the embedding;  Q (2 D + M) in each block;  h Q N of its attention;  1 per branch of the blocks
             whose drop path has a rate above 0: all but the first, or the only one
     """
     c, N, D, M = config, config.num_tokens, config.width, config.mlp_dim
     patches = c.grid_size**2 * c.patch_size**2 * c.channels
-    # norm1 and norm2: xhat, rstd; what they give to qkv and fc1; q, k, v; heads; the GELU's x and gate; what it gives
-    block = N * (2 * (D + 1) + 2 * D + 3 * D + D + 3 * M) + c.num_heads * N**2
+    asking, again = _asking_tokens(c)
+    # norm1: xhat, rstd; what it gives to qkv; q, k, v
+    blocks = c.depth * N * ((D + 1) + D + 3 * D)
+    # heads; norm2: xhat, rstd; what it gives to fc1; the GELU's x and gate; what it gives
+    blocks += asking * (D + (D + 1) + D + 3 * M)
+    maps = c.num_heads * N * (asking - again)
+    blocks += maps + c.num_heads * again  # the attention maps, or the logarithms of their rows' sums
     rows = 1 if c.pooling == "cls" else N
-    numbers = patches + c.depth * block + rows * (D + 1) + D + c.pre_logits + 2 * c.num_classes + 1
+    numbers = patches + blocks + rows * (D + 1) + D + c.pre_logits + 2 * c.num_classes + 1
     masks = 0
     if dropout:
-        masks += (c.dropout > 0) * (N * D + c.depth * N * (2 * D + M))
-        masks += (c.attention_dropout > 0) * c.depth * c.num_heads * N**2
+        masks += (c.dropout > 0) * (N * D + asking * (2 * D + M))
+        masks += (c.attention_dropout > 0) * maps
         masks += (c.drop_path > 0) * 2 * max(c.depth - 1, 1)  # of several blocks, the first has rate 0
     return batch * (numbers * np.dtype(dtype).itemsize + masks)
 

@@ -43,7 +43,7 @@ from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
 from minivit.data import load as load_data
 from minivit.data.loader import batches, epoch_order
 from minivit.data.operations import POLICIES
-from minivit.engine import Engine, available_cores
+from minivit.engine import Engine, available_cores, default_micro_batch
 from minivit.engine_cuda import CudaEngine, CudaStep
 from minivit.errors import InputError
 from minivit.kernels import cuda
@@ -96,7 +96,12 @@ class TrainConfig:
     workers: int = setting(
         0, "threads; 0 for one per core of the machine that starts the run (it fixes the order of sums)"
     )
-    micro_batch: int = setting(16, "pictures that a thread takes at a time")
+    micro_batch: int = setting(
+        0, "most pictures that a thread takes at a time; 0 for about 1,024 tokens (it fixes the order of sums)"
+    )
+    recompute: bool = setting(
+        False, "make activations again in the backward pass instead of keeping them: less memory, more time, same bits"
+    )
     device: str = setting("cpu", "where to compute: cpu, cuda, cuda:1 (the second GPU, ...), or auto")
     gpu_micro_batch: int = setting(0, "pictures that a GPU takes at a time; 0 for the whole batch")
     precision: str = setting(
@@ -114,8 +119,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_range(self, 1, None, "epochs", "batch_size", "accumulate", "micro_batch", "log_every", "evaluate_every")
-        check_range(self, 0, None, "crop_padding", "seed")
+        check_range(self, 1, None, "epochs", "batch_size", "accumulate", "log_every", "evaluate_every")
+        check_range(self, 0, None, "crop_padding", "seed", "micro_batch")
         check_range(self, 0.0, 180.0, "rotate")
         check_range(self, 0.0, None, "shear", "shift")
         check_choice(self, "policy", POLICIES)
@@ -142,7 +147,7 @@ AUGMENTATION = (
 )  # fmt: skip
 
 # Settings that a resumed run may change: they alter neither the numbers nor their order.
-FREE_ON_RESUME = ("log_every", "check_finite", "checkpoint_seconds")
+FREE_ON_RESUME = ("recompute", "log_every", "check_finite", "checkpoint_seconds")
 MAY_MOVE = ("device", "gpu_micro_batch", "precision", "graph")  # they change rounding alone: a run may go on elsewhere
 
 LAST, BEST, METRICS, SUMMARY, SETTINGS = "last.npz", "best.npz", "metrics.jsonl", "summary.json", "settings.json"
@@ -259,7 +264,8 @@ class Trainer:
         self.device = find_device(config.device)
         if config.check_finite and self.device != "cpu":
             raise InputError("check_finite looks at every tensor on the CPU; leave it out, or take --device cpu")
-        config = replace(config, workers=check_workers(config.workers))
+        micro_batch = config.micro_batch or default_micro_batch(model_config)
+        config = replace(config, workers=check_workers(config.workers), micro_batch=micro_batch)
         self.dataset, self.config, self.out, self.progress = dataset, config, Path(out), progress
         self.describe, self.on_epoch = describe or {}, on_epoch
         height, width, channels = dataset.train_images.shape[1:]
@@ -470,7 +476,7 @@ class Trainer:
             settings = {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe}
             write_json(self.out / SETTINGS, settings)
             c = self.config
-            shared = {"label_smoothing": c.label_smoothing, "seed": c.seed}
+            shared = {"label_smoothing": c.label_smoothing, "seed": c.seed, "recompute": c.recompute}
             if self.device == "cpu":
                 engine = Engine(self.model, workers=c.workers, micro_batch=c.micro_batch, **shared)
             else:

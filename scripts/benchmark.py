@@ -115,9 +115,9 @@ def print_contest(report, title):
     for name, c in report["contenders"].items():
         if "largest_error" in c:
             what = f"{c['largest_error']:.1e} in {'logits' if c['loss'] is None else 'gradients'}"
-            what += f" (allowed {bench.GRADIENT_TOLERANCE:.0e})"
+            what += f" (allowed {report['allowed']['gradient']:.0e})"
             if c["loss"] is not None:
-                what += f", {c['loss_error']:.1e} in the loss (allowed {bench.LOSS_TOLERANCE:.0e})"
+                what += f", {c['loss_error']:.1e} in the loss (allowed {report['allowed']['loss']:.0e})"
             print(f"{name} agrees with us: largest relative error {what}")
 
 

@@ -24,7 +24,7 @@ examples:
 CHUNK = 512  # pictures between two steps of the progress bar
 
 
-def predict_all(model, images, *, workers=0, micro_batch=16):
+def predict_all(model, images, *, workers=0, micro_batch=0):
     """Logits of all pictures, (n, H, W, C) -> (n, K), with a progress bar if it takes over a second."""
     bar = tqdm(total=len(images), desc="pictures", unit="", delay=1, disable=None)
     with Engine(model, workers=workers, micro_batch=micro_batch) as engine, bar, quiet_overflow():

@@ -39,6 +39,19 @@ def test_matmul_of_tokens():
     np.testing.assert_allclose(backend.matmul(x, W), x @ W, rtol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
+def test_sums_and_means_of_rows(dtype):
+    x = np.random.default_rng(0).standard_normal((2, 3, 8))[..., ::2].astype(dtype)
+    tolerance = 1e-6 if dtype == np.float32 else 1e-14
+    for found, expected in (
+        (backend.row_sum(x), x.sum(axis=-1, keepdims=True)),
+        (backend.row_mean(x), x.mean(axis=-1, keepdims=True)),
+    ):
+        assert found.dtype == dtype and found.shape == (2, 3, 1)
+        np.testing.assert_allclose(found, expected, atol=tolerance)
+    assert backend.row_sum(np.arange(4.0)) == [6.0]
+
+
 def test_erf_without_scipy_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.special", None)
     with pytest.raises(ImportError, match=r"pip install .minivit\[interop\]"):

@@ -17,6 +17,7 @@ from minivit import (
     softmax_cross_entropy_forward,
 )
 from minivit.gradcheck_cases import MODEL_BATCH, MODELS
+from minivit.layers import msa
 from minivit.layers.patch_embed import patchify, unpatchify
 from minivit.model import parameter_table, pixels
 
@@ -196,11 +197,49 @@ def test_predict_and_intermediates_are_the_forward_without_dropout(name):
     logits, _ = model.forward(images)
     np.testing.assert_array_equal(model.predict(images), logits)
     seen = model.intermediates(images)
-    np.testing.assert_array_equal(seen.logits, logits)
+    np.testing.assert_allclose(seen.logits, logits, rtol=1e-12, atol=1e-14)  # its last block makes every token
     c, N = model.config, model.config.num_tokens
     assert [a.shape for a in seen.attention] == [(MODEL_BATCH, c.num_heads, N, N)] * c.depth
     assert [f.shape for f in seen.features] == [(MODEL_BATCH, N, c.width)] * (c.depth + 1)
     np.testing.assert_allclose(seen.attention[0].sum(axis=-1), 1.0)
+
+
+def test_the_last_block_works_for_the_class_token_alone():
+    for pooling, tokens in (("cls", 1), ("mean", 4)):
+        model = random_model(pooling=pooling)
+        cache = model.forward(batch(model)[0])[1]
+        assert [block.mlp.gelu.x.shape[1] for block in cache.blocks] == [model.config.num_tokens, tokens]
+        assert [block.msa.attention.q.shape[2] for block in cache.blocks] == [model.config.num_tokens, tokens]
+
+
+def test_long_sequences_change_no_number(monkeypatch):
+    model = random_model()
+    images, labels = batch(model)
+    loss, flat, _ = gradient(model, images, labels)
+    seen = model.intermediates(images)
+    monkeypatch.setattr(msa, "LONG", 5)
+    long_loss, long_flat, _ = gradient(model, images, labels)
+    long_seen = model.intermediates(images)
+    assert math.isclose(long_loss, loss, rel_tol=1e-12)
+    np.testing.assert_allclose(long_flat, flat, rtol=1e-9, atol=1e-13)
+    for a, b in zip(long_seen.attention, seen.attention, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recomputed_blocks_give_the_same_bits(name):
+    model = random_model(**MODELS[name])
+    images, labels = batch(model)
+    found = []
+    for recompute in (False, True):
+        logits, cache = model.forward(images, rng=np.random.default_rng(5), recompute=recompute)
+        dlogits = softmax_cross_entropy_backward(1.0, softmax_cross_entropy_forward(logits, labels)[1])
+        for _ in range(2):  # a backward leaves the cache as it was
+            flat, grads = model.gradient_buffer()
+            dimages = model.backward(dlogits, cache, grads, need_dimages=True)
+            found.append((logits.tobytes(), flat.tobytes(), dimages.tobytes()))
+    assert found[0] == found[1] == found[2] == found[3]
+    assert [type(block).__name__ for block in cache.blocks] == ["BlockInput"] * 2
 
 
 def test_dropout_is_drawn_from_the_generator_alone():
@@ -243,7 +282,10 @@ def test_the_dropout_sites_of_the_official_code(rate, embedding, block):
     keep = Recorder(drop=False)
     kept, _ = model.forward(images, rng=keep)
     blocks = 1 if rate == "drop_path" else 2  # stochastic depth rises from 0 in the first block
-    assert keep.shapes == embedding + blocks * block
+    expected = embedding + blocks * block
+    if rate != "drop_path":  # the last block goes on with the class token alone: 1 of its 5 tokens asks
+        expected[-len(block) :] = [(*shape[:-2], 1, shape[-1]) for shape in block]
+    assert keep.shapes == expected
     # nothing dropped, but what is kept is scaled by 1 / (1 - rate)
     assert not np.allclose(kept, model.predict(images), rtol=1e-3)
     dropped, _ = model.forward(images, rng=Recorder(drop=True))

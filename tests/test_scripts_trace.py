@@ -161,7 +161,9 @@ def test_the_picture_overlaps_nowhere(tmp_path, monkeypatch, changes):
             assert not a.overlaps(b), (texts[i].get_text(), texts[j].get_text())
     written = "\n".join(text.get_text() for text in texts)
     tokens = config.num_tokens
-    assert f"attn 64×12×{tokens}×{tokens}" in written and f"z_{config.depth}\n64×{tokens}×48" in written
+    assert f"attn 64×12×{tokens}×{tokens}" in written and f"z_0\n64×{tokens}×48" in written
+    last = 1 if config.pooling == "cls" else tokens  # the head reads the class token alone
+    assert f"z_{config.depth}\n64×{last}×48" in written
     assert ("backward" in written) == ("gradient" in written) == backward
     if backward:
         back = {r.path: r for r in t.records if r.direction == "backward"}

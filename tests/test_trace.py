@@ -81,7 +81,8 @@ def test_every_call_is_recorded_in_its_order_and_place():
     expected = {  # equation, tensor, shape, depth
         "patch_embed": ("1", "z_0", (3, 5, 12), 0),
         "blocks.0": ("2-3", "z_1", (3, 5, 12), 0),
-        "blocks.1.norm2": ("3", "v", (3, 5, 12), 1),
+        "blocks.0.norm2": ("3", "v", (3, 5, 12), 1),
+        "blocks.1.norm2": ("3", "v", (3, 1, 12), 1),  # the last block goes on with the class token alone
         "blocks.1.msa.qkv": ("5", "qkv", (3, 5, 36), 2),
         "blocks.0.msa.attention.softmax": ("6", "attn", (3, 3, 5, 5), 3),
         "blocks.0.msa.attention": ("6-7", "heads", (3, 3, 5, 4), 2),
@@ -154,6 +155,19 @@ def test_totals_are_the_closed_forms(name, dtype):
     assert found.forward_flops > found.forward_matmul_flops and found.backward_flops > found.backward_matmul_flops
 
 
+@pytest.mark.parametrize("name", ["cls", "mean", "dropout", "attention-dropout"])
+def test_totals_of_long_sequences(name, monkeypatch):
+    monkeypatch.setattr(msa, "LONG", 4)
+    monkeypatch.setattr(trace, "LONG", 4)
+    t = traced(**CONFIGS[name])
+    found = {r.path: r.function for r in t.records if r.direction == "backward"}
+    assert found["blocks.0.msa.attention"] == "flash_attention_backward"
+    last = "flash_attention_backward" if name == "mean" else "attention_backward"
+    assert found["blocks.1.msa.attention"] == last
+    assert (t.totals.forward_matmul_flops, t.totals.backward_matmul_flops) == trace.expected_flops(t.config, 3)
+    assert t.totals.cached == trace.expected_cache_bytes(t.config, 3)
+
+
 def test_without_a_generator_there_are_no_masks():
     config = ViTConfig(**SMALL, **DROPS)
     t = trace.trace_batch(config, *batch(config))
@@ -172,9 +186,9 @@ def test_float_pictures_of_a_larger_array_count_as_the_batch_alone():
     ("Ti/16", 1.25), ("S/16", 4.60), ("B/16", 17.56), ("B/32", 4.41), ("L/16", 61.55), ("L/32", 15.38), ("H/14", 167.3),
 ])  # fmt: skip
 def test_the_paper_s_models(name, gmac):
-    flops = trace.expected_flops(ViTConfig.preset(name), 1)
+    flops = trace.expected_flops(ViTConfig.preset(name), 1, every_token=True)
     assert flops.forward / 2e9 == pytest.approx(gmac, abs=0.05 if gmac > 100 else 0.005)
-    assert trace.expected_flops(ViTConfig.preset(name), 7) == (7 * flops.forward, 7 * flops.backward)
+    assert trace.expected_flops(ViTConfig.preset(name), 7, every_token=True) == (7 * flops.forward, 7 * flops.backward)
 
 
 def test_operations_per_element():
@@ -210,12 +224,13 @@ def test_operations_of_the_glue(pooling):
             own[parents[-1]] -= r.flops
         parents.append((r.path, r.direction))
     tokens, cls = 3 * t.config.num_tokens * 12, pooling == "cls"
+    last = 3 * 12 if cls else tokens  # what leaves the last block
     of_block = sum(s.size for s in parameter_table(t.config) if s.name.startswith("blocks.0."))
     of_head = 2 * 12 + 12 * 7 + 7 + 7 * 5 + 5
     expected = {
         "patch_embed": (tokens, tokens + 36 * cls), "dropout": (2 * tokens, 2 * tokens),
-        "blocks.1": (2 * tokens, 2 * tokens + of_block), "blocks.1.msa": (0, 0), "blocks.1.mlp": (0, 0),
-        "blocks.1.path1": (0, 0), "blocks.1.path1.dropout": (2 * tokens, 2 * tokens), "blocks.0.path1.dropout": (0, 0),
+        "blocks.1": (2 * last, 2 * last + of_block), "blocks.1.msa": (0, 0), "blocks.1.mlp": (0, 0),
+        "blocks.1.path1": (0, 0), "blocks.1.path1.dropout": (2 * last, 2 * last), "blocks.0.path1.dropout": (0, 0),
         "head": ((0 if cls else tokens) + 21, 3 * 21 + of_head), "loss": (8 * 15, 3 * 15),
     }  # fmt: skip
     found = {path: (own[path, "forward"], own[path, "backward"]) for path in expected}

@@ -133,6 +133,11 @@ class PathFactors:
     def __init__(self, factors):
         self.factors, self.used = factors, 0
 
+    def __deepcopy__(self, memo):
+        copy = PathFactors(self.factors)  # nobody writes to them
+        copy.used = self.used
+        return copy
+
     def next(self):
         """The factors of the next branch, (B,)."""
         self.used += 1
@@ -361,7 +366,12 @@ def _tensor_cores(N, Dh):
     tiles = _blocks(N, 16)
     array = 4 * 16 * tiles * (Dh + 4)
     shared = 2 * array, 4 * array + 2 * 4 * 16 * tiles
-    if machine().precision == "float32" or Dh not in (8, 16, 32, 64, 128) or tiles > 32 or shared[1] > machine().shared_memory:
+    if (
+        machine().precision == "float32"
+        or Dh not in (8, 16, 32, 64, 128)
+        or tiles > 32
+        or shared[1] > machine().shared_memory
+    ):
         return None
     return 32 * tiles, *shared
 
@@ -478,10 +488,12 @@ class CudaBlockCache(NamedTuple):
 
 
 def block_forward(
-    z, params, *, num_heads, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0, rng=None
-):
+    z, params, *, num_heads, queries=None, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0,
+    rng=None,
+):  # fmt: skip
     """Twin of `minivit.layers.block.block_forward`, without elementwise dropout."""
     B, N, D = z.shape
+    Q = min(queries or N, N)
     M = params["mlp.fc1.bias"].shape[0]
     drops = rng is not None and (dropout > 0.0 or attention_dropout > 0.0)
     if drops or D % 4 or D > MAX_WIDTH or M % 4 or (D // num_heads) % 4 or not _covered(z, *params.values()):
@@ -503,55 +515,68 @@ def block_forward(
     y1, _, norm1 = _layernorm(rows, wn1, bn1, eps, real)
     qkv = _product(y1, _factor(wqkv)).reshape(B, N, 3 * D)
     heads, attention = _attention_forward(qkv, bqkv, path1, num_heads)
-    heads = heads.reshape(B * N, D)
+    heads = xp.ascontiguousarray(heads[:, :Q]).reshape(B * Q, D)
     u = _product(heads, _factor(wproj))
     # Eq. 3; out = z' + path2 b2, on which the last product is added
+    rows = xp.ascontiguousarray(z[:, :Q]).reshape(B * Q, D)
     y2, out, norm2 = _layernorm(
-        rows, wn2, bn2, eps, real, u=u, bu=bproj, path1=path1, bnext=b2, path2=path2, tokens=N
+        rows, wn2, bn2, eps, real, u=u, bu=bproj, path1=path1, bnext=b2, path2=path2, tokens=Q
     )  # fmt: skip
     hidden = _product(y2, _factor(w1))
     activated = xp.empty_like(hidden)
-    arguments = (hidden, b1, path2, activated, B * N, M, N, int(erf_form))
+    arguments = (hidden, b1, path2, activated, B * Q, M, Q, int(erf_form))
     machine().launch("bias_gelu_forward", _grid(hidden.size // 4), (256,), arguments, sizes=_sizes(real, ROWS=1))
     _matmul(activated, _factor(w2), out, add=True)
     cache = CudaBlockCache(
         params, num_heads, erf_form, path1, path2, norm1, y1, qkv, attention, heads, norm2, y2, hidden, activated
     )
-    return out.reshape(B, N, D), cache
+    return out.reshape(B, Q, D), cache
+
+
+def _with_zeros(x, N):
+    """x (B, Q, D) with the gradient of what nobody read: rows of zeros up to N."""
+    B, Q, D = x.shape
+    if Q == N:
+        return x
+    full = array_module(x).zeros((B, N, D), x.dtype)
+    full[:, :Q] = x
+    return full
 
 
 def block_backward(dz, cache, grads):
     """Twin of `minivit.layers.block.block_backward`."""
     c, p = cache, cache.params
-    B, N, D = dz.shape
-    rows, M = B * N, c.hidden.shape[1]
+    B, N, _ = c.qkv.shape
+    Q, D = dz.shape[1:]
+    rows, M = B * Q, c.hidden.shape[1]
     xp = array_module(dz)
     dz = xp.ascontiguousarray(dz).reshape(rows, D)
     # z'' = z' + path2 (gelu(y2 W1 + b1) W2 + b2); "rounded" is dz as products take it
-    rounded_dz = _add_column_sum(dz, grads["mlp.fc2.bias"], c.path2, N, copy=True)
+    rounded_dz = _add_column_sum(dz, grads["mlp.fc2.bias"], c.path2, Q, copy=True)
     _matmul(c.gelu.T, rounded_dz, grads["mlp.fc2.weight"], add=True)
     dhidden = _product(rounded_dz, _factor(p["mlp.fc2.weight"]).T)  # (rows, M), before the slope of the GELU
     partial = xp.empty((_chunks(rows, _blocks(M, 128)), M), np.float32)
-    arguments = (c.hidden, p["mlp.fc1.bias"], c.path2, dhidden, dhidden, partial, rows, M, N, int(c.erf_form))
+    arguments = (c.hidden, p["mlp.fc1.bias"], c.path2, dhidden, dhidden, partial, rows, M, Q, int(c.erf_form))
     grid, block = (_blocks(M, 128), len(partial)), (32, 8)
     machine().launch("bias_gelu_backward", grid, block, arguments, sizes=_sizes(dhidden.dtype, ROWS=1))
     _add_partials(partial, [grads["mlp.fc1.bias"]], M)
     _matmul(c.y2.T, dhidden, grads["mlp.fc1.weight"], add=True)
     dy2 = _product(dhidden, _factor(p["mlp.fc1.weight"]).T)
     # y2 = LN(z'), z' = z + path1 (heads W_msa + b_msa)
-    dz, rounded_dz, partial = _layernorm_backward(dy2, c.norm2, residual=dz, path=c.path1, tokens=N)
+    dz, rounded_dz, partial = _layernorm_backward(dy2, c.norm2, residual=dz, path=c.path1, tokens=Q)
     _add_partials(partial, [grads["norm2.weight"], grads["norm2.bias"], grads["attn.proj.bias"]], D)
     _matmul(c.heads.T, rounded_dz, grads["attn.proj.weight"], add=True)
     dheads = _product(rounded_dz, _factor(p["attn.proj.weight"]).T)
     # heads = attention(y1 W_qkv + b_qkv)
+    dheads, dz = (_with_zeros(array.reshape(B, Q, D), N) for array in (dheads, dz))
     dqkv = _attention_backward(
-        dheads.reshape(B, N, D), c.qkv, p["attn.qkv.bias"], c.path1, c.attention, c.num_heads
-    ).reshape(rows, 3 * D)
+        dheads, c.qkv, p["attn.qkv.bias"], c.path1, c.attention, c.num_heads
+    ).reshape(B * N, 3 * D)  # fmt: skip
     _add_column_sum(dqkv, grads["attn.qkv.bias"])
     _matmul(c.y1.T, dqkv, grads["attn.qkv.weight"], add=True)
     dy1 = _product(dqkv, _factor(p["attn.qkv.weight"]).T)
     # y1 = LN(z)
-    dz, _, partial = _layernorm_backward(dy1, c.norm1, residual=dz)
+    dz, _, partial = _layernorm_backward(dy1, c.norm1, residual=dz.reshape(B * N, D))
     _add_partials(partial, [grads["norm1.weight"], grads["norm1.bias"]], D)
     return dz.reshape(B, N, D)
 

@@ -15,6 +15,9 @@ Backward
     where the product with f's transposed Jacobian is the branch's own backward, from its last step to its first.
     The residual path carries dz' unchanged: that is why gradients survive many blocks.
 
+    Where only the first Q tokens of the result are read (after the last block, the class token alone), the others need
+    neither ask in the attention nor pass through the MLP. They still answer: keys and values are those of all N tokens.
+
 This file is glue: it takes the block's parameters by name from a mapping, and its backward *adds* each
 gradient into a mapping of the same names (the layers themselves only return gradients).
 """
@@ -50,13 +53,15 @@ class BlockCache(NamedTuple):
 
 @accelerated
 def block_forward(
-    z, params, *, num_heads, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0, rng=None
-):
+    z, params, *, num_heads, queries=None, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0,
+    rng=None,
+):  # fmt: skip
     """One encoder block.
 
     Math    z' = MSA(LN(z)) + z;  z'' = MLP(LN(z')) + z'                                               (Eq. 2-3)
     Shapes  z (B, N, D)  ->  z'' (B, N, D);  params maps BLOCK_PARAMETERS to arrays
     Cache   of each step
+    With ``queries`` = Q, z'' (B, Q, D) is made for the first Q tokens alone: the same numbers as their rows of all.
     """
 
     def take(names):
@@ -64,10 +69,12 @@ def block_forward(
 
     # Eq. 2
     u, norm1 = layernorm_forward(z, *take(NORM1), eps=eps)
-    u, msa = msa_forward(u, *take(ATTN), num_heads=num_heads, attention_dropout=attention_dropout, rng=rng)
+    u, msa = msa_forward(
+        u, *take(ATTN), num_heads=num_heads, queries=queries, attention_dropout=attention_dropout, rng=rng
+    )  # (B, Q, D)
     u, dropout1 = dropout_forward(u, rate=dropout, rng=rng)
     u, path1 = drop_path_forward(u, rate=drop_path, rng=rng)
-    z = z + u  # z'
+    z = z[:, :queries] + u  # z'
     # Eq. 3
     u, norm2 = layernorm_forward(z, *take(NORM2), eps=eps)
     u, mlp = mlp_forward(u, *take(MLP), gelu=gelu, dropout=dropout, rng=rng)
@@ -82,7 +89,7 @@ def block_backward(dz, cache, grads):
     """Backward of `block_forward`.
 
     Math    dz' = dz'' + J_MLP.LN^T dz'';  dz = dz' + J_MSA.LN^T dz'
-    Shapes  dz (B, N, D)  ->  dz (B, N, D);  the parameter gradients are added into ``grads``
+    Shapes  dz (B, Q, D)  ->  dz (B, N, D);  the parameter gradients are added into ``grads``
     """
 
     def add(names, gradients):
@@ -102,17 +109,17 @@ def block_backward(dz, cache, grads):
     du = dropout_backward(du, cache.dropout1)
     du, *dmsa = msa_backward(du, cache.msa)
     add(ATTN, dmsa)
-    du, *dnorm1 = layernorm_backward(du, cache.norm1)
+    du, *dnorm1 = layernorm_backward(du, cache.norm1)  # (B, N, D)
     add(NORM1, dnorm1)
-    dz = dz + du
-    return dz
+    du[:, : dz.shape[1]] += dz
+    return du
 
 
 def block_jvp(zdot, paramsdot, cache):
     """Forward-mode derivative of `block_forward`.
 
     Math    z'dot = zdot + J_MSA.LN zdot;  z''dot = z'dot + J_MLP.LN z'dot
-    Shapes  zdot (B, N, D), paramsdot like params  ->  z''dot (B, N, D)
+    Shapes  zdot (B, N, D), paramsdot like params  ->  z''dot (B, Q, D)
     """
 
     def take(names):
@@ -122,7 +129,7 @@ def block_jvp(zdot, paramsdot, cache):
     udot = layernorm_jvp(zdot, *take(NORM1), cache.norm1)
     udot = msa_jvp(udot, *take(ATTN), cache.msa)
     udot = dropout_jvp(udot, cache.dropout1)
-    zdot = zdot + drop_path_jvp(udot, cache.path1)
+    zdot = zdot[:, : udot.shape[1]] + drop_path_jvp(udot, cache.path1)
     # Eq. 3
     udot = layernorm_jvp(zdot, *take(NORM2), cache.norm2)
     udot = mlp_jvp(udot, *take(MLP), cache.mlp)

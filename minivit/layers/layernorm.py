@@ -31,7 +31,7 @@ Backward
 
 from typing import Any, NamedTuple
 
-from minivit.backend import accelerated
+from minivit.backend import accelerated, array_module, row_mean
 
 
 class LayerNormCache(NamedTuple):
@@ -51,8 +51,8 @@ def layernorm_forward(x, w, b, *, eps=1e-6):
     Cache   xhat (..., D), rstd (..., 1), w
     Source  arXiv:1607.06450; eps = 1e-6 as in the official ViT code.
     """
-    xc = x - x.mean(axis=-1, keepdims=True)  # (..., D)
-    var = (xc * xc).mean(axis=-1, keepdims=True)  # (..., 1)
+    xc = x - row_mean(x)  # (..., D)
+    var = row_mean(xc * xc)  # (..., 1)
     rstd = (var + eps) ** -0.5
     xhat = xc
     xhat *= rstd  # in place: xc is ours and not read again
@@ -70,17 +70,18 @@ def layernorm_backward(dy, cache):
     Shapes  dy (..., D)  ->  dx (..., D), dw (D,), db (D,)
     """
     xhat, rstd, w = cache
-    rows = tuple(range(dy.ndim - 1))
+    D = dy.shape[-1]
     # y = xhat * w + b
     product = dy * xhat  # (..., D)
-    db = dy.sum(axis=rows)
-    dw = product.sum(axis=rows)
+    ones = array_module(dy).ones(dy.size // D, dy.dtype)  # sums over rows as products: quicker than sum(axis=0)
+    db = ones @ dy.reshape(-1, D)
+    dw = ones @ product.reshape(-1, D)
     dxhat = dy * w  # (..., D)
     # xhat = (x - mean(x)) * rstd, where rstd depends on x too
     product *= w  # = dxhat * xhat
     dx = dxhat
-    dx -= dxhat.mean(axis=-1, keepdims=True)
-    dx -= xhat * product.mean(axis=-1, keepdims=True)
+    dx -= row_mean(dxhat)
+    dx -= xhat * row_mean(product)
     dx *= rstd
     return dx, dw, db
 
@@ -94,7 +95,7 @@ def layernorm_jvp(xdot, wdot, bdot, cache):
     """
     xhat, rstd, w = cache
     # xhat = (x - mean(x)) * rstd, where rstd depends on x too
-    xcdot = xdot - xdot.mean(axis=-1, keepdims=True)
-    xhatdot = rstd * (xcdot - xhat * (xhat * xcdot).mean(axis=-1, keepdims=True))
+    xcdot = xdot - row_mean(xdot)
+    xhatdot = rstd * (xcdot - xhat * row_mean(xhat * xcdot))
     # y = xhat * w + b
     return xhatdot * w + xhat * wdot + bdot

@@ -15,7 +15,7 @@ Backward
 
 from typing import Any, NamedTuple
 
-from minivit.backend import array_module
+from minivit.backend import array_module, row_sum
 
 
 class SoftmaxCache(NamedTuple):
@@ -36,7 +36,7 @@ def softmax_forward(x, *, out=None):
     shift = x.real.max(axis=-1, keepdims=True)  # .real: a real shift keeps the complex step exact
     y = xp.subtract(x, shift, out=out)
     xp.exp(y, out=y)
-    y /= y.sum(axis=-1, keepdims=True)
+    y /= row_sum(y)
     return y, SoftmaxCache(y)
 
 
@@ -50,7 +50,7 @@ def softmax_backward(dy, cache, *, out=None):
     (y,) = cache
     xp = array_module(dy)
     # y = exp(x) / sum exp(x)
-    dx = xp.subtract(dy, (dy * y).sum(axis=-1, keepdims=True), out=out)
+    dx = xp.subtract(dy, row_sum(dy * y), out=out)
     dx *= y
     return dx
 
@@ -62,4 +62,4 @@ def softmax_jvp(xdot, cache):
     Shapes  xdot (..., n)  ->  ydot (..., n)
     """
     (y,) = cache
-    return y * (xdot - (y * xdot).sum(axis=-1, keepdims=True))
+    return y * (xdot - row_sum(y * xdot))

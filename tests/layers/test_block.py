@@ -1,8 +1,9 @@
 """block, mlp and head: the residual path, the pooling, and that gradients are added, not written."""
 
 import numpy as np
+import pytest
 
-from minivit.layers.block import BLOCK_PARAMETERS, block_backward, block_forward
+from minivit.layers.block import BLOCK_PARAMETERS, block_backward, block_forward, block_jvp
 from minivit.layers.gelu import gelu_forward
 from minivit.layers.head import head_backward, head_forward
 from minivit.layers.layernorm import layernorm_forward
@@ -87,3 +88,25 @@ def test_normalising_the_class_token_alone_is_normalising_all_and_taking_it():
     np.testing.assert_allclose(mean_logits, normed.mean(axis=1) @ p["head.weight"] + p["head.bias"], rtol=1e-12)
     dz = head_backward(np.ones((2, 3)), cache, {name: np.zeros_like(value) for name, value in p.items()})
     assert not dz[:, 1:].any() and dz[:, 0].any()
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_block_for_the_first_tokens_alone_is_the_block_of_all_where_only_those_are_read(queries):
+    """Values, every gradient and the forward-mode derivative: those of the whole block with no gradient elsewhere."""
+    rng = np.random.default_rng(5)
+    p, pdot = block_params(rng), block_params(rng)
+    z, zdot = rng.standard_normal((2, 2, 5, D))
+    all_of_it, all_cache = block_forward(z, p, num_heads=2)
+    some, cache = block_forward(z, p, num_heads=2, queries=queries)
+    assert some.shape == (2, queries, D) and cache.mlp.gelu.x.shape == (2, queries, M)
+    np.testing.assert_allclose(some, all_of_it[:, :queries], rtol=1e-12, atol=1e-13)
+    dz = np.zeros_like(z)
+    dz[:, :queries] = rng.standard_normal(some.shape)
+    expected = {name: np.zeros_like(value) for name, value in p.items()}
+    found = {name: np.zeros_like(value) for name, value in p.items()}
+    dx = block_backward(dz, all_cache, expected)
+    np.testing.assert_allclose(block_backward(dz[:, :queries], cache, found), dx, rtol=1e-11, atol=1e-12)
+    for name in p:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-11, atol=1e-12)
+    ydot = block_jvp(zdot, pdot, all_cache)[:, :queries]
+    np.testing.assert_allclose(block_jvp(zdot, pdot, cache), ydot, rtol=1e-11, atol=1e-12)
