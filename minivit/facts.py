@@ -12,7 +12,8 @@ import math
 import numpy as np
 
 from minivit.engine import Engine
-from minivit.layers.attention import attention_forward
+from minivit.layers.attention import attention_backward, attention_forward
+from minivit.layers.flash_attention import flash_attention_backward, flash_attention_forward
 from minivit.layers.layernorm import layernorm_backward, layernorm_forward
 from minivit.layers.softmax import softmax_forward
 from minivit.loss import soft_targets, softmax_cross_entropy_backward, softmax_cross_entropy_forward
@@ -44,6 +45,19 @@ def attention_is_equations_6_and_7():
         weights = np.exp(k[place[:2]] @ q[place] / math.sqrt(4))
         expected[place] = weights @ v[place[:2]] / weights.sum()
     return _error(attention_forward(q, k, v)[0], expected)
+
+
+def flash_attention_is_attention():
+    """Keys taken two or three at a time give attention's results and gradients."""
+    rng = np.random.default_rng(1)
+    q, k, v, dy = (3.0 * rng.standard_normal((2, 3, 5, 4)) for _ in range(4))
+    y, cache = attention_forward(q, k, v)
+    expected = (y, *attention_backward(dy, cache))
+    errors = []
+    for keys in (2, 3, 5):
+        y, cache = flash_attention_forward(q, k, v, keys=keys)
+        errors += [_error(*pair) for pair in zip((y, *flash_attention_backward(dy, cache)), expected, strict=True)]
+    return max(errors)
 
 
 def layernorm_rows_have_mean_0_and_variance_1():
@@ -221,6 +235,7 @@ FACTS = {
     for function in (
         softmax_is_normalised_exponentials,
         attention_is_equations_6_and_7,
+        flash_attention_is_attention,
         layernorm_rows_have_mean_0_and_variance_1,
         layernorm_gradient_ignores_a_common_shift,
         layernorm_gradient_ignores_a_common_scale,

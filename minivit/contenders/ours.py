@@ -25,7 +25,7 @@ from minivit import __version__, params
 from minivit.backend import device_name, find_device, synchronize, to_device, to_host, use_device
 from minivit.contenders import BETAS, EPS, LR, WEIGHT_DECAY, problem
 from minivit.data import batches, epoch_order
-from minivit.engine import Engine, available_cores
+from minivit.engine import Engine, available_cores, default_micro_batch
 from minivit.layers.msa import split_heads
 from minivit.model import ViT
 from minivit.optim import AdamW
@@ -199,20 +199,23 @@ def linear_backward_products(rows, d, m, times=1, *, need_dx=True):
     return products + ([Product(times, dy, _random(d, m).T, x)] if need_dx else [])
 
 
-def attention_forward_products(B, N, num_heads, Dh, times=1):
-    """scores = q k^T and heads = attn v, on strided views as in `minivit.layers.msa`."""
+def attention_forward_products(B, N, num_heads, Dh, times=1, *, queries=None):
+    """scores = q k^T and heads = attn v, on strided views as in `minivit.layers.msa`; ``queries`` as there."""
     q, k, v = split_heads(_random(B, N, 3 * num_heads * Dh), num_heads)  # (B, h, N, Dh)
-    heads = _random(B, N, num_heads, Dh).transpose(0, 2, 1, 3)
-    attn = _random(B, num_heads, N, N)
+    q = q[:, :, :queries]  # (B, h, Q, Dh)
+    heads = _random(B, q.shape[2], num_heads, Dh).transpose(0, 2, 1, 3)
+    attn = _random(B, num_heads, q.shape[2], N)
     return [Product(times, q, k.swapaxes(-1, -2), attn), Product(times, attn, v, heads)]
 
 
-def attention_backward_products(B, N, num_heads, Dh, times=1):
+def attention_backward_products(B, N, num_heads, Dh, times=1, *, queries=None):
     """dv = attn^T dheads, dattn = dheads v^T, dq = dscores k, dk = dscores^T q."""
     q, k, v = split_heads(_random(B, N, 3 * num_heads * Dh), num_heads)
     dq, dk, dv = split_heads(_random(B, N, 3 * num_heads * Dh), num_heads)
-    dheads = _random(B, N, num_heads, Dh).transpose(0, 2, 1, 3)
-    attn, dattn = _random(2, B, num_heads, N, N)
+    q, dq = q[:, :, :queries], dq[:, :, :queries]
+    Q = q.shape[2]
+    dheads = _random(B, Q, num_heads, Dh).transpose(0, 2, 1, 3)
+    attn, dattn = _random(2, B, num_heads, Q, N)
     return [
         Product(times, attn.swapaxes(-1, -2), dheads, dv),
         Product(times, dheads, v.swapaxes(-1, -2), dattn),
@@ -224,20 +227,28 @@ def attention_backward_products(B, N, num_heads, Dh, times=1):
 def model_products(config, batch, *, backward=True):
     """Every matrix product of a forward pass (and a backward pass) over a batch, as a list of `Product`.
 
-    The sum of their `Product.flops` is that of `minivit.trace.expected_flops`.
+    The sum of their `Product.flops` is that of `minivit.trace.expected_flops`, but for sequences so long that the
+    backward makes the attention map again: the floor keeps it.
     """
     c, D, M, L = config, config.width, config.mlp_dim, config.depth
-    rows, patches = batch * c.num_tokens, batch * c.grid_size**2
-    # (rows, d, m, times): embedding; qkv, proj, fc1, fc2 of each block; head
-    linears = [(rows, D, 3 * D, L), (rows, D, D, L), (rows, D, M, L), (rows, M, D, L)]
+    N, patches = c.num_tokens, batch * c.grid_size**2
+    # in the last block, only the tokens that the head reads ask and pass through the MLP
+    blocks = [(L - 1, N), (1, 1)] if c.pooling == "cls" else [(L, N)]  # how many, and the tokens of each that ask
+    blocks = [(times, Q) for times, Q in blocks if times]
+    # (rows, d, m, times): qkv, proj, fc1, fc2 of each block; head
+    linears = [(batch * N, D, 3 * D, L)]
+    for times, Q in blocks:
+        linears += [(batch * Q, D, D, times), (batch * Q, D, M, times), (batch * Q, M, D, times)]
     linears += [(batch, D, c.pre_logits, 1)] if c.pre_logits else []
     linears += [(batch, c.pre_logits or D, c.num_classes, 1)]
     embed = (patches, c.patch_size**2 * c.channels, D, 1)
-    heads = (batch, c.num_tokens, c.num_heads, D // c.num_heads, L)
-    products = linear_forward_products(*embed) + attention_forward_products(*heads)
+    heads = [((batch, N, c.num_heads, D // c.num_heads, times), {"queries": Q}) for times, Q in blocks]
+    products = linear_forward_products(*embed)
+    products += [p for shape, only in heads for p in attention_forward_products(*shape, **only)]
     products += [p for linear in linears for p in linear_forward_products(*linear)]
     if backward:
-        products += linear_backward_products(*embed, need_dx=False) + attention_backward_products(*heads)
+        products += linear_backward_products(*embed, need_dx=False)
+        products += [p for shape, only in heads for p in attention_backward_products(*shape, **only)]
         products += [p for linear in linears for p in linear_backward_products(*linear)]
     return products
 
@@ -248,8 +259,10 @@ class Floor:
     def __init__(self, job, *, blas_threads):
         cores = available_cores()
         workers = 1 if blas_threads else job.engine.get("workers") or cores
-        size = job.batch if blas_threads else min(job.engine.get("micro_batch") or 8, job.batch)
-        sizes = [min(size, job.batch - i) for i in range(0, job.batch, size)]
+        size = job.engine.get("micro_batch") or default_micro_batch(job.config)
+        rounds = 1 if blas_threads else -(-job.batch // (size * workers))
+        count = min(rounds * workers, job.batch)  # micro-batches, as the engine cuts them
+        sizes = [job.batch * (i + 1) // count - job.batch * i // count for i in range(count)]
         backward = job.task == "step"
         self.work = []  # for each worker, its micro-batches' products
         for w in range(workers):
@@ -258,7 +271,7 @@ class Floor:
         self.limits = threadpool_limits(cores if blas_threads else 1, user_api="blas")
         self.pool = ThreadPoolExecutor(workers)
         self.settings = {
-            "workers": workers, "micro_batch": size, "blas": blas(),
+            "workers": workers, "micro_batch": max(sizes), "blas": blas(),
             "gflop": 1e-9 * sum(p.flops for parts in self.work for part in parts for p in part),
         }  # fmt: skip
 
