@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minivit.backend import array_module
+from minivit.backend import array_module, kernels_wanted
 from minivit.kernels.cublas import WORKSPACE, Cublas
 from minivit.layers.block import ATTN, MLP, NORM1, NORM2
 from minivit.layers.drop_path import dropout_mask
@@ -239,7 +239,7 @@ def rounded(flat):
 
     Nobody may change the parameters meanwhile. Without it each matrix is rounded whenever it is used.
     """
-    if _real() == np.float32:
+    if not kernels_wanted() or _real() == np.float32:
         yield
         return
     _rounded.append((machine().address(flat), flat.size, _round(flat)))

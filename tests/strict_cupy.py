@@ -1,0 +1,206 @@
+"""A stand-in for CuPy that runs on the CPU, refuses what CuPy refuses, and counts what a GPU would have to do.
+
+``launches`` counts kernels by name, ``waits`` what makes the host wait for the device, ``doubles`` the results in
+float64. The names that CuPy 14.2 has are in tests/data; arrays are NumPy's, of a class that mixes with no other.
+``np.asarray(x)`` slips through.
+"""
+
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+
+_LINES = (Path(__file__).parent / "data" / "cupy-14.2-names.txt").read_text().splitlines()
+NAMES, METHODS = set(_LINES[1].split()), set(_LINES[3].split())
+VIEWS = {
+    "sliding_window_view",
+    "broadcast_to",
+    "expand_dims",
+    "swapaxes",
+    "transpose",
+    "reshape",
+    "squeeze",
+    "moveaxis",
+}
+NO_LAUNCH = VIEWS | {"empty", "empty_like", "result_type", "asarray", "array"}
+SCALARS = (bool, int, float, np.float32, np.int32, np.int64, np.uint64)
+
+launches, waits, doubles = Counter(), Counter(), Counter()
+
+
+def clear():
+    """Forget all counts."""
+    for counter in (launches, waits, doubles):
+        counter.clear()
+
+
+def _check(value):
+    if isinstance(value, (tuple, list)):
+        for one in value:
+            _check(one)
+    elif isinstance(value, np.ndarray) and not isinstance(value, ndarray):
+        raise TypeError("Unsupported type <class 'numpy.ndarray'>: a host array among device arrays")
+    elif isinstance(value, np.float64):
+        raise TypeError("a np.float64 scalar would make the result float64; use float() or np.float32()")
+
+
+def _bare(value):
+    if isinstance(value, (tuple, list)):
+        return type(value)(_bare(one) for one in value)
+    return value.view(np.ndarray) if isinstance(value, ndarray) else value
+
+
+def _wrap(value, name):
+    if isinstance(value, (tuple, list)):
+        return type(value)(_wrap(one, name) for one in value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = np.asarray(value)
+        if value.dtype == np.float64:
+            doubles[name] += 1
+        return value.view(ndarray)
+    return value
+
+
+class ndarray(np.ndarray):
+    """An array on the device that is not there."""
+
+    def __array__(self, *arguments, **keywords):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **keywords):
+        name = ufunc.__name__
+        if name not in NAMES:
+            raise AttributeError(f"cupy has no {name}")
+        if method != "__call__" or set(keywords) - {"dtype", "casting"}:
+            raise TypeError(f"cupy.{name} does not take {method} {sorted(keywords)}")
+        _check([*inputs, *(out or ())])
+        launches[name] += 1
+        if name == "matmul":  # of more than two axes, operands that are not contiguous are copied first
+            launches["copy"] += sum(x.ndim > 2 and not x.flags.c_contiguous for x in inputs)
+        result = ufunc(*_bare(inputs), **({"out": _bare(out)} if out else {}), **keywords)
+        return out[0] if out else _wrap(result, name)
+
+    def __array_function__(self, function, types, arguments, keywords):
+        return getattr(sys.modules["cupy"], function.__name__)(*arguments, **keywords)
+
+    def __getitem__(self, index):
+        parts = index if isinstance(index, tuple) else (index,)
+        _check([part for part in parts if isinstance(part, np.ndarray)])
+        if any(isinstance(part, np.ndarray) and part.dtype == bool for part in parts):
+            waits["mask"] += 1
+        launches["take"] += any(isinstance(part, np.ndarray) for part in parts)
+        return _wrap(self.view(np.ndarray)[_bare(index)], "take")
+
+    def __setitem__(self, index, value):
+        _check(value)
+        launches["fill"] += 1
+        self.view(np.ndarray)[_bare(index)] = _bare(value)
+
+    def _wait(self, what):
+        waits[what] += 1
+        return self.view(np.ndarray)
+
+    def __float__(self):
+        return float(self._wait("float"))
+
+    def __int__(self):
+        return int(self._wait("int"))
+
+    def __bool__(self):
+        return bool(self._wait("bool"))
+
+    def item(self):
+        return self._wait("item").item()
+
+    def tolist(self):
+        return self._wait("tolist").tolist()
+
+    def get(self):
+        return self._wait("get").copy()
+
+    def set(self, host):
+        """Copy from the host, which need not wait."""
+        if isinstance(host, ndarray) or host.dtype != self.dtype or host.shape != self.shape:
+            raise TypeError(f"set takes a host array of {self.dtype} {self.shape}")
+        self.view(np.ndarray)[...] = host
+
+    def astype(self, dtype, copy=True):
+        launches["astype"] += copy or np.dtype(dtype) != self.dtype
+        return _wrap(self.view(np.ndarray).astype(dtype, copy=copy), "astype")
+
+    def copy(self):
+        launches["copy"] += 1
+        return _wrap(self.view(np.ndarray).copy(), "copy")
+
+    def reshape(self, *shape):
+        result = self.view(np.ndarray).reshape(*shape)
+        launches["copy"] += not np.shares_memory(result, self.view(np.ndarray)) and result.size > 0
+        return _wrap(result, "reshape")
+
+
+def _reduction(name):
+    def reduce(self, axis=None, dtype=None, out=None, keepdims=False):
+        launches[name] += 1
+        keywords = {} if name in ("max", "min") else {"dtype": dtype}
+        return _wrap(getattr(self.view(np.ndarray), name)(axis=axis, keepdims=keepdims, **keywords), name)
+
+    return reduce
+
+
+for _name in ("sum", "mean", "max", "min"):
+    setattr(ndarray, _name, _reduction(_name))
+
+
+def _argmax(self, axis=None):
+    launches["argmax"] += 1
+    return _wrap(self.view(np.ndarray).argmax(axis=axis), "argmax")
+
+
+ndarray.argmax = _argmax
+ndarray.__module__ = "cupy"
+
+
+class Module(ModuleType):
+    """What ``import cupy`` gives."""
+
+    def __init__(self):
+        super().__init__("cupy")
+        self.ndarray, self.lib = ndarray, SimpleNamespace(stride_tricks=self)
+        NAMES.add("sliding_window_view")  # of cupy.lib.stride_tricks
+
+    def __getattr__(self, name):
+        if name not in NAMES:
+            raise AttributeError(f"module 'cupy' has no attribute {name!r}")
+        function = np.lib.stride_tricks.sliding_window_view if name == "sliding_window_view" else getattr(np, name)
+        if isinstance(function, (type, np.ufunc)):
+            return function
+
+        def call(*arguments, **keywords):
+            if name not in ("asarray", "array"):
+                _check([*arguments, *keywords.values()])
+            if set(keywords) & {"where", "initial"}:
+                raise TypeError(f"cupy.{name} takes no {sorted(keywords)}")
+            result = function(*_bare(arguments), **{key: _bare(value) for key, value in keywords.items()})
+            copied = name == "ascontiguousarray" and not np.shares_memory(result, _bare(arguments[0]))
+            launches[name] += copied if name == "ascontiguousarray" else name not in NO_LAUNCH
+            return _wrap(result, name)
+
+        return call
+
+
+@contextmanager
+def installed():
+    """While active, ``cupy`` is the stand-in."""
+    before = sys.modules.get("cupy")
+    sys.modules["cupy"] = Module()
+    clear()
+    try:
+        yield sys.modules["cupy"]
+    finally:
+        if before is None:
+            del sys.modules["cupy"]
+        else:
+            sys.modules["cupy"] = before

@@ -1,0 +1,105 @@
+"""A training step on a GPU, as far as that can be told without one: what it launches, and that nobody waits."""
+
+import sys
+
+import numpy as np
+import pytest
+import strict_cupy
+from emulator import Emulator
+from strict_cupy import doubles, installed, launches, waits
+
+from minivit import backend
+from minivit import params as parameters
+from minivit.backend import array_module, plain, to_host
+from minivit.data.loader import batches
+from minivit.engine_cuda import CudaEngine, CudaStep
+from minivit.kernels import cuda
+from minivit.model import ViT, ViTConfig
+from minivit.optim import EMA, AdamW
+
+NINE = ViTConfig(image_size=8, patch_size=4, width=8, depth=9, num_heads=1, mlp_dim=8, num_classes=10)
+
+LAUNCHES = {"float32": 306, "tf32": 306, "bf16": 307}  # of a step of nine blocks, with the kernels
+
+
+@pytest.fixture
+def cupy():
+    with installed() as module:
+        yield module
+
+
+def step_of(cupy, config, *, average=False):
+    """A training step on arrays of the stand-in, as `minivit.train` makes them: call it with the step's number."""
+    model = ViT(config, flat=cupy.asarray(ViT(config).flat))
+    optimizer = AdamW(model.flat, cupy.asarray(parameters.decay_mask(model.table)), weight_decay=0.05)
+    ema = EMA(model.flat, 0.99) if average else None
+    step = CudaStep(CudaEngine(model, label_smoothing=0.1), optimizer, ema, clip_norm=1.0, graph=False)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (8, config.image_size, config.image_size, 3), dtype=np.uint8)
+    data = cupy.asarray(images), cupy.asarray(rng.integers(0, 10, 8))
+
+    def run(number):
+        stream = batches(*data, np.arange(8), 4, seed=0, epoch=number, prefetch=0, crop_padding=1, flip=True)
+        return [step(pictures, labels, step=number, lr=1e-3) for _, pictures, labels in stream][0]
+
+    return run
+
+
+def test_plain_functions_never_wait_and_never_compute_in_float64(cupy):
+    with plain():
+        step = step_of(cupy, NINE, average=True)
+        strict_cupy.clear()
+        results = step(1)
+    assert not waits and not doubles
+    assert launches.total() / 2 == 1435  # of one of two batches
+    assert all(isinstance(result, cupy.ndarray) for result in results)
+
+
+@pytest.mark.parametrize("precision", cuda.PRECISIONS)
+def test_kernels_never_wait_and_are_few(cupy, precision):
+    with cuda.using(Emulator()) as machine:
+        machine.precision = precision
+        step = step_of(cupy, NINE)
+        strict_cupy.clear()
+        machine.launches.clear()
+        step(1)
+    assert not waits and not doubles
+    per_step = (launches.total() + machine.launches.total()) / 2
+    assert per_step == LAUNCHES[precision] <= 330, (launches, machine.launches)
+
+
+def test_it_gives_the_numbers_of_numpy(cupy):
+    with plain():
+        results = [float(result) for result in step_of(cupy, NINE)(1)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cupy, "asarray", np.asarray, raising=False)
+            expected = [float(result) for result in step_of(cupy, NINE)(1)]
+    assert results == expected
+
+
+def test_the_stand_in_is_strict(cupy):
+    x, host = cupy.asarray(np.ones((3, 4), np.float32)), np.ones((3, 4), np.float32)
+    assert array_module(x) is cupy is sys.modules["cupy"]
+    for wrong in (
+        lambda: x + host, lambda: np.add(x, host), lambda: cupy.concatenate([x, host]), lambda: x * np.float64(2.0),
+        lambda: x.__setitem__(0, host[0]), lambda: np.add(x, x, where=x > 0),
+        lambda: cupy.sum(x, initial=1.0), lambda: x.set(host.astype(np.float64)),
+    ):  # fmt: skip
+        with pytest.raises(TypeError):
+            wrong()
+    for absent in ("nditer", "frompyfunc", "vecdot"):
+        with pytest.raises(AttributeError):
+            getattr(cupy, absent)
+    strict_cupy.clear()
+    x[x > 0], float(x.sum()), to_host(x), bool((x > 0).max())
+    assert waits.total() == 4
+    assert (x.astype(np.float64) * 2.0).dtype == np.float64 and doubles.total() == 2
+    launches.clear()
+    x.reshape(4, 3), x.T, x.swapaxes(0, 1), cupy.empty(3), x[1:]
+    assert launches.total() == 0
+    x.T.reshape(-1), x + 1.0, x @ x.T
+    assert launches.total() == 3
+
+
+def test_devices_see_the_stand_in(cupy, monkeypatch):
+    assert backend.to_device(np.zeros(2), "cuda:0").__class__ is cupy.ndarray
