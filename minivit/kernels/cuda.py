@@ -53,6 +53,7 @@ class Machine:
         attributes = cupy.cuda.Device().attributes
         self.processors = attributes["MultiProcessorCount"]
         self.shared_memory = attributes["MaxSharedMemoryPerBlockOptin"]
+        self.has_tf32 = int(cupy.cuda.Device().compute_capability) >= 80
         library = load_nvidia_dynamic_lib("cublas").abs_path
         self._blas = Cublas(library, self.address, workspace=cupy.empty(WORKSPACE, np.uint8))
 
@@ -366,14 +367,8 @@ def _tensor_cores(N, Dh):
     tiles = _blocks(N, 16)
     array = 4 * 16 * tiles * (Dh + 4)
     shared = 2 * array, 4 * array + 2 * 4 * 16 * tiles
-    if (
-        machine().precision == "float32"
-        or Dh not in (8, 16, 32, 64, 128)
-        or tiles > 32
-        or shared[1] > machine().shared_memory
-    ):
-        return None
-    return 32 * tiles, *shared
+    fits = tiles <= 32 and shared[1] <= machine().shared_memory and Dh in (8, 16, 32, 64, 128)
+    return (32 * tiles, *shared) if fits and machine().has_tf32 and machine().precision != "float32" else None
 
 
 def _attention_launch(name, arguments, B, N, heads, Dh, real, arrays, maps):

@@ -87,7 +87,7 @@ class CountedCublas(Cublas):
 class Emulator:
     """Stands for a GPU: see `minivit.kernels.cuda.Machine`. ``launches`` counts kernels and products by name."""
 
-    processors = 2
+    processors, has_tf32 = 2, True
     shared_memory = 227 << 10  # of an H100
 
     def __init__(self, source=None):
