@@ -67,6 +67,13 @@ class CudaEngine(Engine):
         return array_module(model.flat).concatenate(parts)
 
 
+def _free_memory(array):
+    """Give back what the library of an array keeps of freed device memory."""
+    xp = array_module(array)
+    if hasattr(xp, "get_default_memory_pool"):
+        xp.get_default_memory_pool().free_all_blocks()
+
+
 class CudaStep:
     """Training steps - gradient, clipping, optimiser, moving average - replayed from a CUDA graph.
 
@@ -86,7 +93,30 @@ class CudaStep:
         self.replays = 0  # how many steps a graph made
 
     def __call__(self, images, labels, *, step, lr):
-        """One step on a batch: (loss, correct, gradient norm before clipping), all on the device."""
+        """One step on a batch: (loss, correct, gradient norm before clipping), all on the device.
+
+        A batch that does not fit into memory is cut in halves until it does, with a warning; the engine's
+        ``micro_batch`` is then what fits.
+        Raises  MemoryError: not even one picture fits.
+        """
+        while True:
+            try:
+                return self._step(images, labels, step, lr)
+            except MemoryError as error:
+                size = self.engine.micro_batch or len(images)
+                if size == 1:
+                    raise
+                self.engine.micro_batch = fits = -(-size // 2)
+                warnings.warn(
+                    f"{size} pictures at a time do not fit into the device's memory ({error}): going on with {fits}, "
+                    f"as --gpu-micro-batch {fits} would",
+                    stacklevel=2,
+                )
+            # after the exception, whose traceback holds the arrays
+            self._shape = self._graph = self.pool = self._results = None
+            _free_memory(images)
+
+    def _step(self, images, labels, step, lr):
         if not self.fused:
             return self._plain(images, labels, step, lr)
         xp = array_module(images)
@@ -145,6 +175,8 @@ class CudaStep:
                         self._results = self._run(self._images, self._labels, self._factors, self._hyper, step)
                     finally:
                         self._graph = stream.end_capture()
+            except MemoryError:
+                raise
             except Exception as error:
                 warnings.warn(f"steps run kernel by kernel: no CUDA graph could be made ({error})", stacklevel=3)
                 self._graph, self._wanted = None, False

@@ -28,6 +28,7 @@ step, since x itself is known to eps |x| only: check these by the complex step, 
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+
+from minivit.backend import to_device, to_host
 
 
 class Method(NamedTuple):
@@ -412,26 +415,52 @@ def diagnose(analytic, numerical, wrong, sizes):
     return f"another direction (cosine {cosine:.3f}): a wrong operand, axis or formula"
 
 
-def check_model(model_of, images, labels, flat, *, method="central", elementwise=False, label_smoothing=0.0, seed=0):
+def on_device(forward, backward, device):
+    """The pair computed on a device (see `minivit.backend.find_device`), from and to NumPy arrays, for `check`."""
+
+    def there(value):
+        if not isinstance(value, np.ndarray):
+            return value
+        return to_device(value, device) if value.ndim else value.item()
+
+    def forward_there(*args):
+        y, cache = forward(*map(there, args))
+        return to_host(y), cache
+
+    def backward_there(dy, cache):
+        gradients = backward(there(dy), cache)
+        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+        return tuple(gradient if gradient is None else to_host(gradient) for gradient in gradients)
+
+    return (forward, backward) if device == "cpu" else (forward_there, backward_there)
+
+
+def check_model(
+    model_of, images, labels, flat, *, method="central", elementwise=False, label_smoothing=0.0, seed=0, device="cpu"
+):
     """Check a whole model, parameter by parameter and the pictures too, on the cross-entropy of a batch.
 
     ``model_of(flat)`` makes the model around a parameter buffer; dropout, where the configuration has any, is
-    active with the same masks at each call.
+    active with the same masks at each call. The model's work is done on ``device``.
 
     Shapes  images (B, H, W, C) float64, labels (B,), flat (n,) float64
             ->  a list of `Result`, one per parameter and "images"
     """
     from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 
+    there = functools.partial(to_device, device=device)
+    labels = there(labels)
+
     def forward(flat, images):
-        model = model_of(flat)
-        logits, cache = model.forward(images, rng=np.random.default_rng(seed))
+        model = model_of(there(flat))
+        logits, cache = model.forward(there(images), rng=np.random.default_rng(seed))
         loss, loss_cache = softmax_cross_entropy_forward(logits, labels, label_smoothing=label_smoothing)
-        return loss, (model, cache, loss_cache)
+        return to_host(loss), (model, cache, loss_cache)
 
     loss, (model, cache, loss_cache) = forward(flat, images)
     gradient, grads = model.gradient_buffer()
     dimages = model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads, need_dimages=True)
+    gradient, dimages = to_host(gradient), to_host(dimages)
     rng = np.random.default_rng([seed, COTANGENT_STREAM])
     one, scale = np.ones(()), _scale(flat)
     B, N = len(images), model.config.num_tokens

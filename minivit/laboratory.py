@@ -37,17 +37,22 @@ def model_problem(name, seed):
     return config, flat, images, rng.integers(0, config.num_classes, MODEL_BATCH)
 
 
-def results_of(name, method, seed, *, elementwise=True):
-    """The `gradcheck.Result` list of one layer or model."""
+def results_of(name, method, seed, *, elementwise=True, device="cpu"):
+    """The `gradcheck.Result` list of one layer or model, computed on a device."""
     if name in LAYERS:
         forward, backward, args, arguments = LAYERS[name](np.random.default_rng(seed))
         return gradcheck.check(
-            forward, backward, args, names=arguments, method=method, elementwise=elementwise, seed=seed
+            *gradcheck.on_device(forward, backward, device),
+            args,
+            names=arguments,
+            method=method,
+            elementwise=elementwise,
+            seed=seed,
         )
     config, flat, images, labels = model_problem(name, seed)
     return gradcheck.check_model(
         lambda flat: ViT(config, flat=flat), images, labels, flat, method=method, elementwise=elementwise,
-        label_smoothing=0.1, seed=seed,
+        label_smoothing=0.1, seed=seed, device=device,
     )  # fmt: skip
 
 

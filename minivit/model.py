@@ -188,7 +188,7 @@ def pixels(images, dtype):
         return x
     if images.dtype.kind in "iub":
         raise InputError(f"pictures are {images.dtype}; give them as uint8 (0..255), or as floats scaled to -1..1")
-    if isinstance(images, np.ndarray) and not np.isfinite(images).all():
+    if array_module(images) is np and not np.isfinite(images).all():
         bad = int(np.argmin(np.isfinite(images).reshape(len(images), -1).all(axis=1)))
         raise InputError(f"picture {bad} of the batch has a pixel that is NaN or infinite")
     return images.astype(dtype, copy=False)

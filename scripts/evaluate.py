@@ -8,11 +8,14 @@ import numpy as np
 from tqdm import tqdm
 
 from minivit import checkpoint, plots
+from minivit.backend import device_name, find_device, to_device, to_host, use_device
 from minivit.cli import Parser, output_file, run
 from minivit.data import DATASETS
 from minivit.engine import Engine
+from minivit.engine_cuda import CudaEngine
 from minivit.errors import InputError
 from minivit.loss import softmax_cross_entropy_forward
+from minivit.model import ViT
 from minivit.train import check_workers, dataset_of, fingerprint, quiet_overflow, write_json
 
 EXAMPLES = """
@@ -24,13 +27,18 @@ examples:
 CHUNK = 512  # pictures between two steps of the progress bar
 
 
-def predict_all(model, images, *, workers=0, micro_batch=0):
+def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu"):
     """Logits of all pictures, (n, H, W, C) -> (n, K), with a progress bar if it takes over a second."""
     bar = tqdm(total=len(images), desc="pictures", unit="", delay=1, disable=None)
-    with Engine(model, workers=workers, micro_batch=micro_batch) as engine, bar, quiet_overflow():
+    if device == "cpu":
+        engine = Engine(model, workers=workers, micro_batch=micro_batch)
+    else:
+        use_device(device)
+        engine = CudaEngine(ViT(model.config, flat=to_device(model.flat, device)))
+    with engine, bar, quiet_overflow():
         parts = []
         for i in range(0, len(images), CHUNK):
-            parts.append(engine.predict(images[i : i + CHUNK]))
+            parts.append(to_host(engine.predict(to_device(images[i : i + CHUNK], device))))
             bar.update(len(parts[-1]))
     return np.concatenate(parts)
 
@@ -66,7 +74,8 @@ def show(facts):
     if "top5_accuracy" in facts:
         print(f"top 5      {facts['top5_accuracy']:.2%}")
     print(f"loss       {facts['loss']:.4f}")
-    print(f"speed      {facts['images_per_second']:,.0f} pictures/s with {facts['workers']} workers")
+    print(f"speed      {facts['images_per_second']:,.0f} pictures/s "
+          + (f"with {facts['workers']} workers" if facts["device"] == "cpu" else f"on {facts['device']}"))  # fmt: skip
     width = max(5, *(len(each["name"]) for each in facts["classes"]))
     print(f"\n{'class':{width}}  pictures  precision   recall")
     for each in facts["classes"]:
@@ -83,10 +92,12 @@ def main(argv=None):
     parser.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
                         help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads; 0 for one per core [0]")
+    parser.add_argument("--device", default="cpu", metavar="NAME",
+                        help="where to compute: cpu, cuda, cuda:1, ... or auto [cpu]")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder for confusion-NAME.png [the checkpoint's]")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every figure as JSON")
     arguments = parser.parse_args(argv)
-    workers = check_workers(arguments.workers)
+    workers, device = check_workers(arguments.workers), find_device(arguments.device)
     path = Path(arguments.checkpoint)
     model, meta = checkpoint.load_model(path, weights=arguments.weights)
     dataset = dataset_of(meta, path, name=arguments.data, data_dir=arguments.data_dir)
@@ -107,7 +118,7 @@ def main(argv=None):
     out = Path(arguments.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    logits = predict_all(model, images, workers=workers)
+    logits = predict_all(model, images, workers=workers, device=device)
     seconds = time.perf_counter() - started
     if not np.isfinite(logits).all():
         raise InputError(f"{path} gives logits that are not finite numbers: its parameters are far too large")
@@ -119,6 +130,7 @@ def main(argv=None):
         "source": dataset.source,
         "pictures_of_training_run": same,
         "workers": workers,
+        "device": device_name(device),
         "seconds": round(seconds, 3),
         "images_per_second": round(len(images) / seconds, 1),
         **figures,

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from minivit import InputError, gradcheck
+from minivit.backend import find_device, use_device
 from minivit.cli import Parser, output_file, run
 from minivit.facts import FACTS
 from minivit.gradcheck_cases import LAYERS, MODELS
@@ -20,6 +21,7 @@ EXAMPLES = """
 examples:
   python scripts/gradcheck.py                        every layer and model, element by element, two methods
   python scripts/gradcheck.py layernorm msa          only these
+  python scripts/gradcheck.py layernorm --device cuda   its gradient on a GPU, in float64
   python scripts/gradcheck.py --all                  along random directions: all methods, adjoint, second derivatives
   python scripts/gradcheck.py layernorm --depth      the error of each method against its step, explained and drawn
   python scripts/gradcheck.py --against torch        every tensor, forward and backward, against PyTorch's
@@ -31,13 +33,13 @@ The exit status is 0 if every gradient agrees (for --plant: if the mistake was e
 """
 
 
-def table_of_elements(names, methods, seed):
+def table_of_elements(names, methods, seed, device="cpu"):
     """Check each element of each gradient; prints a table; returns (rows, the largest error of each method)."""
     rows, started = [], time.perf_counter()
     print(f"{'':22}{'argument':30}{'numbers':>8}  {'method':10}{'max relative error':>19}")
     for method in methods:
         for name in names:
-            for i, r in enumerate(results_of(name, method, seed)):
+            for i, r in enumerate(results_of(name, method, seed, device=device)):
                 label, verdict = "" if i else name, "" if r.passed else "  WRONG"
                 print(
                     f"{label:22}{r.argument:30}{r.checked:8d}  {method:10}{r.max_relative_error:19.1e}{verdict}",
@@ -252,6 +254,8 @@ def main(argv=None):
     mode.add_argument("--against", choices=("torch",), help="compare every tensor of the named models with PyTorch's")
     mode.add_argument("--plant", metavar="MISTAKE", help="plant a mistake: its name, list, or random")
     parser.add_argument("--seed", type=int, help="seed of the random arguments [0], and of --plant random [any]")
+    parser.add_argument("--device", default="cpu", metavar="NAME",
+                        help="where to compute what is checked: cpu, cuda, cuda:1, ... or auto [cpu]")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", default=".", help="folder for the figures of --depth [.]")
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write the table, and max_relative_error, as JSON"
@@ -263,6 +267,10 @@ def main(argv=None):
     seed, out = arguments.seed or 0, Path(arguments.out)
     if seed < 0:
         raise InputError(f"--seed must be at least 0, got {seed}")
+    device = find_device(arguments.device)
+    if device != "cpu" and (arguments.all or arguments.depth or arguments.against or arguments.plant):
+        raise InputError("--device is for the table of every element; the other checks run on the CPU")
+    use_device(device)
     if arguments.plant == "random":
         return hunt(random.randrange(10**6) if arguments.seed is None else seed, seed, out)
     if arguments.plant:
@@ -285,7 +293,7 @@ def main(argv=None):
         report = {"passed": passed, "largest": largest, "limits": LIMITS, "seed": seed, "results": rows}
     else:
         methods = ("central", "complex") if arguments.method == "both" else (arguments.method,)
-        rows, largest = table_of_elements(names, methods, seed)
+        rows, largest = table_of_elements(names, methods, seed, device)
         passed = all(row["passed"] for row in rows)
         report = {
             "passed": passed,

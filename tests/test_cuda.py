@@ -205,6 +205,27 @@ def test_micro_batches_add_up(xp):
     assert_close(parts[1], whole[1], 1e-4)
 
 
+def test_a_batch_that_does_not_fit_is_cut(xp, monkeypatch):
+    config = CONFIGS["path"]
+    expected = steps_of(xp, AdamW, config, graph=False, micro_batch=2)
+    original = ViT.forward
+
+    def forward(self, images, **settings):
+        if len(images) > 2:
+            raise MemoryError("Out of memory allocating 9 bytes")
+        return original(self, images, **settings)
+
+    monkeypatch.setattr(ViT, "forward", forward)
+    said = r"6 pictures at a time do not fit .*9 bytes.*: going on with 3, as --gpu-micro-batch 3 would"
+    with pytest.warns(UserWarning, match=said), pytest.warns(UserWarning, match="3 pictures .* going on with 2"):
+        found = steps_of(xp, AdamW, config, graph=False)
+    for a, b in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_array_equal(a, b)
+    monkeypatch.setattr(ViT, "forward", lambda *a, **k: (_ for _ in ()).throw(MemoryError("none")))
+    with pytest.raises(MemoryError), pytest.warns(UserWarning):
+        steps_of(xp, AdamW, config, graph=False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, {"micro_batch": 3}, {"average": False, "clip_norm": 0.0}])
 def test_a_replayed_graph_gives_the_bits_of_single_kernels(settings):
@@ -263,6 +284,16 @@ def test_every_plain_layer_runs_on_a_gpu(name):
     for actual, gradient in zip(as_tuple(found), as_tuple(expected), strict=True):
         if gradient is not None:
             assert_close(to_host(actual), gradient, 1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["layernorm", "block-dropout", "loss", "vit"])
+def test_gradients_agree_with_differences_on_a_gpu(name):
+    from minivit.laboratory import results_of
+
+    backend.use_device("cuda:0")
+    for method in ("central", "complex"):
+        assert all(result.passed for result in results_of(name, method, 0, elementwise=False, device="cuda:0"))
 
 
 @pytest.mark.gpu

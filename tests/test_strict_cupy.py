@@ -8,7 +8,7 @@ import strict_cupy
 from emulator import Emulator
 from strict_cupy import doubles, installed, launches, waits
 
-from minivit import backend
+from minivit import backend, laboratory
 from minivit import params as parameters
 from minivit.backend import array_module, plain, to_host
 from minivit.data.loader import batches
@@ -99,6 +99,17 @@ def test_the_stand_in_is_strict(cupy):
     assert launches.total() == 0
     x.T.reshape(-1), x + 1.0, x @ x.T
     assert launches.total() == 3
+
+
+@pytest.mark.parametrize("name", ["linear", "block", "head", "loss-soft", "patch_embed-mean", "vit-dropout"])
+def test_gradients_are_checked_on_a_device(cupy, name):
+    """The layers get device arrays, which mix with no others, and the check gets what it gets on the host."""
+    results, expected = (
+        laboratory.results_of(name, "central", 0, elementwise=False, device=device) for device in ("cuda:0", "cpu")
+    )
+    assert launches.total() > 0
+    for result, other in zip(results, expected, strict=True):
+        assert result.passed and result.analytic == pytest.approx(other.analytic, rel=1e-12)
 
 
 def test_devices_see_the_stand_in(cupy, monkeypatch):
