@@ -134,6 +134,49 @@ def test_rounded_factors_give_the_plain_model_up_to_their_bits(xp, precision, na
         np.testing.assert_array_equal(gradient, found[2][key])
 
 
+BARRIER = "= sum;\n  __syncthreads();\n  if (threadIdx.y == 0 && c < cols) {\n    for (int i = 1; i < 16"
+PLANTED = {  # mistakes in kernels.cu: what is right, and what stands there instead
+    "layernorm: the mean is not taken off": ("v[k] = v[k] - mean;", ""),
+    "layernorm backward: the term along xhat": ("(d[k] - mean) - along * x[k]", "d[k] - mean"),
+    "layernorm backward: a barrier": ("    __syncthreads();\n  }\n}\n#endif", "  }\n}\n#endif"),
+    "column sums: some rows": ("row += gridDim.y * 8", "row += rows"),
+    "partial sums: a barrier": (BARRIER, BARRIER.replace("  __syncthreads();\n", "")),
+    "gelu: the second term": ("return s + x * s * (1.f - s)", "return s + x * (1.f - s)"),
+    "attention: padded keys count": ("j < TOKENS ? __expf(row[j] - largest) : 0.f", "__expf(row[j] - largest)"),
+    "attention: dk from k": ("scores_transposed_times_rows(ds, q", "scores_transposed_times_rows(ds, k"),
+    "embedding: a bias for the class token": ("cls[d] : bias[d]", "cls[d] + bias[d] : bias[d]"),
+    "loss: the score of the class": ("dot += t[start + k] * shifted", "dot += t[start + k] * e"),
+    "tensor cores: padded keys count": ("s[n][e] = 8 * (first + n) + 2 * t + e % 2 < TOKENS ?", "s[n][e] = true ?"),
+    "tensor cores: delta twice": ("if (q == 0) delta[n] = dot;", "if (q == 0) delta[n] = 2.f * dot;"),
+    "tensor cores: factors are not rounded": ("a[0] = to_tf32(c[0])", "a[0] = c[0]"),
+    "tensor cores: rows in the wrong order": ("(k0 + 2 * (threadIdx.x % 4))", "(k0 + threadIdx.x % 4)"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_mistake_in_a_kernel_is_caught(name, monkeypatch):
+    right, wrong = PLANTED[name]
+    source, precision = cuda.SOURCE.read_text(), "tf32" if name.startswith("tensor") else "float32"
+    assert right in source
+    config = replace(SMALL, depth=1, drop_path=0.3, image_size=12)
+    images, labels = batch_of(config, 4)
+    with plain():
+        exact = ViT(config, flat=parameters_of(config, np.float64))
+        _, loss, grads = one_pass(exact, images, labels, np.random.default_rng(3))
+    monkeypatch.setitem(backend.TWINS, "numpy", "minivit.kernels.cuda")
+    found = {}
+    for text in (source, source.replace(right, wrong, 1)):
+        with cuda.using(Emulator(text)) as machine:
+            machine.precision = precision
+            _, value, gradients = one_pass(
+                ViT(config, flat=parameters_of(config)), images, labels, np.random.default_rng(3)
+            )
+        errors = [np.linalg.norm(gradients[k] - g) / np.linalg.norm(g) for k, g in grads.items() if "qkv.bias" not in k]
+        found[text is source] = max(*errors, abs(value - loss))  # NaN counts as large
+    allowed = 1e-4 if precision == "float32" else ROUNDING[precision]
+    assert found[True] < allowed and not found[False] < allowed
+
+
 @pytest.mark.parametrize("name", ["cls", "long"])
 def test_no_plain_body_of_a_block_runs(xp, name, monkeypatch):
     config = CONFIGS[name]
