@@ -83,12 +83,11 @@ def _attention(dropout):
     return case
 
 
-def _flash_attention(dropout):
+def _flash_attention(dropout, shapes=((B, HEADS, N, D // HEADS),) * 3):
     def case(rng):
         def forward(q, k, v):  # two keys at a time: blocks of 2, 2 and 1
             return flash_attention_forward(q, k, v, dropout=dropout, rng=np.random.default_rng(1), keys=2)
 
-        shapes = [(B, HEADS, N, D // HEADS)] * 3
         return forward, flash_attention_backward, _arrays(rng, *shapes), ("q", "k", "v")
 
     return case
@@ -204,6 +203,7 @@ LAYERS = {
     "attention-dropout": _attention(0.3),
     "flash_attention": _flash_attention(0.0),
     "flash_attention-dropout": _flash_attention(0.3),
+    "flash_attention-sizes": _flash_attention(0.0, [(B, 3, 4), (B, N, 4), (B, N, M)]),  # fewer queries, wider values
     "msa": _msa,
     "mlp": _mlp,
     "block": _block(0.0),

@@ -1,8 +1,10 @@
 """The engine: micro-batches and threads change neither the gradient nor, for the same settings, a single bit."""
 
+import ctypes
 import os
 import platform
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,6 +125,19 @@ def test_predict_streams_every_picture(data):
         np.testing.assert_allclose(engine.predict(data[0], other), other.predict(data[0]), rtol=1e-10)
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 23, 24, 25])
+def test_predict_cuts_by_the_micro_batch_alone_and_does_each_part_once(monkeypatch, workers, count):
+    model, found = model_of(), []
+    images = np.zeros((count, 8, 8, 2), np.uint8)
+    images[:, 0, 0, 0] = np.arange(count)
+    predict = model.predict
+    monkeypatch.setattr(model, "predict", lambda part: found.append(part[:, 0, 0, 0].tolist()) or predict(part))
+    with Engine(model, workers=workers, micro_batch=4) as engine:
+        assert engine.predict(images).shape == (count, 5)
+    assert sorted(found) == [list(range(count))[i : i + 4] for i in range(0, count, 4)]
+
+
 def test_blas_has_one_thread_inside_and_the_callers_setting_after():
     def threads():
         return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
@@ -177,6 +192,7 @@ def test_a_micro_batch_is_about_a_thousand_tokens():
     sizes = {"Mini/4": 16, "Mini/2": 4, "Ti/16": 5, "B/8": 1, "H/14": 4}
     assert {name: engine_module.default_micro_batch(ViTConfig.preset(name)) for name in sizes} == sizes
     assert engine_module.default_micro_batch(ViTConfig(patch_size=1, image_size=64)) == 1
+    assert engine_module.default_micro_batch(ViTConfig(patch_size=4, image_size=4, pooling="mean")) == 1024
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -199,6 +215,19 @@ def test_the_callers_blas_setting_is_back_and_threads_have_a_name(data):
             engine.gradient(*data)
             assert [t for t in threading.enumerate() if t.name.startswith("minivit")]
         assert [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"] == before
+
+
+@pytest.mark.parametrize(
+    ("library", "expected"), [("glibc", {"mmap": 32 << 20, "trim": 1 << 30, "top": 64 << 20}), ("musl", {}), ("", {})]
+)
+def test_what_malloc_is_told_and_whose(monkeypatch, library, expected):
+    told = {}
+    options = {-1: "trim", -2: "top", -3: "mmap"}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of <malloc.h>
+    malloc = SimpleNamespace(mallopt=lambda option, value: told.update({options[option]: value}))
+    monkeypatch.setattr(platform, "libc_ver", lambda: (library, "2.39"))
+    monkeypatch.setattr(ctypes, "CDLL", {None: malloc}.__getitem__)
+    engine_module.keep_freed_memory()
+    assert told == expected
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
@@ -227,3 +256,21 @@ def test_recomputing_changes_no_bit(data):
             engine.gradient(*data, step=3)
             gradients.append(engine.grad.tobytes())
     assert gradients[0] == gradients[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [({}, "BlockCache"), ({"seed": 7, "label_smoothing": 0.1}, "BlockCache"), ({"recompute": True}, "BlockInput")],
+)
+def test_of_a_block_its_cache_is_kept_or_when_recomputing_its_input_alone(data, monkeypatch, settings, kept):
+    model, found = model_of(), []
+    backward = model.backward
+
+    def noting(dlogits, cache, grads):
+        found.extend(type(block).__name__ for block in cache.blocks)
+        backward(dlogits, cache, grads)
+
+    monkeypatch.setattr(model, "backward", noting)
+    with Engine(model, workers=1, micro_batch=23, **settings) as engine:
+        engine.gradient(*data)
+    assert found == [kept] * 2

@@ -7,6 +7,7 @@ import pytest
 
 from minivit.layers import msa
 from minivit.layers.attention import attention_backward, attention_forward
+from minivit.layers.dropout import dropout_forward
 from minivit.layers.flash_attention import FlashAttentionCache, flash_attention_backward, flash_attention_forward
 
 
@@ -60,6 +61,18 @@ def test_each_block_has_a_mask_of_its_own_which_is_that_of_the_backward():
     np.testing.assert_array_equal(dv[0, 0].T != 0, kept)
     again, _ = flash_attention_forward(q, k, v, dropout=0.5, rng=np.random.default_rng(1), keys=300)
     assert not np.array_equal(again, y)
+
+
+def test_a_block_draws_its_mask_from_the_stream_of_the_seed_and_its_first_key():
+    """[seed, first key], written out: another order would change every run with dropout that was ever made."""
+    q, k = np.zeros((2, 5, 4))
+    y, _ = flash_attention_forward(q, k, np.eye(5), dropout=0.5, rng=np.random.default_rng(7), keys=2)
+    seed = int(np.random.default_rng(7).integers(1 << 63))
+    masks = [
+        dropout_forward(np.ones((5, keys)), rate=0.5, rng=np.random.default_rng([seed, start]))[0]
+        for start, keys in ((0, 2), (2, 2), (4, 1))
+    ]
+    np.testing.assert_allclose(y, np.concatenate(masks, axis=1) / 5)
 
 
 def test_memory_grows_with_the_tokens_not_with_their_square():
