@@ -33,8 +33,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -291,7 +291,8 @@ def check(forward, backward, args, *, names=None, method="central", step=None, e
     ``forward(*args) -> (y, cache)`` and ``backward(dy, cache) -> dx_1`` or ``(dx_1, ..., dx_n)`` in the order of the
     arguments; fixed settings go in through a closure, and a forward that draws random numbers must draw the same ones
     at each call. Arguments that are not float arrays (labels, None) are left out; a gradient returned for one is not
-    looked at. Element by element, a wrong gradient comes with a diagnosis. ``step`` replaces the method's own.
+    looked at. Element by element, a wrong gradient comes with a diagnosis; that it is the gradient of another argument of
+    the same shape is said in any case. ``step`` replaces the method's own.
 
     Shapes  args: float arrays of any shape  ->  a list of `Result`, one per float argument
     Raises  TypeError: args is no list; the forward returns no (y, cache), or a y that is no array of numbers.
@@ -312,10 +313,19 @@ def check(forward, backward, args, *, names=None, method="central", step=None, e
     terms = float(np.abs(dy * y).sum())  # before a backward that works in place
     gradients = _gradients(backward, dy, cache, args, names)
     sizes = _sizes({names[i]: args[i].shape for i in moving})
-    return [
-        _check_argument(forward, args, i, names[i], gradients[i], dy, method, step, elementwise, rng, sizes, terms)
-        for i in moving
-    ]
+
+    def judge(i, gradient):
+        return _check_argument(forward, args, i, names[i], gradient, dy, method, step, elementwise, rng, sizes, terms)
+
+    results = {i: judge(i, gradients[i]) for i in moving}
+    for i, j in permutations(moving, 2):
+        if results[i].passed or args[i].shape != args[j].shape or not np.any(gradients[i]):
+            continue
+        if judge(j, gradients[i]).verdict == "ok":
+            other = f"it is the gradient of {names[j]}"
+            swapped = not results[j].passed and judge(i, gradients[j]).passed
+            results[i] = replace(results[i], diagnosis=f"{other}: the two are swapped" if swapped else other)
+    return list(results.values())
 
 
 def _sizes(shapes):

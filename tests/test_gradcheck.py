@@ -462,6 +462,34 @@ def test_the_pattern_of_a_mistake_is_named(mistake, message):
     assert wrong[0].diagnosis in str(wrong[0])
 
 
+@pytest.mark.parametrize("elementwise", [True, False])
+@pytest.mark.parametrize(
+    ("mistake", "expected"),
+    [
+        (lambda da, db, dc: (db, da, dc), ["it is the gradient of b: the two are swapped",
+                                           "it is the gradient of a: the two are swapped", ""]),
+        (lambda da, db, dc: (da, da, dc), ["", "it is the gradient of a", ""]),
+        (lambda da, db, dc: (da, 0 * db, 0 * dc), ["", None, ""]),  # the gradient of c is 0, but so is any dropped one
+        (lambda da, db, dc: (2 * da, db, dc), [None, "", ""]),
+    ],
+)  # fmt: skip
+def test_the_gradient_of_another_argument_is_called_so(mistake, expected, elementwise):
+    def forward(a, b, c):
+        return np.sin(a) * b + 0 * c, (a, b)
+
+    def backward(dy, cache):
+        a, b = cache
+        return mistake(np.cos(a) * b * dy, np.sin(a) * dy, 0 * dy)
+
+    args = [X, X[::-1] ** 2, X + 1]
+    results = gradcheck.check(forward, backward, args, names="abc", method="complex", elementwise=elementwise)
+    for result, diagnosis in zip(results, expected, strict=True):
+        if diagnosis is None:
+            assert not result.passed and "it is the gradient of" not in result.diagnosis
+        else:
+            assert result.diagnosis == diagnosis and result.passed == (not diagnosis)
+
+
 @pytest.mark.parametrize(
     ("factor", "message"),
     [
