@@ -291,8 +291,8 @@ def check(forward, backward, args, *, names=None, method="central", step=None, e
     ``forward(*args) -> (y, cache)`` and ``backward(dy, cache) -> dx_1`` or ``(dx_1, ..., dx_n)`` in the order of the
     arguments; fixed settings go in through a closure, and a forward that draws random numbers must draw the same ones
     at each call. Arguments that are not float arrays (labels, None) are left out; a gradient returned for one is not
-    looked at. Element by element, a wrong gradient comes with a diagnosis; that it is the gradient of another argument of
-    the same shape is said in any case. ``step`` replaces the method's own.
+    looked at. Element by element, a wrong gradient comes with a diagnosis; in any case, one that is the gradient of
+    another argument of the same shape is called so. ``step`` replaces the method's own.
 
     Shapes  args: float arrays of any shape  ->  a list of `Result`, one per float argument
     Raises  TypeError: args is no list; the forward returns no (y, cache), or a y that is no array of numbers.
@@ -323,7 +323,7 @@ def check(forward, backward, args, *, names=None, method="central", step=None, e
             continue
         if judge(j, gradients[i]).verdict == "ok":
             other = f"it is the gradient of {names[j]}"
-            swapped = not results[j].passed and judge(i, gradients[j]).passed
+            swapped = judge(i, gradients[j]).passed
             results[i] = replace(results[i], diagnosis=f"{other}: the two are swapped" if swapped else other)
     return list(results.values())
 

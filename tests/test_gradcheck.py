@@ -274,8 +274,9 @@ def test_a_backward_that_is_not_analytic_is_refused_where_it_is_differentiated()
     ("forward", "x"),
     [
         (lambda x: (np.sin(x), None), 1e8 * X),  # x + h is x, or nearly: differences tell nothing
-        (lambda x: (np.sin(x), None), 1e12 * X),
+        (lambda x: (np.sin(x), None), 1e15 * X),
         (lambda x: (np.sin(1e4 * x), None), X),  # curved over lengths of 1e-4
+        (lambda x: (np.sin(1e7 * x), None), X),
         (lambda x: (x * x * x, None), 1e-8 * X),  # truncation is all there is
         (lambda x: (1e8 + x, None), X),  # rounding is
         (lambda x: (0 * x + 1, None), X),
@@ -337,6 +338,8 @@ def test_gradients_too_small_to_tell_are_called_so():
         assert result.verdict == verdict and f"dx0: {verdict}, " in str(result)
     (zero,) = gradcheck.check(lambda x: (0 * x + 1, x), lambda dy, x: 0 * dy, [X], method="complex", elementwise=True)
     assert zero.verdict == "ok"  # both exactly 0
+    (some,) = gradcheck.check(cube_forward, cube_backward, [np.array([1e-8, 1.0])], method="complex", elementwise=True)
+    assert some.verdict == "ok"
 
 
 @pytest.mark.parametrize(
@@ -471,6 +474,7 @@ def test_the_pattern_of_a_mistake_is_named(mistake, message):
         (lambda da, db, dc: (da, da, dc), ["", "it is the gradient of a", ""]),
         (lambda da, db, dc: (da, 0 * db, 0 * dc), ["", None, ""]),  # the gradient of c is 0, but so is any dropped one
         (lambda da, db, dc: (2 * da, db, dc), [None, "", ""]),
+        (lambda da, db, dc: (1e-15 * da, db, dc), [None, "", ""]),
     ],
 )  # fmt: skip
 def test_the_gradient_of_another_argument_is_called_so(mistake, expected, elementwise):
@@ -525,6 +529,30 @@ def test_in_a_model_the_tokens_of_the_batch_are_named(monkeypatch):
     )  # fmt: skip
     assert [r.argument for r in results if not r.passed] == ["images"]
     assert "40 = 8 * 5 is that of the tokens of the batch" in results[-1].diagnosis
+
+
+def test_a_model_that_is_not_analytic_is_refused(monkeypatch):
+    def wrong(self, *args, **keywords):
+        logits, cache = right(self, *args, **keywords)
+        return logits + 0.1 * logits.real, cache
+
+    right, config = ViT.forward, ViTConfig(**{**MODELS["vit"], "depth": 1})
+    rng = np.random.default_rng(0)
+    flat = rng.standard_normal(ViT(config, dtype=np.float64).flat.size)
+    problem = lambda flat: ViT(config, flat=flat), rng.standard_normal((2, 4, 4, 3)), np.arange(2), flat  # noqa: E731
+    gradcheck.check_model(*problem, method="complex")
+    monkeypatch.setattr(ViT, "forward", wrong)
+    with pytest.raises(gradcheck.CannotTellError, match="the model is not analytic"):
+        gradcheck.check_model(*problem, method="complex")
+
+
+def test_the_step_can_be_chosen():
+    for step in (1e-3, 1e-4):
+        (result,) = gradcheck.check(cube_forward, cube_backward, [np.array([0.5])], step=step, elementwise=True)
+        assert result.step == step and f"step {step:.0e}" in str(result)
+        dy = result.analytic / 0.75
+        assert result.rounding == pytest.approx(np.finfo(float).eps * abs(dy) * 0.125 / step)
+        assert result.numerical - result.analytic == pytest.approx(dy * step**2, rel=1e-3)
 
 
 def test_the_random_cotangent_is_not_the_callers_random_input():
