@@ -119,15 +119,17 @@ def relative(result):
 def every_check(name, seed):
     """All checks of one layer or model along random directions: a dict per argument, the first with `errors_of` too.
 
-    "complex" and "central" are the figures of `relative`. Where that of a central difference is beyond its limit, the
-    better one of two steps is taken, h and h / 6: the truncation of a function that is strongly curved along the
-    direction drawn falls with h^2, a mistake stays.
+    "complex" and "central" are the figures of `relative`. Where one of a central difference is beyond its limit, the
+    best one of three steps is taken, h, h / 6 and 6 h: the truncation of a function that is strongly curved along the
+    direction drawn falls with h^2, the rounding of a long sum with 1 / h, a mistake stays.
     """
     exact, central = (results_of(name, method, seed, elementwise=False) for method in ("complex", "central"))
     figures = [relative(result) for result in central]
-    if not max(figures) <= LIMITS["central"]:
-        shorter = results_of(name, "central", seed, step=gradcheck.METHODS["central"].step / 6, elementwise=False)
-        figures = [min(figure, relative(result)) for figure, result in zip(figures, shorter, strict=True)]
+    for factor in (1 / 6, 6):
+        if not max(figures) <= LIMITS["central"]:
+            step = factor * gradcheck.METHODS["central"].step
+            others = results_of(name, "central", seed, step=step, elementwise=False)
+            figures = [min(figure, relative(result)) for figure, result in zip(figures, others, strict=True)]
     rows = [
         {"name": name, "argument": a.argument, "complex": relative(a), "central": figure}
         for a, figure in zip(exact, figures, strict=True)

@@ -21,12 +21,21 @@ def test_every_check_of_everything(name):
 def test_truncation_along_a_strongly_curved_direction_is_no_mistake(name, seed):
     central = gradcheck.METHODS["central"]
     assert max(row["central"] for row in every_check(name, seed)) <= LIMITS["central"]
-    with pytest.MonkeyPatch.context() as patch:  # the shorter step is as long as the first
+    with pytest.MonkeyPatch.context() as patch:  # with steps that are 6 times as long
         patch.setitem(gradcheck.METHODS, "central", central._replace(step=6 * central.step))
         assert max(row["central"] for row in every_check(name, seed)) > LIMITS["central"]
 
 
-def test_a_shorter_step_hides_no_mistake(monkeypatch):
+def test_rounding_at_too_short_a_step_is_no_mistake(monkeypatch):
+    central = gradcheck.METHODS["central"]
+    monkeypatch.setattr("minivit.laboratory.relative", lambda result: abs(result.analytic - result.numerical))
+    monkeypatch.setitem(gradcheck.METHODS, "central", central._replace(step=central.step / 100))
+    largest = max(row["central"] for row in every_check("vit-mean", 0))
+    monkeypatch.setitem(LIMITS, "central", largest / 3)
+    assert max(row["central"] for row in every_check("vit-mean", 0)) < largest / 3
+
+
+def test_another_step_hides_no_mistake(monkeypatch):
     forward, backward, args, names = LAYERS["linear"](np.random.default_rng(0))
     off = 1 + 2 * LIMITS["central"]
     wrong = forward, lambda dy, cache: tuple(off * gradient for gradient in backward(dy, cache)), args, names
