@@ -101,7 +101,7 @@ def numerical_derivative(forward, args, index, direction, dy, method, step=None)
     """Derivative of L = sum(dy * y) with respect to argument ``index`` along a direction.
 
     Shapes  direction like args[index], dy like y  ->  a float
-    Raises  ValueError: unknown method; the complex step of a forward that is not analytic.
+    Raises  ValueError: unknown method.  CannotTellError: for a complex argument the forward gives real numbers.
     The outputs are subtracted entry by entry before they are summed: subtracting two large sums would lose digits.
     """
     h = _method(method).step if step is None else step
@@ -177,7 +177,8 @@ def _require_analytic(what, function, args, tangents, cure=OTHER_METHOD):
         raise CannotTellError(
             f"the {what} is not analytic: along a random direction the complex step gives a derivative of length "
             f"{norm(exact):.4g}, central differences one of {norm(found[0]):.4g}, {norm(exact - found[0]):.2g} from it "
-            f"(var, norm, abs, conj, max, ... take the modulus or the real part of a complex number); {cure}"
+            "(var, norm, abs, conj, max, ... take the modulus or the real part of a complex number, or x lies on a "
+            f"kink); {cure}"
         )
 
 
@@ -636,8 +637,8 @@ def hessian_vector_product(forward, backward, args, direction, *, dy=1.0, verify
             ValueError: no direction, or one of another count or shape, or not finite; dy of another shape.
             CannotTellError: the gradient is not finite; forward or backward is not analytic.
     Warns   as `check`.
-    That the gradient is analytic is seen along v, unless ``verify`` is false: that costs two to six gradients, a
-    product itself three to four.
+    That the gradient is analytic is seen along v, unless ``verify`` is false: that costs as much as another product,
+    and two to six gradients.
     A forward that draws random numbers must draw the same at each call.
     """
     args, names, moving = _arguments(args)
@@ -650,10 +651,11 @@ def hessian_vector_product(forward, backward, args, direction, *, dy=1.0, verify
         if v is not None and not np.isfinite(v).all():
             raise ValueError(f"the direction of {names[i]} holds a value that is NaN or infinite")
     if verify:
-        _require_analytic(
-            "backward", lambda *moved: _joined(_gradient_at(forward, backward, moved, args, names, dy)), args,
-            direction, SECOND_ORDER,
-        )  # fmt: skip
+
+        def gradient(*moved):  # beside x it need not be finite
+            return _joined(_gradient_at(forward, backward, moved, args, names, dy, finite=False))
+
+        _require_analytic("backward", gradient, args, direction, SECOND_ORDER)
     # a step relative to the vector keeps h^2 v^2 out of sight at any length
     longest = max(float(np.abs(v).max()) for v in direction if v is not None) or 1.0
     h = METHODS["complex"].step / longest
@@ -664,7 +666,7 @@ def hessian_vector_product(forward, backward, args, direction, *, dy=1.0, verify
     return [g if g is None else _analytic("backward", g, SECOND_ORDER).imag / h for g in gradients]
 
 
-def _gradient_at(forward, backward, moved, args, names, dy):
+def _gradient_at(forward, backward, moved, args, names, dy, finite=True):
     """The gradient of L = sum(dy * y) at ``moved``, real or complex: a list like ``args``.
 
     Raises  as `_gradients`; and if dy has not y's shape, or of complex arguments y is real.
@@ -675,7 +677,7 @@ def _gradient_at(forward, backward, moved, args, names, dy):
     if np.ndim(dy) and np.shape(dy) != np.shape(y):
         raise ValueError(f"dy has shape {np.shape(dy)}, y has {np.shape(y)}")
     dy = np.array(np.broadcast_to(dy, np.shape(y)), np.result_type(float, np.asarray(y).dtype))
-    gradients = _gradients(backward, dy, cache, args, names, finite=True)
+    gradients = _gradients(backward, dy, cache, args, names, finite)
     return [gradients.get(i) for i in range(len(args))]
 
 

@@ -299,6 +299,19 @@ def test_what_the_hessian_vector_product_needs():
         product(v=np.nan * X)
 
 
+def test_a_hessian_vector_product_at_the_edge_of_where_the_gradient_is_defined():
+    """y = x^(3/2) / 1.5 at 1e-8: a difference would take the root of a negative number."""
+
+    def forward(x):
+        return np.sqrt(x) * x / 1.5, x
+
+    with np.errstate(invalid="ignore"):
+        (Hv,) = gradcheck.hessian_vector_product(
+            forward, lambda dy, x: np.sqrt(x) * dy, [np.full(2, 1e-8)], [np.ones(2)]
+        )
+    np.testing.assert_allclose(Hv, 0.5 / 1e-4)
+
+
 def test_a_hessian_vector_product_with_an_argument_that_stands_still():
     """The layer adds b, which is real and does not move, to a complex array in place, and the other way round."""
     args, v = [X, np.ones(4), np.zeros(4)], np.cos(X)
