@@ -170,7 +170,7 @@ HUNT = """In which function is it? Type its name, or
   adjoint NAME   its gradients along random directions, the adjoint test and the second derivatives
   depth NAME     the V-curves of a layer's forward
   facts          the facts that need no derivative
-  hint, answer, quit"""
+  hint, answer, quit (which shows no answer)"""
 
 
 def investigate(words, seed, out):
