@@ -12,13 +12,15 @@ length 1, or one entry after the other), by
 A difference subtracts two nearly equal numbers: the smaller h, the fewer digits are left. The error is smallest where
 truncation and rounding meet, at h of about eps^(1/2), eps^(1/3) and eps^(1/5), eps = 2.2e-16: the V of the error
 curve. The complex step (Squire & Trapp 1998) subtracts nothing, so its h can be so small that no truncation is left;
-it needs a forward that is analytic: free of abs, max and comparisons of values.
+it needs a forward that is analytic: of a complex x, abs, norm, var and conj give something else than their power
+series. Whether it is shows along one random direction, where the complex step and central differences must agree.
 
 The verdict on an analytic value a against a numerical one n is |a - n| <= atol + rtol max(|a|, |n|). Reported is
 
     error = |a - n| / (atol / rtol + max(|a|, |n|)),   a relative error that stays finite where the gradient is 0,
 
-and ``error <= rtol`` is that verdict exactly. Everything is float64: in float32 rounding alone makes errors of 1e-3.
+and ``error <= rtol`` is that verdict exactly. Where no value exceeds atol, any gradient as small would pass: such a
+result is "too small to tell". Everything is float64: in float32 rounding alone makes errors of 1e-3.
 
 The steps are meant for numbers of order 1. An entry beyond 100 moves by a step |x_i| / 100 times as long: x_i + h is
 rounded to a multiple of eps |x_i|, and at 1e8 a step of 6e-6 would be wrong in its third digit, as would be y. That is
@@ -31,8 +33,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -77,11 +79,18 @@ class Result:
     size: float  # root mean square of the analytic gradient: what a derivative along a random direction is like
     passed: bool
     diagnosis: str = ""  # what kind of mistake the pattern of the errors suggests
+    rounding: float = 0.0  # what the rounding of sum(dy * y) alone may add to ``numerical``
+    too_small: bool = False  # passed, but all values lie below atol and are not all 0: a missing gradient passes too
+
+    @property
+    def verdict(self):
+        """In words."""
+        return "WRONG" if not self.passed else "too small to tell" if self.too_small else "ok"
 
     def __str__(self):
         where = "" if self.element is None else f" at {self.element}"
         text = (
-            f"d{self.argument}: {'ok' if self.passed else 'WRONG'}, {self.method} differences{where}: "
+            f"d{self.argument}: {self.verdict}, {self.method} differences{where}: "
             f"analytic {self.analytic:.10g}, numerical {self.numerical:.10g}, "
             f"relative error {self.max_relative_error:.1e}, step {self.step:.0e}"
         )
@@ -92,7 +101,7 @@ def numerical_derivative(forward, args, index, direction, dy, method, step=None)
     """Derivative of L = sum(dy * y) with respect to argument ``index`` along a direction.
 
     Shapes  direction like args[index], dy like y  ->  a float
-    Raises  ValueError: unknown method; the complex step of a forward that is not analytic.
+    Raises  ValueError: unknown method.  CannotTellError: for a complex argument the forward gives real numbers.
     The outputs are subtracted entry by entry before they are summed: subtracting two large sums would lose digits.
     """
     h = _method(method).step if step is None else step
@@ -119,13 +128,58 @@ def _method(name):
     return METHODS[name]
 
 
-def _analytic(what, value):
+class CannotTellError(ValueError):
+    """What a forward or backward returns does not allow a check: it is not analytic, or not finite."""
+
+
+OTHER_METHOD = "use another method than the complex step, such as central"
+SECOND_ORDER = "second derivatives are taken by the complex step, so forward and backward must both be analytic"
+
+
+def _analytic(what, value, cure=OTHER_METHOD):
     if not np.iscomplexobj(value):
-        raise ValueError(
+        raise CannotTellError(
             f"the {what} gave real numbers for a complex argument: it is not analytic (abs, norm, a cast to float, "
-            "an array made as float?); use another method than the complex step"
+            f"an array made as float?); {cure}"
         )
     return value
+
+
+def _require_analytic(what, function, args, tangents, cure=OTHER_METHOD):
+    """See that the complex step and central differences give the same derivative along one direction.
+
+    Shapes  function(*args) -> an array; tangents: a list like ``args``, None for what does not move
+    Raises  CannotTellError: they differ by more than 1e-4, relatively, and by ten times as much as differences of
+            three lengths do among themselves. If these do not agree, they tell nothing: that is no error.
+    Entries beyond 1e6 are not moved: see the top of this file on sin at 1e8.
+    """
+    norm, h = np.linalg.norm, METHODS["complex"].step
+    tangents = {
+        i: np.where(np.abs(args[i]) <= 1e6, 0.0 if tangents[i] is None else tangents[i], 0.0) for i in _floats(args)
+    }
+    if not (length := norm(_joined(tangents.values()))):
+        return
+
+    def value(step):
+        moved = _copies(args)
+        for i, v in tangents.items():
+            moved[i] = args[i] + step / length * v
+        return function(*moved)
+
+    exact, found = _analytic(what, value(1j * h), cure).imag / h, []
+    for step in (METHODS["central"].step, 1e-4, 1e-7):
+        with np.errstate(invalid="ignore", divide="ignore"):  # at the edge of where the function is defined
+            found.append((value(step) - value(-step)) / (2 * step))
+        if not norm(exact - found[-1]) > 1e-4 * max(norm(exact), norm(found[-1])):
+            return
+    spread = max(norm(a - b) for a, b in combinations(found, 2))
+    if min(norm(exact - each) for each in found) > 10 * spread:
+        raise CannotTellError(
+            f"the {what} is not analytic: along a random direction the complex step gives a derivative of length "
+            f"{norm(exact):.4g}, central differences one of {norm(found[0]):.4g}, {norm(exact - found[0]):.2g} from it "
+            "(var, norm, abs, conj, max, ... take the modulus or the real part of a complex number, or x lies on a "
+            f"kink); {cure}"
+        )
 
 
 def _copies(args):
@@ -142,10 +196,12 @@ def _arguments(args, names=None):
 
     Raises  TypeError: ``args`` is no list or tuple.
             ValueError: names of another number; no float array; an empty one, or one with a NaN.
+    Warns   if a float array is not float64: it is converted. A NumPy float is an array without axes.
     """
     if not isinstance(args, (list, tuple)):
         raise TypeError(f"args must be a list of arguments, it is {type(args).__name__}; for one argument write [x]")
-    args, names = list(args), list(names or (f"x{i}" for i in range(len(args))))
+    args = [np.asarray(a) if isinstance(a, np.floating) else a for a in args]
+    names = list(names or (f"x{i}" for i in range(len(args))))
     if len(names) != len(args):
         raise ValueError(f"there are {len(names)} names ({', '.join(names)}) for {len(args)} arguments")
     moving = _floats(args)
@@ -157,6 +213,9 @@ def _arguments(args, names=None):
             raise ValueError(f"argument {names[i]} is empty, its shape {args[i].shape}: there is nothing to check")
         if not np.isfinite(args[i]).all():
             raise ValueError(f"argument {names[i]} holds a value that is NaN or infinite")
+        if args[i].dtype != np.float64:
+            warnings.warn(f"{names[i]} is {args[i].dtype}; it is checked as float64", stacklevel=3)
+            args[i] = args[i].astype(np.float64)
     return args, names, moving
 
 
@@ -177,11 +236,14 @@ def _value_and_cache(forward, args):
     """y and cache of a forward, which is called twice to see that it is a function.
 
     Raises  TypeError: it does not return a pair, or y is no array of numbers.
-            ValueError: y is empty or not finite; the second call returned another one.
+            ValueError: y is empty, complex or not finite; the second call returned another one.
+    Warns   if y is not float64: it cannot be checked well.
     """
     y, cache = _pair(forward(*_copies(args)))
     if not np.size(y):
         raise ValueError(f"the forward returned an empty y, of shape {np.shape(y)}: there is nothing to differentiate")
+    if np.iscomplexobj(y):
+        raise ValueError("the forward returned complex numbers for real arguments; the gradient of a real y is checked")
     if not np.isfinite(y).all():
         raise ValueError("the forward returned a value that is not finite; gradients can only be checked where it is")
     again, _ = _pair(forward(*_copies(args)))
@@ -190,18 +252,25 @@ def _value_and_cache(forward, args):
             "the forward returned different numbers for the same arguments: it must not draw fresh random ones "
             "(make a Generator of the same seed at each call) or remember the last call"
         )
+    if (dtype := np.asarray(y).dtype) != np.float64:
+        warnings.warn(
+            f"the forward returned {dtype} for float64 arguments: expect errors of its rounding", stacklevel=3
+        )
     return y, cache
 
 
-def _gradients(backward, dy, cache, args, names):
+def _gradients(backward, dy, cache, args, names, finite=False):
     """{place: gradient} of the float arguments.
 
-    Raises  TypeError: one is no array of numbers.  ValueError: gradients of the wrong count or shape.
+    Raises  TypeError: one is no array of numbers.
+            ValueError: gradients of the wrong count or shape; complex ones for a real dy.
+            CannotTellError: one is not ``finite``, if they must be.
     """
     gradients, moving = backward(dy.copy(), cache), _floats(args)
     gradients = list(gradients) if isinstance(gradients, (tuple, list)) else [gradients]
-    if len(gradients) < len(moving):
-        raise ValueError(f"the backward returned {len(gradients)} gradients for {len(moving)} arguments")
+    if not len(moving) <= len(gradients) <= len(args):
+        count = len(moving) if len(gradients) < len(moving) else len(args)
+        raise ValueError(f"the backward returned {len(gradients)} gradients for {count} arguments")
     gradients = {i: gradients[i] if i < len(gradients) else None for i in moving}
     for i, gradient in gradients.items():
         shape = None if gradient is None else np.shape(gradient)
@@ -210,45 +279,54 @@ def _gradients(backward, dy, cache, args, names):
                 f"d{names[i]} has shape {shape}, {names[i]} has {args[i].shape}{_unsummed(shape, args[i])}"
             )
         _numbers(f"gradient d{names[i]}", gradient)
+        if np.iscomplexobj(gradient) and not np.iscomplexobj(dy):
+            raise ValueError(f"the gradient d{names[i]} is complex, although x and dy are real")
+        if finite and not np.isfinite(gradient).all():
+            raise CannotTellError(f"the gradient d{names[i]} holds a value that is NaN or infinite")
     return gradients
 
 
-def check(forward, backward, args, *, names=None, method="central", elementwise=False, seed=0):
+def check(forward, backward, args, *, names=None, method="central", step=None, elementwise=False, seed=0):
     """Compare a backward with numerical derivatives of its forward, argument by argument.
 
     ``forward(*args) -> (y, cache)`` and ``backward(dy, cache) -> dx_1`` or ``(dx_1, ..., dx_n)`` in the order of the
     arguments; fixed settings go in through a closure, and a forward that draws random numbers must draw the same ones
     at each call. Arguments that are not float arrays (labels, None) are left out; a gradient returned for one is not
-    looked at. Element by element, a wrong gradient comes with a diagnosis.
+    looked at. Element by element, a wrong gradient comes with a diagnosis; in any case, one that is the gradient of
+    another argument of the same shape is called so. ``step`` replaces the method's own.
 
     Shapes  args: float arrays of any shape  ->  a list of `Result`, one per float argument
     Raises  TypeError: args is no list; the forward returns no (y, cache), or a y that is no array of numbers.
             ValueError: unknown method; no float argument; names of another number; an argument or y is empty or not
-            finite; a forward that returns different numbers at two calls; gradients of the wrong count or shape.
+            finite; a forward that returns different numbers at two calls; gradients of the wrong count or shape, or
+            complex; the complex step of a forward that is not analytic.
     Warns   if an argument is not float64 (it is converted), or y is not (it cannot be checked well).
     """
     _method(method)
     args, names, moving = _arguments(args, names)
-    for i in moving:
-        if args[i].dtype != np.float64:
-            warnings.warn(f"{names[i]} is {args[i].dtype}; it is checked as float64", stacklevel=2)
-            args[i] = args[i].astype(np.float64)
     # A stream of its own: with the caller's x drawn from the same seed, dy would equal x, and x^T dy hide a transpose.
     rng = np.random.default_rng([seed, COTANGENT_STREAM])
     y, cache = _value_and_cache(forward, args)
-    if np.asarray(y).dtype != np.float64:
-        warnings.warn(
-            f"the forward returned {np.asarray(y).dtype} for float64 arguments: expect errors of its rounding",
-            stacklevel=2,
-        )
+    if method == "complex":
+        tangents = _random_tangents(np.random.default_rng([seed, COTANGENT_STREAM, 1]), args)
+        _require_analytic("forward", lambda *moved: _pair(forward(*moved))[0], args, tangents)
     dy = rng.standard_normal(np.shape(y))
     terms = float(np.abs(dy * y).sum())  # before a backward that works in place
     gradients = _gradients(backward, dy, cache, args, names)
     sizes = _sizes({names[i]: args[i].shape for i in moving})
-    return [
-        _check_argument(forward, args, i, names[i], gradients[i], dy, method, elementwise, rng, sizes, terms)
-        for i in moving
-    ]
+
+    def judge(i, gradient):
+        return _check_argument(forward, args, i, names[i], gradient, dy, method, step, elementwise, rng, sizes, terms)
+
+    results = {i: judge(i, gradients[i]) for i in moving}
+    for i, j in permutations(moving, 2):
+        if results[i].passed or args[i].shape != args[j].shape or not np.any(gradients[i]):
+            continue
+        if judge(j, gradients[i]).verdict == "ok":
+            other = f"it is the gradient of {names[j]}"
+            swapped = judge(i, gradients[j]).passed
+            results[i] = replace(results[i], diagnosis=f"{other}: the two are swapped" if swapped else other)
+    return list(results.values())
 
 
 def _sizes(shapes):
@@ -278,7 +356,7 @@ def _scale(x):
     return np.maximum(1.0, np.abs(x) / LARGE)
 
 
-def _check_argument(forward, args, i, name, gradient, dy, method, elementwise, rng, sizes, terms):
+def _check_argument(forward, args, i, name, gradient, dy, method, step, elementwise, rng, sizes, terms):
     shape, scale = args[i].shape, _scale(args[i])
     if elementwise:
         elements = list(np.ndindex(shape))
@@ -287,7 +365,7 @@ def _check_argument(forward, args, i, name, gradient, dy, method, elementwise, r
         for j, element in enumerate(elements):
             direction = np.zeros(shape)
             direction[element] = scale[element]
-            numerical[j] = numerical_derivative(forward, args, i, direction, dy, method) / scale[element]
+            numerical[j] = numerical_derivative(forward, args, i, direction, dy, method, step) / scale[element]
         terms = terms / scale.reshape(-1)
     else:
         direction = rng.standard_normal(shape)
@@ -295,26 +373,28 @@ def _check_argument(forward, args, i, name, gradient, dy, method, elementwise, r
         direction *= scale
         elements = [None]
         analytic = np.array([(gradient * direction).sum()])
-        numerical = np.array([numerical_derivative(forward, args, i, direction, dy, method)])
+        numerical = np.array([numerical_derivative(forward, args, i, direction, dy, method, step)])
     shape, size = shape if elementwise else None, _rms(gradient * scale)
-    return compare(name, analytic, numerical, method, elements, size, shape=shape, sizes=sizes, terms=terms)
+    return compare(name, analytic, numerical, method, elements, size, step=step, shape=shape, sizes=sizes, terms=terms)
 
 
 def _rms(gradient):
     return float(np.linalg.norm(gradient) / gradient.size**0.5)
 
 
-def compare(name, analytic, numerical, method, elements, size, *, shape=None, sizes=None, terms=0.0):
+def compare(name, analytic, numerical, method, elements, size, *, step=None, shape=None, sizes=None, terms=0.0):
     """The `Result` of analytic against numerical values, (n,) each, at the given elements.
 
     ``size`` is the root mean square of the whole gradient. With ``shape``, that of the whole gradient, a wrong one is
     diagnosed; ``sizes`` names lengths of axes, as in `diagnose`; ``terms`` is sum |dy y|, the size of what is
     subtracted, over how much longer the step was: a number, or (n,).
     """
-    step, rtol, atol, _ = METHODS[method]
-    if method != "complex":  # no difference is more exact than the rounding of the sum that it subtracts
-        atol = np.maximum(atol, np.finfo(np.float64).eps * terms / step)
-    error = np.abs(analytic - numerical) / (atol / rtol + np.maximum(np.abs(analytic), np.abs(numerical)))
+    _, rtol, atol, _ = METHODS[method]
+    step = METHODS[method].step if step is None else step
+    # no difference is more exact than the rounding of the sum that it subtracts
+    rounding = 0.0 if method == "complex" else np.finfo(np.float64).eps * terms / step
+    atol, larger = np.maximum(atol, rounding), np.maximum(np.abs(analytic), np.abs(numerical))
+    error = np.abs(analytic - numerical) / (atol / rtol + larger)
     error[~np.isfinite(error)] = np.inf  # a NaN must not pass for small
     worst = int(error.argmax())
     passed = bool(error[worst] <= rtol)
@@ -337,6 +417,8 @@ def compare(name, analytic, numerical, method, elements, size, *, shape=None, si
         size,
         passed,
         diagnosis,
+        float(np.broadcast_to(rounding, error.shape)[worst]),
+        passed and bool((larger <= atol).all() and larger.any()),
     )
 
 
@@ -436,7 +518,17 @@ def on_device(forward, backward, device):
 
 
 def check_model(
-    model_of, images, labels, flat, *, method="central", elementwise=False, label_smoothing=0.0, seed=0, device="cpu"
+    model_of,
+    images,
+    labels,
+    flat,
+    *,
+    method="central",
+    step=None,
+    elementwise=False,
+    label_smoothing=0.0,
+    seed=0,
+    device="cpu",
 ):
     """Check a whole model, parameter by parameter and the pictures too, on the cross-entropy of a batch.
 
@@ -457,6 +549,9 @@ def check_model(
         loss, loss_cache = softmax_cross_entropy_forward(logits, labels, label_smoothing=label_smoothing)
         return to_host(loss), (model, cache, loss_cache)
 
+    if method == "complex":
+        tangents = _random_tangents(np.random.default_rng([seed, COTANGENT_STREAM, 1]), [flat, images])
+        _require_analytic("model", lambda *moved: forward(*moved)[0], [flat, images], tangents)
     loss, (model, cache, loss_cache) = forward(flat, images)
     gradient, grads = model.gradient_buffer()
     dimages = model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads, need_dimages=True)
@@ -480,7 +575,7 @@ def check_model(
             for j in range(spec.size):
                 place = part.start + j
                 direction[place] = scale[place]
-                moved = numerical_derivative(forward, [flat, images], 0, direction, one, method)
+                moved = numerical_derivative(forward, [flat, images], 0, direction, one, method, step)
                 numerical[j], direction[place] = moved / scale[place], 0.0
             analytic, terms = gradient[part], terms / scale[part]
         else:
@@ -488,14 +583,18 @@ def check_model(
             direction[part] = unit / np.linalg.norm(unit) * scale[part]
             elements = [None]
             analytic = np.array([gradient @ direction])
-            numerical = np.array([numerical_derivative(forward, [flat, images], 0, direction, one, method)])
+            numerical = np.array([numerical_derivative(forward, [flat, images], 0, direction, one, method, step)])
         shape, size = spec.shape if elementwise else None, _rms(gradient[part] * scale[part])
         results.append(
-            compare(spec.name, analytic, numerical, method, elements, size, shape=shape, sizes=sizes, terms=terms)
+            compare(
+                spec.name, analytic, numerical, method, elements, size, step=step, shape=shape, sizes=sizes, terms=terms
+            )
         )
     args = [flat, images]
     terms = abs(float(loss))
-    results.append(_check_argument(forward, args, 1, "images", dimages, one, method, elementwise, rng, sizes, terms))
+    results.append(
+        _check_argument(forward, args, 1, "images", dimages, one, method, step, elementwise, rng, sizes, terms)
+    )
     return results
 
 
@@ -507,6 +606,8 @@ def adjoint_error(forward, backward, jvp, args, *, seed=0):
     ``jvp(*tangents, cache) -> ydot`` takes a tangent for each argument of ``forward``, None where the argument is no
     float array.
     Raises  TypeError, ValueError: as `check`; and if ydot has not y's shape, or is zero (0 = 0 would show nothing).
+            CannotTellError: ydot or a gradient is not finite.
+    Warns   as `check`.
     """
     args, names, _ = _arguments(args)
     rng = np.random.default_rng([seed, COTANGENT_STREAM])
@@ -516,14 +617,16 @@ def adjoint_error(forward, backward, jvp, args, *, seed=0):
     ydot = _numbers("ydot that the jvp returns", jvp(*tangents, cache))
     if np.shape(ydot) != np.shape(y):
         raise ValueError(f"the jvp returned shape {np.shape(ydot)}, y has {np.shape(y)}")
+    if not np.isfinite(ydot).all():
+        raise CannotTellError("the jvp returned a value that is NaN or infinite")
     if not np.any(ydot):
         raise ValueError("the jvp returned zero everywhere: the adjoint test would compare nothing with nothing")
-    gradients = _gradients(backward, u, cache, args, names)
+    gradients = _gradients(backward, u, cache, args, names, finite=True)
     transposed = sum((tangents[i] * gradient).sum() for i, gradient in gradients.items())
     return float(abs((ydot * u).sum() - transposed) / (np.linalg.norm(ydot) * np.linalg.norm(u)))
 
 
-def hessian_vector_product(forward, backward, args, direction, *, dy=1.0):
+def hessian_vector_product(forward, backward, args, direction, *, dy=1.0, verify=True):
     """H v for the Hessian H of L = sum(dy * y), by the complex step through the backward: exact to rounding.
 
     Math    the backward's gradient g is a chain of analytic operations: g(x + i h v) = g(x) + i h H v - h^2 (...), so
@@ -531,7 +634,11 @@ def hessian_vector_product(forward, backward, args, direction, *, dy=1.0):
     Shapes  direction: a list like ``args`` of arrays v, None for what does not move; dy like y, or one number for all
             ->  a list like ``args``: H v of each float argument, None for the others
     Raises  TypeError, ValueError: as `check`.
-            ValueError: no direction, or one of another count or shape; forward or backward is not analytic.
+            ValueError: no direction, or one of another count or shape, or not finite; dy of another shape.
+            CannotTellError: the gradient is not finite; forward or backward is not analytic.
+    Warns   as `check`.
+    That the gradient is analytic is seen along v, unless ``verify`` is false: that costs as much as another product,
+    and two to six gradients.
     A forward that draws random numbers must draw the same at each call.
     """
     args, names, moving = _arguments(args)
@@ -541,14 +648,37 @@ def hessian_vector_product(forward, backward, args, direction, *, dy=1.0):
         if v is not None and (i not in moving or np.shape(v) != args[i].shape):
             of = f"has {args[i].shape}" if i in moving else "is no float array and cannot move"
             raise ValueError(f"the direction of {names[i]} has shape {np.shape(v)}, {names[i]} {of}")
+        if v is not None and not np.isfinite(v).all():
+            raise ValueError(f"the direction of {names[i]} holds a value that is NaN or infinite")
+    if verify:
+
+        def gradient(*moved):  # beside x it need not be finite
+            return _joined(_gradient_at(forward, backward, moved, args, names, dy, finite=False))
+
+        _require_analytic("backward", gradient, args, direction, SECOND_ORDER)
     # a step relative to the vector keeps h^2 v^2 out of sight at any length
     longest = max(float(np.abs(v).max()) for v in direction if v is not None) or 1.0
     h = METHODS["complex"].step / longest
-    moved = [a if v is None else a + 1j * h * np.asarray(v, float) for a, v in zip(args, direction, strict=True)]
+    moved = _copies(args)
+    for i in moving:  # those that stand still are complex too: the forward may add others to them in place
+        moved[i] = args[i] + 1j * h * np.asarray(0.0 if direction[i] is None else direction[i], float)
+    gradients = _gradient_at(forward, backward, moved, args, names, dy)
+    return [g if g is None else _analytic("backward", g, SECOND_ORDER).imag / h for g in gradients]
+
+
+def _gradient_at(forward, backward, moved, args, names, dy, finite=True):
+    """The gradient of L = sum(dy * y) at ``moved``, real or complex: a list like ``args``.
+
+    Raises  as `_gradients`; and if dy has not y's shape, or of complex arguments y is real.
+    """
     y, cache = _pair(forward(*_copies(moved)))
-    dy = np.array(np.broadcast_to(dy, np.shape(_analytic("forward", y))), complex)
-    gradients = _gradients(backward, dy, cache, args, names)
-    return [_analytic("backward", gradients[i]).imag / h if i in moving else None for i in range(len(args))]
+    if any(map(np.iscomplexobj, moved)):
+        _analytic("forward", y, SECOND_ORDER)
+    if np.ndim(dy) and np.shape(dy) != np.shape(y):
+        raise ValueError(f"dy has shape {np.shape(dy)}, y has {np.shape(y)}")
+    dy = np.array(np.broadcast_to(dy, np.shape(y)), np.result_type(float, np.asarray(y).dtype))
+    gradients = _gradients(backward, dy, cache, args, names, finite)
+    return [gradients.get(i) for i in range(len(args))]
 
 
 def _random_tangents(rng, args):
@@ -569,13 +699,14 @@ def symmetry_error(forward, backward, args, *, seed=0):
     All float arguments are moved together; 0 where L is linear in them. It is a necessary condition and no more: the
     Hessian of an elementwise function is diagonal, hence symmetric, for any elementwise backward, right or wrong; so is
     that of a constant times the true gradient.
-    Raises  TypeError, ValueError: as `check` and `hessian_vector_product`.
+    Raises  TypeError, ValueError: as `check` and `hessian_vector_product`; forward and backward must be analytic.
+    Warns   as `check`.
     """
     args, _, _ = _arguments(args)
     rng = np.random.default_rng([seed, COTANGENT_STREAM])
     dy = rng.standard_normal(np.shape(_value_and_cache(forward, args)[0]))
     u, v = (_random_tangents(rng, args) for _ in range(2))
-    Hu, Hv = (_joined(hessian_vector_product(forward, backward, args, x, dy=dy)) for x in (u, v))
+    Hu, Hv = (_joined(hessian_vector_product(forward, backward, args, x, dy=dy, verify=x is u)) for x in (u, v))
     u, v = _joined(u), _joined(v)
     scale = np.linalg.norm(u) * np.linalg.norm(Hv) + np.linalg.norm(v) * np.linalg.norm(Hu)
     return float(abs(u @ Hv - v @ Hu) / scale) if scale else 0.0
@@ -586,8 +717,10 @@ def hessian_error(forward, backward, args, *, seed=0):
 
     Math    D = (g(x + h v) - g(x - h v)) / 2h along a random v of length 1, longer where x is large, as in `check`:
             |H v - D| / (|H v| + |g|)
-    All float arguments are moved together. It shows that the backward is analytic, not that it is right.
+    All float arguments are moved together. It shows that the backward is analytic, not that it is right. A backward
+    that is not, such as one with a norm in it, makes a large error, right or wrong; a forward that is not is refused.
     Raises  TypeError, ValueError: as `check` and `hessian_vector_product`.
+    Warns   as `check`.
     """
     args, names, _ = _arguments(args)
     rng = np.random.default_rng([seed, COTANGENT_STREAM])
@@ -595,13 +728,14 @@ def hessian_error(forward, backward, args, *, seed=0):
     v = _random_tangents(rng, args)
     length = np.linalg.norm(_joined(v))
     v = [None if part is None else part / length * _scale(a) for a, part in zip(args, v, strict=True)]
+    _require_analytic("forward", lambda *moved: _pair(forward(*moved))[0], args, v, SECOND_ORDER)
 
     def gradient(multiple):
         moved = [a if part is None else a + multiple * h * part for a, part in zip(args, v, strict=True)]
-        return _joined(_gradients(backward, dy, _pair(forward(*_copies(moved)))[1], args, names).values())
+        return _joined(_gradient_at(forward, backward, moved, args, names, dy))
 
     h = METHODS["central"].step
-    Hv = _joined(hessian_vector_product(forward, backward, args, v, dy=dy))
+    Hv = _joined(hessian_vector_product(forward, backward, args, v, dy=dy, verify=False))
     difference = (gradient(1) - gradient(-1)) / (2 * h)
     return float(np.linalg.norm(Hv - difference) / (np.linalg.norm(Hv) + np.linalg.norm(gradient(0)) or 1.0))
 
@@ -622,18 +756,25 @@ def error_curve(forward, args, index, method, *, dtype=np.float64, steps=None, s
     The arithmetic is done in ``dtype``; the truth is the complex step in float64.
 
     Shapes  args as in `check`, steps (n,) or None for 10^-14 ... 10^-0.5  ->  `Curve`
-    Raises  TypeError, ValueError: as `check`; args[index] is no float array; the derivative is zero.
+    Raises  TypeError, ValueError: as `check`; args[index] is no float array; a step is not positive; the derivative is
+            zero; the forward is not analytic.
+    Warns   as `check`.
     """
     _method(method)
     args, names, moving = _arguments(args)
     if index not in moving:
         raise ValueError(f"there is no float array at args[{index}]; there is at {', '.join(map(str, moving))}")
-    steps = np.logspace(-14, -0.5, 82) if steps is None else np.asarray(steps)
+    steps = np.logspace(-14, -0.5, 82) if steps is None else np.atleast_1d(np.asarray(steps, float))
+    if not (steps.size and np.isfinite(steps).all() and (steps > 0).all()):
+        raise ValueError(f"steps must be positive numbers, got {', '.join(map(str, steps)) or 'none'}")
     rng = np.random.default_rng([seed, COTANGENT_STREAM])
     y, _ = _value_and_cache(forward, args)
     dy = rng.standard_normal(np.shape(y))
     direction = rng.standard_normal(args[index].shape)
     direction /= np.linalg.norm(direction)
+    moving_alone = [direction if i == index else None for i in range(len(args))]
+    _require_analytic("forward", lambda *moved: _pair(forward(*moved))[0], args, moving_alone,
+                      "its derivative is taken by the complex step")  # fmt: skip
     truth = numerical_derivative(forward, args, index, direction, dy, "complex")
     if not truth:
         raise ValueError(f"the derivative with respect to {names[index]} is zero: there is no relative error")

@@ -214,7 +214,12 @@ def save_curvature(path, records, *, edge, slice_=None, title=""):
     optimisers a dict preconditioned of such lists; ``edge``: what the edge belongs to, in words;
     ``slice_``: (offsets, losses) of `curvature.loss_slice` at the end of the run, or None
     An eigenvalue that has not converged is a hollow point, with a bar from it to it plus its residual.
+    A line of one point is a disc.
     """
+
+    def alone(points):
+        return {"marker": "o", "ms": 4} if len(points) == 1 else {}
+
     figure = _figure(13.5 if slice_ else 9.0, 4.0)
     panels = figure.subplots(1, 3 if slice_ else 2)
     epochs = [r["epoch"] for r in records]
@@ -228,7 +233,7 @@ def save_curvature(path, records, *, edge, slice_=None, title=""):
     def draw(measured, k, color, width, label):
         """The k-th eigenvalue of (epoch, figures) pairs."""
         sharp.semilogy([e for e, _ in measured], [m["eigenvalues"][k] for _, m in measured], color=color, lw=width,
-                       label=label)  # fmt: skip
+                       label=label, **alone(measured))  # fmt: skip
         missed.extend((e, m["eigenvalues"][k], m["residuals"][k], color) for e, m in measured if not m["converged"][k])
 
     for k in range(count):
@@ -241,7 +246,9 @@ def save_curvature(path, records, *, edge, slice_=None, title=""):
         label = None if i else "not converged: + residual"
         sharp.errorbar(epoch, value, [[0.0], [residual]], fmt="o", ms=4, color=color, mfc="white", lw=1, label=label)
     finite = [r for r in records if r["edge"]]
-    sharp.semilogy([r["epoch"] for r in finite], [r["edge"] for r in finite], color=BAD, ls="--", label=edge)
+    sharp.semilogy(
+        [r["epoch"] for r in finite], [r["edge"] for r in finite], color=BAD, ls="--", label=edge, **alone(finite)
+    )
     _style(sharp, "epoch", "curvature", "sharpness and the edge of stability")
     highest = max(m["eigenvalues"][0] for r in records for m in (r, r.get("preconditioned") or r))
     sharp.set_ylim(top=30 * highest)  # the edge goes to infinity as the learning rate goes to 0

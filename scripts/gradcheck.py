@@ -33,16 +33,19 @@ The exit status is 0 if every gradient agrees (for --plant: if the mistake was e
 """
 
 
+WIDTH = max(map(len, [*LAYERS, *MODELS])) + 2  # of the column of names
+
+
 def table_of_elements(names, methods, seed, device="cpu"):
     """Check each element of each gradient; prints a table; returns (rows, the largest error of each method)."""
     rows, started = [], time.perf_counter()
-    print(f"{'':22}{'argument':30}{'numbers':>8}  {'method':10}{'max relative error':>19}")
+    print(f"{'':{WIDTH}}{'argument':30}{'numbers':>8}  {'method':10}{'max relative error':>19}")
     for method in methods:
         for name in names:
             for i, r in enumerate(results_of(name, method, seed, device=device)):
-                label, verdict = "" if i else name, "" if r.passed else "  WRONG"
+                label, verdict = "" if i else name, "" if r.verdict == "ok" else f"  {r.verdict}"
                 print(
-                    f"{label:22}{r.argument:30}{r.checked:8d}  {method:10}{r.max_relative_error:19.1e}{verdict}",
+                    f"{label:{WIDTH}}{r.argument:30}{r.checked:8d}  {method:10}{r.max_relative_error:19.1e}{verdict}",
                     flush=True,
                 )
                 rows.append({"name": name, **vars(r)})
@@ -66,15 +69,15 @@ def table_of_everything(names, facts, seed):
     rows, started = [], time.perf_counter()
     columns = [kind for kind in LIMITS if kind != "facts"]
     if names:
-        print(f"{'':22}{'argument':30}" + "".join(f"{kind:>10}" for kind in columns))
+        print(f"{'':{WIDTH}}{'argument':30}" + "".join(f"{kind:>10}" for kind in columns))
     for name in names:
         for i, row in enumerate(every_check(name, seed)):
             rows.append(row)
             figures = "".join(f"{row[kind]:10.1e}" for kind in columns if kind in row)
-            print(f"{'' if i else name:22}{row['argument']:30}{figures}", flush=True)
+            print(f"{'' if i else name:{WIDTH}}{row['argument']:30}{figures}", flush=True)
     for name in facts:
         rows.append({"name": name, "facts": FACTS[name]()})
-        print(f"{name.replace('_', ' '):52}{rows[-1]['facts']:10.1e}")
+        print(f"{name.replace('_', ' '):{WIDTH + 30}}{rows[-1]['facts']:10.1e}")
     largest = {
         kind: max(row[kind] for row in rows if kind in row) for kind in LIMITS if any(kind in row for row in rows)
     }
@@ -107,7 +110,7 @@ def depth(name, seed, out):
 
     print(f"{name}: error of each numerical derivative along a random direction, over 82 steps from 1e-14 to 0.3")
     heads = ("best step", "predicted", "best error", "predicted", "slope", "theory")
-    print(f"{'argument':16}{'method':12}{'dtype':9}" + "".join(f"{head:>12}" for head in heads))
+    print(f"{'argument':20}{'method':12}{'dtype':9}" + "".join(f"{head:>12}" for head in heads))
     panels, report = v_curves(name, seed), {}
     for argument, curves in panels.items():
         report[argument] = []
@@ -117,7 +120,7 @@ def depth(name, seed, out):
             slope = "-" if math.isnan(knee.slope) else f"{knee.slope:.2f}"
             figures = (f"{knee.step:.0e}", predicted[0], f"{knee.error:.1e}", predicted[1], slope)
             order = gradcheck.METHODS[method].order
-            print(f"{argument:16}{method:12}{kind:9}" + "".join(f"{figure:>12}" for figure in (*figures, order)))
+            print(f"{argument:20}{method:12}{kind:9}" + "".join(f"{figure:>12}" for figure in (*figures, order)))
             finite = {key: value if math.isfinite(value) else None for key, value in knee._asdict().items()}
             report[argument].append({"method": method, "dtype": kind, **finite})
     print(THEORY)
@@ -167,7 +170,7 @@ HUNT = """In which function is it? Type its name, or
   adjoint NAME   its gradients along random directions, the adjoint test and the second derivatives
   depth NAME     the V-curves of a layer's forward
   facts          the facts that need no derivative
-  hint, answer, quit"""
+  hint, answer, quit (which shows no answer)"""
 
 
 def investigate(words, seed, out):
@@ -194,25 +197,34 @@ def investigate(words, seed, out):
 
 
 def hunt(choice, seed, out):
-    """Hide the mistake that the number ``choice`` draws and answer the reader's checks and guesses from stdin."""
+    """Hide the mistake that the number ``choice`` draws and answer the reader's checks and guesses from stdin.
+
+    The answer is shown after the right guess and where it is asked for. Returns the exit status.
+    """
     mistake = random.Random(choice).choice(list(BY_NAME.values()))
     findings = expose(mistake, seed)
     print(f"One mistake is in the code (--seed {choice} hides the same again). This is what the checks say of it:")
     show(findings)
     print(HUNT)
+    told = False
     with planted(mistake.name), quiet_overflow():
         for line in sys.stdin:
             guess = line.strip().lower()
             if guess in ("quit", "answer"):
+                told = guess == "answer"
                 break
             if guess == "hint":
                 print(mistake.hint)
             elif guess in (mistake.function.lower(), mistake.function.rpartition(".")[2].lower(), mistake.name):
                 print("Yes.")
+                told = True
                 break
             elif guess and not investigate(guess.split(), seed, out):
                 print(f"Not in {guess}.")
-    answer(mistake)
+    if told:
+        answer(mistake)
+    else:
+        print(f"Not found. --plant random --seed {choice} hides the same again; there, type answer to see it.")
     return 0 if findings else 1
 
 
@@ -241,12 +253,34 @@ def against(names, seed, json_file):
     return 1 if diverging else 0
 
 
+def refuse_ignored(arguments):
+    """Refuse what a mode would not look at.
+
+    Raises  InputError: names or --json with --plant; --method with any mode; --out where nothing is drawn.
+    """
+    modes = {
+        "--all": arguments.all,
+        "--depth": arguments.depth,
+        "--against": arguments.against,
+        "--plant": arguments.plant is not None,
+    }
+    mode = next((flag for flag, given in modes.items() if given), None)
+    if mode == "--plant" and arguments.names:
+        raise InputError(f"--plant runs every check; it takes no {arguments.names[0]}")
+    if mode == "--plant" and arguments.json:
+        raise InputError("--plant writes no table: leave --json out")
+    if mode and arguments.method:
+        raise InputError(f"{mode} chooses its methods itself: leave --method out")
+    if arguments.out and mode != "--depth" and arguments.plant != "random":
+        raise InputError("--out is the folder for what --depth draws: nothing is drawn without it")
+
+
 def main(argv=None):
     """Entry point; returns the exit status."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="gradcheck.py")
     known = [*LAYERS, *MODELS]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to check: {', '.join(known)} [all]")
-    parser.add_argument("--method", choices=(*gradcheck.METHODS, "both"), default="both",
+    parser.add_argument("--method", choices=(*gradcheck.METHODS, "both"),
                         help="how to differentiate; both: central and complex [both]")  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--all", action="store_true", help="all kinds of checks, along random directions")
@@ -256,7 +290,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, help="seed of the random arguments [0], and of --plant random [any]")
     parser.add_argument("--device", default="cpu", metavar="NAME",
                         help="where to compute what is checked: cpu, cuda, cuda:1, ... or auto [cpu]")  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", default=".", help="folder for the figures of --depth [.]")
+    parser.add_argument("--out", metavar="DIR", help="folder for the figures of --depth [.]")
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write the table, and max_relative_error, as JSON"
     )
@@ -264,16 +298,17 @@ def main(argv=None):
     for name in arguments.names:
         if name not in known:
             raise InputError(f"nothing called {name!r} to check; known: {', '.join(known)}")
-    seed, out = arguments.seed or 0, Path(arguments.out)
+    refuse_ignored(arguments)
+    seed, out, method = arguments.seed or 0, Path(arguments.out or "."), arguments.method or "both"
     if seed < 0:
         raise InputError(f"--seed must be at least 0, got {seed}")
     device = find_device(arguments.device)
-    if device != "cpu" and (arguments.all or arguments.depth or arguments.against or arguments.plant):
+    if device != "cpu" and (arguments.all or arguments.depth or arguments.against or arguments.plant is not None):
         raise InputError("--device is for the table of every element; the other checks run on the CPU")
     use_device(device)
     if arguments.plant == "random":
         return hunt(random.randrange(10**6) if arguments.seed is None else seed, seed, out)
-    if arguments.plant:
+    if arguments.plant is not None:
         return plant(arguments.plant, seed)
     if arguments.against:
         if any(name in LAYERS for name in arguments.names):
@@ -292,7 +327,7 @@ def main(argv=None):
         passed = all(largest[key] <= limit for key, limit in LIMITS.items())
         report = {"passed": passed, "largest": largest, "limits": LIMITS, "seed": seed, "results": rows}
     else:
-        methods = ("central", "complex") if arguments.method == "both" else (arguments.method,)
+        methods = ("central", "complex") if method == "both" else (method,)
         rows, largest = table_of_elements(names, methods, seed, device)
         passed = all(row["passed"] for row in rows)
         report = {

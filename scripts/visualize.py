@@ -127,6 +127,11 @@ def draw_curvature(arguments):
     if made is None:
         return 130
     records, flat = made
+    if (fewest := min(len(record["eigenvalues"]) for record in records)) < arguments.count:
+        print(
+            f"of the {arguments.count} eigenvalues asked for only {fewest} were found: "
+            f"--steps {arguments.steps} products give no more, or there are no more distinct ones"
+        )
     smoothing = settings.label_smoothing
     spectrum = curvature.sharpness(
         model.config, flat, images, labels, label_smoothing=smoothing, count=2, steps=2 * arguments.steps

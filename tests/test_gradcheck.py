@@ -127,6 +127,9 @@ FRESH, COUNT = np.random.default_rng(), itertools.count()
         (cube_forward, lambda dy, x: dy[0], [X], {}, ValueError, r"dx0 has shape \(4,\), x0 has \(3, 4\)"),
         (cube_forward, lambda dy, x: (), [X], {}, ValueError, "0 gradients for 1 arguments"),
         (cube_forward, lambda dy, x: None, [X], {}, ValueError, "dx0 has shape None"),
+        (cube_forward, lambda dy, x: (dy, dy), [X], {}, ValueError, "2 gradients for 1 arguments"),
+        (cube_forward, lambda dy, x: 1j * dy, [X], {}, ValueError, "dx0 is complex, although x and dy are real"),
+        (lambda x: (1j * x, x), cube_backward, [X], {}, ValueError, "complex numbers for real arguments"),
         (lambda x: x * x, cube_backward, [X], {}, TypeError, r"must return \(y, cache\), it returned ndarray"),
         (lambda x: (x / 0, x), cube_backward, [X], {}, ValueError, "a value that is not finite"),
         (cube_forward, cube_backward, [np.array([1.0, np.nan])], {"names": ["x"]}, ValueError, "x holds .* NaN"),
@@ -186,15 +189,176 @@ def test_the_other_tools_refuse_it_too(tool):
     if tool != "error_curve":
         refused(ValueError, r"dx0 has shape \(4,\)", backward=lambda dy, x: dy[0])
         refused(ValueError, "dx0 has shape None", backward=lambda dy, x: None)
+        refused(ValueError, "2 gradients for 1 arguments", backward=lambda dy, x: (dy, dy))
+        refused(gradcheck.CannotTellError, "dx0 holds a value that is NaN", backward=lambda dy, x: np.nan * dy)
     if tool not in ("adjoint_error", "error_curve"):
         refused(ValueError, "the backward gave real numbers", backward=lambda dy, x: abs(dy))
     if tool != "adjoint_error":
         refused(ValueError, "the forward gave real numbers", forward=lambda x: (abs(x), x))
 
 
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_other_tools_warn_of_float32_too(tool):
+    with pytest.warns(UserWarning, match="x0 is float32; it is checked as float64") as caught:
+        TOOLS[tool](cube_forward, cube_backward, [X.astype(np.float32)])
+    assert len(caught) == 1 and caught[0].filename == __file__
+    if tool != "hessian_vector_product":  # which makes no real y
+
+        def forward(x):
+            return (np.complex64 if np.iscomplexobj(x) else np.float32)(x * x * x), x
+
+        with pytest.warns(UserWarning, match="returned float32 for float64 arguments") as caught:
+            TOOLS[tool](forward, cube_backward, [X])
+        assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def normalised(length):
+    """y = x / |x| and its right gradient, |x| computed in some way."""
+
+    def forward(x):
+        n = length(x)
+        return x / n, (x / n, n)
+
+    def backward(dy, cache):
+        y, n = cache
+        return (dy - y * (y * dy).sum()) / n
+
+    return forward, backward
+
+
+NORMS = {
+    "norm": np.linalg.norm,
+    "conj": lambda x: np.sqrt((x * x.conj()).sum()),
+    "var": lambda x: np.sqrt(x.size * (x.var() + x.mean() ** 2)),
+    "abs": lambda x: np.sqrt((abs(x) ** 2).sum()),
+}
+
+
+@pytest.mark.parametrize("length", NORMS.values(), ids=NORMS.keys())
+def test_a_right_gradient_of_a_forward_that_is_not_analytic_is_not_called_wrong(length):
+    forward, backward = normalised(length)
+    assert gradcheck.check(forward, backward, [X], elementwise=True)[0].passed
+    calls = [
+        lambda: gradcheck.check(forward, backward, [X], method="complex"),
+        lambda: gradcheck.symmetry_error(forward, backward, [X]),
+        lambda: gradcheck.hessian_error(forward, backward, [X]),
+        lambda: gradcheck.hessian_vector_product(forward, backward, [X], [X**2], dy=np.cos(X)),
+        lambda: gradcheck.error_curve(forward, [X], 0, "central"),
+    ]
+    for call in calls:
+        with pytest.raises(gradcheck.CannotTellError, match=r"is not analytic: .*central.*\(var, norm, abs") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    forward, backward = normalised(lambda x: np.sqrt((x * x).sum()))
+    for call in calls:
+        call()
+    assert gradcheck.symmetry_error(forward, backward, [X]) < 1e-15
+
+
+def test_a_backward_that_is_not_analytic_is_refused_where_it_is_differentiated():
+    def forward(x):
+        return x / np.sqrt((x * x).sum()), x
+
+    def backward(dy, x):
+        n = np.linalg.norm(x)
+        return (dy - x * (x * dy).sum() / n**2) / n
+
+    assert gradcheck.check(forward, backward, [X], method="complex", elementwise=True)[0].passed
+    for tool in ("symmetry_error", "hessian_vector_product"):
+        with pytest.raises(gradcheck.CannotTellError, match="the backward is not analytic.*must both be analytic"):
+            TOOLS[tool](forward, backward, [X])
+    gradcheck.hessian_vector_product(forward, backward, [X], [X], verify=False)
+
+
+@pytest.mark.parametrize(
+    ("forward", "x"),
+    [
+        (lambda x: (np.sin(x), None), 1e8 * X),  # x + h is x, or nearly: differences tell nothing
+        (lambda x: (np.sin(x), None), 1e15 * X),
+        (lambda x: (np.sin(1e4 * x), None), X),  # curved over lengths of 1e-4
+        (lambda x: (np.sin(1e7 * x), None), X),
+        (lambda x: (x * x * x, None), 1e-8 * X),  # truncation is all there is
+        (lambda x: (1e8 + x, None), X),  # rounding is
+        (lambda x: (0 * x + 1, None), X),
+        (lambda x: (np.maximum(x, 0), None), X),  # of complex numbers, that of the real parts
+        (lambda x: (np.sqrt(x), None), np.full(3, 1e-8)),  # not a number on the left
+    ],
+)
+def test_differences_that_tell_nothing_refuse_no_analytic_forward(forward, x):
+    with np.errstate(invalid="ignore"):
+        gradcheck.check(forward, lambda dy, cache: dy, [x], method="complex")
+
+
+def test_what_the_hessian_vector_product_needs():
+    def product(v=X, dy=1.0):
+        return gradcheck.hessian_vector_product(cube_forward, cube_backward, [X], [v], dy=dy)
+
+    with pytest.raises(ValueError, match=r"dy has shape \(4,\), y has \(3, 4\)"):
+        product(dy=np.ones(4))
+    with pytest.raises(ValueError, match="the direction of x0 holds a value that is NaN"):
+        product(v=np.nan * X)
+
+
+def test_a_hessian_vector_product_at_the_edge_of_where_the_gradient_is_defined():
+    """y = x^(3/2) / 1.5 at 1e-8: a difference would take the root of a negative number."""
+
+    def forward(x):
+        return np.sqrt(x) * x / 1.5, x
+
+    with np.errstate(invalid="ignore"):
+        (Hv,) = gradcheck.hessian_vector_product(
+            forward, lambda dy, x: np.sqrt(x) * dy, [np.full(2, 1e-8)], [np.ones(2)]
+        )
+    np.testing.assert_allclose(Hv, 0.5 / 1e-4)
+
+
+def test_a_hessian_vector_product_with_an_argument_that_stands_still():
+    """The layer adds b, which is real and does not move, to a complex array in place, and the other way round."""
+    args, v = [X, np.ones(4), np.zeros(4)], np.cos(X)
+    for still in (1, 2):
+        direction = [v, 0.3 * np.ones(4), 0.2 * np.ones(4)]
+        expected = [d if i != still else 0 * d for i, d in enumerate(direction)]
+        direction[still] = None
+        one, other = (
+            gradcheck.hessian_vector_product(layernorm_forward, layernorm_backward, args, d, dy=v)
+            for d in (direction, expected)
+        )
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_numpy_float_is_an_argument():
+    def forward(x, a):
+        return a * x, (x, a)
+
+    def backward(dy, cache):
+        x, a = cache
+        return a * dy, (x * dy).sum()
+
+    for elementwise in (True, False):
+        results = gradcheck.check(
+            forward, backward, [X, np.float64(2.0)], names=["x", "a"], method="complex", elementwise=elementwise
+        )
+        assert [r.argument for r in results] == ["x", "a"] and all(r.passed for r in results)
+
+
+def test_gradients_too_small_to_tell_are_called_so():
+    """All values are far below atol: one that is off by a third passes, and it must be said that this shows nothing."""
+    for size, verdict in ((1e-8, "too small to tell"), (1.0, "WRONG")):
+        (result,) = gradcheck.check(
+            cube_forward, lambda dy, x: 2 * x * x * dy, [size * X], method="complex", elementwise=True
+        )
+        assert result.verdict == verdict and f"dx0: {verdict}, " in str(result)
+    (zero,) = gradcheck.check(lambda x: (0 * x + 1, x), lambda dy, x: 0 * dy, [X], method="complex", elementwise=True)
+    assert zero.verdict == "ok"  # both exactly 0
+    (some,) = gradcheck.check(cube_forward, cube_backward, [np.array([1e-8, 1.0])], method="complex", elementwise=True)
+    assert some.verdict == "ok"
+
+
 @pytest.mark.parametrize(
     ("jvp", "error", "message"),
     [
+        (lambda xdot, x: np.nan * xdot, ValueError, "the jvp returned a value that is NaN or infinite"),
         (lambda xdot, x: None, TypeError, "ydot .* must be an array of numbers, it is NoneType"),
         (lambda xdot, x: xdot[0], ValueError, r"the jvp returned shape \(4,\), y has \(3, 4\)"),
         (lambda xdot, x: 0 * xdot, ValueError, "zero everywhere"),
@@ -214,6 +378,9 @@ def test_curves_of_nothing_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             gradcheck.error_curve(forward, [X], index, method)
+    for steps in ([1e-3, 0.0], -1e-3, [np.nan], []):
+        with pytest.raises(ValueError, match="steps must be positive numbers, got"):
+            gradcheck.error_curve(cube_forward, [X], 0, "central", steps=steps)
     with pytest.raises(ValueError, match="method must be one of"):
         gradcheck.knee(gradcheck.error_curve(cube_forward, [X], 0, "central"), "magic")
     with pytest.raises(ValueError, match="method must be one of"):
@@ -311,6 +478,35 @@ def test_the_pattern_of_a_mistake_is_named(mistake, message):
     assert wrong[0].diagnosis in str(wrong[0])
 
 
+@pytest.mark.parametrize("elementwise", [True, False])
+@pytest.mark.parametrize(
+    ("mistake", "expected"),
+    [
+        (lambda da, db, dc: (db, da, dc), ["it is the gradient of b: the two are swapped",
+                                           "it is the gradient of a: the two are swapped", ""]),
+        (lambda da, db, dc: (da, da, dc), ["", "it is the gradient of a", ""]),
+        (lambda da, db, dc: (da, 0 * db, 0 * dc), ["", None, ""]),  # the gradient of c is 0, but so is any dropped one
+        (lambda da, db, dc: (2 * da, db, dc), [None, "", ""]),
+        (lambda da, db, dc: (1e-15 * da, db, dc), [None, "", ""]),
+    ],
+)  # fmt: skip
+def test_the_gradient_of_another_argument_is_called_so(mistake, expected, elementwise):
+    def forward(a, b, c):
+        return np.sin(a) * b + 0 * c, (a, b)
+
+    def backward(dy, cache):
+        a, b = cache
+        return mistake(np.cos(a) * b * dy, np.sin(a) * dy, 0 * dy)
+
+    args = [X, X[::-1] ** 2, X + 1]
+    results = gradcheck.check(forward, backward, args, names="abc", method="complex", elementwise=elementwise)
+    for result, diagnosis in zip(results, expected, strict=True):
+        if diagnosis is None:
+            assert not result.passed and "it is the gradient of" not in result.diagnosis
+        else:
+            assert result.diagnosis == diagnosis and result.passed == (not diagnosis)
+
+
 @pytest.mark.parametrize(
     ("factor", "message"),
     [
@@ -346,6 +542,30 @@ def test_in_a_model_the_tokens_of_the_batch_are_named(monkeypatch):
     )  # fmt: skip
     assert [r.argument for r in results if not r.passed] == ["images"]
     assert "40 = 8 * 5 is that of the tokens of the batch" in results[-1].diagnosis
+
+
+def test_a_model_that_is_not_analytic_is_refused(monkeypatch):
+    def wrong(self, *args, **keywords):
+        logits, cache = right(self, *args, **keywords)
+        return logits + 0.1 * logits.real, cache
+
+    right, config = ViT.forward, ViTConfig(**{**MODELS["vit"], "depth": 1})
+    rng = np.random.default_rng(0)
+    flat = rng.standard_normal(ViT(config, dtype=np.float64).flat.size)
+    problem = lambda flat: ViT(config, flat=flat), rng.standard_normal((2, 4, 4, 3)), np.arange(2), flat  # noqa: E731
+    gradcheck.check_model(*problem, method="complex")
+    monkeypatch.setattr(ViT, "forward", wrong)
+    with pytest.raises(gradcheck.CannotTellError, match="the model is not analytic"):
+        gradcheck.check_model(*problem, method="complex")
+
+
+def test_the_step_can_be_chosen():
+    for step in (1e-3, 1e-4):
+        (result,) = gradcheck.check(cube_forward, cube_backward, [np.array([0.5])], step=step, elementwise=True)
+        assert result.step == step and f"step {step:.0e}" in str(result)
+        dy = result.analytic / 0.75
+        assert result.rounding == pytest.approx(np.finfo(float).eps * abs(dy) * 0.125 / step)
+        assert result.numerical - result.analytic == pytest.approx(dy * step**2, rel=1e-3)
 
 
 def test_the_random_cotangent_is_not_the_callers_random_input():

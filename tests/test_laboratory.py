@@ -5,7 +5,7 @@ import pytest
 
 from minivit import ViT, gradcheck
 from minivit.gradcheck_cases import LAYERS, MODELS
-from minivit.laboratory import LIMITS, errors_of, every_check, expose, model_problem, pair_of, v_curves
+from minivit.laboratory import LIMITS, errors_of, every_check, expose, model_problem, pair_of, relative, v_curves
 from minivit.mistakes import find
 
 
@@ -15,6 +15,44 @@ def test_every_check_of_everything(name):
     assert set(LIMITS) - {"facts"} < set(first)
     for row in (first, *others):
         assert all(row[kind] <= limit for kind, limit in LIMITS.items() if kind in row), row
+
+
+@pytest.mark.parametrize(("name", "seed"), [("vit-dropout", 24), ("vit-pre_logits", 29)])
+def test_truncation_along_a_strongly_curved_direction_is_no_mistake(name, seed):
+    central = gradcheck.METHODS["central"]
+    assert max(row["central"] for row in every_check(name, seed)) <= LIMITS["central"]
+    with pytest.MonkeyPatch.context() as patch:  # with steps that are 6 times as long
+        patch.setitem(gradcheck.METHODS, "central", central._replace(step=6 * central.step))
+        assert max(row["central"] for row in every_check(name, seed)) > LIMITS["central"]
+
+
+def test_rounding_at_too_short_a_step_is_no_mistake(monkeypatch):
+    central = gradcheck.METHODS["central"]
+    monkeypatch.setattr("minivit.laboratory.relative", lambda result: abs(result.analytic - result.numerical))
+    monkeypatch.setitem(gradcheck.METHODS, "central", central._replace(step=central.step / 100))
+    largest = max(row["central"] for row in every_check("vit-mean", 0))
+    monkeypatch.setitem(LIMITS, "central", largest / 3)
+    assert max(row["central"] for row in every_check("vit-mean", 0)) < largest / 3
+
+
+def test_another_step_hides_no_mistake(monkeypatch):
+    forward, backward, args, names = LAYERS["linear"](np.random.default_rng(0))
+    off = 1 + 2 * LIMITS["central"]
+    wrong = forward, lambda dy, cache: tuple(off * gradient for gradient in backward(dy, cache)), args, names
+    monkeypatch.setitem(LAYERS, "linear", lambda rng: wrong)
+    figures = [row["central"] for row in every_check("linear", 0)]
+    assert len(figures) == 3 and max(figures) > LIMITS["central"]
+
+
+def test_what_a_difference_cannot_resolve_is_not_counted():
+    def figure(**changes):
+        values = {"max_relative_error": 0.0, "analytic": 1e-6, "numerical": 1e-6 + 3e-11, "size": 1e-6} | changes
+        return relative(gradcheck.Result("x", "central", 6e-6, element=None, checked=1, passed=True, **values))
+
+    assert figure() > 1e-5
+    assert figure(rounding=1e-10) == pytest.approx(0.3 * LIMITS["central"])
+    assert figure(rounding=1e-11) == pytest.approx(3 * LIMITS["central"])
+    assert figure(rounding=1e-10, analytic=np.nan) == np.inf
 
 
 def test_dropout_acts_in_every_check_of_a_model_that_has_it():

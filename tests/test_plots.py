@@ -143,6 +143,15 @@ def test_eigenvalues_that_have_not_converged_are_hollow(tmp_path, drawn):
     assert around.get_title("left") == "loss surface at the end, epoch 2"
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_curvature_measured_once_can_be_seen(tmp_path, drawn, epochs):
+    found = {"eigenvalues": [9.0], "residuals": [0.0], "converged": [True]}
+    runs = [{"epoch": 1 + e, "loss": 1.0, "lr": 0.1, "edge": 200.0, **found} for e in range(epochs)]
+    plots.save_curvature(tmp_path / "c.png", runs, edge="edge")
+    _, sharp = drawn[0].axes
+    assert {line.get_marker() for line in sharp.lines} == {"o" if epochs == 1 else "None"}
+
+
 def test_labels():
     assert plots.label("a  b\nc\t") == "a b c"
     assert plots.label("x" * 50) == "x" * 23 + "…" and plots.label("x" * 24) == "x" * 24

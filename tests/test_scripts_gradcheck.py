@@ -148,6 +148,33 @@ def test_the_hunt_can_be_repeated(main, capsys, monkeypatch):
     assert first.partition("In which function")[2] == again.partition("In which function")[2]
 
 
+@pytest.mark.parametrize("typed", [[], ["softmax_backward"], ["quit"]])
+def test_the_answer_is_not_shown_unasked(main, capsys, monkeypatch, typed):
+    mistake = BY_NAME["attention-scale-twice"]
+    printed = hunt(main, monkeypatch, capsys, typed, "--seed", hiding(mistake.name))
+    assert mistake.about not in printed and mistake.name not in printed
+    assert printed.splitlines()[-1].startswith(f"Not found. --plant random --seed {hiding(mistake.name)} hides")
+    assert "type answer to see it" in printed
+
+
+def test_the_columns_stand_below_their_heads(main, capsys):
+    assert main(["flash_attention-dropout", "--all"]) == 0
+    head, first, *_ = capsys.readouterr().out.splitlines()
+    assert head.index("argument") == first.index("q") == len("flash_attention-dropout") + 2
+    assert main(["flash_attention-dropout", "--method", "complex"]) == 0
+    head, first, *_ = capsys.readouterr().out.splitlines()
+    assert head.index("argument") == first.index("q ") and len(head) == len(first)
+
+
+def test_what_is_too_small_to_tell_is_marked(main, capsys, monkeypatch):
+    def tiny(rng):
+        return lambda x: (x**3, x), lambda dy, x: 2 * x * x * dy, [1e-8 * rng.standard_normal(5)], ("x",)
+
+    monkeypatch.setitem(gradcheck_cases.LAYERS, "linear", tiny)
+    assert main(["linear"]) == 0
+    assert capsys.readouterr().out.count("too small to tell") == 2
+
+
 def test_the_hunter_can_go_on_checking_with_the_mistake_in_place(main, capsys, monkeypatch, tmp_path):
     typed = ["check attention softmax", "adjoint attention", "facts", "depth attention", "depth vit", "check", "quit"]
     printed = hunt(
@@ -165,8 +192,9 @@ def test_the_hunter_can_go_on_checking_with_the_mistake_in_place(main, capsys, m
 def test_a_check_that_breaks_down_does_not_end_the_hunt(main, capsys, monkeypatch):
     mistake = BY_NAME["linear-input-abs-weight"]
     printed = hunt(
-        main, monkeypatch, capsys, ["adjoint nonsense", "adjoint linear", "hint"], "--seed", hiding(mistake.name)
-    )
+        main, monkeypatch, capsys, ["adjoint nonsense", "adjoint linear", "hint", "answer"],
+        "--seed", hiding(mistake.name),
+    )  # fmt: skip
     assert "adjoint needs the name of one of these" in printed
     assert mistake.hint in printed and mistake.about in printed
 
@@ -179,8 +207,20 @@ def test_a_check_that_breaks_down_does_not_end_the_hunt(main, capsys, monkeypatc
         ["--depth"],
         ["vit", "--depth"],
         ["--plant", "nonsense"],
+        ["--plant", ""],
+        ["linear", "--plant", "softmax-square"],
+        ["--plant", "softmax-square", "--json", "x.json"],
+        ["--plant", "softmax-square", "--method", "central"],
+        ["--plant", "softmax-square", "--out", "."],
+        ["--plant", "", "--device", "cpu", "--json", "x.json"],
+        ["linear", "--depth", "--method", "central"],
+        ["linear", "--all", "--method", "both"],
+        ["vit", "--against", "torch", "--method", "complex"],
+        ["linear", "--out", "."],
+        ["linear", "--all", "--out", "."],
     ],
 )
 def test_bad_input(main, arguments):
-    with pytest.raises(InputError):
+    with pytest.raises(InputError) as caught:
         main(arguments)
+    assert "\n" not in str(caught.value)

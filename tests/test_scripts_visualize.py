@@ -44,8 +44,10 @@ def test_another_optimizer(call, trained, tmp_path):
 
 def test_an_eigenvalue_that_is_not_found_is_marked(call, trained, tmp_path):
     few = ["--pictures", 8, "--points", 2, "--epochs", 1, "--steps", 2, "--out", tmp_path]
+    more = call("visualize", "curvature", trained / "last.npz", *few, "--count", 3)
+    assert more.status == 0 and "of the 3 eigenvalues asked for only 2 were found: --steps 2 products" in more.out
     ended = call("visualize", "curvature", trained / "last.npz", *few)
-    assert ended.status == 0, ended.err
+    assert ended.status == 0 and "asked for" not in ended.out, ended.err
     (record,) = json.loads((tmp_path / "curvature.json").read_text())["records"]
     assert record["converged"] == [False, False] and record["preconditioned"]["converged"] == [False]
     assert record["residuals"][0] > 1e-3 * record["eigenvalues"][0] and ended.out.count(" +- ") == 2
