@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -54,15 +55,18 @@ def accelerated(function):
     """
     name = function.__name__
     backward = name.endswith("_backward")
+    which = 1 if backward else 0  # the argument that chooses
+    called = list(inspect.signature(function).parameters)[which]
 
     @functools.wraps(function)
     def dispatch(*arguments, **settings):
+        kind = type(arguments[which] if len(arguments) > which else settings.get(called)).__module__
         if backward:  # the way of the forward
-            twin = getattr(sys.modules.get(type(arguments[1]).__module__), name, None)
+            twin = getattr(sys.modules.get(kind), name, None)
             if twin is not dispatch and twin is not None and twin.__module__ in TWINS.values():
                 return twin(*arguments, **settings)
         elif kernels_wanted():
-            twin = getattr(_twins(type(arguments[0]).__module__.partition(".")[0]), name, None)
+            twin = getattr(_twins(kind.partition(".")[0]), name, None)
             if twin is not None and (result := twin(*arguments, **settings)) is not NotImplemented:
                 return result
         return function(*arguments, **settings)

@@ -488,12 +488,12 @@ def _floor_of(function, arguments, result):
     elif function == "linear_backward":
         d, m = arguments["cache"].W.shape
         products = linear_backward_products(arguments["dy"].size // m, d, m, need_dx=result[0] is not None)
-    elif function == "attention_forward":
-        B, h, N, Dh = arguments["q"].shape
-        products = attention_forward_products(B, N, h, Dh)
-    elif function == "attention_backward":
-        B, h, N, Dh = arguments["cache"].q.shape
-        products = attention_backward_products(B, N, h, Dh)
+    elif function in ("attention_forward", "flash_attention_forward"):
+        (B, h, Q, Dh), N = arguments["q"].shape, arguments["k"].shape[2]
+        products = attention_forward_products(B, N, h, Dh, queries=Q)
+    elif function in ("attention_backward", "flash_attention_backward"):
+        (B, h, Q, Dh), N = arguments["cache"].q.shape, arguments["cache"].k.shape[2]
+        products = attention_backward_products(B, N, h, Dh, queries=Q)
     else:
         # each array that goes in is read once, each that comes out is written once
         arrays = {id(a): a for value in (arguments, result) for _, a in arrays_in(value) if a.ndim}
@@ -503,14 +503,19 @@ def _floor_of(function, arguments, result):
     return "products", lambda: [product.run() for product in products]
 
 
-LEAVES = ("linear", "layernorm", "gelu", "attention", "softmax", "softmax_cross_entropy")
+LEAVES = ("linear", "layernorm", "gelu", "attention", "flash_attention", "softmax", "softmax_cross_entropy")
 
 
 def captured_layers(model, images, labels, workers):
-    """Each kind of leaf call of a micro-batch's step, as a list of `Layer`: those of block 0 stand for every block.
+    """Each kind of leaf call of a micro-batch's step, as a list of `Layer`.
 
+    Those of block 0 stand for every block, but for the last one where it makes the class token alone: its own follow.
     Every worker has its own arrays, of a forward and backward pass that was really made.
     """
+    depth = model.config.depth
+    prefixes = ("blocks.0.",)
+    if model.config.pooling == "cls" and depth > 1:
+        prefixes += (f"blocks.{depth - 1}.",)
     passes = []
     for _ in range(workers):
         with recording([model.flat], calls=True) as recorder:
@@ -521,7 +526,7 @@ def captured_layers(model, images, labels, workers):
     layers = []
     for (path, direction), (function, *_) in passes[0].items():
         stem, block = function.__name__.rpartition("_")[0], path.startswith("blocks.")
-        if stem not in LEAVES or (block and not path.startswith("blocks.0.")):
+        if stem not in LEAVES or (block and not path.startswith(prefixes)):
             continue
         calls, floors = [], []
         for each in passes:
@@ -529,7 +534,11 @@ def captured_layers(model, images, labels, workers):
             calls.append(lambda f=function, a=args, k=keywords: f(*a, **k))
             kind, floor = _floor_of(function.__name__, arguments, result)
             floors.append(floor)
-        name, times = (path.removeprefix("blocks.0."), model.config.depth) if block else (path, 1)
+        name, times = path, 1
+        if path.startswith(prefixes[0]):
+            name, times = path.removeprefix(prefixes[0]), depth + 1 - len(prefixes)
+        elif block:
+            name = "last " + path.removeprefix(prefixes[1])
         layers.append(Layer(name, direction, times, stem == "softmax", calls, floors, kind))
     return layers
 

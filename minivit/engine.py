@@ -86,9 +86,12 @@ class Engine:
     keeping them (see `ViT.forward`): a third more work, the same bits, little memory.
     Inside the ``with`` block BLAS is limited to one thread per call; the caller's setting is restored at its end.
     ``grad`` is the flat gradient of the last `gradient` call.
+    Raises  ValueError: workers or micro_batch is negative; (from `gradient`) the batch is empty.
     """
 
     def __init__(self, model, *, workers=0, micro_batch=0, label_smoothing=0.0, seed=0, recompute=False):
+        if workers < 0 or micro_batch < 0:
+            raise ValueError(f"workers and micro_batch must be at least 0, got {workers} and {micro_batch}")
         self.model, self.recompute = model, recompute
         self.micro_batch = micro_batch or default_micro_batch(model.config)
         self.workers = workers or available_cores()
@@ -122,6 +125,8 @@ class Engine:
         ``step`` seeds dropout, with the micro-batch's number. To accumulate over several batches, pass the
         number of all their pictures as ``denominator`` and ``accumulate=True`` from the second one on.
         """
+        if not len(images):
+            raise ValueError("the batch has no picture")
         parts = self.parts(len(images))
         denominator = len(images) if denominator is None else denominator
 

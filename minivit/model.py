@@ -337,6 +337,8 @@ class ViT:
 
         Shapes  imagesdot (B, H, W, C) in scaled pixels, flatdot (n,) like the parameters  ->  logitsdot (B, K)
         """
+        if any(isinstance(block, BlockInput) for block in cache.blocks):
+            raise ValueError("the cache of a forward with recompute=True holds no intermediate values to differentiate")
         tangents = parameters.views(flatdot, self.table)
         zdot = patch_embed_jvp(
             imagesdot,

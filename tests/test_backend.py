@@ -108,6 +108,15 @@ def test_a_twin_stands_in_where_it_applies_and_the_backward_goes_the_way_of_the_
     assert y == "plain" and backward(y, cache) == "plain"
 
 
+def test_arguments_may_be_given_by_name(doubled):
+    forward, backward = doubled
+    y, cache = forward(x=np.ones(2, np.float32))
+    assert y == "twin" and backward(y, cache=cache) == backward(cache=cache, dy=y) == "twin"
+    assert forward(x=np.ones(2))[0] == "plain"
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        forward()
+
+
 def test_plain_switches_twins_off_in_every_thread(doubled):
     forward, backward = doubled
     x = np.ones(2, np.float32)

@@ -326,23 +326,35 @@ def test_the_pipeline_goes_on_for_ever():
 # ---- layers, scaling -------------------------------------------------------------------------------------------------
 
 
-def test_every_layer_has_its_floor():
-    config = ViTConfig(**TINY)
-    flat, images, labels = problem(job())
-    model = benchmark.ViT(config, flat=flat)
+LAYERS_OF_A_BLOCK = ("norm1", "msa.qkv", "msa.attention", "msa.proj", "norm2", "mlp.fc1", "mlp.gelu", "mlp.fc2")
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_every_layer_has_its_floor(pooling):
+    config = ViTConfig(**TINY | {"depth": 3, "pooling": pooling})
+    _, images, labels = problem(job())
+    model = benchmark.ViT(config)
     layers = {(r.path, r.direction): r for r in benchmark.captured_layers(model, images, labels, 2)}
-    for path in ("patch_embed.proj", "norm1", "msa.qkv", "msa.attention", "msa.proj", "norm2", "mlp.fc1", "mlp.gelu",
-                 "mlp.fc2", "head.norm", "head.head", "loss"):  # fmt: skip
+    last = [f"last {name}" for name in LAYERS_OF_A_BLOCK] if pooling == "cls" else []  # its rows are fewer
+    for path in ("patch_embed.proj", *LAYERS_OF_A_BLOCK, *last, "head.norm", "head.head", "loss"):
         for direction in ("forward", "backward"):
             layer = layers.pop((path, direction))
             products = path.endswith(("proj", "qkv", "attention", "fc1", "fc2", "head.head"))
             assert layer.kind == ("products" if products else "traffic") and not layer.part
-            assert layer.times == (1 if path.startswith(("patch", "head", "loss")) else 2)
+            assert layer.times == ((2 if last else 3) if path in LAYERS_OF_A_BLOCK else 1)
             assert len(layer.calls) == len(layer.floors) == 2
             for call in layer.calls + layer.floors:
                 call()
-    assert {layer.path for layer in layers.values()} == {"msa.attention.softmax"}
+    assert {layer.path.removeprefix("last ") for layer in layers.values()} == {"msa.attention.softmax"}
     assert all(layer.part for layer in layers.values())  # inside attention, and not counted twice
+
+
+def test_long_attention_has_its_floor(monkeypatch):
+    monkeypatch.setattr("minivit.layers.msa.LONG", 3)
+    _, images, labels = problem(job())
+    layers = benchmark.captured_layers(benchmark.ViT(ViTConfig(**TINY)), images, labels, 1)
+    kinds = {(layer.path, layer.direction): layer.kind for layer in layers}
+    assert kinds["msa.attention", "forward"] == kinds["msa.attention", "backward"] == "products"
 
 
 def test_scaling_varies_one_thing_at_a_time():

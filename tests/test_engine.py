@@ -274,3 +274,13 @@ def test_of_a_block_its_cache_is_kept_or_when_recomputing_its_input_alone(data, 
     with Engine(model, workers=1, micro_batch=23, **settings) as engine:
         engine.gradient(*data)
     assert found == [kept] * 2
+
+
+def test_what_makes_no_sense_is_refused(data):
+    for settings in ({"workers": -1}, {"micro_batch": -3}):
+        with pytest.raises(
+            ValueError, match=f"workers and micro_batch must be at least 0, got .*{min(settings.values())}"
+        ):
+            Engine(model_of(), **settings)
+    with Engine(model_of(), workers=2) as engine, pytest.raises(ValueError, match="the batch has no picture"):
+        engine.gradient(data[0][:0], data[1][:0])

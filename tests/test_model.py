@@ -240,6 +240,8 @@ def test_recomputed_blocks_give_the_same_bits(name):
             found.append((logits.tobytes(), flat.tobytes(), dimages.tobytes()))
     assert found[0] == found[1] == found[2] == found[3]
     assert [type(block).__name__ for block in cache.blocks] == ["BlockInput"] * 2
+    with pytest.raises(ValueError, match="recompute=True holds no intermediate values"):
+        model.jvp(np.zeros_like(images), np.zeros_like(model.flat), cache)
 
 
 def test_dropout_is_drawn_from_the_generator_alone():
