@@ -19,16 +19,19 @@ from minivit.model import parameter_table
 
 
 def linear(p, name, x):
+    """y = x W + b, with the parameters called ``name``: x (..., d) -> (..., m)."""
     return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
 
 
 def layernorm(p, name, x, eps):
+    """LayerNorm over the last axis: x (..., D) -> (..., D)."""
     mean = x.mean(-1, keepdims=True)
     var = ((x - mean) ** 2).mean(-1, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(var + eps) * p[f"{name}.weight"] + p[f"{name}.bias"]
 
 
 def attention(p, name, x, num_heads):
+    """Multi-head self-attention (Eq. 5-8), by `jax.nn.dot_product_attention`: x (B, N, D) -> (B, N, D)."""
     B, N, D = x.shape
     q, k, v = jnp.moveaxis(linear(p, f"{name}.qkv", x).reshape(B, N, 3, num_heads, D // num_heads), 2, 0)
     return linear(p, f"{name}.proj", jax.nn.dot_product_attention(q, k, v).reshape(B, N, D))
@@ -62,6 +65,7 @@ def vit(config, p, images):
 
 
 def cross_entropy(config, p, images, labels):
+    """Mean cross-entropy of a batch: pictures (B, H, W, C) uint8, labels (B,) -> ()."""
     log_p = jax.nn.log_softmax(vit(config, p, images))
     return -jnp.take_along_axis(log_p, labels[:, None], axis=1).mean()
 
@@ -85,6 +89,7 @@ def train_step(config, p, state, images, labels):
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_and_gradient(config, p, images, labels):
+    """What must agree with ours: the loss () and the gradient of each parameter by its name."""
     return jax.value_and_grad(cross_entropy, argnums=1)(config, p, images, labels)
 
 

@@ -20,6 +20,8 @@ from minivit.model import parameter_table
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention (Eq. 5-8), by `scaled_dot_product_attention`: x (B, N, D) -> (B, N, D)."""
+
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_heads
@@ -34,6 +36,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The two-layer perceptron of Eq. 3: x (B, N, D) -> (B, N, D)."""
+
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.width, config.mlp_dim)
@@ -45,6 +49,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """The encoder block, pre-norm (Eq. 2-3): z (B, N, D) -> (B, N, D)."""
+
     def __init__(self, config):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, config.layernorm_eps)
@@ -58,6 +64,8 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """Patches, each mapped to the width (Eq. 1 without token and position): (B, H, W, C) -> (B, N, D)."""
+
     def __init__(self, config):
         super().__init__()
         self.grid, self.patch = config.grid_size, config.patch_size
