@@ -18,6 +18,7 @@ import inspect
 import os
 import re
 import sys
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -26,6 +27,7 @@ from minivit.errors import InputError
 
 TWINS = {"numpy": "minivit.kernels.cpu", "cupy": "minivit.kernels.cuda"}  # where each library's twins are
 _plain = 0  # how many `plain` blocks are active, in all threads: workers follow their caller
+_plain_lock = threading.Lock()
 
 
 def array_module(*arrays):
@@ -98,11 +100,13 @@ def kernels_wanted():
 def plain():
     """While active, every function runs its plain body, in all threads."""
     global _plain
-    _plain += 1
+    with _plain_lock:
+        _plain += 1
     try:
         yield
     finally:
-        _plain -= 1
+        with _plain_lock:
+            _plain -= 1
 
 
 def find_device(name):

@@ -62,7 +62,7 @@ from minivit.errors import InputError
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT
 from minivit.optim import AdamW
-from minivit.trace import arrays_in, expected_flops, recording
+from minivit.trace import arrays_in, attention_flops, expected_flops, recording
 
 AGAINST = ("torch", "torch-compile", "jax", "plain")  # whom one may ask for
 NEEDS = {"torch": "torch", "torch-compile": "torch", "jax": "jax"}  # contender -> what must be installed
@@ -115,14 +115,14 @@ def only_cores(count):
 
 
 class Child:
-    """A contender at work in a process of its own.
+    """A contender at work in a process of its own; ``at`` tells it from the same one at another job.
 
     Raises  InputError: it cannot do the job; the message is its last word.
     """
 
-    def __init__(self, name, job):
-        self.name = name
-        *who, environment = CONTENDERS[name]
+    def __init__(self, contender, job, at=""):
+        self.name = contender + at
+        *who, environment = CONTENDERS[contender]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
@@ -312,6 +312,34 @@ def paired_ratio(a, b):
 # ---- step and infer --------------------------------------------------------------------------------------------------
 
 
+def start(stack, names, job, *, at="", progress=False):
+    """Start the contenders of a job, us first, and check each of them against us.
+
+    Returns  (list of `Child`, {name: what is known of it: its settings, memory and errors}); ``stack`` closes them.
+    Raises   InputError;  Disagreement
+    """
+    children, contenders, coarser = [], {}, COARSER[job.precision]
+    for name in tqdm(names, desc="starting", leave=False, disable=None if progress else True):
+        child = stack.enter_context(Child(name, job, at))
+        children.append(child)
+        contenders[name] = {"settings": child.settings, "start_memory": child.start_memory}
+        if name in FLOORS:
+            continue
+        answer = child.ask("check")
+        updated = child.ask("turn", 2)[1]  # the loss of the second step; None for predictions
+        contenders[name] |= {"loss": answer[0], "updated_loss": updated}
+        if name == "minivit":
+            ours = answer
+            continue
+        loss_error, worst = agree(name, ours, answer, coarser)
+        contenders[name] |= {"loss_error": loss_error, "largest_error": worst}
+        if updated is not None:
+            contenders[name]["updated_loss_error"] = agree_after_update(
+                name, contenders["minivit"]["updated_loss"], updated, coarser
+            )
+    return children, contenders
+
+
 def contest(
     config, *, task="step", batch=128, against=(), engine=None, pairs=20, seed=0, patience=0.0, floor=True,
     device="cpu", precision="float32", progress=True,
@@ -328,30 +356,11 @@ def contest(
         raise InputError("jax is a contender on the CPU alone; leave it out")
     names = ["minivit", *dict.fromkeys(against), *(FLOORS if floor and device == "cpu" else ())]
     job, coarser = Job(task, config, batch, seed, engine or {}, device, precision), COARSER[precision]
-    contenders = {}
     with contextlib.ExitStack() as stack:
-        children = []
-        for name in tqdm(names, desc="starting", leave=False, disable=None if progress else True):
-            child = stack.enter_context(Child(name, job))
-            children.append(child)
-            contenders[name] = {"settings": child.settings, "start_memory": child.start_memory}
-            if name in FLOORS:
-                continue
-            answer = child.ask("check")
-            updated = child.ask("turn", 2)[1]  # the loss of the second step; None for predictions
-            contenders[name] |= {"loss": answer[0], "updated_loss": updated}
-            if name == "minivit":
-                ours = answer
-                continue
-            loss_error, worst = agree(name, ours, answer, coarser)
-            contenders[name] |= {"loss_error": loss_error, "largest_error": worst}
-            if updated is not None:
-                contenders[name]["updated_loss_error"] = agree_after_update(
-                    name, contenders["minivit"]["updated_loss"], updated, coarser
-                )
+        children, contenders = start(stack, names, job, progress=progress)
         turns = take_turns(children, pairs, patience=patience, progress=progress)
-        for child in children:
-            contenders[child.name] |= {"seconds": turns.seconds[child.name], "peak_memory": child.ask("memory")}
+        for name, child in zip(names, children, strict=True):
+            contenders[name] |= {"seconds": turns.seconds[name], "peak_memory": child.ask("memory")}
     allowed = {"gradient": coarser * GRADIENT_TOLERANCE, "loss": coarser * LOSS_TOLERANCE}
     return summarise(contenders, batch=batch) | {"others": turns.others, "allowed": allowed}
 
@@ -416,52 +425,80 @@ class Point(NamedTuple):
 
 
 def scaling_points(config, batch, engine=None):
-    """What `scaling_report` measures: {panel: list of `Point`}; the tokens are varied through the picture's size."""
+    """What `scaling_report` measures: {panel: list of `Point`}.
+
+    The tokens are varied through the picture's size, up to where the N^2 products are most of the work, with an eighth
+    of the pictures.
+    """
     engine = engine or {}
     change = lambda **changes: type(config)(**{**vars(config), **changes})  # noqa: E731
     batches = sorted({max(1, batch * k // 2) for k in (1, 2, 4, 8)})
     depths = sorted({max(1, config.depth * k // 6) for k in (1, 2, 3, 6, 12)})
-    grids = sorted({max(1, config.grid_size * k // 4) for k in (2, 4, 6, 8, 12)})
+    grids = sorted({max(1, config.grid_size * k // 4) for k in (2, 4, 8, 16, 24)})
     sizes = [change(image_size=grid * config.patch_size) for grid in grids]
     cores = available_cores()
     workers = sorted({w for w in (1, 2, 4, 8, 16, 32, 64, 128, cores) if w <= cores})
     return {
         "batch": [Point(B, config, B, engine) for B in batches],
         "depth": [Point(L, change(depth=L), batch, engine) for L in depths],
-        "tokens": [Point(c.num_tokens, c, batch, engine) for c in sizes],
+        "tokens": [Point(c.num_tokens, c, max(1, batch // 8), engine) for c in sizes],
         "workers": [Point(w, config, batch, {**engine, "workers": w}) for w in workers],
     }
+
+
+def line_through(x, seconds):
+    """The line t = start + each x nearest to the times in relative terms: {"start", "each", "off"}.
+
+    ``off`` is the largest relative distance of a time from the line, 0 where there are fewer than three.
+    """
+    x, t = np.asarray(x, float), np.asarray(seconds, float)
+    (start, each), *_ = np.linalg.lstsq(np.stack([1 / t, x / t], axis=1), np.ones_like(t), rcond=None)
+    return {"start": float(start), "each": float(each), "off": float(np.abs((start + each * x) / t - 1).max())}
 
 
 def scaling_report(config, *, batch=32, against=(), engine=None, pairs=5, seed=0, patience=0.0, progress=True):
     """Step times against batch size B, depth L, tokens N and workers: a dict for JSON.
 
-    Each point carries ``attention_share``, the share of N^2 products in its matrix products.
+    Everybody of a panel takes turns, at every point of it, so that a slow minute of the machine bends no curve. Each
+    point carries ``attention_share``, the share of N^2 products in its matrix products; the panels of batch and depth
+    carry the line through our times, that of tokens the ``power`` with which our time grows from each point to the
+    next, that of workers the ``speedup`` over the first point, taken round by round.
+    Raises  InputError;  Disagreement
     """
     check_contenders(against)
     panels = {}
     points = scaling_points(config, batch, engine)
-    with tqdm(total=sum(map(len, points.values())), leave=False, disable=None if progress else True) as bar:
-        for panel, those in points.items():
-            bar.set_description(panel)
-            panels[panel] = []
-            for point in those:
-                rivals = () if panel == "workers" else against
-                found = contest(
-                    point.config, batch=point.batch, against=rivals, engine=point.engine, pairs=pairs, seed=seed,
-                    patience=patience, floor=False, progress=False,
-                )  # fmt: skip
-                flops = sum(expected_flops(point.config, point.batch))
-                N, c = point.config.num_tokens, point.config
-                panels[panel].append({
-                    "x": point.x, "batch": point.batch, "flops": flops, "image_size": c.image_size,
-                    "others": found["others"], "attention_share": 12 * c.depth * point.batch * N**2 * c.width / flops,
+    for panel, those in tqdm(points.items(), desc="panels", leave=False, disable=None if progress else True):
+        names = ["minivit", *(() if panel == "workers" else dict.fromkeys(against))]
+        with contextlib.ExitStack() as stack:
+            started = [
+                start(stack, names, Job("step", p.config, p.batch, seed, p.engine), at=f" at {i}")
+                for i, p in enumerate(those)
+            ]
+            everybody = [child for children, _ in started for child in children]
+            seconds, others = take_turns(everybody, pairs, patience=patience, progress=progress)
+            listed = []
+            for point, (children, _) in zip(those, started, strict=True):
+                c, B, N = point.config, point.batch, point.config.num_tokens
+                flops = sum(expected_flops(c, B))
+                listed.append({
+                    "x": point.x, "batch": B, "flops": flops, "image_size": c.image_size,
+                    "attention_share": attention_flops(c, B) / flops,
                     "contenders": {
-                        name: quartiles(entry["seconds"]) | {"peak_memory": entry["peak_memory"]}
-                        for name, entry in found["contenders"].items()
+                        name: {"seconds": seconds[child.name], "peak_memory": child.ask("memory")}
+                        | quartiles(seconds[child.name])
+                        for name, child in zip(names, children, strict=True)
                     },
                 })  # fmt: skip
-                bar.update()
+        x, mine = [p["x"] for p in listed], [p["contenders"]["minivit"] for p in listed]
+        median = np.array([entry["median"] for entry in mine])
+        panels[panel] = {"points": listed, "others": others}
+        if panel in ("batch", "depth"):
+            panels[panel]["line"] = line_through(x, median)
+        elif panel == "tokens":
+            panels[panel]["power"] = (np.diff(np.log(median)) / np.diff(np.log(x))).tolist()
+        else:
+            panels[panel]["speedup"] = [paired_ratio(mine[0]["seconds"], entry["seconds"]) for entry in mine]
     return {"batch": batch, "panels": panels}
 
 

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+from minivit.backend import kernels_wanted
 from minivit.errors import InputError
 from minivit.settings import field_names, refuse_unknown
 
@@ -31,6 +32,7 @@ def run(main):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # class and file names may be in any script
     try:
+        kernels_wanted()  # refuses a bad MINIVIT_KERNELS before any work is done
         status = main()
     except (InputError, ImportError) as error:  # an import that fails this late is that of an optional library
         status = _complain(error)
@@ -75,6 +77,16 @@ def output_file(text):
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write {path.name} to")
     return text
+
+
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def picture_file(text):
+    """An argument's type: the name of a picture to draw, of a kind that matplotlib draws."""
+    if Path(text).suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
+    return output_file(text)
 
 
 def add_settings(parser, cls, *, skip=()):

@@ -572,7 +572,8 @@ def save_scaling(path, report, *, title=""):
     """Step times of `minivit.benchmark.scaling_report`, a panel for each of batch, depth, tokens and workers."""
     texts = {"batch": "pictures in the batch, B", "depth": "blocks, L", "tokens": "tokens, N", "workers": "workers"}
     figure = _figure(12, 7.2)
-    for axes, (panel, points) in zip(figure.subplots(2, 2).flat, report["panels"].items(), strict=True):
+    for axes, (panel, found) in zip(figure.subplots(2, 2).flat, report["panels"].items(), strict=True):
+        points = found["points"]
         x = np.array([p["x"] for p in points])
         for name in points[0]["contenders"]:
             times = [{key: 1e3 * p["contenders"][name][key] for key in ("median", "q1", "q3")} for p in points]
@@ -582,20 +583,30 @@ def save_scaling(path, report, *, title=""):
                           capsize=2, lw=1.4)  # fmt: skip
         mine = np.array([1e3 * p["contenders"]["minivit"]["median"] for p in points])
         if panel == "workers":
-            axes.plot(x, mine[0] * x[0] / x, ":", color="#475569", label="one worker's time / workers")
-            note = f"{mine[0] / mine[-1]:.2f} times as quick with {x[-1]} as with {x[0]}"
-        else:
+            speedup = [s["median"] for s in found["speedup"]]
+            axes.plot(x, mine[0] * x[0] / x, ":", color="#475569", label=f"the time of {x[0]} / workers")
+            note = f"{speedup[-1]:.2f} times as quick with {x[-1]} as with {x[0]}"
+        elif panel == "tokens":
             flops = np.array([p["flops"] for p in points], float)
             axes.plot(x, flops * np.median(mine / flops), ":", color="#475569", label="in proportion to FLOPs")
-            growth = np.log(mine[-1] / mine[0]) / np.log(x[-1] / x[0]) if x[-1] > x[0] else float("nan")
-            note = f"time grows as the power {growth:.2f}"
-            if panel == "tokens":
-                note += f"; N² products: {points[0]['attention_share']:.0%} to {points[-1]['attention_share']:.0%}"
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            note = f"N² products: {points[0]['attention_share']:.0%} to {points[-1]['attention_share']:.0%}"
+            if found["power"]:
+                note += f"; slope {found['power'][0]:.2f} to {found['power'][-1]:.2f}"
+        else:
+            line = {key: 1e3 * found["line"][key] for key in ("start", "each")}
+            axes.plot(x, line["start"] + line["each"] * x, ":", color="#475569", label="straight line through ours")
+            what = {"batch": "picture", "depth": "block"}[panel]
+            note = f"{line['each']:.2f} ms for each {what}, times at most {found['line']['off']:.0%} off the line"
+        if panel == "tokens":
+            axes.set(xscale="log", yscale="log")
+            axes.set_xticks(x, [str(n) for n in x])
+            axes.minorticks_off()
+        else:
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False, fontsize=8)
-        batch = "" if panel == "batch" else f", batch of {report['batch']}"
+        batch = "" if panel == "batch" else f", batch of {points[0]['batch']}"
         _style(axes, texts[panel] + batch, "a step, ms", note)
     figure.suptitle(label(title, 100), fontsize=12, x=0.01, ha="left", weight="bold")
     _save(figure, path)

@@ -525,6 +525,15 @@ def expected_flops(config, batch, *, every_token=False):
     return ExpectedFLOPs(batch * forward, batch * (2 * forward - embed + 2 * again * N * D))
 
 
+def attention_flops(config, batch):
+    """Those of `expected_flops`, forward and backward together, that grow with N^2.
+
+    Math    sum_blocks B (12 Q N D + 2 [Q >= `msa.LONG`] Q N D): two products forward and four backward, q k^T again
+    """
+    asking, again = _asking_tokens(config)
+    return batch * (12 * asking + 2 * again) * config.num_tokens * config.width
+
+
 def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
     """Bytes that the caches of one forward pass and its loss keep alive, from the configuration alone.
 

@@ -7,12 +7,12 @@ import sys
 from minivit import ViTConfig
 from minivit import benchmark as bench
 from minivit.backend import device_name, find_device
-from minivit.cli import Parser, add_settings, given, output_file, run
+from minivit.cli import Parser, add_settings, given, output_file, picture_file, run
 from minivit.errors import InputError
 from minivit.kernels.cuda import PRECISIONS
 from minivit.model import preset_fields
 from minivit.trace import expected_flops
-from minivit.train import write_json
+from minivit.train import check_workers, write_json
 
 EXAMPLES = """
 examples:
@@ -64,7 +64,7 @@ def parse(argv):
                              help="on a GPU; PyTorch's allow_tf32, or its autocast to bfloat16 [float32]")  # fmt: skip
         how.add_argument("--quiet", action="store_true", help="no progress bar")
         how.add_argument("--json", type=output_file, metavar="FILE", help="write everything as JSON")
-        how.add_argument("--png", type=output_file, metavar="FILE", help="draw the figure")
+        how.add_argument("--png", type=picture_file, metavar="FILE", help="draw the figure (.png, .pdf, .svg)")
         model = task.add_argument_group("model")
         model.add_argument("--preset", default="Mini/4", metavar="NAME", help="a named size, such as Ti/16 [Mini/4]")
         model.add_argument("--heads", dest="num_heads", type=int, metavar="N", default=argparse.SUPPRESS,
@@ -76,6 +76,7 @@ def parse(argv):
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(arguments, name)}")
     if not 0.0 <= getattr(arguments, "patience", 0.0) < float("inf"):
         raise InputError(f"--patience must be a number of seconds, got {arguments.patience}")
+    check_workers(arguments.workers)
     arguments.against = [name for name in getattr(arguments, "against", "").split(",") if name]
     return arguments
 
@@ -138,15 +139,24 @@ def print_layers(report):
 
 def print_scaling(report):
     """The table of `bench.scaling_report`."""
-    for panel, points in report["panels"].items():
+    for panel, found in report["panels"].items():
+        points = found["points"]
         names = list(points[0]["contenders"])
-        print(f"\n{panel:>8}{'GFLOP':>10}{'attention':>11}" + "".join(f"{name + ', ms':>18}" for name in names)
+        print(f"\n{panel:>8}{'GFLOP':>10}{'N^2 part':>11}" + "".join(f"{name + ', ms':>18}" for name in names)
               + f"{'GFLOP/s':>10}{'peak MiB':>10}")  # fmt: skip
         for p in points:
             mine = p["contenders"]["minivit"]
             print(f"{p['x']:8}{1e-9 * p['flops']:10.2f}{p['attention_share']:11.1%}"
                   + "".join(f"{1e3 * p['contenders'][name]['median']:18.2f}" for name in names)
                   + f"{1e-9 * p['flops'] / mine['median']:10.1f}{size(mine['peak_memory']):>10}")  # fmt: skip
+        if "line" in found:
+            start, each, off = (found["line"][key] for key in ("start", "each", "off"))
+            print(f"ours is {1e3 * start:.2f} ms + {1e3 * each:.2f} ms x {panel}, to {off:.1%}")
+        elif "power" in found:
+            print("ours grows from each to the next as the power " + ", ".join(f"{p:.2f}" for p in found["power"]))
+        else:
+            print("ours is quicker than with the first by "
+                  + ", ".join(f"{s['median']:.2f} ({s['q1']:.2f} to {s['q3']:.2f})" for s in found["speedup"]))  # fmt: skip
 
 
 def print_data(report):
@@ -224,8 +234,7 @@ def main(argv=None):
     except bench.Disagreement as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    points = [p for panel in report.get("panels", {}).values() for p in panel]
-    warn_of_others([share for part in [report, *points] for share in part.get("others", [])])
+    warn_of_others([share for part in [report, *report.get("panels", {}).values()] for share in part.get("others", [])])
     if arguments.json:
         write_json(arguments.json, {
             "task": arguments.task, "command": " ".join(["benchmark.py", *(argv or sys.argv[1:])]),

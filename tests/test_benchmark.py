@@ -361,9 +361,34 @@ def test_scaling_varies_one_thing_at_a_time():
     points = benchmark.scaling_points(ViTConfig(), 32)
     assert [p.x for p in points["batch"]] == [p.batch for p in points["batch"]] == [16, 32, 64, 128]
     assert [p.x for p in points["depth"]] == [p.config.depth for p in points["depth"]] == [1, 2, 3, 6, 12]
-    assert [p.x for p in points["tokens"]] == [p.config.num_tokens for p in points["tokens"]] == [17, 65, 145, 257, 577]
+    tokens = [17, 65, 257, 1025, 2305]
+    assert [p.x for p in points["tokens"]] == [p.config.num_tokens for p in points["tokens"]] == tokens
     assert {p.config.patch_size for p in points["tokens"]} == {4} and points["workers"][0].engine == {"workers": 1}
+    assert {p.batch for p in points["tokens"]} == {4} and {p.batch for p in points["depth"]} == {32}
     assert all(p.config == ViTConfig() for panel in ("batch", "workers") for p in points[panel])
+
+
+def test_line_through_times():
+    line = benchmark.line_through([1, 2, 4], [3.0, 5.0, 9.0])
+    assert line == pytest.approx({"start": 1.0, "each": 2.0, "off": 0.0}, abs=1e-12)
+    bent = benchmark.line_through([1, 2, 3, 4], [1.0, 2.0, 3.0, 40.0])
+    assert bent["off"] > 0.3
+
+
+def test_attention_flops_are_those_that_grow_with_the_square():
+    """FLOPs / N is linear in N; its slope is what the N^2 products take."""
+    for changes in ({"pooling": "mean"}, {}, {"depth": 1}):
+        sizes = [ViTConfig(**TINY | {"image_size": side, "depth": 3} | changes) for side in (16, 32, 64)]
+        N = np.array([c.num_tokens for c in sizes], float)
+        whole = np.array([sum(trace.expected_flops(c, 5)) for c in sizes])
+        square, rest, constant = np.linalg.solve(np.stack([N**2, N, N**0], axis=1), whole)
+        attention = [trace.attention_flops(c, 5) for c in sizes]
+        asking = 3 if changes else 2  # of class token's model, the last block is linear in N
+        if changes.get("depth") == 1:
+            asking = 0
+        assert square == pytest.approx(12 * 5 * asking * 12, abs=1e-6 * rest)
+        last = changes.get("pooling") != "mean"
+        assert attention == pytest.approx(5 * 12 * 12 * (asking * N**2 + last * N))
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -394,21 +419,58 @@ def test_tables_and_files(tmp_path, call, task):
 
 
 def test_scaling(tmp_path, monkeypatch, call):
-    points = benchmark.scaling_points
-    monkeypatch.setattr(benchmark, "scaling_points", lambda *a: {k: v[:2] for k, v in points(*a).items()})
-    monkeypatch.setattr(benchmark, "contest", lambda config, **settings: {
-        "others": [0.0], "contenders": {"minivit": {"seconds": [config.depth * 0.01], "peak_memory": 2**20}},
-    })  # fmt: skip
-    ended = call("benchmark", "scaling", *FLAGS, "--json", tmp_path / "b.json", "--png", tmp_path / "b.png")
-    assert ended.status == 0 and ended.err == "" and "tokens" in ended.out
+    points, diary = benchmark.scaling_points, []
+    monkeypatch.setattr(benchmark, "scaling_points", lambda *a: {k: v[:3] for k, v in points(*a).items()})
+    monkeypatch.setattr(benchmark, "Child", Pretender)
+    monkeypatch.setattr(benchmark, "take_turns", lambda children, *a, **k: diary.append(children) or take_turns(
+        children, *a, **k
+    ))  # fmt: skip
+    monkeypatch.setattr(benchmark, "available_cores", lambda: 3)
+    monkeypatch.setattr(benchmark, "PAUSE_SECONDS", 0.0)
+    ended = call("benchmark", "scaling", *FLAGS, "--against", "plain", "--json", tmp_path / "b.json",
+                 "--png", tmp_path / "b.png")  # fmt: skip
+    assert ended.status == 0 and "tokens" in ended.out, ended.err
     report = json.loads((tmp_path / "b.json").read_text(), parse_constant=pytest.fail)
-    assert set(report["panels"]) == {"batch", "depth", "tokens", "workers"}
-    point = report["panels"]["batch"][0]
-    config = ViTConfig(**TINY)
+    panels = report["panels"]
+    assert list(panels) == ["batch", "depth", "tokens", "workers"]
+    assert [[child.name for child in children] for children in diary] == [  # everybody of a panel takes turns
+        *[["minivit at 0", "plain at 0", "minivit at 1", "plain at 1", "minivit at 2", "plain at 2"]] * 3,
+        ["minivit at 0", "minivit at 1", "minivit at 2"],
+    ]  # fmt: skip
+    for panel, B in ("batch", None), ("depth", 5), ("tokens", 1), ("workers", 5):
+        for point in panels[panel]["points"]:
+            assert point["batch"] == (B or point["x"]) and point["contenders"]["minivit"]["peak_memory"] == 2**20
+    point, config = panels["batch"]["points"][0], ViTConfig(**TINY)
     assert point["flops"] == sum(trace.expected_flops(config, point["batch"]))
-    scores = 12 * 2 * point["batch"] * config.num_tokens**2 * 12  # two products forward and four backward, per block
-    assert point["attention_share"] == scores / point["flops"]
+    assert point["attention_share"] == trace.attention_flops(config, point["batch"]) / point["flops"]
+    assert panels["batch"]["line"] == pytest.approx({"start": 0.5, "each": 0.1, "off": 0.0}, abs=1e-9)
+    assert panels["depth"]["line"]["each"] == pytest.approx(0.5)
+    assert panels["tokens"]["power"] == pytest.approx([2.0, 2.0])
+    assert [s["median"] for s in panels["workers"]["speedup"]] == pytest.approx([1.0, 2.0, 3.0])
+    assert "0.50 ms" not in ended.out and "ours is 500.00 ms + 100.00 ms x batch, to 0.0%" in ended.out
+    assert "power 2.00, 2.00" in ended.out and "by 1.00 (1.00 to 1.00), 2.00 (2.00 to 2.00)" in ended.out
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Pretender(Child):
+    """Its steps take what a law says: 0.5 s + 0.1 s per picture, 0.5 s per block, N^2, 1 / workers."""
+
+    def __init__(self, contender, job, at=""):
+        c, workers = job.config, job.engine.get("workers")
+        self.name, self.settings, self.start_memory = contender + at, {}, 2**19
+        self.process = type("Process", (), {"pid": -1})
+        if workers:
+            self.seconds = 6.0 / workers
+        elif c.image_size != TINY["image_size"] or job.batch == 1:
+            self.seconds = 1e-3 * c.num_tokens**2
+        else:
+            self.seconds = (0.5 + 0.1 * job.batch) * c.depth / 2
+
+    def ask(self, what, *_):
+        return {"check": (1.0, {"a": np.ones(1)}), "turn": (self.seconds, 1.0), "memory": 2**20}[what]
+
+    def close(self):
+        pass
 
 
 def test_presets_and_flags_make_the_model():
@@ -437,6 +499,8 @@ def test_presets_and_flags_make_the_model():
     (["step", "--patience", "-1"], "--patience must be a number of seconds"),
     (["step", "--json", "missing/b.json"], "there is no folder missing to write b.json to"),
     (["step", "--png", "missing/b.png"], "there is no folder missing"),
+    (["step", "--png", "b.foo"], "b.foo must end in .png, .pdf or .svg"),
+    (["step", "--workers", "99999"], "workers must be at least 0 and at most 1024, got 99999"),
     (["step", "--dropout", "0.1"], "unrecognized arguments: --dropout"),
     (["layers", "--against", "torch"], "unrecognized arguments: --against"),
     (["race"], "invalid choice: 'race'"),

@@ -267,3 +267,12 @@ def test_help_of_a_script_as_a_process():
 
 def test_the_fields_are_where_the_tests_look():
     assert {"width", "depth"} <= set(field_names(ViTConfig)) and {"lr", "seed"} <= set(field_names(TrainConfig))
+
+
+def test_a_bad_choice_of_kernels_is_refused_before_any_work():
+    result = subprocess.run(
+        [sys.executable, "-c", "from minivit import cli\ncli.run(lambda: print('began') or 0)"], cwd=ROOT,
+        env={**os.environ, "MINIVIT_KERNELS": "fast"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: MINIVIT_KERNELS must be auto or plain, got 'fast'\n"
