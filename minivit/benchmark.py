@@ -479,11 +479,10 @@ def scaling_report(config, *, batch=32, against=(), engine=None, pairs=5, seed=0
             seconds, others = take_turns(everybody, pairs, patience=patience, progress=progress)
             listed = []
             for point, (children, _) in zip(those, started, strict=True):
-                c, B, N = point.config, point.batch, point.config.num_tokens
-                flops = sum(expected_flops(c, B))
+                flops = sum(expected_flops(point.config, point.batch))
                 listed.append({
-                    "x": point.x, "batch": B, "flops": flops, "image_size": c.image_size,
-                    "attention_share": attention_flops(c, B) / flops,
+                    "x": point.x, "batch": point.batch, "flops": flops, "image_size": point.config.image_size,
+                    "attention_share": attention_flops(point.config, point.batch) / flops,
                     "contenders": {
                         name: {"seconds": seconds[child.name], "peak_memory": child.ask("memory")}
                         | quartiles(seconds[child.name])
