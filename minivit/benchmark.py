@@ -428,7 +428,7 @@ def scaling_points(config, batch, engine=None):
     """What `scaling_report` measures: {panel: list of `Point`}.
 
     The tokens are varied through the picture's size, up to where the N^2 products are most of the work, with an eighth
-    of the pictures.
+    of the pictures; the workers with four times as many, enough for each to have several micro-batches.
     """
     engine = engine or {}
     change = lambda **changes: type(config)(**{**vars(config), **changes})  # noqa: E731
@@ -442,7 +442,7 @@ def scaling_points(config, batch, engine=None):
         "batch": [Point(B, config, B, engine) for B in batches],
         "depth": [Point(L, change(depth=L), batch, engine) for L in depths],
         "tokens": [Point(c.num_tokens, c, max(1, batch // 8), engine) for c in sizes],
-        "workers": [Point(w, config, batch, {**engine, "workers": w}) for w in workers],
+        "workers": [Point(w, config, 4 * batch, {**engine, "workers": w}) for w in workers],
     }
 
 

@@ -5,7 +5,7 @@ Nothing here waits for the device: the figures of a batch stay on it until someb
 
 Launching the few hundred kernels of a step one by one takes the host longer than the GPU takes to run them. A graph
 holds the whole step, is launched at once, and reads what changes from step to step from memory that stays where it
-is: the batch, stochastic depth's factors, and the optimiser's figures.
+is: the batch, the factors and keys of what is dropped, and the optimiser's figures.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from minivit.backend import array_module, kernels_wanted
 from minivit.engine import Engine, StepResult
 from minivit.kernels import cuda
+from minivit.layers.msa import LONG
 from minivit.optim import Adam, clip_by_global_norm
 
 PREDICT = 1024  # pictures at a time
@@ -80,7 +81,7 @@ class CudaStep:
     The first batch goes kernel by kernel, which compiles them; the second, of the same shape, is recorded and from then
     on replayed. Both run the same kernels in the same order, so they give the same bits. Batches of another shape (an
     epoch's last) always go kernel by kernel, and so does everything where a graph does not apply: optimisers other than
-    Adam and AdamW, elementwise dropout, plain functions, or ``graph=False``.
+    Adam and AdamW, dropout of the attention maps of long sequences, plain functions, or ``graph=False``.
     """
 
     def __init__(self, engine, optimizer, average=None, *, clip_norm=0.0, graph=True):
@@ -88,7 +89,10 @@ class CudaStep:
         c = engine.model.config
         self._rates = [engine.model.drop_path_rate(i) for i in range(c.depth)]
         self.fused = isinstance(optimizer, Adam) and kernels_wanted() and engine.model.flat.dtype == np.float32
-        self._wanted = graph and self.fused and c.dropout == c.attention_dropout == 0.0
+        # dropouts of a micro-batch: of the embedding; in each block of the map, and after MSA, GELU and MLP
+        self._keys = (c.dropout > 0.0) * (1 + 3 * c.depth) + (c.attention_dropout > 0.0) * c.depth
+        self._drawn = not (c.attention_dropout and c.num_tokens >= LONG)  # flash attention draws as it goes
+        self._wanted = graph and self.fused and self._drawn
         self._shape = self._graph = self.pool = self._results = None  # pool: the graph's memory
         self.replays = 0  # how many steps a graph made
 
@@ -121,19 +125,20 @@ class CudaStep:
             return self._plain(images, labels, step, lr)
         xp = array_module(images)
         shape = (images.shape, labels.shape)
-        factors = self._draw(len(images), step)
+        draws = self._draw(len(images), step)
         hyper = cuda.hyper_of(self.optimizer, lr, self.average)
         if not self._wanted or (self._shape is not None and shape != self._shape):
-            results = self._run(images, labels, factors and [xp.asarray(f) for f in factors], xp.asarray(hyper), step)
+            results = self._run(images, labels, [xp.asarray(draw) for draw in draws], xp.asarray(hyper), step)
         elif self._shape is None:
             self._shape = shape
             self._images, self._labels = images.copy(), labels.copy()
-            self._factors, self._hyper = [xp.asarray(f) for f in factors], xp.asarray(hyper)
-            results = self._run(images, labels, self._factors, self._hyper, step)
+            self._draws, self._hyper = [xp.asarray(draw) for draw in draws], xp.asarray(hyper)
+            results = self._run(images, labels, self._draws, self._hyper, step)
         else:
             self._images[...], self._labels[...] = images, labels
-            for memory, values in zip([self._hyper, *self._factors], [hyper, *factors], strict=True):
-                memory.set(values)
+            for memory, values in zip([self._hyper, *self._draws], [hyper, *draws], strict=True):
+                if values.size:
+                    memory.set(values)
             results = self._replay(step)
         self.optimizer.steps += 1
         if self.average:
@@ -141,19 +146,21 @@ class CudaStep:
         return results
 
     def _draw(self, count, step):
-        """Stochastic depth's factors of each micro-batch, on the host; or None, for Generators in their place."""
-        c = self.engine.model.config
-        if c.dropout or c.attention_dropout:
-            return None
+        """The random numbers of each micro-batch (factors, keys, factors, keys, ...), on the host; [] for Generators."""
+        if not self._drawn:
+            return []
         return [
-            cuda.PathFactors.draw(self.engine.generator(step, m), self._rates, len(range(*part.indices(count))))
+            array
             for m, part in enumerate(self.engine.parts(count))
+            for array in cuda.Draws.draw(
+                self.engine.generator(step, m), self._rates, len(range(*part.indices(count))), self._keys
+            )
         ]
 
-    def _run(self, images, labels, factors, hyper, step):
+    def _run(self, images, labels, draws, hyper, step):
         """The step, kernel by kernel."""
         engine, average = self.engine, self.average
-        generators = factors and [cuda.PathFactors(f) for f in factors]
+        generators = [cuda.Draws(*pair) for pair in zip(draws[::2], draws[1::2], strict=True)]
         result = engine.gradient(images, labels, step=step, generators=generators)
         norm = cuda.gradient_norm(engine.grad)
         cuda.adam_step(self.optimizer, engine.model.flat, engine.grad, hyper, norm, self.clip_norm)
@@ -172,7 +179,7 @@ class CudaStep:
                 with cupy.cuda.using_allocator(self.pool.malloc):
                     stream.begin_capture()
                     try:
-                        self._results = self._run(self._images, self._labels, self._factors, self._hyper, step)
+                        self._results = self._run(self._images, self._labels, self._draws, self._hyper, step)
                     finally:
                         self._graph = stream.end_capture()
             except MemoryError:
@@ -180,7 +187,7 @@ class CudaStep:
             except Exception as error:
                 warnings.warn(f"steps run kernel by kernel: no CUDA graph could be made ({error})", stacklevel=3)
                 self._graph, self._wanted = None, False
-                return self._run(self._images, self._labels, self._factors, self._hyper, step)
+                return self._run(self._images, self._labels, self._draws, self._hyper, step)
             self._graph.upload(stream)
         self._graph.launch(stream)
         self.replays += 1

@@ -85,6 +85,7 @@ def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denomi
     return loss, CrossEntropyCache(probabilities, targets, weights, denominator)
 
 
+@accelerated
 def softmax_cross_entropy_backward(dloss, cache):
     """Backward of `softmax_cross_entropy_forward`.
 

@@ -364,6 +364,7 @@ def test_scaling_varies_one_thing_at_a_time():
     tokens = [17, 65, 257, 1025, 2305]
     assert [p.x for p in points["tokens"]] == [p.config.num_tokens for p in points["tokens"]] == tokens
     assert {p.config.patch_size for p in points["tokens"]} == {4} and points["workers"][0].engine == {"workers": 1}
+    assert {p.batch for p in points["workers"]} == {128}
     assert {p.batch for p in points["tokens"]} == {4} and {p.batch for p in points["depth"]} == {32}
     assert all(p.config == ViTConfig() for panel in ("batch", "workers") for p in points[panel])
 
@@ -437,7 +438,7 @@ def test_scaling(tmp_path, monkeypatch, call):
         *[["minivit at 0", "plain at 0", "minivit at 1", "plain at 1", "minivit at 2", "plain at 2"]] * 3,
         ["minivit at 0", "minivit at 1", "minivit at 2"],
     ]  # fmt: skip
-    for panel, B in ("batch", None), ("depth", 5), ("tokens", 1), ("workers", 5):
+    for panel, B in ("batch", None), ("depth", 5), ("tokens", 1), ("workers", 20):
         for point in panels[panel]["points"]:
             assert point["batch"] == (B or point["x"]) and point["contenders"]["minivit"]["peak_memory"] == 2**20
     point, config = panels["batch"]["points"][0], ViTConfig(**TINY)

@@ -13,6 +13,7 @@ from minivit.backend import plain, to_host
 from minivit.engine_cuda import CudaEngine, CudaStep
 from minivit.gradcheck_cases import LAYERS, NEED_SCIPY
 from minivit.kernels import cuda
+from minivit.layers.dropout import dropout_backward, dropout_forward
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, SGD, Adam, AdamW
@@ -63,9 +64,9 @@ def batch_of(config, n=None, seed=0):
     return rng.integers(0, 256, shape, dtype=np.uint8), rng.integers(0, config.num_classes, n)
 
 
-def one_pass(model, images, labels, rng=None):
+def one_pass(model, images, labels, rng=None, *, recompute=False):
     """Logits, loss and every gradient, on the host."""
-    logits, cache = model.forward(images, rng=rng)
+    logits, cache = model.forward(images, rng=rng, recompute=recompute)
     loss, loss_cache = softmax_cross_entropy_forward(logits, labels, label_smoothing=0.1, denominator=7)
     flat, grads = model.gradient_buffer()
     for _ in range(2):  # gradients are added to what is there
@@ -145,6 +146,7 @@ PLANTED = {  # mistakes in kernels.cu: what is right, and what stands there inst
     "attention: padded keys count": ("j < TOKENS ? __expf(row[j] - largest) : 0.f", "__expf(row[j] - largest)"),
     "attention: dk from k": ("scores_transposed_times_rows(ds, q", "scores_transposed_times_rows(ds, k"),
     "embedding: a bias for the class token": ("cls[d] : bias[d]", "cls[d] + bias[d] : bias[d]"),
+    "loss backward: one row's targets": ("* p[i] - t[i])", "* p[i] - t[i % K])"),
     "loss: the score of the class": ("dot += t[start + k] * shifted", "dot += t[start + k] * e"),
     "tensor cores: padded keys count": ("s[n][e] = 8 * (first + n) + 2 * t + e % 2 < TOKENS ?", "s[n][e] = true ?"),
     "tensor cores: delta twice": ("if (q == 0) delta[n] = dot;", "if (q == 0) delta[n] = 2.f * dot;"),
@@ -196,7 +198,10 @@ def test_no_plain_body_of_a_block_runs(xp, name, monkeypatch):
 
 def test_what_is_not_covered_runs_plain(xp):
     images, labels = batch_of(SMALL)
-    for config, dtype in ((SMALL, np.float64), (replace(SMALL, dropout=0.2, attention_dropout=0.1), np.float32)):
+    for config, dtype in (
+        (SMALL, np.float64), (replace(SMALL, dropout=0.2, attention_dropout=0.1), np.float64),
+        (replace(SMALL, width=18, num_heads=3), np.float32),
+    ):  # fmt: skip
         with plain():
             expected = one_pass(
                 ViT(config, flat=parameters_of(config, dtype)), images, labels, np.random.default_rng(3)
@@ -206,6 +211,98 @@ def test_what_is_not_covered_runs_plain(xp):
         assert loss == pytest.approx(expected[1], rel=1e-5)
         for key, gradient in expected[2].items():
             assert_close(grads[key], gradient, 1e-3, key)
+
+
+def test_loss_of_targets_that_are_no_probabilities(xp):
+    rng = np.random.default_rng(0)
+    logits, targets = 3 * rng.standard_normal((9, 35)), rng.random((9, 35))
+    with plain():
+        loss, cache = softmax_cross_entropy_forward(logits, targets, label_smoothing=0.2, denominator=4)
+        dlogits = softmax_cross_entropy_backward(0.7, cache)
+    arrays = (xp.asarray(array.astype(np.float32)) for array in (logits, targets))
+    found, cache = softmax_cross_entropy_forward(*arrays, label_smoothing=0.2, denominator=4)
+    assert type(cache) is cuda.CudaCrossEntropyCache and float(found) == pytest.approx(loss, rel=1e-5)
+    assert_close(to_host(softmax_cross_entropy_backward(0.7, cache)), dlogits, 1e-5)
+
+
+def philox_uniform(key, n):
+    """The first n uniform numbers of a key, by Salmon et al. (2011): Philox 4x32-10, upper 24 bits of each word."""
+    c = np.zeros((4, -(-n // 4)), np.uint64)
+    c[0] = np.arange(c.shape[1])
+    k0, k1, low = int(key) & 0xFFFFFFFF, int(key) >> 32, np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        m0, m1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        high0, high1 = m0 >> np.uint64(32), m1 >> np.uint64(32)
+        c = np.stack([high1 ^ c[1] ^ np.uint64(k0), m1 & low, high0 ^ c[3] ^ np.uint64(k1), m0 & low])
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return (c.T.reshape(-1)[:n] >> np.uint64(8)) * 2.0**-24
+
+
+def test_philox_is_the_published_one():
+    """The generator's known answer for a counter and key of zeros (Random123's kat_vectors)."""
+    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox_uniform(0, 4).tolist() == [(word >> 8) / 2**24 for word in words]
+
+
+SPOILT_DROPOUT = {
+    "": "", "fewer rounds": ("round < 10", "round < 9"), "half a key": ("(unsigned)(key[0] >> 32)", "0u"),
+    "one word for four": ("(float)(c[e] >> 8)", "(float)(c[0] >> 8)"), "kept are not scaled": ("scale * x[j]", "x[j]"),
+    "the last ones": ("if (j < size) y[j]", "if (j + 1 < size) y[j]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILT_DROPOUT)
+def test_dropout_draws_its_mask_from_its_key_forward_and_backward(name, monkeypatch, emulator):
+    monkeypatch.setitem(backend.TWINS, "numpy", "minivit.kernels.cuda")
+    machine = Emulator(emulator.source.replace(*SPOILT_DROPOUT[name])) if name else emulator
+    x = np.random.default_rng(0).standard_normal((37, 123), np.float32)
+    key = np.random.default_rng(1).integers(0, 2**64, 1, np.uint64)
+    expected = x * (philox_uniform(key[0], x.size).reshape(x.shape) >= 0.3) / 0.7
+    with cuda.using(machine):
+        y, cache = dropout_forward(x, rate=0.3, rng=np.random.default_rng(1))
+        dx = dropout_backward(x, cache)
+    right = np.allclose(y, expected, rtol=1e-6) and np.array_equal(y, dx)
+    assert right == (not name)
+    assert not any(isinstance(value, np.ndarray) and value.size > 1 for value in cache)  # no mask is stored
+
+
+class FromDraws:
+    """A Generator for the plain functions that has them drop what `cuda.Draws` has the kernels drop."""
+
+    def __init__(self, factors, keys, rates):
+        self.branches = iter([row for i, row in enumerate(factors) if rates[i // 2]])
+        self.keys = iter(keys)
+
+    def random(self, shape, dtype):
+        if shape[1:] == (1,) * (len(shape) - 1):  # stochastic depth: 0 is below any rate
+            return (next(self.branches) > 0.0).astype(dtype).reshape(shape)
+        return philox_uniform(next(self.keys), np.prod(shape)).reshape(shape)
+
+
+DROPPING = {
+    "all": replace(SMALL, dropout=0.3, attention_dropout=0.2, drop_path=0.4, depth=3),
+    "dropout": replace(SMALL, dropout=0.3, pooling="mean"), "attention": replace(SMALL, attention_dropout=0.4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", DROPPING)
+def test_a_model_with_dropout_is_the_plain_one_with_the_same_masks(xp, name, recompute):
+    config = DROPPING[name]
+    images, labels = batch_of(config)
+    exact = ViT(config, flat=parameters_of(config, np.float64))
+    rates = [exact.drop_path_rate(i) for i in range(config.depth)]
+    step = CudaStep(CudaEngine(ViT(config, flat=xp.asarray(parameters_of(config)))), AdamW(xp.zeros(1), xp.zeros(1)))
+    draws = cuda.Draws.draw(np.random.default_rng(8), rates, len(images), step._keys)
+    with plain():
+        expected = one_pass(exact, images, labels, FromDraws(*draws, rates))
+    assert step._keys == {"all": 13, "dropout": 7, "attention": 2}[name]
+    rng = cuda.Draws(*map(xp.asarray, draws))
+    found = one_pass(step.engine.model, xp.asarray(images), xp.asarray(labels), rng, recompute=recompute)
+    assert_close(found[0], expected[0], 1e-5, "logits")
+    for key, gradient in expected[2].items():
+        floor = 1e-2 * max(np.abs(g).max() for g in expected[2].values())
+        assert_close(found[2][key], gradient, 2e-5 * max(1.0, floor / max(np.abs(gradient).max(), 1e-9)), key)
 
 
 def steps_of(xp, optimizer, config, *, graph, count=4, batch=6, micro_batch=0, average=True, clip_norm=0.5):
@@ -271,11 +368,11 @@ def test_a_batch_that_does_not_fit_is_cut(xp, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, {"micro_batch": 3}, {"average": False, "clip_norm": 0.0}])
-def test_a_replayed_graph_gives_the_bits_of_single_kernels(settings):
+@pytest.mark.parametrize("config", [CONFIGS["path"], DROPPING["all"]], ids=["path", "dropout"])
+def test_a_replayed_graph_gives_the_bits_of_single_kernels(config, settings):
     import cupy
 
     backend.use_device("cuda:0")
-    config = CONFIGS["path"]
     single = steps_of(cupy, AdamW, config, graph=False, count=21, **settings)
     replayed = steps_of(cupy, AdamW, config, graph=True, count=21, **settings)
     assert replayed[3].replays == 19 and single[3].replays == 0  # all but the first, and the short last one

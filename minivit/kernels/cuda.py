@@ -30,8 +30,8 @@ import numpy as np
 from minivit.backend import array_module, kernels_wanted
 from minivit.kernels.cublas import WORKSPACE, Cublas
 from minivit.layers.block import ATTN, MLP, NORM1, NORM2
-from minivit.layers.drop_path import dropout_mask
-from minivit.loss import CrossEntropyCache, soft_targets
+from minivit.layers.dropout import DropoutCache, dropout_mask
+from minivit.loss import soft_targets
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 MAX_WIDTH = 1024  # a warp holds a row in registers
@@ -125,18 +125,20 @@ def using(other):
         _replacement = previous
 
 
-class PathFactors:
-    """Stochastic depth's factors of a batch, drawn beforehand: what a captured graph takes in place of a Generator.
+class Draws:
+    """A batch's random numbers, drawn beforehand: what a captured graph takes in place of a Generator.
 
-    ``factors`` (2 L, B) holds m / (1 - rate) of both branches of each block, in the order of the forward.
+    ``factors`` (2 L, B) holds stochastic depth's m / (1 - rate) of both branches of each block, ``keys`` (n,) uint64 the
+    Philox key of each dropout; both on the device, in the order of the forward.
     """
 
-    def __init__(self, factors):
-        self.factors, self.used = factors, 0
+    def __init__(self, factors, keys=None):
+        self.factors, self.keys = factors, keys
+        self.used, self.keys_used = 0, 0
 
     def __deepcopy__(self, memo):
-        copy = PathFactors(self.factors)  # nobody writes to them
-        copy.used = self.used
+        copy = Draws(self.factors, self.keys)  # nobody writes to them
+        copy.used, copy.keys_used = self.used, self.keys_used
         return copy
 
     def next(self):
@@ -144,15 +146,20 @@ class PathFactors:
         self.used += 1
         return self.factors[self.used - 1]
 
+    def next_key(self):
+        """The key of the next dropout, (1,)."""
+        self.keys_used += 1
+        return self.keys[self.keys_used - 1 : self.keys_used]
+
     @staticmethod
-    def draw(rng, rates, B):
-        """The factors (2 L, B) that the plain blocks would draw from a Generator, on the host."""
+    def draw(rng, rates, B, keys=0):
+        """Factors (2 L, B), those that the plain blocks would draw from a Generator, and ``keys`` keys; on the host."""
         rows = []
         for rate in rates:
             for _ in range(2):
                 mask = dropout_mask((B, 1, 1), rate, rng).reshape(B) if rate > 0.0 else np.ones(B, bool)
                 rows.append(mask * np.float32(1.0 / (1.0 - rate)))
-        return np.array(rows, np.float32)
+        return np.array(rows, np.float32), rng.integers(0, 2**64, keys, np.uint64)
 
 
 def _covered(*arrays):
@@ -351,6 +358,49 @@ def layernorm_backward(dy, cache):
     return dx.reshape(dy.shape), sums[0], sums[1]
 
 
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+class CudaDropoutCache(NamedTuple):
+    """What `dropout_backward` reads: no mask, but the key that makes it again."""
+
+    key: Any  # (1,) uint64
+    rate: float
+
+
+def _dropout(x, key, rate):
+    xp = array_module(x)
+    x = xp.ascontiguousarray(x)
+    y = xp.empty_like(x)
+    arguments = (x, key, y, float(rate), 1.0 / (1.0 - rate), Size(x.size))
+    machine().launch("dropout", _grid(_blocks(x.size, 4)), (256,), arguments)
+    return y
+
+
+def dropout_forward(x, *, rate=0.0, rng=None, mask=None):
+    """Twin of `minivit.layers.dropout.dropout_forward`, with a mask of its own: a key is drawn in its place."""
+    if x.dtype != np.float32 or mask is not None or rng is None or not 0.0 < rate < 1.0:
+        return NotImplemented
+    if isinstance(rng, Draws):
+        key = rng.next_key()
+    else:
+        key = array_module(x).asarray(rng.integers(0, 2**64, 1, np.uint64))
+    return _dropout(x, key, rate), CudaDropoutCache(key, rate)
+
+
+def dropout_backward(dy, cache):
+    """Twin of `minivit.layers.dropout.dropout_backward`."""
+    return _dropout(dy, cache.key, cache.rate)
+
+
+def drop_path_forward(x, *, rate=0.0, rng=None, mask=None):
+    """Twin of `minivit.layers.drop_path.drop_path_forward`, for factors that were drawn beforehand."""
+    if mask is not None or not isinstance(rng, Draws):
+        return NotImplemented
+    factors = rng.next().reshape((len(x),) + (1,) * (x.ndim - 1))
+    return (x * factors, DropoutCache(factors, 1.0)) if rate > 0.0 else (x, DropoutCache(None, 1.0))
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -496,10 +546,10 @@ def block_forward(
     xp, erf_form = array_module(z), gelu == "erf"
     path1 = path2 = None
     if rng is not None and drop_path > 0.0:
-        if not isinstance(rng, PathFactors):
-            rng = PathFactors(xp.asarray(PathFactors.draw(rng, [drop_path], B)))
+        if not isinstance(rng, Draws):
+            rng = Draws(xp.asarray(Draws.draw(rng, [drop_path], B)[0]))
         path1, path2 = rng.next(), rng.next()
-    elif isinstance(rng, PathFactors):
+    elif isinstance(rng, Draws):
         rng.next(), rng.next()
     wn1, bn1 = (params[name] for name in NORM1)
     wqkv, bqkv, wproj, bproj = (params[name] for name in ATTN)
@@ -622,6 +672,15 @@ def patch_embed_backward(dz, cache, *, need_dimages=True):
     return None, dW, db, dcls_token, sums if cache.has_position else None
 
 
+class CudaCrossEntropyCache(NamedTuple):
+    """What `softmax_cross_entropy_backward` reads."""
+
+    probabilities: Any  # (B, K)
+    targets: Any  # (B, K)
+    weights: Any  # (B, 1)
+    denominator: float
+
+
 def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denominator=None):
     """Twin of `minivit.loss.softmax_cross_entropy_forward`."""
     if not _covered(logits) or logits.ndim != 2 or len(labels) != len(logits):
@@ -633,7 +692,16 @@ def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denomi
     arguments = (logits, targets, p, weights, losses, B, K)
     machine().launch("cross_entropy_forward", (_blocks(B, WARPS),), (32 * WARPS,), arguments)
     denominator = float(B if denominator is None else denominator)
-    return losses.sum() / denominator, CrossEntropyCache(p, targets, weights, denominator)
+    return losses.sum() / denominator, CudaCrossEntropyCache(p, targets, weights, denominator)
+
+
+def softmax_cross_entropy_backward(dloss, cache):
+    """Twin of `minivit.loss.softmax_cross_entropy_backward`, for a gradient that is a number of the host."""
+    p, targets, weights, denominator = cache
+    dlogits = array_module(p).empty_like(p)
+    arguments = (p, targets, weights, dlogits, float(dloss) / denominator, p.size, p.shape[1])
+    machine().launch("cross_entropy_backward", _grid(p.size), (256,), arguments)
+    return dlogits
 
 
 def augmented(

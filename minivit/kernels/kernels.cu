@@ -359,6 +359,46 @@ extern "C" __global__ void cross_entropy_forward(const float* __restrict__ x, co
   if (lane == 0) weight[row] = w, loss[row] = w * logf(sum) - dot;
 }
 
+// Its backward: dx = factor (w p - t), with factor the loss's gradient over the number of pictures.
+extern "C" __global__ void cross_entropy_backward(const float* __restrict__ p, const float* __restrict__ t,
+                                                  const float* __restrict__ weight, float* __restrict__ dx,
+                                                  float factor, int size, int K) {
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < size; i += gridDim.x * blockDim.x)
+    dx[i] = factor * (weight[i / K] * p[i] - t[i]);
+}
+
+// Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four random words for a counter
+// c and a key k, the same whoever asks and whenever. Ten rounds, each with the next key k + i (0x9E3779B9, 0xBB67AE85):
+//     c <- (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0))
+__device__ __forceinline__ void philox(unsigned (&c)[4], unsigned k0, unsigned k1) {
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const unsigned long long m0 = 0xD2511F53ull * c[0], m1 = 0xCD9E8D57ull * c[2];
+    c[0] = (unsigned)(m1 >> 32) ^ c[1] ^ k0;
+    c[1] = (unsigned)m1;
+    c[2] = (unsigned)(m0 >> 32) ^ c[3] ^ k1;
+    c[3] = (unsigned)m0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+// Dropout and its backward, which are the same linear map: y = m x / (1 - rate), m_i = [u_i >= rate]. The uniform number
+// u_i is word i mod 4 of counter i / 4, its upper 24 bits; so the mask is never stored. y may be x.
+extern "C" __global__ void dropout(const float* x, const size_t* __restrict__ key, float* y, float rate, float scale,
+                                   size_t size) {
+  const unsigned k0 = (unsigned)key[0], k1 = (unsigned)(key[0] >> 32);
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; 4 * i < size; i += (size_t)gridDim.x * blockDim.x) {
+    unsigned c[4] = {(unsigned)i, (unsigned)(i >> 32), 0u, 0u};
+    philox(c, k0, k1);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const size_t j = 4 * i + e;
+      if (j < size) y[j] = (float)(c[e] >> 8) * 5.9604644775390625e-8f >= rate ? scale * x[j] : 0.f;  // 2^-24
+    }
+  }
+}
+
 // Where the matrices of stacks (B, h) of three operands begin, given where the stacks begin and their strides in bytes.
 extern "C" __global__ void matrix_addresses(size_t a, size_t b, size_t c, int a0, int a1, int b0, int b1, int c0, int c1,
                                             int heads, int count, size_t* __restrict__ out) {

@@ -12,10 +12,11 @@ Backward
     computed as such.
 """
 
-from minivit.backend import array_module
+from minivit.backend import accelerated, array_module
 from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp, dropout_mask
 
 
+@accelerated
 def drop_path_forward(x, *, rate=0.0, rng=None, mask=None):
     """Drop the branch for whole pictures at random while training.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minivit.backend import array_module
+from minivit.backend import accelerated, array_module
 
 
 class DropoutCache(NamedTuple):
@@ -35,6 +35,7 @@ def dropout_mask(shape, rate, rng, xp=np):
     return xp.asarray(rng.random(shape, dtype=np.float32) >= rate)
 
 
+@accelerated
 def dropout_forward(x, *, rate=0.0, rng=None, mask=None):
     """Zero entries at random while training.
 
@@ -53,6 +54,7 @@ def dropout_forward(x, *, rate=0.0, rng=None, mask=None):
     return y, DropoutCache(mask, scale)
 
 
+@accelerated
 def dropout_backward(dy, cache):
     """Backward of `dropout_forward`.
 
