@@ -146,7 +146,7 @@ class CudaStep:
         return results
 
     def _draw(self, count, step):
-        """The random numbers of each micro-batch (factors, keys, factors, keys, ...), on the host; [] for Generators."""
+        """The random numbers of each micro-batch (factors, keys, factors, ...), on the host; [] for Generators."""
         if not self._drawn:
             return []
         return [

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit import params as parameters
-from minivit.backend import array_module
+from minivit.backend import array_module, plain
 from minivit.errors import InputError
 from minivit.layers.block import BLOCK_PARAMETERS, BlockCache, block_backward, block_forward, block_jvp
 from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
@@ -368,10 +368,11 @@ class ViT:
 
         Shapes  images (B, H, W, C)  ->  Intermediates: logits (B, K), L maps (B, h, N, N), 1 + L features (B, N, D)
         """
-        z, *_ = self._embed(images, None)
-        attention, features = [], [z]
-        for i, params in enumerate(self._blocks):
-            z, cache = block_forward(z, params, **(self._block_settings(i) | {"queries": None}))  # every token
-            attention.append(attention_map(cache.msa))
-            features.append(z)
-        return Intermediates(self._head(z)[0], tuple(attention), tuple(features))
+        with plain():  # kernels keep no attention maps
+            z, *_ = self._embed(images, None)
+            attention, features = [], [z]
+            for i, params in enumerate(self._blocks):
+                z, cache = block_forward(z, params, **(self._block_settings(i) | {"queries": None}))  # every token
+                attention.append(attention_map(cache.msa))
+                features.append(z)
+            return Intermediates(self._head(z)[0], tuple(attention), tuple(features))

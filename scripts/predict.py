@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minivit import checkpoint, plots
+from minivit import ViT, checkpoint, plots
+from minivit.backend import find_device, to_device, to_host, use_device
 from minivit.cli import Parser, output_file, run
 from minivit.data import read_image
 from minivit.errors import InputError
@@ -131,28 +132,32 @@ def main(argv=None):
     )
     parser.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
                         help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [cpu]")
     parser.add_argument("--out", metavar="DIR", help="folder for the figures [the checkpoint's]")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the predictions as JSON")
     arguments = parser.parse_args(argv)
     if not arguments.images and not arguments.test:
         raise InputError("no picture is named; name files, or --test 0 for the first picture of the test set")
+    device = find_device(arguments.device)
     model, meta = checkpoint.load_model(arguments.checkpoint, weights=arguments.weights)
     names = checkpoint.class_names_of(meta, arguments.checkpoint)
+    use_device(device)
+    model = ViT(model.config, flat=to_device(model.flat, device))
     pictures = gather(arguments, model, meta)
     out = Path(arguments.out or Path(arguments.checkpoint).parent)
     out.mkdir(parents=True, exist_ok=True)
     results, taken = [], set()
     for name, image, truth in tqdm(pictures, "pictures", delay=1, disable=None):
         with quiet_overflow():
-            seen = model.intermediates(image[None])
-            probabilities = softmax_forward(seen.logits)[0][0]  # (K,)
+            seen = model.intermediates(to_device(image[None], device))
+            probabilities = softmax_forward(to_host(seen.logits))[0][0]  # (K,)
         if not np.isfinite(probabilities).all():
             raise InputError(
                 f"{arguments.checkpoint} gives logits that are not finite numbers: its parameters are far too large"
             )
         order = np.argsort(-probabilities, kind="stable")[:5]
         figure = out / free_name(name, taken)
-        attention = attention_map(seen.attention[-1][0], model.config.pooling)
+        attention = attention_map(to_host(seen.attention[-1][0]), model.config.pooling)
         title = name if truth is None else f"{name}: truly {names[truth]}"
         plots.save_attention(figure, for_display(image), attention, probabilities, names, title=title, truth=truth)
         result = {"picture": name, "figure": str(figure)} | ({} if truth is None else {"truth": names[truth]})

@@ -170,6 +170,12 @@ class Module(ModuleType):
         super().__init__("cupy")
         self.ndarray, self.lib = ndarray, SimpleNamespace(stride_tricks=self)
         NAMES.add("sliding_window_view")  # of cupy.lib.stride_tricks
+        chosen = SimpleNamespace(use=lambda: None)
+        runtime = SimpleNamespace(
+            getDeviceCount=lambda: 1, getDeviceProperties=lambda number: {"name": b"stand-in"},
+            CUDARuntimeError=RuntimeError,
+        )  # fmt: skip
+        self.cuda = SimpleNamespace(runtime=runtime, Device=lambda number: chosen, Stream=lambda **settings: chosen)
 
     def __getattr__(self, name):
         if name not in NAMES:

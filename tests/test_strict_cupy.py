@@ -1,5 +1,6 @@
 """A training step on a GPU, as far as that can be told without one: what it launches, and that nobody waits."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -123,5 +124,25 @@ def test_gradients_are_checked_on_a_device(cupy, name):
         assert result.passed and result.analytic == pytest.approx(other.analytic, rel=1e-12)
 
 
-def test_devices_see_the_stand_in(cupy, monkeypatch):
+def test_devices_see_the_stand_in(cupy):
     assert backend.to_device(np.zeros(2), "cuda:0").__class__ is cupy.ndarray
+
+
+@pytest.mark.parametrize("script", ["evaluate", "predict"])
+def test_scripts_give_the_same_on_a_device(cupy, trained, tmp_path, call, script):
+    arguments = [trained / "last.npz", "--out", tmp_path, "--json", tmp_path / "f.json"]
+    arguments += ["--test", 3] if script == "predict" else []
+    facts = {}
+    with cuda.using(Emulator()):
+        for device in ("cuda", "cpu"):
+            launches.clear()
+            ended = call(script, *arguments, "--device", device)
+            assert ended.status == 0, ended.err
+            assert (launches.total() > 0) == (device == "cuda")
+            facts[device] = json.loads((tmp_path / "f.json").read_text())
+    if script == "predict":
+        pairs = zip(*(facts[device]["predictions"][0]["top"] for device in facts), strict=True)
+        assert all(a["name"] == b["name"] and a["probability"] == pytest.approx(b["probability"], rel=1e-5)
+                   for a, b in pairs)  # fmt: skip
+    else:
+        assert facts["cuda"]["device"] == "stand-in" and facts["cuda"]["accuracy"] == facts["cpu"]["accuracy"]
