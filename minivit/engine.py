@@ -109,6 +109,12 @@ class Engine:
         self._pool.shutdown()
         self._limits.restore_original_limits()
 
+    def each(self, function, items):
+        """Call the function with each item, the workers side by side: every W-th item is a worker's."""
+        items = list(items)
+        shares = [items[w :: self.workers] for w in range(self.workers)]
+        list(self._pool.map(lambda share: [function(item) for item in share], shares))
+
     def parts(self, count):
         """The micro-batches of a batch of ``count`` pictures, as slices: as many for each worker, of even sizes.
 

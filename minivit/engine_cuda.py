@@ -18,7 +18,7 @@ from minivit.backend import array_module, kernels_wanted
 from minivit.engine import Engine, StepResult
 from minivit.kernels import cuda
 from minivit.layers.msa import LONG
-from minivit.optim import Adam, clip_by_global_norm
+from minivit.optim import Adam, AdamW, clip_by_global_norm, one_by_one
 
 PREDICT = 1024  # pictures at a time
 
@@ -38,6 +38,10 @@ class CudaEngine(Engine):
 
     def __exit__(self, *exception):
         pass
+
+    def each(self, function, items):
+        """Call the function with each item, in turn: a GPU works on one at a time."""
+        one_by_one(function, items)
 
     def parts(self, count):
         """The micro-batches of a batch of ``count`` pictures, as slices."""
@@ -88,7 +92,8 @@ class CudaStep:
         self.engine, self.optimizer, self.average, self.clip_norm = engine, optimizer, average, clip_norm
         c = engine.model.config
         self._rates = [engine.model.drop_path_rate(i) for i in range(c.depth)]
-        self.fused = isinstance(optimizer, Adam) and kernels_wanted() and engine.model.flat.dtype == np.float32
+        adam = type(optimizer) in (Adam, AdamW) and optimizer.scale is None
+        self.fused = adam and kernels_wanted() and engine.model.flat.dtype == np.float32
         # dropouts of a micro-batch: of the embedding; in each block of the map, and after MSA, GELU and MLP
         self._keys = (c.dropout > 0.0) * (1 + 3 * c.depth) + (c.attention_dropout > 0.0) * c.depth
         self._drawn = not (c.attention_dropout and c.num_tokens >= LONG)  # flash attention draws as it goes

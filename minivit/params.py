@@ -99,3 +99,18 @@ def decay_mask(table, dtype=np.float32):
     for spec, view in zip(table, views(mask, table).values(), strict=True):
         view[...] = spec.decay
     return mask
+
+
+def layer_scale(table, decay, dtype=np.float32):
+    """A flat buffer of learning-rate factors that fall from the head to the embedding (Clark et al. 2020, 2003.10555).
+
+    Math    decay^(L + 1 - l), with l = 0 for what comes before the blocks, i + 1 for block i, L + 1 for what follows
+    """
+    depth = 1 + max((int(spec.name.split(".")[1]) for spec in table if spec.name.startswith("blocks.")), default=-1)
+    before, scale = True, np.empty(count(table), dtype)
+    for spec, view in zip(table, views(scale, table).values(), strict=True):
+        in_block = spec.name.startswith("blocks.")
+        before = before and not in_block
+        layer = int(spec.name.split(".")[1]) + 1 if in_block else 0 if before else depth + 1
+        view[...] = decay ** (depth + 1 - layer)
+    return scale

@@ -46,10 +46,11 @@ from minivit.data.operations import POLICIES
 from minivit.engine import Engine, available_cores, default_micro_batch
 from minivit.engine_cuda import CudaEngine, CudaStep
 from minivit.errors import InputError
+from minivit.initialisation import INITS, mimetic, whiten
 from minivit.kernels import cuda
 from minivit.loss import softmax_cross_entropy_forward
 from minivit.model import ViT, parameter_table
-from minivit.optim import EMA, OPTIMIZERS, SCHEDULES, clip_by_global_norm, learning_rate, make_optimizer
+from minivit.optim import EMA, OPTIMIZERS, SCHEDULES, Muon, clip_by_global_norm, learning_rate, make_optimizer
 from minivit.settings import check_choice, check_range, check_types, field_names, refuse_unknown, setting
 from minivit.trace import first_non_finite, recording
 
@@ -66,14 +67,19 @@ class TrainConfig:
     epochs: int = setting(20, "passes over the training pictures")
     batch_size: int = setting(128, "pictures per batch")
     accumulate: int = setting(1, "batches per optimiser step (gradient accumulation)")
-    optimizer: str = setting("adamw", "adamw, adam or sgd")
+    init: str = setting("official", "initial parameters: official, or mimetic (attention that begins as it ends)")
+    whiten: bool = setting(False, "begin with a patch embedding that whitens the training patches")
+    optimizer: str = setting("adamw", "adamw, adam, sgd, lion or muon (the matrices of the blocks; adamw the rest)")
     lr: float = setting(1e-3, "peak learning rate")
-    momentum: float = setting(0.9, "momentum of sgd")
-    beta1: float = setting(0.9, "decay rate of adam's first moment")
-    beta2: float = setting(0.999, "decay rate of adam's second moment")
+    layer_decay: float = setting(1.0, "factor of the learning rate from each block to the one before it")
+    momentum: float = setting(0.9, "momentum of sgd and muon")
+    beta1: float = setting(0.9, "decay rate of adam's and lion's first moment")
+    beta2: float = setting(0.999, "decay rate of adam's second moment; of lion's average, for which 0.99 is usual")
     adam_eps: float = setting(1e-8, "added to adam's denominator")
     weight_decay: float = setting(0.05, "weight decay of the matrices")
-    schedule: str = setting("cosine", "cosine, linear or constant, after the warm-up")
+    sam: float = setting(0.0, "take the gradient this far uphill (sharpness-aware minimisation); 0 for here")
+    schedule: str = setting("cosine", "cosine, linear, constant or trapezoid, after the warm-up; or onecycle")
+    cooldown: float = setting(0.2, "share of the steps over which a trapezoid falls to final_lr")
     warmup_epochs: float = setting(1.0, "epochs over which the learning rate rises linearly; at most half of the run")
     final_lr: float = setting(0.0, "learning rate at the end of the schedule")
     clip_norm: float = setting(1.0, "largest global norm of the gradient; 0 for no clipping")
@@ -110,6 +116,7 @@ class TrainConfig:
     graph: bool = setting(True, "replay a GPU's steps from a CUDA graph")
     log_every: int = setting(10, "steps between two lines of metrics.jsonl")
     evaluate_every: int = setting(1, "epochs between two evaluations")
+    test_flip: bool = setting(False, "test with the mean of the logits of each picture and its mirror image")
     check_finite: bool = setting(
         False,
         "look at every tensor of each step and stop at the first that is not finite, with its name and what made it; "
@@ -133,6 +140,12 @@ class TrainConfig:
         check_range(
             self, 0.0, None, "lr", "weight_decay", "warmup_epochs", "final_lr", "clip_norm", "checkpoint_seconds"
         )
+        check_range(self, 0.0, 100.0, "sam")
+        check_range(self, 1e-3, 1.0, "layer_decay")
+        check_range(self, 0.0, 1.0, "cooldown")
+        check_choice(self, "init", INITS)
+        if self.sam and self.accumulate > 1:
+            raise InputError("sam takes each batch's gradient twice; leave accumulate at 1")
         check_range(self, 0.0, 1.0, "momentum", "beta1", "beta2", "ema_decay", "label_smoothing", open_high=True)
         check_range(self, 1e-30, 1.0, "adam_eps")
         check_choice(self, "optimizer", OPTIMIZERS)
@@ -219,9 +232,14 @@ def versions():
     return {"minivit": __version__, "python": platform.python_version(), "numpy": np.__version__}
 
 
-def evaluate(engine, model, images, labels):
-    """Mean cross-entropy and accuracy over a set of pictures: (loss, accuracy, logits on the host)."""
+def evaluate(engine, model, images, labels, *, flip=False):
+    """Mean cross-entropy and accuracy over a set of pictures: (loss, accuracy, logits on the host).
+
+    With ``flip``, a picture's logits are the mean of its own and of its mirror image's.
+    """
     logits, labels = to_host(engine.predict(images, model)), to_host(labels)
+    if flip:
+        logits = (logits + to_host(engine.predict(images[:, :, ::-1], model))) / 2
     loss, _ = softmax_cross_entropy_forward(logits.astype(np.float64), labels)
     return float(loss), float((logits.argmax(axis=1) == labels).mean()), logits
 
@@ -294,11 +312,14 @@ class Trainer:
             [to_device(array, self.device) for array in split]
             for split in ((dataset.train_images, dataset.train_labels), (dataset.test_images, dataset.test_labels))
         )
-        self.model = ViT(model_config, flat=to_device(ViT(model_config, seed=config.seed).flat, self.device))
+        self.model = ViT(model_config, flat=to_device(self._initial(model_config), self.device))
         mask = to_device(parameters.decay_mask(self.model.table), self.device)
+        scale = None
+        if config.layer_decay < 1.0:
+            scale = to_device(parameters.layer_scale(self.model.table, config.layer_decay), self.device)
         self.optimizer = make_optimizer(
-            config.optimizer, self.model.flat, mask, momentum=config.momentum, beta1=config.beta1, beta2=config.beta2,
-            eps=config.adam_eps, weight_decay=config.weight_decay,
+            config.optimizer, self.model.flat, mask, table=self.model.table, momentum=config.momentum,
+            beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay, scale=scale,
         )  # fmt: skip
         self.ema = EMA(self.model.flat, config.ema_decay) if config.ema_decay else None
         self.tested_model = ViT(model_config, flat=self.ema.flat) if self.ema else self.model
@@ -313,13 +334,24 @@ class Trainer:
         self._whole_step = None  # on a GPU, what makes all of a step at once
         self._stop = None
 
+    def _initial(self, model_config):
+        """The flat parameters at the start, on the host."""
+        c = self.config
+        model = ViT(model_config, seed=c.seed)
+        if c.init == "mimetic":
+            mimetic(model, seed=c.seed)
+        if c.whiten:
+            whiten(model, self.dataset.train_images, seed=c.seed)
+        return model.flat
+
     def learning_rate(self, step):
         """The learning rate of a step, counted from 0."""
         c = self.config
         warmup = min(round(c.warmup_epochs * self.steps_per_epoch), self.total_steps // 2)
         return learning_rate(
-            step, self.total_steps, lr=c.lr, schedule=c.schedule, final_lr=c.final_lr, warmup_steps=warmup
-        )
+            step, self.total_steps, lr=c.lr, schedule=c.schedule, final_lr=c.final_lr, warmup_steps=warmup,
+            cooldown=c.cooldown,
+        )  # fmt: skip
 
     @property
     def finished(self):
@@ -482,9 +514,11 @@ class Trainer:
             else:
                 cuda.machine().precision = c.precision
                 engine = CudaEngine(self.model, micro_batch=c.gpu_micro_batch, **shared)
-                if c.accumulate == 1:
+                if c.accumulate == 1 and not c.sam:
                     self._whole_step = CudaStep(engine, self.optimizer, self.ema, clip_norm=c.clip_norm, graph=c.graph)
             with engine:
+                if isinstance(self.optimizer, Muon):
+                    self.optimizer.each = engine.each
                 if not self.finished:
                     self._train(engine)
                 if self.finished and self._stop is None:
@@ -540,6 +574,8 @@ class Trainer:
                     loss, correct = loss + result.loss, correct + result.correct
                     if position < c.accumulate - 1 and index < last_batch:
                         continue
+                    if c.sam:
+                        self._gradient_uphill(engine, images, labels, number, size)
                     norm = clip_by_global_norm(engine.grad, c.clip_norm)
                 unread.append((loss, correct, norm, size))
                 loss, correct = 0.0, 0
@@ -579,6 +615,14 @@ class Trainer:
         finally:
             stream.close()
 
+    def _gradient_uphill(self, engine, images, labels, number, size):
+        """Replace a batch's gradient g by that at theta + rho g / |g| (Foret et al. 2020, arXiv:2010.01412)."""
+        flat, kept = self.model.flat, self.model.flat.copy()
+        norm = clip_by_global_norm(engine.grad, 0.0)
+        flat += engine.grad * (self.config.sam / (norm + 1e-12)).astype(flat.dtype)
+        engine.gradient(images, labels, step=number, denominator=size)
+        flat[...] = kept
+
     def _mixing(self):
         """What `minivit.data.mix` takes, or None where no batch is to be mixed and labels stay class indices."""
         c = self.config
@@ -609,7 +653,7 @@ class Trainer:
             self.on_epoch(self)
         if self.epoch % c.evaluate_every and self.epoch < c.epochs:
             return
-        loss, accuracy, _ = evaluate(engine, self.tested_model, *self._test_data)
+        loss, accuracy, _ = evaluate(engine, self.tested_model, *self._test_data, flip=c.test_flip)
         if not math.isfinite(loss):
             raise self._diverged(f"the test loss is {loss}")
         train_loss, train_accuracy = running["loss"] / running["seen"], running["correct"] / running["seen"]
@@ -631,7 +675,7 @@ class Trainer:
         from minivit import plots  # matplotlib is slow to import, and only the end needs it
 
         data = self.dataset
-        loss, accuracy, logits = evaluate(engine, self.tested_model, *self._test_data)
+        loss, accuracy, logits = evaluate(engine, self.tested_model, *self._test_data, flip=self.config.test_flip)
         summary = {
             "test_accuracy": accuracy,
             "test_loss": loss,

@@ -1,0 +1,81 @@
+r"""Initial parameters beyond the official ones: ``init`` and ``whiten`` of `minivit.train.TrainConfig`.
+
+Mimetic (Trockman & Kolter 2023, arXiv:2305.09828)
+    In trained transformers, W_q W_k^T of each head looks like a multiple of the identity and W_v W_proj like a negative
+    one, with noise. The weights start so: with Z of entries N(0, 1/D), fresh for each product,
+
+        W_q W_k^T ~ 0.7 Z + 0.7 I     (the best approximation of rank Dh, for each head)
+        W_v W_proj = 0.4 Z - 0.4 I
+
+    The singular value decomposition U S V^T of the right side gives the factors U S^(1/2) and V S^(1/2).
+
+Whitening (as Jordan 2024, arXiv:2404.00498, does for convolutions)
+    With the covariance E L E^T of the training patches x and their mean mu, the patch embedding starts as
+
+        z = (x - mu) E (L + eps)^(-1/2) Q,      Q of random orthogonal rows,
+
+    so that no direction of the patches, of whose variance nearly all is brightness, drowns the others.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from minivit.layers.patch_embed import patchify
+from minivit.model import pixels
+
+INITS = ("official", "mimetic")
+QUERY_KEY, VALUE_PROJECTION = (0.7, 0.7), (0.4, -0.4)  # of the noise and of the identity
+WHITENING_PICTURES = 2048
+WHITENING_EPS = 1e-2  # of the mean eigenvalue: directions of less variance than that are not blown up further
+
+
+def _generator(seed, name):
+    """A stream of its own for each parameter and initialisation."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def mimetic(model, *, seed=0):
+    """Write the mimetic initialisation of every block's attention into a model on the host."""
+    c = model.config
+    D, h = c.width, c.num_heads
+    Dh = D // h
+
+    def factors(rng, noise, identity, rank):
+        target = noise * rng.standard_normal((D, D)) / np.sqrt(D) + identity * np.eye(D)
+        U, S, Vt = np.linalg.svd(target)
+        root = np.sqrt(S[:rank])
+        return U[:, :rank] * root, Vt[:rank].T * root
+
+    for i in range(c.depth):
+        qkv, proj = (model.params[f"blocks.{i}.attn.{name}.weight"] for name in ("qkv", "proj"))
+        rng = _generator(seed, f"mimetic.{i}")
+        for head in range(h):
+            columns = slice(head * Dh, (head + 1) * Dh)
+            qkv[:, :D][:, columns], qkv[:, D : 2 * D][:, columns] = factors(rng, *QUERY_KEY, Dh)
+        values, projection = factors(rng, *VALUE_PROJECTION, D)
+        qkv[:, 2 * D :], proj[...] = values, projection.T
+
+
+def whiten(model, images, *, seed=0):
+    """Write the whitening patch embedding of the pictures (n, H, W, C) into a model on the host.
+
+    The first 2,048 pictures count. Where the width is below the P P C numbers of a patch, the directions of the largest
+    variance are kept.
+    """
+    c = model.config
+    W, b = model.params["patch_embed.proj.weight"], model.params["patch_embed.proj.bias"]
+    x = patchify(pixels(images[:WHITENING_PICTURES], np.float64), c.patch_size)
+    x = x.reshape(-1, x.shape[-1])  # (patches, P P C)
+    mean = x.mean(axis=0)
+    x = x - mean
+    L, E = np.linalg.eigh(x.T @ x / len(x))
+    kept = min(len(L), c.width)
+    L, E = L[-kept:], E[:, -kept:]
+    rng = _generator(seed, "whitening")
+    Q = np.linalg.qr(rng.standard_normal((c.width, kept)))[0].T * np.sqrt(c.width / kept)  # (kept, D), z of variance 1
+    whitening = E / np.sqrt(L + WHITENING_EPS * L.mean()) @ Q
+    W[...] = whitening
+    b[...] = -mean @ whitening
