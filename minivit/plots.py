@@ -610,3 +610,28 @@ def save_scaling(path, report, *, title=""):
         _style(axes, texts[panel] + batch, "a step, ms", note)
     figure.suptitle(label(title, 100), fontsize=12, x=0.01, ha="left", weight="bold")
     _save(figure, path)
+
+
+def save_sweep(path, table):
+    """Accuracies of `minivit.sweep.table_of`: a row for each setting, a dot for each seed, a line at the mean."""
+    rows = table["rows"]
+    figure = _figure(8.5, 0.42 * len(rows) + 1.6)
+    axes = figure.subplots()
+    first = rows[0]["mean"]
+    for y, row in enumerate(rows):
+        values = [100 * a for a in row["accuracy"].values()]
+        if not values:
+            continue
+        color = OURS if y else THEIRS
+        axes.plot(values, [y] * len(values), "o", color=color, alpha=0.55, ms=6)
+        axes.plot([100 * row["mean"]] * 2, [y - 0.3, y + 0.3], color=color, lw=2.4)
+        text = f"{100 * row['mean']:.2f}" + (f"  ({100 * row['gain']:+.2f})" if row["gain"] is not None else "")
+        axes.annotate(text, (max(values), y), (8, 0), textcoords="offset points", va="center", fontsize=9)
+    if first is not None:
+        axes.axvline(100 * first, color=THEIRS, ls=":", lw=1.2, zorder=0)
+    axes.set_yticks(range(len(rows)), [label(row["name"], 40) for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.18)
+    _style(axes, "test accuracy after the last epoch, % (dots: seeds, line: mean)", "", label(table["title"], 90))
+    axes.grid(axis="y", visible=False)
+    _save(figure, path)

@@ -5,20 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from minivit import ViTConfig, checkpoint
-from minivit.cli import Parser, add_settings, given, read_toml, run
-from minivit.data import DATASETS, load
+from minivit.cli import Parser, add_settings, given, run
+from minivit.data import DATASETS
 from minivit.errors import InputError
-from minivit.model import preset_fields
-from minivit.settings import field_names
-from minivit.train import LAST, TrainConfig, Trainer, check_data, config_from, dataset_of, refuse_used
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-DATA_KEYS = {"data": "digits", "data_dir": "data", "image_size": None}
+from minivit.recipes import CONFIGS, DATA_KEYS, find_config, read_recipe, trainer_of
+from minivit.train import LAST, TrainConfig, Trainer, config_from, dataset_of, refuse_used
 
 EXAMPLES = """
 examples:
   python scripts/train.py                                         the embedded digits, with configs/digits.toml
   python scripts/train.py --data cifar10 --data-dir data          CIFAR-10, with configs/cifar10.toml
+  python scripts/train.py --config cifar10-10min                  a recipe, by the name of its file in configs/
   python scripts/train.py --resume --out runs/digits              go on where a run stopped
   python scripts/train.py --config my.toml --lr 5e-4 --seed 1     a settings file, two of its values changed
   python scripts/train.py --data folder --data-dir pictures --preset Micro/4 --image-size 48
@@ -37,7 +34,9 @@ def parse(argv):
     where.add_argument(
         "--out", metavar="DIR", help="folder for the run [runs/NAME, or the first free runs/NAME-2, ...]"
     )
-    where.add_argument("--config", metavar="FILE.toml", help="settings file [configs/NAME.toml]")
+    where.add_argument(
+        "--config", metavar="FILE", help="settings file, or the name of one in configs/ [the data set's]"
+    )
     where.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     where.add_argument("--quiet", action="store_true", help="no progress bar")
     model = parser.add_argument_group("model")
@@ -48,31 +47,16 @@ def parse(argv):
 
 
 def settings_of(arguments, name):
-    """The three groups of settings that were asked for: (data, model, train) dicts, files and flags merged.
+    """The settings that were asked for, file and flags merged, as a `Recipe`.
 
     ``name`` is the data set whose settings file is read unless a file is named.
     """
-    file = arguments.config or CONFIGS / f"{name}.toml"
-    sections = {"data": DATA_KEYS, "model": ["preset", *field_names(ViTConfig)], "train": field_names(TrainConfig)}
-    if arguments.config or file.exists():
-        content = read_toml(file, sections)
-    else:
-        content = {section: {} for section in sections}
-    flags = {"data": arguments.data, "data_dir": arguments.data_dir}
-    data = DATA_KEYS | content["data"] | {key: value for key, value in flags.items() if value is not None}
-    check_data(data, file)
-    if data["data"] not in DATASETS:
-        raise InputError(f"{file}: unknown data set {data['data']!r}; choose one of {', '.join(DATASETS)}")
-    model = sizes_of(content["model"].pop("preset", None)) | content["model"]
-    model |= sizes_of(arguments.preset) | given(arguments, ViTConfig)  # what was typed wins over any file
-    train = content["train"] | given(arguments, TrainConfig)
-    return data, model, train
-
-
-def sizes_of(preset):
-    """The sizes that a preset sets; what follows the data stays out unless it is asked for by name."""
-    fields = {} if preset is None else preset_fields(preset)
-    return {name: value for name, value in fields.items() if name not in ("image_size", "channels", "num_classes")}
+    own = CONFIGS / f"{name}.toml"
+    file = find_config(arguments.config) if arguments.config else own if own.exists() else None
+    data = {key: value for key in ("data", "data_dir") if (value := getattr(arguments, key)) is not None}
+    return read_recipe(
+        file, data=data, preset=arguments.preset, model=given(arguments, ViTConfig), train=given(arguments, TrainConfig)
+    )
 
 
 def free_folder(name):
@@ -85,18 +69,10 @@ def free_folder(name):
 
 def start(arguments):
     """A `Trainer` at the beginning of a new run."""
-    data, model, train = settings_of(arguments, arguments.data or DATA_KEYS["data"])
-    out = Path(arguments.out) if arguments.out else free_folder(data["data"])
+    recipe = settings_of(arguments, arguments.data or DATA_KEYS["data"])
+    out = Path(arguments.out) if arguments.out else free_folder(recipe.data["data"])
     refuse_used(out)
-    config = TrainConfig(**train)
-    image_size = data["image_size"] or (model.get("image_size") if data["data"] == "folder" else None)
-    dataset = load(data["data"], data["data_dir"], image_size=image_size)
-    _, size, _, channels = dataset.train_images.shape
-    fitted = {"image_size": size, "channels": channels, "num_classes": len(dataset.class_names)}
-    describe = {"data": data["data"], "data_dir": str(data["data_dir"]), "image_size": image_size}
-    return Trainer(
-        dataset, ViTConfig(**{**fitted, **model}), config, out, describe=describe, progress=not arguments.quiet
-    )
+    return trainer_of(recipe, out, progress=not arguments.quiet)
 
 
 def resume(arguments):

@@ -1,0 +1,88 @@
+"""Settings files, and the runs that are made of them: what `scripts/train.py` and `scripts/sweep.py` share.
+
+A settings file is TOML with the tables [data], [model] (and ``preset`` in it) and [train]; its keys are the fields of
+`ViTConfig` and `TrainConfig`. Those that come with minivit lie in configs/ and are known by their names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from minivit.cli import read_toml
+from minivit.data import DATASETS, load
+from minivit.errors import InputError
+from minivit.model import ViTConfig, preset_fields
+from minivit.settings import field_names
+from minivit.train import TrainConfig, Trainer, check_data
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DATA_KEYS = {"data": "digits", "data_dir": "data", "image_size": None}
+SECTIONS = {"data": DATA_KEYS, "model": ["preset", *field_names(ViTConfig)], "train": field_names(TrainConfig)}
+
+
+class Recipe(NamedTuple):
+    """Settings that were asked for; those that are absent have their defaults."""
+
+    data: dict  # data, data_dir, image_size
+    model: dict  # of `ViTConfig`
+    train: dict  # of `TrainConfig`
+
+
+def find_config(name):
+    """The path of a settings file: a file of that name, or configs/NAME.toml.
+
+    Raises  InputError: there is neither; the message lists those of configs/.
+    """
+    own = CONFIGS / f"{name}.toml"
+    if Path(name).exists() or "/" in str(name) or str(name).endswith(".toml"):
+        return Path(name)
+    if own.exists():
+        return own
+    known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.toml")))
+    raise InputError(f"there is no settings file {name}; those that come with minivit are {known}")
+
+
+def sizes_of(preset):
+    """The sizes that a preset sets; what follows the data stays out unless it is asked for by name."""
+    fields = {} if preset is None else preset_fields(preset)
+    return {name: value for name, value in fields.items() if name not in ("image_size", "channels", "num_classes")}
+
+
+def read_recipe(file, *, data=None, preset=None, model=None, train=None):
+    """A settings file, or None for none, with settings that win over it: a `Recipe`.
+
+    Raises  InputError: no such file, an unknown or impossible setting of the data.
+    """
+    content = read_toml(file, SECTIONS) if file else {section: {} for section in SECTIONS}
+    merged = DATA_KEYS | content["data"] | (data or {})
+    where = file or "the settings"
+    check_data(merged, where)
+    if merged["data"] not in DATASETS:
+        raise InputError(f"{where}: unknown data set {merged['data']!r}; choose one of {', '.join(DATASETS)}")
+    sizes = sizes_of(content["model"].pop("preset", None)) | content["model"]
+    return Recipe(merged, sizes | sizes_of(preset) | (model or {}), content["train"] | (train or {}))
+
+
+def prepare(recipe):
+    """Data and settings of a run: (Dataset, ViTConfig that fits it, TrainConfig, what a checkpoint says of the data).
+
+    Raises  InputError: impossible settings, or the data are missing or damaged.
+    """
+    data, model, train = recipe
+    config = TrainConfig(**train)
+    image_size = data["image_size"] or (model.get("image_size") if data["data"] == "folder" else None)
+    dataset = load(data["data"], data["data_dir"], image_size=image_size)
+    _, size, _, channels = dataset.train_images.shape
+    fitted = {"image_size": size, "channels": channels, "num_classes": len(dataset.class_names)}
+    describe = {"data": data["data"], "data_dir": str(data["data_dir"]), "image_size": image_size}
+    return dataset, ViTConfig(**{**fitted, **model}), config, describe
+
+
+def trainer_of(recipe, out, *, progress=True):
+    """A `Trainer` at the beginning of a new run.
+
+    Raises  InputError
+    """
+    dataset, model, config, describe = prepare(recipe)
+    return Trainer(dataset, model, config, out, describe=describe, progress=progress)

@@ -1,0 +1,223 @@
+"""Sweeps: settings side by side over seeds, resumable, with a table of means and spreads.
+
+A sweep is a TOML file:
+
+    title = "what each ingredient gives"
+    config = "cifar10-10min"          # the settings file all rows start from, by path or name
+    seeds = [0, 1, 2]
+
+    [base.train]                      # changes for all rows; also [base.model], [base.data]
+    epochs = 7
+
+    [[row]]
+    name = "AdamW"
+    train.optimizer = "adamw"         # what this row changes; also model.KEY
+
+Every run has a folder of its own, OUT/ROW-seedS, and is an ordinary run. One that is finished is left alone, one that
+stopped goes on. The figure of a run is its test accuracy after the last epoch, never its best.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+from minivit.errors import InputError
+from minivit.recipes import SECTIONS, Recipe, find_config, read_recipe
+from minivit.settings import refuse_unknown
+from minivit.train import LAST, SUMMARY
+
+KEYS = ("title", "config", "seeds", "base", "row")
+
+
+class Row(NamedTuple):
+    """One setting of a sweep."""
+
+    name: str
+    changes: dict  # what differs from the base, {"optimizer": "adamw", ...}
+    recipe: Recipe  # without its seed
+
+
+class Sweep(NamedTuple):
+    """What to run."""
+
+    title: str
+    seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+
+class Run(NamedTuple):
+    """One run of a sweep."""
+
+    row: Row
+    seed: int
+    folder: Path
+
+
+def read_sweep(path):
+    """Read a sweep's file.
+
+    Raises  InputError: no such file, not TOML, unknown or impossible entries, two rows of one name.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise InputError(f"there is no sweep {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not a sweep") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not a TOML file: {error}") from None
+    refuse_unknown(content, KEYS, path)
+    seeds, rows = content.get("seeds", [0]), content.get("row")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise InputError(f"{path}: seeds must be a list of whole numbers from 0 on, such as [0, 1, 2]")
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"{path}: a seed is named twice")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: nothing to run; each setting is a [[row]] with a name")
+    file = content.get("config")
+    if file is not None and not isinstance(file, str):
+        raise InputError(f"{path}: config must be the name of a settings file")
+    file = find_config(file) if file else None
+    base = _sections(content.get("base", {}), f"{path} [base]")
+    made = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        refuse_unknown(row, ("name", *SECTIONS), where)
+        name = row.get("name")
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(f"{where} has no name")
+        own = _sections({key: value for key, value in row.items() if key != "name"}, f"{where} ({name})")
+        merged = {section: base[section] | own[section] for section in SECTIONS}
+        preset = merged["model"].pop("preset", None)
+        recipe = read_recipe(file, preset=preset, **merged)
+        made.append(Row(name, {key: value for section in own.values() for key, value in section.items()}, recipe))
+    folders = [folder_name(row.name, 0) for row in made]
+    if repeated := {row.name for row, folder in zip(made, folders, strict=True) if folders.count(folder) > 1}:
+        raise InputError(f"{path}: two rows are called alike: {', '.join(sorted(repeated))}")
+    title = content.get("title", path.stem)
+    if not isinstance(title, str):
+        raise InputError(f"{path}: title must be a text")
+    return Sweep(title, tuple(seeds), tuple(made))
+
+
+def _sections(content, where):
+    """The tables data, model and train of a part of the file, each perhaps empty."""
+    if not isinstance(content, dict):
+        raise InputError(f"{where} must have the tables data, model, train")
+    refuse_unknown(content, SECTIONS, where)
+    for section, values in content.items():
+        if not isinstance(values, dict):
+            raise InputError(f"{where}: {section} must be a table, written {section}.KEY = VALUE")
+        refuse_unknown(values, SECTIONS[section], f"{where} {section}")
+    if "seed" in content.get("train", {}):
+        raise InputError(f"{where}: seeds stand at the head of the file")
+    return {section: dict(content.get(section, {})) for section in SECTIONS}
+
+
+def folder_name(name, seed):
+    """The folder of a run."""
+    return f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-')}-seed{seed}"
+
+
+def runs_of(sweep, out):
+    """Every run, seed by seed, so that a sweep that is stopped has compared all rows on the seeds that it had."""
+    return [Run(row, seed, Path(out) / folder_name(row.name, seed)) for seed in sweep.seeds for row in sweep.rows]
+
+
+def recipe_of(run):
+    """The recipe of a run, with its seed."""
+    return run.row.recipe._replace(train=run.row.recipe.train | {"seed": run.seed})
+
+
+def result_of(run):
+    """What a finished run's summary says, or None: {"accuracy", "seconds", "epochs", "parameters", ...}.
+
+    Raises  InputError: the folder holds a finished run of other settings.
+    """
+    try:
+        summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
+        settings, accuracy = summary["settings"], float(summary["test_accuracy"])
+        seconds, epochs, parameters = summary["train_seconds"], summary["epochs"], summary["parameters"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    recipe = recipe_of(run)
+    for section, asked in (("model", recipe.model), ("train", recipe.train), ("data", recipe.data)):
+        for key, value in asked.items():
+            found = settings.get(section, {}).get(key)
+            # 0 workers, 0 for the micro-batch, ... : the run writes what it chose
+            if found != value and value not in (0, None) and key not in ("data_dir", "mlp_dim"):
+                raise InputError(
+                    f"{run.folder} holds a run with {key} {found}, the sweep asks for {value}; choose another --out"
+                )
+    return {"accuracy": accuracy, "seconds": seconds, "epochs": epochs, "parameters": parameters}
+
+
+def started(run):
+    """Whether a run can be resumed."""
+    return (run.folder / LAST).exists()
+
+
+def mean_and_spread(values):
+    """(mean, sample standard deviation or None for one value)."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def table_of(sweep, out):
+    """The figures of all finished runs, ready for JSON: one entry per row, in the file's order.
+
+    Each has its seeds' accuracies, ``mean``, ``spread`` (the sample standard deviation), and ``gain``: the mean over
+    the seeds that both have of its accuracy less the first row's, with ``gain_error``, that mean's standard error.
+    """
+    rows, first = [], None
+    for row in sweep.rows:
+        found = {seed: result_of(Run(row, seed, Path(out) / folder_name(row.name, seed))) for seed in sweep.seeds}
+        found = {seed: result for seed, result in found.items() if result}
+        accuracies = {seed: result["accuracy"] for seed, result in found.items()}
+        first = accuracies if first is None else first
+        entry = {
+            "name": row.name, "changes": row.changes, "accuracy": {str(k): v for k, v in accuracies.items()},
+            "mean": None, "spread": None, "gain": None, "gain_error": None,
+        }  # fmt: skip
+        if found:
+            entry["mean"], entry["spread"] = mean_and_spread(list(accuracies.values()))
+            for key in ("seconds", "epochs", "parameters"):
+                entry[key] = mean_and_spread([result[key] for result in found.values()])[0]
+            both = [seed for seed in accuracies if seed in first]
+            if both and accuracies is not first:
+                gain, spread = mean_and_spread([accuracies[seed] - first[seed] for seed in both])
+                entry |= {"gain": gain, "gain_error": None if spread is None else spread / math.sqrt(len(both))}
+        rows.append(entry)
+    return {"title": sweep.title, "seeds": list(sweep.seeds), "rows": rows}
+
+
+def markdown(table):
+    """The table as Markdown."""
+
+    def percent(value, sign=""):
+        return "" if value is None else f"{100 * value:{sign}.2f}"
+
+    lines = [
+        f"# {table['title']}", "",
+        f"Test accuracy after the last epoch, per cent: mean over the seeds {', '.join(map(str, table['seeds']))} "
+        "± standard deviation; gain over the first row, seed by seed, ± standard error.", "",
+        "| | changes | accuracy | gain | each seed | epochs | seconds |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in table["rows"]:
+        changes = ", ".join(f"{key} {value}" for key, value in row["changes"].items()) or "as the settings file"
+        spread = f" ± {percent(row['spread'])}" if row["spread"] is not None else ""
+        error = f" ± {percent(row['gain_error'])}" if row["gain_error"] is not None else ""
+        gain = f"{percent(row['gain'], '+')}{error}" if row["gain"] is not None else ""
+        each = " ".join(percent(a) for a in row["accuracy"].values())
+        epochs, seconds = (f"{row[key]:,.0f}" if row.get(key) is not None else "" for key in ("epochs", "seconds"))
+        mean = f"{percent(row['mean'])}{spread}" if row["mean"] is not None else "not run yet"
+        lines.append(f"| {row['name']} | {changes} | {mean} | {gain} | {each} | {epochs} | {seconds} |")
+    return "\n".join(lines) + "\n"

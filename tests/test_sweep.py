@@ -1,0 +1,162 @@
+"""Sweeps: their files, their runs, their tables."""
+
+import json
+import math
+
+import pytest
+
+from minivit import sweep
+from minivit.errors import InputError
+from minivit.recipes import find_config, read_recipe
+
+TINY = """
+title = "tiny"
+config = "{config}"
+seeds = [0, 1]
+[base.train]
+epochs = 1
+checkpoint_seconds = 1000.0
+[[row]]
+name = "AdamW"
+[[row]]
+name = "SGD, quick"
+train.optimizer = "sgd"
+train.lr = 0.1
+model.depth = 1
+"""
+
+
+@pytest.fixture
+def file(tmp_path, request):
+    """A sweep of two rows and two seeds."""
+    path = tmp_path / "s.toml"
+    path.write_text(TINY.format(config=request.config.rootpath / "tests" / "tiny.toml"))
+    return path
+
+
+def test_rows_are_the_base_with_changes(file):
+    found = sweep.read_sweep(file)
+    assert (found.title, found.seeds) == ("tiny", (0, 1))
+    plain, sgd = found.rows
+    assert plain.changes == {} and sgd.changes == {"optimizer": "sgd", "lr": 0.1, "depth": 1}
+    assert plain.recipe.train["epochs"] == sgd.recipe.train["epochs"] == 1
+    assert sgd.recipe.train == plain.recipe.train | {"optimizer": "sgd", "lr": 0.1}
+    assert sgd.recipe.model == plain.recipe.model | {"depth": 1}
+    folders = [run.folder.name for run in sweep.runs_of(found, "out")]
+    assert folders == ["adamw-seed0", "sgd-quick-seed0", "adamw-seed1", "sgd-quick-seed1"]
+    assert [sweep.recipe_of(run).train["seed"] for run in sweep.runs_of(found, "out")] == [0, 0, 1, 1]
+
+
+def test_a_row_may_name_a_preset(file):
+    file.write_text(file.read_text().replace("model.depth = 1", 'model.preset = "Nano/4"\nmodel.depth = 3'))
+    model = sweep.read_sweep(file).rows[1].recipe.model
+    assert (model["width"], model["depth"], model["patch_size"]) == (64, 3, 4)
+
+
+def test_runs_are_made_once_and_compared(file, tmp_path, call, no_figures):
+    ended = call("sweep", file, "--out", tmp_path / "o", "--quiet", "--seeds", 0)
+    assert ended.status == 0, ended.err
+    first = json.loads((tmp_path / "o" / "table.json").read_text())
+    summary = json.loads((tmp_path / "o" / "adamw-seed0" / "summary.json").read_text())
+    assert first["rows"][0]["accuracy"] == {"0": summary["test_accuracy"]} and first["rows"][0]["spread"] is None
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/*/last.npz")}
+    ended = call("sweep", file, "--out", tmp_path / "o", "--quiet")
+    assert ended.status == 0 and "2 runs are finished" in ended.out and "1 of 2: AdamW, seed 1" in ended.out
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and len(before) == 2
+    table = json.loads((tmp_path / "o" / "table.json").read_text())
+    a, b = (list(row["accuracy"].values()) for row in table["rows"])
+    assert len(a) == len(b) == 2
+    gains = [y - x for x, y in zip(a, b, strict=True)]
+    assert table["rows"][1]["gain"] == pytest.approx(sum(gains) / 2)
+    assert table["rows"][1]["gain_error"] == pytest.approx(abs(gains[0] - gains[1]) / 2)
+    assert table["rows"][0]["spread"] == pytest.approx(abs(a[0] - a[1]) / math.sqrt(2))
+    text = (tmp_path / "o" / "table.md").read_text()
+    assert text in ended.out and "| SGD, quick | depth 1, optimizer sgd, lr 0.1 | " in text
+    assert (tmp_path / "o" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    ended = call("sweep", file, "--out", tmp_path / "o", "--table", "--rows", "AdamW")
+    assert ended.status == 0 and "SGD" not in ended.out
+
+
+def test_a_run_that_stopped_goes_on(file, tmp_path, call, no_figures, monkeypatch):
+    file.write_text(file.read_text().replace("epochs = 1", "epochs = 3").replace("seeds = [0, 1]", "seeds = [0]"))
+    expected = call("sweep", file, "--out", tmp_path / "whole", "--quiet", "--rows", "AdamW")
+    assert expected.status == 0, expected.err
+
+    from minivit.train import Trainer
+
+    end_epoch = Trainer._end_epoch
+
+    def stop_after_the_second(self, *arguments):
+        end_epoch(self, *arguments)
+        if self.epoch == 2:
+            self.stop(15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_end_epoch", stop_after_the_second)
+        ended = call("sweep", file, "--out", tmp_path / "cut", "--quiet", "--rows", "AdamW")
+    assert ended.status == 130 and not (tmp_path / "cut" / "table.md").exists()
+    ended = call("sweep", file, "--out", tmp_path / "cut", "--quiet", "--rows", "AdamW")
+    assert ended.status == 0 and "epoch   3/3" in ended.out and "epoch   2/3" not in ended.out
+    tables = [json.loads((tmp_path / name / "table.json").read_text())["rows"][0] for name in ("whole", "cut")]
+    assert tables[0]["accuracy"] == tables[1]["accuracy"]
+
+
+def test_finished_runs_of_other_settings_are_not_mixed_in(file, tmp_path, call, no_figures):
+    assert call("sweep", file, "--out", tmp_path / "o", "--quiet", "--rows", "AdamW", "--seeds", 0).status == 0
+    file.write_text(file.read_text().replace("epochs = 1", "epochs = 2"))
+    ended = call("sweep", file, "--out", tmp_path / "o", "--quiet")
+    assert ended.status == 2 and "adamw-seed0 holds a run with epochs 1, the sweep asks for 2" in ended.err
+
+
+def test_impossible_settings_are_found_before_any_run(file, tmp_path, call):
+    file.write_text(file.read_text().replace("model.depth = 1", "model.width = 7"))
+    ended = call("sweep", file, "--out", tmp_path / "o", "--quiet")
+    assert ended.status == 2 and "not a multiple of num_heads" in ended.err and not (tmp_path / "o").exists()
+
+
+BAD = {
+    "title = 3": "title must be a text",
+    "seeds = [0, 1]@seeds = 3": "seeds must be a list of whole numbers",
+    "seeds = [0, 1]@seeds = []": "seeds must be a list",
+    "seeds = [0, 1]@seeds = [1, 1]": "a seed is named twice",
+    'name = "AdamW"@': "row 1 has no name",
+    'name = "AdamW"@name = "SGD  QUICK!"': "two rows are called alike: SGD  QUICK!, SGD, quick",
+    "train.lr = 0.1@train.learning = 1": "unknown setting 'learning'",
+    "train.lr = 0.1@train = 1": "is not a TOML file",
+    "train.lr = 0.1@train.seed = 1": "seeds stand at the head of the file",
+    "train.lr = 0.1@lr = 1": "unknown setting 'lr'",
+    "[base.train]@[base.training]": "unknown setting 'training'",
+    "[base.train]\nepochs = 1\ncheckpoint_seconds = 1000.0@base = 3": "[base] must have the tables data, model, train",
+    "[[row]]@[[rows]]": "unknown setting 'rows'",
+    'title = "tiny"@title = ': "is not a TOML file",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BAD)
+def test_bad_files(file, change):
+    old, _, new = change.rpartition("@") if "@" in change else ('title = "tiny"', "", change)
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    with pytest.raises(InputError) as caught:
+        sweep.read_sweep(file)
+    assert BAD[change] in str(caught.value)
+
+
+def test_bad_arguments(file, tmp_path, call):
+    for arguments, said in (
+        ([tmp_path / "no.toml"], "there is no sweep"), ([tmp_path], "is a folder, not a sweep"),
+        ([file, "--rows", "Adam"], "no row 'Adam'; the rows are AdamW, SGD, quick"),
+        ([file, "--seeds", -1], "--seeds must be at least 0"),
+        ([file, "--table", "--out", tmp_path / "none"], "nothing has been run"),
+    ):  # fmt: skip
+        ended = call("sweep", *arguments)
+        assert ended.status == 2 and said in ended.err, said
+
+
+def test_settings_files_are_known_by_name(tmp_path):
+    assert find_config("digits").name == "digits.toml"
+    assert find_config(tmp_path / "x.toml") == tmp_path / "x.toml"
+    with pytest.raises(InputError, match="there is no settings file cifar; .* cifar10, .*digits"):
+        find_config("cifar")
+    assert read_recipe(None).train == {} and read_recipe(None, train={"lr": 1.0}).train == {"lr": 1.0}
