@@ -89,6 +89,7 @@ class Adam:
 
     def step(self, flat, grad, lr):
         """Update ``flat`` in place from the gradient."""
+        array_module(flat, grad)  # refuses anything else
         self.steps += 1
         for piece in _pieces(flat):
             self._update(flat, grad, lr, piece)

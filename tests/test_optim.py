@@ -5,17 +5,23 @@ import math
 import numpy as np
 import pytest
 
-from minivit import InputError
+from minivit import InputError, ViT, ViTConfig
+from minivit import params as parameters
+from minivit.engine import Engine
 from minivit.optim import (
     EMA,
+    OPTIMIZERS,
     PIECE,
     SGD,
     Adam,
     AdamW,
+    Lion,
+    Muon,
     _pieces,
     clip_by_global_norm,
     learning_rate,
     make_optimizer,
+    orthogonalise,
 )
 
 MASK = np.array([1.0, 1.0, 0.0])
@@ -65,7 +71,7 @@ def test_the_first_adam_step_has_length_lr_whatever_the_gradient():
     np.testing.assert_allclose(theta, [-0.01, 0.01])
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_long_vectors_are_covered_to_the_last_entry(name):
     n = 2 * PIECE + 3
     rng = np.random.default_rng(0)
@@ -78,7 +84,7 @@ def test_long_vectors_are_covered_to_the_last_entry(name):
     assert theta.dtype == np.float64
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_float32_stays_float32(name):
     theta = np.ones(3, np.float32)
     optimizer = make_optimizer(name, theta, MASK.astype(np.float32), weight_decay=0.1)
@@ -91,6 +97,130 @@ def test_an_unknown_optimizer_or_schedule_is_refused():
         make_optimizer("lbfgs", np.zeros(1), np.zeros(1))
     with pytest.raises(InputError, match="cosine"):
         learning_rate(0, 1, lr=1.0, schedule="step")
+
+
+def test_lion_against_scalars():
+    rng = np.random.default_rng(0)
+    start, gradients = rng.standard_normal(3), rng.standard_normal((12, 3))
+    theta = start.copy()
+    lion = Lion(theta, MASK, betas=(0.8, 0.95), weight_decay=0.2)
+    for g in gradients:
+        lion.step(theta, g, 0.05)
+    for i in range(3):
+        expected, m = start[i], 0.0
+        for g in gradients[:, i]:
+            u = math.copysign(1.0, 0.8 * m + 0.2 * g)
+            expected -= 0.05 * (u + 0.2 * MASK[i] * expected)
+            m = 0.95 * m + 0.05 * g
+        assert theta[i] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 30), (30, 5), (2, 3, 6, 4)])
+def test_orthogonalised_matrices_keep_their_singular_vectors(shape):
+    matrices = np.random.default_rng(0).standard_normal(shape)
+    found = orthogonalise(matrices)
+    assert found.shape == shape
+    U, S, Vt = np.linalg.svd(matrices, full_matrices=False)
+    x = S / np.sqrt((S**2).sum(axis=-1, keepdims=True))
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    np.testing.assert_allclose(found, (U * x[..., None, :]) @ Vt, atol=1e-10)
+    assert np.all((x > 0.6) & (x < 1.25)) or S.min() < 0.02 * S.max()
+    np.testing.assert_allclose(orthogonalise(1e-6 * matrices), found, atol=1e-5)  # whatever the length
+    assert not orthogonalise(np.zeros((3, 4))).any()
+
+
+SMALL = ViTConfig(image_size=8, patch_size=4, width=12, depth=2, num_heads=3, mlp_dim=20)
+
+
+def test_muon_moves_matrices_by_muon_and_the_rest_by_adamw():
+    model = ViT(SMALL, dtype=np.float64)
+    mask, rng = parameters.decay_mask(model.table, np.float64), np.random.default_rng(0)
+    settings = {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.3}
+    start, theta, other = model.flat.copy(), model.flat.copy(), model.flat.copy()
+    muon, adamw = Muon(theta, mask, table=model.table, momentum=0.7, **settings), AdamW(other, mask, **settings)
+    gradients = rng.standard_normal((3, len(theta)))
+    for g in gradients:
+        muon.step(theta, g, 0.02)
+        adamw.step(other, g, 0.02)
+    tables = [parameters.views(flat, model.table) for flat in (theta, other, start)]
+    named = [parameters.views(g, model.table) for g in gradients]
+    orthogonal = 0
+    for name, found in tables[0].items():
+        if not (name.startswith("blocks.") and found.ndim == 2):
+            np.testing.assert_array_equal(found, tables[1][name])
+            continue
+        parts = 3 if "qkv" in name else 1
+        expected, m = np.split(tables[2][name], parts, axis=1), [0.0] * parts
+        for views in named:
+            for i, g in enumerate(np.split(views[name], parts, axis=1)):
+                m[i] = 0.7 * m[i] + g
+                o = orthogonalise(g + 0.7 * m[i])
+                expected[i] = expected[i] - 0.02 * (0.2 * math.sqrt(max(g.shape)) * o + 0.3 * expected[i])
+        np.testing.assert_allclose(found, np.concatenate(expected, axis=1), rtol=1e-10, atol=1e-14)
+        orthogonal += 1
+    assert orthogonal == 4 * SMALL.depth and muon.steps == 3
+
+
+def test_muon_gives_the_same_bits_in_threads():
+    flats = []
+    for threads in (False, True):
+        model = ViT(SMALL)
+        muon = Muon(model.flat, parameters.decay_mask(model.table), table=model.table)
+        with Engine(model, workers=3) as engine:
+            if threads:
+                muon.each = engine.each
+            muon.step(model.flat, np.random.default_rng(1).standard_normal(model.flat.size).astype(np.float32), 0.1)
+        flats.append(model.flat)
+    np.testing.assert_array_equal(*flats)
+
+
+def test_an_engine_calls_a_function_with_each_item_once():
+    seen = []
+    with Engine(ViT(SMALL), workers=3) as engine:
+        engine.each(seen.append, iter(range(10)))
+        assert sorted(seen) == list(range(10))
+        with pytest.raises(ZeroDivisionError):
+            engine.each(lambda item: item / 0, [1])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_scale_is_a_learning_rate_of_its_own(name):
+    """Twice the scale is twice the rate, and 0 leaves an entry alone; matrices are wholly of one scale."""
+    model, rng = ViT(SMALL, dtype=np.float64), np.random.default_rng(0)
+    mask, g = parameters.decay_mask(model.table, np.float64), rng.standard_normal(model.flat.size)
+    scale = np.empty_like(model.flat)
+    for i, view in enumerate(parameters.views(scale, model.table).values()):
+        view[...] = i % 3
+    flats = [model.flat.copy() for _ in range(4)]
+    for flat, factor, vector in zip(flats, (0.01, 0.02, 0.01, 0.01), (None, None, scale, np.ones_like(g)), strict=True):
+        make_optimizer(name, flat, mask, table=model.table, weight_decay=0.1, scale=vector).step(flat, g, factor)
+    np.testing.assert_allclose(flats[2], np.choose(scale.astype(int), [model.flat, flats[0], flats[1]]), rtol=1e-12)
+    np.testing.assert_array_equal(flats[3], flats[0])
+
+
+def test_layer_scale_falls_from_head_to_embedding():
+    table = ViT(SMALL).table
+    found = {
+        name: np.unique(view) for name, view in parameters.views(parameters.layer_scale(table, 0.5), table).items()
+    }
+    assert all(len(values) == 1 for values in found.values())
+    expected = {"cls_token": 1 / 8, "pos_embed": 1 / 8, "patch_embed.proj.weight": 1 / 8, "blocks.0.norm1.bias": 1 / 4,
+                "blocks.1.mlp.fc2.weight": 1 / 2, "norm.weight": 1.0, "head.bias": 1.0}  # fmt: skip
+    assert {name: found[name][0] for name in expected} == expected
+
+
+def test_trapezoid_and_one_cycle():
+    rates = [learning_rate(t, 100, lr=2.0, schedule="trapezoid", warmup_steps=9, final_lr=0.5, cooldown=0.4)
+             for t in range(100)]  # fmt: skip
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 0.2)
+    assert set(rates[9:61]) == {2.0}
+    np.testing.assert_allclose(rates[60:], 2.0 - 1.5 * np.arange(40) / 40)
+    assert learning_rate(99, 100, lr=1.0, schedule="trapezoid", cooldown=0.0) == 1.0
+    rates = [learning_rate(t, 200, lr=1.0, schedule="onecycle", final_lr=0.01, warmup_steps=50) for t in range(200)]
+    assert rates[0] == pytest.approx(0.04) and rates[60] == max(rates) == 1.0
+    assert rates[30] == pytest.approx(0.52) and rates[130] == pytest.approx(0.505)
+    assert 0.01 < rates[-1] < 0.011
 
 
 def test_warm_up_then_cosine():
@@ -190,9 +320,9 @@ def test_arrays_of_another_kind_are_refused():
 
 
 def test_what_may_be_chosen_is_named():
-    with pytest.raises(InputError, match="one of adamw, adam, sgd; got 'lbfgs'"):
+    with pytest.raises(InputError, match="one of adamw, adam, sgd, lion, muon; got 'lbfgs'"):
         make_optimizer("lbfgs", np.zeros(1), np.zeros(1))
-    with pytest.raises(InputError, match="one of cosine, linear, constant; got 'step'"):
+    with pytest.raises(InputError, match="one of cosine, linear, constant, trapezoid, onecycle; got 'step'"):
         learning_rate(0, 1, lr=1.0, schedule="step")
 
 

@@ -20,7 +20,7 @@ from minivit.data import load
 from minivit.engine import Engine
 from minivit.errors import InputError
 from minivit.model import ViT
-from minivit.optim import learning_rate
+from minivit.optim import OPTIMIZERS, learning_rate
 from minivit.train import BEST, FREE_ON_RESUME, LAST, METRICS, SETTINGS, SUMMARY, TrainConfig, Trainer, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, whole, step):
     assert_same_run(tmp_path, whole())
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_optimiser_and_worker_count_resumes_exactly(tmp_path, whole, optimizer, workers):
     config = replace(HARD, optimizer=optimizer, workers=workers)
@@ -139,6 +139,49 @@ def test_every_optimiser_and_worker_count_resumes_exactly(tmp_path, whole, optim
     assert run.run() is None
     resumed(tmp_path, config).run()
     assert_same_run(tmp_path, whole(config))
+
+
+OPTIONS = {
+    "sam": {"sam": 0.05, "accumulate": 1}, "layer_decay": {"layer_decay": 0.7}, "init": {"init": "mimetic"},
+    "whiten": {"whiten": True}, "test_flip": {"test_flip": True},
+    "schedule": {"schedule": "trapezoid", "cooldown": 0.5}, "cooldown": {"schedule": "trapezoid", "cooldown": 0.9},
+    "onecycle": {"schedule": "onecycle"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_option_reaches_the_training_and_resumes_exactly(tmp_path, name):
+    config = replace(HARD, **OPTIONS[name])
+    whole = trainer(tmp_path / "whole", config).run()
+    other = replace(HARD, schedule="trapezoid", cooldown=0.5) if name == "cooldown" else HARD
+    base = trainer(tmp_path / "base", replace(other, accumulate=config.accumulate)).run()
+    assert whole["test_loss"] != base["test_loss"]
+    run = trainer(tmp_path / "cut", config)
+    before_step(run, 5, lambda: run.stop("test"))
+    assert run.run() is None
+    resumed(tmp_path / "cut", config).run()
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_sam_takes_the_gradient_uphill(tmp_path):
+    config = replace(HARD, sam=0.3, accumulate=1, optimizer="sgd", momentum=0.0, weight_decay=0.0, clip_norm=0.0,
+                     epochs=1, warmup_epochs=0.0, schedule="constant", lr=0.1)  # fmt: skip
+    config = replace(config, ema_decay=0.0, crop_padding=0, flip=False, batch_size=len(FEW.train_images))
+    run = trainer(tmp_path, config)
+    run.model.params["head.weight"][...] = np.random.default_rng(0).standard_normal((8, 10))
+    start = run.model.flat.copy()
+    run.run()
+    settings = {"workers": 1, "micro_batch": 3, "label_smoothing": config.label_smoothing, "seed": config.seed}
+    with Engine(ViT(MODEL, flat=start.copy()), **settings) as engine:
+        order = train.epoch_order(len(FEW.train_images), seed=config.seed, epoch=0)
+        batch = FEW.train_images[order], FEW.train_labels[order]
+        engine.gradient(*batch)
+        engine.model.flat += 0.3 * engine.grad / np.linalg.norm(engine.grad)
+        here = engine.grad.copy()
+        engine.gradient(*batch)
+    moved = (start - run.model.flat) / 0.1
+    np.testing.assert_allclose(moved, engine.grad, atol=2e-5)
+    assert np.abs(moved - here).max() > 1e-3
 
 
 MIXED = replace(HARD, policy="trivial", erasing=0.5, mixup=0.4, cutmix=1.0, mix_probability=0.8)
@@ -604,6 +647,16 @@ def test_evaluation_by_hand():
     log_p = expected - np.log(np.exp(expected).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(loss, -log_p[np.arange(40), FEW.test_labels].mean(), rtol=1e-5)
     assert accuracy == np.mean(expected.argmax(axis=1) == FEW.test_labels)
+
+
+def test_evaluation_with_mirror_images():
+    model = ViT(MODEL, seed=3)
+    model.params["head.weight"][...] = np.random.default_rng(0).standard_normal((8, 10))
+    with Engine(model, workers=2, micro_batch=7) as engine:
+        _, _, logits = train.evaluate(engine, model, FEW.test_images, FEW.test_labels, flip=True)
+    own, mirrored = model.predict(FEW.test_images), model.predict(FEW.test_images[:, :, ::-1])
+    np.testing.assert_allclose(logits, (own + mirrored) / 2, rtol=1e-4, atol=1e-5)
+    assert np.abs(own - mirrored).max() > 0.01
 
 
 def test_the_fingerprint_sees_every_part():
