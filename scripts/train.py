@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from minivit import ViTConfig, checkpoint
+from minivit.budget import epochs_within, seconds_of
 from minivit.cli import Parser, add_settings, given, run
 from minivit.data import DATASETS
 from minivit.errors import InputError
-from minivit.recipes import CONFIGS, DATA_KEYS, find_config, read_recipe, trainer_of
+from minivit.recipes import CONFIGS, DATA_KEYS, find_config, prepare, read_recipe, trainer_of
 from minivit.train import LAST, TrainConfig, Trainer, config_from, dataset_of, refuse_used
 
 EXAMPLES = """
@@ -16,6 +17,7 @@ examples:
   python scripts/train.py                                         the embedded digits, with configs/digits.toml
   python scripts/train.py --data cifar10 --data-dir data          CIFAR-10, with configs/cifar10.toml
   python scripts/train.py --config cifar10-10min                  a recipe, by the name of its file in configs/
+  python scripts/train.py --data cifar10 --budget 30m             as many epochs as 30 minutes hold on this machine
   python scripts/train.py --resume --out runs/digits              go on where a run stopped
   python scripts/train.py --config my.toml --lr 5e-4 --seed 1     a settings file, two of its values changed
   python scripts/train.py --data folder --data-dir pictures --preset Micro/4 --image-size 48
@@ -38,6 +40,7 @@ def parse(argv):
         "--config", metavar="FILE", help="settings file, or the name of one in configs/ [the data set's]"
     )
     where.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    where.add_argument("--budget", metavar="TIME", help="as many epochs as fit into 90s, 10m or 2.5h on this machine")
     where.add_argument("--quiet", action="store_true", help="no progress bar")
     model = parser.add_argument_group("model")
     model.add_argument("--preset", metavar="NAME", default=None, help="a named size, such as Micro/4 or Ti/16")
@@ -72,11 +75,22 @@ def start(arguments):
     recipe = settings_of(arguments, arguments.data or DATA_KEYS["data"])
     out = Path(arguments.out) if arguments.out else free_folder(recipe.data["data"])
     refuse_used(out)
-    return trainer_of(recipe, out, progress=not arguments.quiet)
+    if arguments.budget is None:
+        return trainer_of(recipe, out, progress=not arguments.quiet)
+    if "epochs" in given(arguments, TrainConfig):
+        raise InputError("--budget finds the number of epochs: leave --epochs out")
+    seconds = seconds_of(arguments.budget)
+    dataset, model, config, describe = prepare(recipe)
+    epochs, each = epochs_within(seconds, dataset, model, config)
+    print(f"an epoch takes about {each:.3g} s on this machine: {epochs} fit into {arguments.budget}", flush=True)
+    config = replace(config, epochs=epochs)
+    return Trainer(dataset, model, config, out, describe=describe, progress=not arguments.quiet)
 
 
 def resume(arguments):
     """A `Trainer` where the run in --out stopped; settings asked for again must be those of the run."""
+    if arguments.budget is not None:
+        raise InputError("--budget is for a new run; one that stopped goes on to the end that it was given")
     if not arguments.out:
         raise InputError("--resume needs --out, the folder of the run to go on with")
     path = Path(arguments.out) / LAST

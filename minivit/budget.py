@@ -1,0 +1,77 @@
+"""How many epochs fit into a time: a few steps of the run itself, measured on the user's machine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from minivit.errors import InputError
+from minivit.train import Trainer
+
+PROBE_SECONDS = 10.0  # that the longer of the two measured runs is to take
+RESERVE = 0.03  # of the time: for checkpoints, figures, and a machine that is slower later
+PREDICTION = 1 / 3  # of a step's time, for as many pictures: a forward pass without its backward
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds_of(text):
+    """The seconds that "90", "90s", "10m" or "2.5h" mean.
+
+    Raises  InputError: another text, or no time above 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)", text.strip())
+    seconds = float(match[1]) * UNITS[match[2] or "s"] if match else 0.0
+    if not 0.0 < seconds < math.inf:
+        raise InputError(f"a budget is a time such as 90s, 10m or 2.5h; got {text!r}")
+    return seconds
+
+
+def seconds_of_training(dataset, model, config, steps):
+    """Wall time of a run of so many steps, which leaves nothing behind."""
+    count = min(steps * config.batch_size * config.accumulate, len(dataset.train_images))
+    few = dataset._replace(
+        train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count],
+        test_images=dataset.test_images[:1], test_labels=dataset.test_labels[:1],
+    )  # fmt: skip
+    config = replace(config, epochs=1, checkpoint_seconds=1e9)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(few, model, config, Path(folder) / "run", progress=False)
+        trainer.on_epoch = lambda trainer: trainer.stop("measured")
+        trainer.run()
+    return trainer.seconds
+
+
+def seconds_of_step(dataset, model, config):
+    """Wall time of one optimiser step of a run, with its input pipeline and update.
+
+    Two runs of different length are timed, so that what a run takes once drops out.
+    """
+    most = len(dataset.train_images) // (config.batch_size * config.accumulate)
+    if most < 3:
+        return seconds_of_training(dataset, model, config, max(most, 1)) / max(most, 1)
+    seconds_of_training(dataset, model, config, 1)  # memory from the system, compiled kernels
+    short = seconds_of_training(dataset, model, config, 2)
+    steps = min(most, max(3, round(2 * PROBE_SECONDS / max(short, 1e-3))))
+    long = seconds_of_training(dataset, model, config, steps)
+    return max(long - short, 1e-6) / (steps - 2)
+
+
+def epochs_within(seconds, dataset, model, config):
+    """How many epochs of a run fit into a time: (epochs, measured seconds of an epoch with its evaluation).
+
+    Raises  InputError: not even one.
+    """
+    batch = config.batch_size * config.accumulate
+    step = seconds_of_step(dataset, model, config)
+    training = -(-len(dataset.train_images) // batch) * step
+    predictions = len(dataset.test_images) / batch * step * PREDICTION * (2 if config.test_flip else 1)
+    epoch = training + predictions / config.evaluate_every
+    epochs = int((1.0 - RESERVE) * seconds / epoch)
+    if epochs < 1:
+        raise InputError(f"an epoch takes about {epoch:.0f} s here, the budget is {seconds:.0f} s; give more time")
+    return epochs, epoch
