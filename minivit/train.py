@@ -78,7 +78,7 @@ class TrainConfig:
     adam_eps: float = setting(1e-8, "added to adam's denominator")
     weight_decay: float = setting(0.05, "weight decay of the matrices")
     sam: float = setting(0.0, "take the gradient this far uphill, as SAM does; 0 for here")
-    schedule: str = setting("cosine", "cosine, linear, constant or trapezoid, after the warm-up; or onecycle")
+    schedule: str = setting("cosine", "cosine, linear, constant, trapezoid (each after warmup_epochs) or onecycle")
     cooldown: float = setting(0.2, "share of the steps over which a trapezoid falls to final_lr")
     warmup_epochs: float = setting(1.0, "epochs over which the learning rate rises linearly; at most half of the run")
     final_lr: float = setting(0.0, "learning rate at the end of the schedule")
