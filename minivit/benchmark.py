@@ -392,9 +392,13 @@ def summarise(contenders, *, batch):
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def data_report(config, *, batch=128, engine=None, pairs=20, seed=0, patience=0.0, progress=True):
-    """The input pipeline alone, a step alone, and a step that the pipeline feeds, in turn: a dict for JSON."""
+def data_report(config, *, batch=128, engine=None, pairs=20, seed=0, patience=0.0, loading=None, progress=True):
+    """The input pipeline alone, a step alone, and a step that the pipeline feeds, in turn: a dict for JSON.
+
+    ``loading`` are keyword settings of `minivit.data.batches`: how pictures are augmented and mixed.
+    """
     names, job = ("minivit", "minivit-fed", "pipeline"), Job("step", config, batch, seed, engine or {})
+    job = job if loading is None else job._replace(loading=loading)
     with contextlib.ExitStack() as stack:
         children = [stack.enter_context(Child(name, job)) for name in names]
         seconds, others = take_turns(children, pairs, patience=patience, progress=progress)
@@ -402,6 +406,7 @@ def data_report(config, *, batch=128, engine=None, pairs=20, seed=0, patience=0.
     step, fed, pipeline = (seconds[name] for name in names)
     return {
         "batch": batch,
+        "loading": job.loading,
         "others": others,
         "images_per_second": batch / quartiles(pipeline)["median"],
         "share_of_step": paired_ratio(pipeline, step),

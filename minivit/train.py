@@ -168,6 +168,20 @@ BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{pos
 CURVES, PREDICTIONS = "curves.png", "predictions.png"
 
 
+def loading_settings(config, num_classes):
+    """The keyword settings of `minivit.data.batches` that a `TrainConfig` means: how pictures are augmented and mixed.
+
+    ``mixing`` is None where no batch is to be mixed, so that labels stay class indices.
+    """
+    mixing = None
+    if config.mixup or config.cutmix:
+        mixing = {
+            "num_classes": num_classes, "mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix,
+            "probability": config.mix_probability,
+        }  # fmt: skip
+    return {"mixing": mixing, **{name: getattr(config, name) for name in AUGMENTATION}}
+
+
 def refuse_used(folder):
     """Raises InputError if a new run in the folder would overwrite something."""
     for name in (LAST, BEST, METRICS, SUMMARY, SETTINGS, CURVES, PREDICTIONS):
@@ -551,7 +565,7 @@ class Trainer:
         on_gpu, whole_step = self.device != "cpu", self._whole_step
         stream = batches(
             *self._train_data, self.order, c.batch_size, seed=c.seed, epoch=self.epoch, start=self.batch,
-            prefetch=0 if on_gpu else 2, mixing=self._mixing(), **{name: getattr(c, name) for name in AUGMENTATION},
+            prefetch=0 if on_gpu else 2, **loading_settings(c, self.model.config.num_classes),
         )  # fmt: skip
         group = c.batch_size * c.accumulate  # pictures per optimiser step
         since, seen_since = time.monotonic(), 0
@@ -622,16 +636,6 @@ class Trainer:
         flat += engine.grad * (self.config.sam / (norm + 1e-12)).astype(flat.dtype)
         engine.gradient(images, labels, step=number, denominator=size)
         flat[...] = kept
-
-    def _mixing(self):
-        """What `minivit.data.mix` takes, or None where no batch is to be mixed and labels stay class indices."""
-        c = self.config
-        if not (c.mixup or c.cutmix):
-            return None
-        return {
-            "num_classes": self.model.config.num_classes, "mixup_alpha": c.mixup, "cutmix_alpha": c.cutmix,
-            "probability": c.mix_probability,
-        }  # fmt: skip
 
     def _read(self, unread):
         """Add the figures of the steps in the list to the epoch's and empty it: (loss, correct, norm) of the last."""

@@ -11,8 +11,9 @@ from minivit.cli import Parser, add_settings, given, output_file, picture_file, 
 from minivit.errors import InputError
 from minivit.kernels.cuda import PRECISIONS
 from minivit.model import preset_fields
+from minivit.recipes import find_config, read_recipe
 from minivit.trace import expected_flops
-from minivit.train import check_workers, write_json
+from minivit.train import TrainConfig, check_workers, loading_settings, write_json
 
 EXAMPLES = """
 examples:
@@ -22,6 +23,7 @@ examples:
   python scripts/benchmark.py layers                                      each layer alone, against its own floor
   python scripts/benchmark.py scaling --png scaling.png                   time against batch, depth, tokens and workers
   python scripts/benchmark.py data                                        the input pipeline
+  python scripts/benchmark.py data --config cifar10-gpu                   with the augmentation and model of a recipe
   python scripts/benchmark.py step --against plain                        with and without the accelerated twins
 
 Everybody runs in a process of its own and steps in turn; a ratio is the median of the ratios round by round, ours to
@@ -34,7 +36,7 @@ TASKS = {
     "infer": ("predictions: of a batch, and of one picture", 256, 20),
     "layers": ("each layer's forward and backward alone, against its own floor", 128, 20),
     "scaling": ("a step's time against batch size, depth, tokens and workers", 32, 5),
-    "data": ("the input pipeline, with the augmentation of CIFAR", 128, 20),
+    "data": ("the input pipeline, with the augmentation of CIFAR or of a recipe", 128, 20),
 }
 NOT_COMPARED = ("dropout", "attention_dropout", "drop_path")  # random numbers: no two libraries draw the same
 
@@ -49,6 +51,8 @@ def parse(argv):
         if name not in ("layers", "data"):
             how.add_argument("--against", default="", metavar="NAME,...",
                              help=f"contenders, any of {', '.join(bench.AGAINST)} [none]")  # fmt: skip
+        if name == "data":
+            how.add_argument("--config", metavar="FILE", help="a recipe's augmentation, batch and model")
         how.add_argument("--batch", type=int, default=batch, metavar="N", help=f"pictures [{batch}]")
         how.add_argument("--pairs", type=int, default=pairs, metavar="N", help=f"rounds that count [{pairs}]")
         if name != "layers":
@@ -90,6 +94,19 @@ def config_of(arguments):
     if "width" in own:
         fields["mlp_dim"] = own["width"] * fields["mlp_dim"] // fields["width"]
     return ViTConfig(**fields | own)
+
+
+def use_recipe(arguments):
+    """Take model, batch and augmentation from a settings file: (ViTConfig, keyword settings of `data.batches`).
+
+    Raises  InputError: no such file, or model settings were given beside it.
+    """
+    if given(arguments, ViTConfig) or arguments.preset != "Mini/4":
+        raise InputError("--config brings its own model: leave --preset and the model's flags out")
+    recipe = read_recipe(find_config(arguments.config))
+    config, train = ViTConfig(**recipe.model), TrainConfig(**recipe.train)
+    arguments.preset, arguments.batch = str(arguments.config), train.batch_size
+    return config, loading_settings(train, config.num_classes)
 
 
 def milliseconds(entry):
@@ -181,7 +198,11 @@ def warn_of_others(shares):
 def main(argv=None):
     """Entry point; returns the exit status."""
     arguments = parse(argv)
-    config = config_of(arguments)
+    loading = None
+    if getattr(arguments, "config", None):
+        config, loading = use_recipe(arguments)
+    else:
+        config = config_of(arguments)
     bench.check_contenders(arguments.against)
     engine = {name: getattr(arguments, name) for name in ("workers", "micro_batch") if getattr(arguments, name)}
     common = {
@@ -190,6 +211,8 @@ def main(argv=None):
     }  # fmt: skip
     if arguments.task != "layers":
         common["patience"] = arguments.patience
+    if loading:
+        common["loading"] = loading
     if arguments.task in ("step", "infer"):
         device = find_device(arguments.device)
         if device not in ("cpu", "cuda:0"):

@@ -474,6 +474,21 @@ class Pretender(Child):
         pass
 
 
+def test_the_pipeline_of_a_recipe(tmp_path, call):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[model]\npatch_size = 8\nwidth = 12\ndepth = 1\nmlp_dim = 20\n'
+                      '[train]\nbatch_size = 6\npolicy = "auto"\ncutmix = 1.0\n')  # fmt: skip
+    flags = ["data", "--config", recipe, "--pairs", 1, "--quiet", "--json", tmp_path / "b.json"]
+    ended = call("benchmark", *flags)
+    assert ended.status == 0, ended.err
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert report["batch"] == 6 and report["config"]["patch_size"] == 8 and report["config"]["width"] == 12
+    assert report["loading"]["policy"] == report["contenders"]["pipeline"]["settings"]["policy"] == "auto"
+    assert report["loading"]["mixing"]["cutmix_alpha"] == 1.0
+    ended = call("benchmark", *flags, "--width", 24)
+    assert ended.status == 2 and "--config brings its own model" in ended.err
+
+
 def test_presets_and_flags_make_the_model():
     script = load_script("benchmark")
 

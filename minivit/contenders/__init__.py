@@ -56,6 +56,7 @@ class Job(NamedTuple):
     engine: dict  # keyword settings of our Engine: workers, micro_batch
     device: str = "cpu"  # or "cuda"
     precision: str = "float32"  # on a GPU also "tf32" or "bf16"
+    loading: dict = {"crop_padding": 4, "flip": True}  # keyword settings of `minivit.data.batches`
 
 
 class Problem(NamedTuple):

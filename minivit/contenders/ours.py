@@ -30,8 +30,6 @@ from minivit.layers.msa import split_heads
 from minivit.model import ViT
 from minivit.optim import AdamW
 
-AUGMENTATION = {"crop_padding": 4, "flip": True}  # what CIFAR is trained with
-
 
 def blas():
     """The BLAS that NumPy uses: its name, version, kernels and threads."""
@@ -136,9 +134,7 @@ def endless_batches(job, *, prefetch):
     images, labels = np.concatenate([images] * 8), np.concatenate([labels] * 8)
     for epoch in itertools.count():
         order = epoch_order(len(images), seed=job.seed, epoch=epoch)
-        stream = batches(
-            images, labels, order, job.batch, seed=job.seed, epoch=epoch, prefetch=prefetch, **AUGMENTATION
-        )
+        stream = batches(images, labels, order, job.batch, seed=job.seed, epoch=epoch, prefetch=prefetch, **job.loading)
         for _, *batch in stream:
             yield batch
 
@@ -159,7 +155,7 @@ class Pipeline:
 
     def __init__(self, job):
         self.stream = endless_batches(job, prefetch=0)
-        self.settings = {"numpy": np.__version__, **AUGMENTATION}
+        self.settings = {"numpy": np.__version__, **job.loading}
 
     def step(self):
         next(self.stream)
