@@ -619,7 +619,7 @@ def save_sweep(path, table):
     axes = figure.subplots()
     first = rows[0]["mean"]
     for y, row in enumerate(rows):
-        values = [100 * a for a in row["accuracy"].values()]
+        values = [100 * run["accuracy"] for run in row["runs"].values()]
         if not values:
             continue
         color = OURS if y else THEIRS

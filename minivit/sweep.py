@@ -29,8 +29,9 @@ from typing import NamedTuple
 from minivit.errors import InputError
 from minivit.recipes import SECTIONS, Recipe, find_config, read_recipe
 from minivit.settings import refuse_unknown
-from minivit.train import LAST, SUMMARY
+from minivit.train import SUMMARY
 
+TABLE = "table.json"
 KEYS = ("title", "config", "seeds", "base", "row")
 
 
@@ -158,11 +159,6 @@ def result_of(run):
     return {"accuracy": accuracy, "seconds": seconds, "epochs": epochs, "parameters": parameters}
 
 
-def started(run):
-    """Whether a run can be resumed."""
-    return (run.folder / LAST).exists()
-
-
 def mean_and_spread(values):
     """(mean, sample standard deviation or None for one value)."""
     mean = math.fsum(values) / len(values)
@@ -171,30 +167,59 @@ def mean_and_spread(values):
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
+def known_results(out):
+    """Results of an earlier table.json in the folder: {(row's name, its recipe, seed): result}.
+
+    A run's folder may so be deleted, and its figure stays.
+    """
+    try:
+        rows = json.loads((Path(out) / TABLE).read_text(encoding="utf-8"))["rows"]
+        return {
+            (row["name"], json.dumps(row["recipe"], sort_keys=True), int(seed)): result
+            for row in rows
+            for seed, result in row["runs"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def results_of(sweep, out):
+    """The results of all finished runs: {(row's name, seed): {"accuracy", "seconds", "epochs", "parameters"}}."""
+    known, found = known_results(out), {}
+    for run in runs_of(sweep, out):
+        result = result_of(run) or known.get((run.row.name, _written(run.row.recipe), run.seed))
+        if result:
+            found[run.row.name, run.seed] = result
+    return found
+
+
+def _written(recipe):
+    return json.dumps(recipe._asdict(), sort_keys=True)
+
+
 def table_of(sweep, out):
     """The figures of all finished runs, ready for JSON: one entry per row, in the file's order.
 
-    Each has its seeds' accuracies, ``mean``, ``spread`` (the sample standard deviation), and ``gain``: the mean over
-    the seeds that both have of its accuracy less the first row's, with ``gain_error``, that mean's standard error.
+    Each has its ``runs``, seed by seed, their ``mean`` accuracy, ``spread`` (the sample standard deviation), and
+    ``gain``: the mean over the seeds that both have of its accuracy less the first row's, with ``gain_error``, that
+    mean's standard error.
     """
-    rows, first = [], None
+    results, rows, first = results_of(sweep, out), [], {}
     for row in sweep.rows:
-        found = {seed: result_of(Run(row, seed, Path(out) / folder_name(row.name, seed))) for seed in sweep.seeds}
-        found = {seed: result for seed, result in found.items() if result}
-        accuracies = {seed: result["accuracy"] for seed, result in found.items()}
-        first = accuracies if first is None else first
+        runs = {seed: results[row.name, seed] for seed in sweep.seeds if (row.name, seed) in results}
         entry = {
-            "name": row.name, "changes": row.changes, "accuracy": {str(k): v for k, v in accuracies.items()},
-            "mean": None, "spread": None, "gain": None, "gain_error": None,
+            "name": row.name, "changes": row.changes, "recipe": row.recipe._asdict(),
+            "runs": {str(seed): run for seed, run in runs.items()},
+            "mean": None, "spread": None, "gain": None, "gain_error": None, "seconds": None, "epochs": None,
         }  # fmt: skip
-        if found:
-            entry["mean"], entry["spread"] = mean_and_spread(list(accuracies.values()))
-            for key in ("seconds", "epochs", "parameters"):
-                entry[key] = mean_and_spread([result[key] for result in found.values()])[0]
-            both = [seed for seed in accuracies if seed in first]
-            if both and accuracies is not first:
-                gain, spread = mean_and_spread([accuracies[seed] - first[seed] for seed in both])
-                entry |= {"gain": gain, "gain_error": None if spread is None else spread / math.sqrt(len(both))}
+        if runs:
+            entry["mean"], entry["spread"] = mean_and_spread([run["accuracy"] for run in runs.values()])
+            for key in ("seconds", "epochs"):
+                entry[key] = mean_and_spread([run[key] for run in runs.values()])[0]
+            if gains := [run["accuracy"] - first[seed]["accuracy"] for seed, run in runs.items() if seed in first]:
+                gain, spread = mean_and_spread(gains)
+                entry |= {"gain": gain, "gain_error": None if spread is None else spread / math.sqrt(len(gains))}
+        first = runs if row is sweep.rows[0] else first
         rows.append(entry)
     return {"title": sweep.title, "seeds": list(sweep.seeds), "rows": rows}
 
@@ -216,8 +241,8 @@ def markdown(table):
         spread = f" ± {percent(row['spread'])}" if row["spread"] is not None else ""
         error = f" ± {percent(row['gain_error'])}" if row["gain_error"] is not None else ""
         gain = f"{percent(row['gain'], '+')}{error}" if row["gain"] is not None else ""
-        each = " ".join(percent(a) for a in row["accuracy"].values())
-        epochs, seconds = (f"{row[key]:,.0f}" if row.get(key) is not None else "" for key in ("epochs", "seconds"))
+        each = " ".join(percent(run["accuracy"]) for run in row["runs"].values())
+        epochs, seconds = (f"{row[key]:,.0f}" if row[key] is not None else "" for key in ("epochs", "seconds"))
         mean = f"{percent(row['mean'])}{spread}" if row["mean"] is not None else "not run yet"
         lines.append(f"| {row['name']} | {changes} | {mean} | {gain} | {each} | {epochs} | {seconds} |")
     return "\n".join(lines) + "\n"

@@ -8,8 +8,8 @@ from minivit.checkpoint import write_atomically
 from minivit.cli import Parser, run
 from minivit.errors import InputError
 from minivit.recipes import trainer_of
-from minivit.sweep import markdown, read_sweep, recipe_of, result_of, runs_of, started, table_of
-from minivit.train import write_json
+from minivit.sweep import TABLE, known_results, markdown, read_sweep, recipe_of, results_of, runs_of, table_of
+from minivit.train import LAST, write_json
 
 EXAMPLES = """
 examples:
@@ -18,8 +18,9 @@ examples:
   python scripts/sweep.py configs/sweeps/cifar10-10min.toml --table       only write the table of what there is
   python scripts/sweep.py configs/sweeps/digits.toml --seeds 0 1 2 3 4 --rows AdamW Muon
 
-The folder holds a run for each row and seed, and table.md, table.json, sweep.png, written anew after each run. The
-settings of a sweep are TOML, see python -m pydoc minivit.sweep. The exit status is 0, 130 if it was interrupted.
+The folder holds a run for each row and seed, and table.md, table.json, sweep.png of all rows, written anew after each
+run. What a table.json there holds is not run again, even where the run's own folder is gone. The settings of a sweep
+are TOML, see python -m pydoc minivit.sweep. The exit status is 0, 130 if it was interrupted.
 """
 
 
@@ -33,7 +34,8 @@ def main(argv=None):
     parser.add_argument("--table", action="store_true", help="run nothing, write the table")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args(argv)
-    sweep = read_sweep(arguments.sweep)
+    sweep = whole = read_sweep(arguments.sweep)
+    out = Path(arguments.out or Path("runs") / f"sweep-{Path(arguments.sweep).stem}")
     if arguments.seeds:
         if min(arguments.seeds) < 0:
             raise InputError("--seeds must be at least 0")
@@ -44,9 +46,11 @@ def main(argv=None):
             if name not in known:
                 raise InputError(f"no row {name!r}; the rows are {', '.join(known)}")
         sweep = sweep._replace(rows=tuple(known[name] for name in dict.fromkeys(arguments.rows)))
-    out = Path(arguments.out or Path("runs") / f"sweep-{Path(arguments.sweep).stem}")
-    runs = runs_of(sweep, out)
-    left = [each for each in runs if result_of(each) is None]
+    # the table is of all rows, and of all seeds that were ever run
+    seeds = {*whole.seeds, *sweep.seeds, *(seed for _, _, seed in known_results(out))}
+    whole = whole._replace(seeds=tuple(sorted(seeds)))
+    runs, finished = runs_of(sweep, out), results_of(sweep, out)
+    left = [each for each in runs if (each.row.name, each.seed) not in finished]
     print(f"{sweep.title}: {len(sweep.rows)} rows, {len(sweep.seeds)} seeds; {len(runs) - len(left)} runs are finished")
     if not arguments.table:
         for each in {each.row.name: each for each in left}.values():  # what is impossible is found before a run begins
@@ -54,7 +58,7 @@ def main(argv=None):
         for number, each in enumerate(left, start=1):
             print(f"\n{number} of {len(left)}: {each.row.name}, seed {each.seed}", flush=True)
             trainer = trainer_of(recipe_of(each), each.folder, progress=not arguments.quiet)
-            if started(each):
+            if (each.folder / LAST).exists():
                 trainer.restore()
             started_at = time.monotonic()
             summary = trainer.run()
@@ -62,10 +66,10 @@ def main(argv=None):
                 return 130
             print(f"{each.row.name}, seed {each.seed}: {summary['test_accuracy']:.2%} "
                   f"in {time.monotonic() - started_at:.0f} s", flush=True)  # fmt: skip
-            write_results(sweep, out)
+            write_results(whole, out)
     if not out.is_dir():
         raise InputError(f"there is no {out}: nothing has been run")
-    print("\n" + write_results(sweep, out))
+    print("\n" + write_results(whole, out))
     print(f"table and figure in {out}")
     return 0
 
@@ -76,7 +80,7 @@ def write_results(sweep, out):
 
     table = table_of(sweep, out)
     text = markdown(table)
-    write_json(out / "table.json", table)
+    write_json(out / TABLE, table)
     write_atomically(out / "table.md", lambda file: file.write(text.encode()))
     plots.save_sweep(out / "sweep.png", table)
     return text

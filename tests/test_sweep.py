@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -58,13 +59,13 @@ def test_runs_are_made_once_and_compared(file, tmp_path, call, no_figures):
     assert ended.status == 0, ended.err
     first = json.loads((tmp_path / "o" / "table.json").read_text())
     summary = json.loads((tmp_path / "o" / "adamw-seed0" / "summary.json").read_text())
-    assert first["rows"][0]["accuracy"] == {"0": summary["test_accuracy"]} and first["rows"][0]["spread"] is None
+    assert first["rows"][0]["runs"]["0"]["accuracy"] == summary["test_accuracy"] and first["rows"][0]["spread"] is None
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/*/last.npz")}
     ended = call("sweep", file, "--out", tmp_path / "o", "--quiet")
     assert ended.status == 0 and "2 runs are finished" in ended.out and "1 of 2: AdamW, seed 1" in ended.out
     assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and len(before) == 2
     table = json.loads((tmp_path / "o" / "table.json").read_text())
-    a, b = (list(row["accuracy"].values()) for row in table["rows"])
+    a, b = ([run["accuracy"] for run in row["runs"].values()] for row in table["rows"])
     assert len(a) == len(b) == 2
     gains = [y - x for x, y in zip(a, b, strict=True)]
     assert table["rows"][1]["gain"] == pytest.approx(sum(gains) / 2)
@@ -73,8 +74,21 @@ def test_runs_are_made_once_and_compared(file, tmp_path, call, no_figures):
     text = (tmp_path / "o" / "table.md").read_text()
     assert text in ended.out and "| SGD, quick | depth 1, optimizer sgd, lr 0.1 | " in text
     assert (tmp_path / "o" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    ended = call("sweep", file, "--out", tmp_path / "o", "--table", "--rows", "AdamW")
-    assert ended.status == 0 and "SGD" not in ended.out
+    shutil.rmtree(tmp_path / "o" / "adamw-seed0")  # its figure stays
+    ended = call("sweep", file, "--out", tmp_path / "o", "--quiet")
+    assert ended.status == 0 and "4 runs are finished" in ended.out
+    again = json.loads((tmp_path / "o" / "table.json").read_text())
+    assert again == table and not (tmp_path / "o" / "adamw-seed0").exists()
+    ended = call("sweep", file, "--out", tmp_path / "o", "--table", "--rows", "AdamW", "--seeds", 1)
+    assert ended.status == 0 and "1 rows, 1 seeds; 1 runs are finished" in ended.out
+    assert json.loads((tmp_path / "o" / "table.json").read_text()) == table  # of all rows and seeds
+    file.write_text(file.read_text().replace("epochs = 1", "epochs = 2"))
+    shutil.rmtree(tmp_path / "o" / "adamw-seed1")
+    assert call("sweep", file, "--out", tmp_path / "o", "--quiet", "--rows", "AdamW", "--seeds", 1).status == 0
+    changed = json.loads((tmp_path / "o" / "table.json").read_text())["rows"][0]
+    assert {seed: run["epochs"] for seed, run in changed["runs"].items()} == {
+        "1": 2
+    }  # of other settings, the old one does not count
 
 
 def test_a_run_that_stopped_goes_on(file, tmp_path, call, no_figures, monkeypatch):
@@ -98,7 +112,7 @@ def test_a_run_that_stopped_goes_on(file, tmp_path, call, no_figures, monkeypatc
     ended = call("sweep", file, "--out", tmp_path / "cut", "--quiet", "--rows", "AdamW")
     assert ended.status == 0 and "epoch   3/3" in ended.out and "epoch   2/3" not in ended.out
     tables = [json.loads((tmp_path / name / "table.json").read_text())["rows"][0] for name in ("whole", "cut")]
-    assert tables[0]["accuracy"] == tables[1]["accuracy"]
+    assert tables[0]["runs"]["0"]["accuracy"] == tables[1]["runs"]["0"]["accuracy"]
 
 
 def test_finished_runs_of_other_settings_are_not_mixed_in(file, tmp_path, call, no_figures):
