@@ -49,7 +49,7 @@ def main(argv=None):
     # the table is of all rows, and of all seeds that were ever run
     seeds = {*whole.seeds, *sweep.seeds, *(seed for _, _, seed in known_results(out))}
     whole = whole._replace(seeds=tuple(sorted(seeds)))
-    runs, finished = runs_of(sweep, out), results_of(sweep, out)
+    runs, finished = runs_of(sweep, out), results_of(whole, out)
     left = [each for each in runs if (each.row.name, each.seed) not in finished]
     print(f"{sweep.title}: {len(sweep.rows)} rows, {len(sweep.seeds)} seeds; {len(runs) - len(left)} runs are finished")
     if not arguments.table:

@@ -83,7 +83,8 @@ def test_runs_are_made_once_and_compared(file, tmp_path, call, no_figures):
     assert ended.status == 0 and "1 rows, 1 seeds; 1 runs are finished" in ended.out
     assert json.loads((tmp_path / "o" / "table.json").read_text()) == table  # of all rows and seeds
     file.write_text(file.read_text().replace("epochs = 1", "epochs = 2"))
-    shutil.rmtree(tmp_path / "o" / "adamw-seed1")
+    for folder in tmp_path.glob("o/*-seed*"):
+        shutil.rmtree(folder)
     assert call("sweep", file, "--out", tmp_path / "o", "--quiet", "--rows", "AdamW", "--seeds", 1).status == 0
     changed = json.loads((tmp_path / "o" / "table.json").read_text())["rows"][0]
     assert {seed: run["epochs"] for seed, run in changed["runs"].items()} == {
