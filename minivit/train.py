@@ -41,6 +41,7 @@ from minivit import params as parameters
 from minivit.backend import device_name, erf, find_device, to_device, to_host, use_device
 from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
 from minivit.data import load as load_data
+from minivit.data.augment import CROP_MODES
 from minivit.data.loader import batches, epoch_order
 from minivit.data.operations import POLICIES
 from minivit.engine import Engine, available_cores, default_micro_batch
@@ -89,12 +90,14 @@ class TrainConfig:
     rand_count: int = setting(2, "operations on a picture with the policy rand")
     rand_magnitude: int = setting(9, "their strength, 0 to 30")
     crop_padding: int = setting(0, "random crops after padding by so many pixels")
+    crop_mode: str = setting("zero", "what the padding shows: zero (black) or reflect (the picture mirrored)")
     flip: bool = setting(False, "random horizontal flips")
     rotate: float = setting(0.0, "random rotations by up to so many degrees")
     zoom: float = setting(0.0, "random scaling of height and width by up to this share")
     shear: float = setting(0.0, "random slant, pixels per row")
     shift: float = setting(0.0, "random displacement by up to so many pixels, fractions included")
     erasing: float = setting(0.0, "probability that a random rectangle of a picture becomes noise")
+    cutout: int = setting(0, "side of a grey square somewhere on each picture, or partly beside it; 0 for none")
     mixup: float = setting(0.0, "alpha of mixup, which blends pictures and labels in pairs; 0 for none")
     cutmix: float = setting(0.0, "alpha of CutMix, which pastes rectangles between pictures; 0 for none")
     mix_probability: float = setting(1.0, "share of batches that are mixed, half of them by each if both are on")
@@ -127,7 +130,8 @@ class TrainConfig:
     def __post_init__(self):
         check_types(self)
         check_range(self, 1, None, "epochs", "batch_size", "accumulate", "log_every", "evaluate_every")
-        check_range(self, 0, None, "crop_padding", "seed", "micro_batch")
+        check_range(self, 0, None, "crop_padding", "cutout", "seed", "micro_batch")
+        check_choice(self, "crop_mode", CROP_MODES)
         check_range(self, 0.0, 180.0, "rotate")
         check_range(self, 0.0, None, "shear", "shift")
         check_choice(self, "policy", POLICIES)
@@ -156,7 +160,8 @@ class TrainConfig:
 
 # Settings that `minivit.data.augment` takes.
 AUGMENTATION = (
-    "policy", "rand_count", "rand_magnitude", "rotate", "zoom", "shear", "shift", "crop_padding", "flip", "erasing",
+    "policy", "rand_count", "rand_magnitude", "rotate", "zoom", "shear", "shift", "crop_padding", "crop_mode", "flip",
+    "erasing", "cutout",
 )  # fmt: skip
 
 # Settings that a resumed run may change: they alter neither the numbers nor their order.
@@ -300,6 +305,8 @@ class Trainer:
             raise InputError(
                 f"crop_padding {config.crop_padding} moves whole pictures out of sight; they have {height} pixels"
             )
+        if config.cutout >= height:
+            raise InputError(f"cutout {config.cutout} may hide whole pictures; they have {height} pixels")
         _check_memory(model_config, config)
         if model_config.gelu == "erf":
             erf(np.zeros(1))  # SciPy is optional: say so before anything is written

@@ -171,9 +171,11 @@ def sheet_of(images, seed):
         rows[name] = function(images, *arguments, np.random.default_rng([seed, len(rows)]), **settings)
 
     add("crop", augment, crop_padding=max(1, H // 8))
+    add("crop, reflected", augment, crop_padding=max(1, H // 8), crop_mode="reflect")
     add("flip", augment, flip=True)
     add("affine", augment, rotate=15.0, zoom=0.15, shear=0.15, shift=H / 16)
     add("erasing", augment, erasing=1.0)
+    add("cutout", augment, cutout=H // 2)
     strengths = wide_space(H, W)[:, np.linspace(0, 30, n).round().astype(int)]
     for code, name in enumerate(OPERATIONS[1:], start=1):
         rows[name] = operate(images, np.full(n, code), strengths[code])

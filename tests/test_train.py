@@ -154,8 +154,12 @@ def test_mixed_batches_resume_exactly(tmp_path, whole, step):
 
 
 @pytest.mark.parametrize(
-    "change", [{"policy": "none"}, {"policy": "auto"}, {"erasing": 0.0}, {"mixup": 0.0}, {"mix_probability": 0.1}]
-)
+    "change",
+    [
+        {"policy": "none"}, {"policy": "auto"}, {"erasing": 0.0}, {"mixup": 0.0}, {"mix_probability": 0.1},
+        {"cutout": 3}, {"crop_mode": "reflect"},
+    ],
+)  # fmt: skip
 def test_each_augmentation_reaches_the_training(whole, change):
     figures = [[line["loss"] for line in timeless(whole(c) / METRICS)] for c in (MIXED, replace(MIXED, **change))]
     assert figures[0] != figures[1]
@@ -451,6 +455,7 @@ SIZES = {
     "fewer classes": (replace(MODEL, num_classes=9), HARD, "the data have 10 classes, the model has 9"),
     "more classes": (replace(MODEL, num_classes=11), HARD, "the data have 10 classes, the model has 11"),
     "crops": (MODEL, replace(HARD, crop_padding=8), "crop_padding 8 moves whole pictures out of sight"),
+    "cutout": (MODEL, replace(HARD, cutout=8), "cutout 8 may hide whole pictures; they have 8 pixels"),
     "wide": (replace(MODEL, width=1 << 30, mlp_dim=1), HARD, "GB of memory"),
     "deep": (replace(MODEL, depth=10**15), HARD, "GB of memory"),
     "wide MLP": (replace(MODEL, mlp_dim=10**15), HARD, "GB of memory"),

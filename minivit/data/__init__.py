@@ -9,7 +9,15 @@ folder                your own, ``data_dir/{train,test}/CLASS/*.png``      ``dat
 ====================  ===================================================  ============
 """
 
-from minivit.data.augment import augment, random_affine, random_crop, random_erasing, random_flip
+from minivit.data.augment import (
+    CROP_MODES,
+    augment,
+    random_affine,
+    random_crop,
+    random_cutout,
+    random_erasing,
+    random_flip,
+)
 from minivit.data.cifar import fetch, load_cifar
 from minivit.data.dataset import Dataset, validated
 from minivit.data.digits import load_digits
@@ -22,6 +30,7 @@ from minivit.errors import InputError
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
 
 __all__ = [
+    "CROP_MODES",
     "DATASETS",
     "POLICIES",
     "Dataset",
@@ -38,6 +47,7 @@ __all__ = [
     "rand_augment",
     "random_affine",
     "random_crop",
+    "random_cutout",
     "random_erasing",
     "random_flip",
     "read_image",
