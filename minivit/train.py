@@ -42,7 +42,7 @@ from minivit.backend import device_name, erf, find_device, to_device, to_host, u
 from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
 from minivit.data import load as load_data
 from minivit.data.augment import CROP_MODES
-from minivit.data.loader import batches, epoch_order
+from minivit.data.loader import batches, epoch_order, is_epoch_order
 from minivit.data.operations import POLICIES
 from minivit.engine import Engine, available_cores, default_micro_batch
 from minivit.engine_cuda import CudaEngine, CudaStep
@@ -67,6 +67,9 @@ class TrainConfig:
 
     epochs: int = setting(20, "passes over the training pictures")
     batch_size: int = setting(128, "pictures per batch")
+    repeats: int = setting(
+        1, "times that a picture is in its batch, each augmented anew (an epoch sees 1/repeats of all)"
+    )
     accumulate: int = setting(1, "batches per optimiser step (gradient accumulation)")
     init: str = setting("official", "initial parameters: official, or mimetic (attention that begins as it ends)")
     whiten: bool = setting(False, "begin with a patch embedding that whitens the training patches")
@@ -129,7 +132,9 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_range(self, 1, None, "epochs", "batch_size", "accumulate", "log_every", "evaluate_every")
+        check_range(self, 1, None, "epochs", "batch_size", "repeats", "accumulate", "log_every", "evaluate_every")
+        if self.batch_size % self.repeats:
+            raise InputError(f"batch_size {self.batch_size} is not a multiple of repeats {self.repeats}")
         check_range(self, 0, None, "crop_padding", "cutout", "seed", "micro_batch")
         check_choice(self, "crop_mode", CROP_MODES)
         check_range(self, 0.0, 180.0, "rotate")
@@ -461,10 +466,8 @@ class Trainer:
             raise ValueError(f"step {step}, epoch {epoch} and batch {batch} contradict each other")
         if optimizer_steps != step or ema_steps != (step if self.ema else 0):
             raise ValueError("the optimiser or the moving average has made another number of steps")
-        if batch and (
-            order is None or order.dtype.kind not in "iu" or not np.array_equal(np.sort(order), np.arange(n))
-        ):
-            raise ValueError("the order of the pictures is not a permutation of them")
+        if batch and (order is None or not is_epoch_order(order, n, repeats=c.repeats)):
+            raise ValueError("the order of the pictures is not that of an epoch")
 
     def _origin(self, engine, images, labels, index, denominator):
         """Where the first number that is not finite came from, in words: the batch once more, recorded."""
@@ -553,7 +556,7 @@ class Trainer:
     def _train_epoch(self, engine, metrics, bar):
         c, data = self.config, self.dataset
         if self.batch == 0:
-            self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch)
+            self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch, repeats=c.repeats)
             self.running = {"loss": 0.0, "correct": 0, "seen": 0}
         on_gpu, whole_step = self.device != "cpu", self._whole_step
         stream = batches(

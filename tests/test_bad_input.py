@@ -247,6 +247,8 @@ CASES = {
             "--label-smoothing 1": "label_smoothing must be",
             "--crop-padding 8": "crop_padding 8 moves whole pictures out of sight",
             "--crop-padding -1": "crop_padding must be at least 0",
+            "--repeats 0": "repeats must be at least 1, got 0",
+            "--repeats 3": "batch_size 256 is not a multiple of repeats 3",
             "--crop-mode wrap": "crop_mode must be one of zero, reflect; got 'wrap'",
             "--cutout -1": "cutout must be at least 0, got -1",
             "--cutout 8": "cutout 8 may hide whole pictures; they have 8 pixels",

@@ -153,6 +153,23 @@ def test_mixed_batches_resume_exactly(tmp_path, whole, step):
     assert_same_run(tmp_path, whole(MIXED))
 
 
+@pytest.mark.parametrize("step", [2, 5, 8])
+@pytest.mark.parametrize("config", [replace(HARD, repeats=4), replace(MIXED, repeats=8)], ids=["plain", "mixed"])
+def test_repeated_pictures_resume_exactly(tmp_path, whole, config, step):
+    run = trainer(tmp_path, config)
+    before_step(run, step, lambda: run.stop("test"))
+    assert run.run() is None
+    arrays, meta = checkpoint.load(tmp_path / LAST)
+    if meta["progress"]["batch"]:
+        arrays = arrays | {"order": np.roll(arrays["order"], 1)}  # a permutation of it that is no epoch's order
+        checkpoint.save(tmp_path / "altered.npz", arrays, meta)
+        with pytest.raises(InputError, match="the order of the pictures is not that of an epoch"):
+            trainer(tmp_path, config).restore(tmp_path / "altered.npz")
+    resumed(tmp_path, config).run()
+    assert_same_run(tmp_path, whole(config))
+    assert timeless(tmp_path / METRICS) != timeless(whole(replace(config, repeats=1)) / METRICS)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -22,7 +22,7 @@ from minivit.data.cifar import fetch, load_cifar
 from minivit.data.dataset import Dataset, validated
 from minivit.data.digits import load_digits
 from minivit.data.folder import load_folder, read_image
-from minivit.data.loader import batches, epoch_order
+from minivit.data.loader import batches, epoch_order, is_epoch_order
 from minivit.data.mixing import cutmix, mix, mixup
 from minivit.data.operations import POLICIES, auto_augment, operate, rand_augment, trivial_augment
 from minivit.errors import InputError
@@ -40,6 +40,7 @@ __all__ = [
     "cutmix",
     "epoch_order",
     "fetch",
+    "is_epoch_order",
     "load",
     "mix",
     "mixup",
