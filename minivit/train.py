@@ -280,6 +280,10 @@ def read_metrics(path):
     return records
 
 
+class Diverged(InputError):
+    """A run that made a number that is not finite: its settings are to be changed."""
+
+
 class Trainer:
     """One run: a model, an optimiser, where they stand, and the folder they write to.
 
@@ -496,7 +500,7 @@ class Trainer:
                     )
 
     def _diverged(self, what):
-        return InputError(
+        return Diverged(
             f"{what} at step {self.step} (epoch {self.epoch + 1}): the run diverged; {self.out / LAST} holds it "
             "from before; start again with a lower --lr, a longer --warmup-epochs or another --clip-norm"
         )
@@ -517,18 +521,7 @@ class Trainer:
                 self.save()  # from here on there is always something to resume from
             settings = {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe}
             write_json(self.out / SETTINGS, settings)
-            c = self.config
-            shared = {"label_smoothing": c.label_smoothing, "seed": c.seed, "recompute": c.recompute}
-            if self.device == "cpu":
-                engine = Engine(self.model, workers=c.workers, micro_batch=c.micro_batch, **shared)
-            else:
-                cuda.machine().precision = c.precision
-                engine = CudaEngine(self.model, micro_batch=c.gpu_micro_batch, **shared)
-                if c.accumulate == 1 and not c.sam:
-                    self._whole_step = CudaStep(engine, self.optimizer, self.ema, clip_norm=c.clip_norm, graph=c.graph)
-            with engine:
-                if isinstance(self.optimizer, Muon):
-                    self.optimizer.each = engine.each
+            with (engine := self._engine()):
                 if not self.finished:
                     self._train(engine)
                 if self.finished and self._stop is None:
@@ -537,6 +530,21 @@ class Trainer:
             f"stopped at step {self.step} of {self.total_steps}; go on with --resume --out {shlex.quote(str(self.out))}"
         )
         return None
+
+    def _engine(self):
+        """The engine that the settings ask for, a context manager; on a GPU also what makes a whole step."""
+        c = self.config
+        shared = {"label_smoothing": c.label_smoothing, "seed": c.seed, "recompute": c.recompute}
+        if self.device == "cpu":
+            engine = Engine(self.model, workers=c.workers, micro_batch=c.micro_batch, **shared)
+        else:
+            cuda.machine().precision = c.precision
+            engine = CudaEngine(self.model, micro_batch=c.gpu_micro_batch, **shared)
+            if c.accumulate == 1 and not c.sam:
+                self._whole_step = CudaStep(engine, self.optimizer, self.ema, clip_norm=c.clip_norm, graph=c.graph)
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.each = engine.each
+        return engine
 
     def _train(self, engine):
         self._started = self._saved_at = time.monotonic()

@@ -5,15 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from minivit import ViTConfig, checkpoint
-from minivit.cli import Parser, add_settings, given, read_toml, run
-from minivit.data import DATASETS, load
+from minivit.cli import Parser, given, run
 from minivit.errors import InputError
-from minivit.model import preset_fields
-from minivit.settings import field_names
-from minivit.train import LAST, TrainConfig, Trainer, check_data, config_from, dataset_of, refuse_used
+from minivit.request import DATA_KEYS, add_request, load_requested, settings_of
+from minivit.train import LAST, TrainConfig, Trainer, config_from, dataset_of, refuse_used
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-DATA_KEYS = {"data": "digits", "data_dir": "data", "image_size": None}
 
 EXAMPLES = """
 examples:
@@ -31,48 +28,13 @@ A settings file has the tables [model] (and preset = "..." in it), [train] and [
 def parse(argv):
     """The command line as a namespace; settings that were not given are absent from it."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="train.py")
-    where = parser.add_argument_group("data and output")
-    where.add_argument("--data", choices=DATASETS, default=None, help="data set [digits]")
-    where.add_argument("--data-dir", metavar="DIR", default=None, help="where the data lie [data]")
+    where = add_request(parser, CONFIGS)
     where.add_argument(
         "--out", metavar="DIR", help="folder for the run [runs/NAME, or the first free runs/NAME-2, ...]"
     )
-    where.add_argument("--config", metavar="FILE.toml", help="settings file [configs/NAME.toml]")
     where.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     where.add_argument("--quiet", action="store_true", help="no progress bar")
-    model = parser.add_argument_group("model")
-    model.add_argument("--preset", metavar="NAME", default=None, help="a named size, such as Micro/4 or Ti/16")
-    add_settings(model, ViTConfig)
-    add_settings(parser.add_argument_group("training"), TrainConfig)
     return parser.parse_args(argv)
-
-
-def settings_of(arguments, name):
-    """The three groups of settings that were asked for: (data, model, train) dicts, files and flags merged.
-
-    ``name`` is the data set whose settings file is read unless a file is named.
-    """
-    file = arguments.config or CONFIGS / f"{name}.toml"
-    sections = {"data": DATA_KEYS, "model": ["preset", *field_names(ViTConfig)], "train": field_names(TrainConfig)}
-    if arguments.config or file.exists():
-        content = read_toml(file, sections)
-    else:
-        content = {section: {} for section in sections}
-    flags = {"data": arguments.data, "data_dir": arguments.data_dir}
-    data = DATA_KEYS | content["data"] | {key: value for key, value in flags.items() if value is not None}
-    check_data(data, file)
-    if data["data"] not in DATASETS:
-        raise InputError(f"{file}: unknown data set {data['data']!r}; choose one of {', '.join(DATASETS)}")
-    model = sizes_of(content["model"].pop("preset", None)) | content["model"]
-    model |= sizes_of(arguments.preset) | given(arguments, ViTConfig)  # what was typed wins over any file
-    train = content["train"] | given(arguments, TrainConfig)
-    return data, model, train
-
-
-def sizes_of(preset):
-    """The sizes that a preset sets; what follows the data stays out unless it is asked for by name."""
-    fields = {} if preset is None else preset_fields(preset)
-    return {name: value for name, value in fields.items() if name not in ("image_size", "channels", "num_classes")}
 
 
 def free_folder(name):
@@ -85,18 +47,12 @@ def free_folder(name):
 
 def start(arguments):
     """A `Trainer` at the beginning of a new run."""
-    data, model, train = settings_of(arguments, arguments.data or DATA_KEYS["data"])
+    data, model, train = settings_of(arguments)
     out = Path(arguments.out) if arguments.out else free_folder(data["data"])
     refuse_used(out)
     config = TrainConfig(**train)
-    image_size = data["image_size"] or (model.get("image_size") if data["data"] == "folder" else None)
-    dataset = load(data["data"], data["data_dir"], image_size=image_size)
-    _, size, _, channels = dataset.train_images.shape
-    fitted = {"image_size": size, "channels": channels, "num_classes": len(dataset.class_names)}
-    describe = {"data": data["data"], "data_dir": str(data["data_dir"]), "image_size": image_size}
-    return Trainer(
-        dataset, ViTConfig(**{**fitted, **model}), config, out, describe=describe, progress=not arguments.quiet
-    )
+    dataset, model_config, describe = load_requested(data, model)
+    return Trainer(dataset, model_config, config, out, describe=describe, progress=not arguments.quiet)
 
 
 def resume(arguments):
