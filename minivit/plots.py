@@ -96,6 +96,31 @@ def save_curves(path, records, *, title=""):
     _save(figure, path)
 
 
+def save_lr_curve(path, found, *, chosen=None, title=""):
+    """Raw and smoothed loss of a ramp of learning rates (a `minivit.lr_finder.Found`), with the rates it suggests.
+
+    ``chosen``: the learning rate that the run would have had, drawn too if it lies among the others
+    """
+    figure = _figure(7.5, 4.2)
+    axes = figure.subplots()
+    axes.semilogx(found.rates, found.losses, color=TRAIN, lw=0.8, alpha=0.6, label="a training batch")
+    axes.semilogx(found.rates, found.smoothed, color=TEST, lw=2, label="smoothed")
+    least = found.rates[found.least], found.smoothed[found.least]
+    axes.plot(*least, "o", ms=7, color=TEST, mec="white", zorder=4, label=f"least: {least[0]:.2g}")
+    for (name, rate), color in zip(found.suggestions.items(), (GOOD, "#1d4ed8"), strict=False):
+        axes.axvline(rate, color=color, lw=1.5, ls="--", label=f"{name}: {rate:.2g}")
+    if chosen and found.rates[0] <= chosen <= found.rates[-1]:
+        axes.axvline(chosen, color="black", lw=1, ls=":", label=f"this run's lr: {chosen:.2g}")
+    # what falls is to be seen: where the loss leaps at the end, the curve leaves the figure
+    start, low, high = found.smoothed[0], found.losses.min(), found.smoothed.max()
+    high = min(high, start + 1.5 * (start - low)) if found.suggestions else high
+    room = max(high - low, 1e-3)
+    axes.set_ylim(low - 0.05 * room, high + 0.05 * room)
+    _style(axes, "learning rate", "cross-entropy, nats", title)
+    axes.legend(frameon=False, fontsize=8, loc="best")
+    _save(figure, path)
+
+
 def save_predictions(path, images, labels, logits, class_names, *, rows=4, columns=8):
     """A grid of test pictures, evenly spaced over the set: predicted class, its probability, the true one if wrong."""
     count = min(rows * columns, len(images))

@@ -1,4 +1,4 @@
-"""Settings files, and the runs that are made of them: what `scripts/train.py` and `scripts/sweep.py` share.
+"""Settings files and flags, and the runs that are made of them: whatever trains takes the same ones.
 
 A settings file is TOML with the tables [data], [model] (and ``preset`` in it) and [train]; its keys are the fields of
 `ViTConfig` and `TrainConfig`. Those that come with minivit lie in configs/ and are known by their names.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from minivit.cli import read_toml
+from minivit.cli import add_settings, given, read_toml
 from minivit.data import DATASETS, load
 from minivit.errors import InputError
 from minivit.model import ViTConfig, preset_fields
@@ -27,6 +27,38 @@ class Recipe(NamedTuple):
     data: dict  # data, data_dir, image_size
     model: dict  # of `ViTConfig`
     train: dict  # of `TrainConfig`
+
+
+def add_recipe(parser):
+    """Add the flags of data, model and training; returns the first group of them, for the script's own.
+
+    Settings that are not given are absent from the namespace; see `recipe_of_flags`.
+    """
+    where = parser.add_argument_group("data and output")
+    where.add_argument("--data", choices=DATASETS, default=None, help="data set [digits]")
+    where.add_argument("--data-dir", metavar="DIR", default=None, help="where the data lie [data]")
+    where.add_argument(
+        "--config", metavar="FILE", help="settings file, or the name of one in configs/ [that of the data]"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--preset", metavar="NAME", default=None, help="a named size, such as Micro/4 or Ti/16")
+    add_settings(model, ViTConfig)
+    add_settings(parser.add_argument_group("training"), TrainConfig)
+    return where
+
+
+def recipe_of_flags(arguments, name=None):
+    """The settings that were asked for by flags of `add_recipe`, merged with their settings file, as a `Recipe`.
+
+    ``name`` is the data set whose settings file is read unless a file is named; by default the one asked for.
+    Raises  InputError: see `read_recipe`.
+    """
+    own = CONFIGS / f"{name or arguments.data or DATA_KEYS['data']}.toml"
+    file = find_config(arguments.config) if arguments.config else own if own.exists() else None
+    data = {key: value for key in ("data", "data_dir") if (value := getattr(arguments, key)) is not None}
+    return read_recipe(
+        file, data=data, preset=arguments.preset, model=given(arguments, ViTConfig), train=given(arguments, TrainConfig)
+    )
 
 
 def find_config(name):

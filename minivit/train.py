@@ -41,7 +41,8 @@ from minivit import params as parameters
 from minivit.backend import device_name, erf, find_device, to_device, to_host, use_device
 from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
 from minivit.data import load as load_data
-from minivit.data.loader import batches, epoch_order
+from minivit.data.augment import CROP_MODES
+from minivit.data.loader import batches, epoch_order, is_epoch_order
 from minivit.data.operations import POLICIES
 from minivit.engine import Engine, available_cores, default_micro_batch
 from minivit.engine_cuda import CudaEngine, CudaStep
@@ -66,6 +67,9 @@ class TrainConfig:
 
     epochs: int = setting(20, "passes over the training pictures")
     batch_size: int = setting(128, "pictures per batch")
+    repeats: int = setting(
+        1, "times that a picture is in its batch, each augmented anew (an epoch sees 1/repeats of all)"
+    )
     accumulate: int = setting(1, "batches per optimiser step (gradient accumulation)")
     init: str = setting("official", "initial parameters: official, or mimetic (attention that begins as it ends)")
     whiten: bool = setting(False, "begin with a patch embedding that whitens the training patches")
@@ -89,12 +93,14 @@ class TrainConfig:
     rand_count: int = setting(2, "operations on a picture with the policy rand")
     rand_magnitude: int = setting(9, "their strength, 0 to 30")
     crop_padding: int = setting(0, "random crops after padding by so many pixels")
+    crop_mode: str = setting("zero", "what the padding shows: zero (black) or reflect (the picture mirrored)")
     flip: bool = setting(False, "random horizontal flips")
     rotate: float = setting(0.0, "random rotations by up to so many degrees")
     zoom: float = setting(0.0, "random scaling of height and width by up to this share")
     shear: float = setting(0.0, "random slant, pixels per row")
     shift: float = setting(0.0, "random displacement by up to so many pixels, fractions included")
     erasing: float = setting(0.0, "probability that a random rectangle of a picture becomes noise")
+    cutout: int = setting(0, "side of a grey square somewhere on each picture, or partly beside it; 0 for none")
     mixup: float = setting(0.0, "alpha of mixup, which blends pictures and labels in pairs; 0 for none")
     cutmix: float = setting(0.0, "alpha of CutMix, which pastes rectangles between pictures; 0 for none")
     mix_probability: float = setting(1.0, "share of batches that are mixed, half of them by each if both are on")
@@ -126,8 +132,11 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_range(self, 1, None, "epochs", "batch_size", "accumulate", "log_every", "evaluate_every")
-        check_range(self, 0, None, "crop_padding", "seed", "micro_batch")
+        check_range(self, 1, None, "epochs", "batch_size", "repeats", "accumulate", "log_every", "evaluate_every")
+        if self.batch_size % self.repeats:
+            raise InputError(f"batch_size {self.batch_size} is not a multiple of repeats {self.repeats}")
+        check_range(self, 0, None, "crop_padding", "cutout", "seed", "micro_batch")
+        check_choice(self, "crop_mode", CROP_MODES)
         check_range(self, 0.0, 180.0, "rotate")
         check_range(self, 0.0, None, "shear", "shift")
         check_choice(self, "policy", POLICIES)
@@ -156,7 +165,8 @@ class TrainConfig:
 
 # Settings that `minivit.data.augment` takes.
 AUGMENTATION = (
-    "policy", "rand_count", "rand_magnitude", "rotate", "zoom", "shear", "shift", "crop_padding", "flip", "erasing",
+    "policy", "rand_count", "rand_magnitude", "rotate", "zoom", "shear", "shift", "crop_padding", "crop_mode", "flip",
+    "erasing", "cutout",
 )  # fmt: skip
 
 # Settings that a resumed run may change: they alter neither the numbers nor their order.
@@ -284,6 +294,10 @@ def read_metrics(path):
     return records
 
 
+class Diverged(InputError):
+    """A run that made a number that is not finite: its settings are to be changed."""
+
+
 class Trainer:
     """One run: a model, an optimiser, where they stand, and the folder they write to.
 
@@ -314,6 +328,8 @@ class Trainer:
             raise InputError(
                 f"crop_padding {config.crop_padding} moves whole pictures out of sight; they have {height} pixels"
             )
+        if config.cutout >= height:
+            raise InputError(f"cutout {config.cutout} may hide whole pictures; they have {height} pixels")
         _check_memory(model_config, config)
         if model_config.gelu == "erf":
             erf(np.zeros(1))  # SciPy is optional: say so before anything is written
@@ -468,10 +484,8 @@ class Trainer:
             raise ValueError(f"step {step}, epoch {epoch} and batch {batch} contradict each other")
         if optimizer_steps != step or ema_steps != (step if self.ema else 0):
             raise ValueError("the optimiser or the moving average has made another number of steps")
-        if batch and (
-            order is None or order.dtype.kind not in "iu" or not np.array_equal(np.sort(order), np.arange(n))
-        ):
-            raise ValueError("the order of the pictures is not a permutation of them")
+        if batch and (order is None or not is_epoch_order(order, n, repeats=c.repeats)):
+            raise ValueError("the order of the pictures is not that of an epoch")
 
     def _origin(self, engine, images, labels, index, denominator):
         """Where the first number that is not finite came from, in words: the batch once more, recorded."""
@@ -500,7 +514,7 @@ class Trainer:
                     )
 
     def _diverged(self, what):
-        return InputError(
+        return Diverged(
             f"{what} at step {self.step} (epoch {self.epoch + 1}): the run diverged; {self.out / LAST} holds it "
             "from before; start again with a lower --lr, a longer --warmup-epochs or another --clip-norm"
         )
@@ -521,18 +535,7 @@ class Trainer:
                 self.save()  # from here on there is always something to resume from
             settings = {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe}
             write_json(self.out / SETTINGS, settings)
-            c = self.config
-            shared = {"label_smoothing": c.label_smoothing, "seed": c.seed, "recompute": c.recompute}
-            if self.device == "cpu":
-                engine = Engine(self.model, workers=c.workers, micro_batch=c.micro_batch, **shared)
-            else:
-                cuda.machine().precision = c.precision
-                engine = CudaEngine(self.model, micro_batch=c.gpu_micro_batch, **shared)
-                if c.accumulate == 1 and not c.sam:
-                    self._whole_step = CudaStep(engine, self.optimizer, self.ema, clip_norm=c.clip_norm, graph=c.graph)
-            with engine:
-                if isinstance(self.optimizer, Muon):
-                    self.optimizer.each = engine.each
+            with (engine := self._engine()):
                 if not self.finished:
                     self._train(engine)
                 if self.finished and self._stop is None:
@@ -541,6 +544,21 @@ class Trainer:
             f"stopped at step {self.step} of {self.total_steps}; go on with --resume --out {shlex.quote(str(self.out))}"
         )
         return None
+
+    def _engine(self):
+        """The engine that the settings ask for, a context manager; on a GPU also what makes a whole step."""
+        c = self.config
+        shared = {"label_smoothing": c.label_smoothing, "seed": c.seed, "recompute": c.recompute}
+        if self.device == "cpu":
+            engine = Engine(self.model, workers=c.workers, micro_batch=c.micro_batch, **shared)
+        else:
+            cuda.machine().precision = c.precision
+            engine = CudaEngine(self.model, micro_batch=c.gpu_micro_batch, **shared)
+            if c.accumulate == 1 and not c.sam:
+                self._whole_step = CudaStep(engine, self.optimizer, self.ema, clip_norm=c.clip_norm, graph=c.graph)
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.each = engine.each
+        return engine
 
     def _train(self, engine):
         self._started = self._saved_at = time.monotonic()
@@ -560,7 +578,7 @@ class Trainer:
     def _train_epoch(self, engine, metrics, bar):
         c, data = self.config, self.dataset
         if self.batch == 0:
-            self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch)
+            self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch, repeats=c.repeats)
             self.running = {"loss": 0.0, "correct": 0, "seen": 0}
         on_gpu, whole_step = self.device != "cpu", self._whole_step
         stream = batches(

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from minivit import ViTConfig, checkpoint
 from minivit.budget import epochs_within, seconds_of
-from minivit.cli import Parser, add_settings, given, run
-from minivit.data import DATASETS
+from minivit.cli import Parser, given, run
 from minivit.errors import InputError
-from minivit.recipes import CONFIGS, DATA_KEYS, find_config, prepare, read_recipe, trainer_of
+from minivit.recipes import DATA_KEYS, add_recipe, prepare, recipe_of_flags, trainer_of
 from minivit.train import LAST, TrainConfig, Trainer, config_from, dataset_of, refuse_used
 
 EXAMPLES = """
@@ -30,36 +29,14 @@ A settings file has the tables [model] (and preset = "..." in it), [train] and [
 def parse(argv):
     """The command line as a namespace; settings that were not given are absent from it."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="train.py")
-    where = parser.add_argument_group("data and output")
-    where.add_argument("--data", choices=DATASETS, default=None, help="data set [digits]")
-    where.add_argument("--data-dir", metavar="DIR", default=None, help="where the data lie [data]")
+    where = add_recipe(parser)
     where.add_argument(
         "--out", metavar="DIR", help="folder for the run [runs/NAME, or the first free runs/NAME-2, ...]"
-    )
-    where.add_argument(
-        "--config", metavar="FILE", help="settings file, or the name of one in configs/ [the data set's]"
     )
     where.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     where.add_argument("--budget", metavar="TIME", help="as many epochs as fit into 90s, 10m or 2.5h on this machine")
     where.add_argument("--quiet", action="store_true", help="no progress bar")
-    model = parser.add_argument_group("model")
-    model.add_argument("--preset", metavar="NAME", default=None, help="a named size, such as Micro/4 or Ti/16")
-    add_settings(model, ViTConfig)
-    add_settings(parser.add_argument_group("training"), TrainConfig)
     return parser.parse_args(argv)
-
-
-def settings_of(arguments, name):
-    """The settings that were asked for, file and flags merged, as a `Recipe`.
-
-    ``name`` is the data set whose settings file is read unless a file is named.
-    """
-    own = CONFIGS / f"{name}.toml"
-    file = find_config(arguments.config) if arguments.config else own if own.exists() else None
-    data = {key: value for key in ("data", "data_dir") if (value := getattr(arguments, key)) is not None}
-    return read_recipe(
-        file, data=data, preset=arguments.preset, model=given(arguments, ViTConfig), train=given(arguments, TrainConfig)
-    )
 
 
 def free_folder(name):
@@ -72,7 +49,7 @@ def free_folder(name):
 
 def start(arguments):
     """A `Trainer` at the beginning of a new run."""
-    recipe = settings_of(arguments, arguments.data or DATA_KEYS["data"])
+    recipe = recipe_of_flags(arguments)
     out = Path(arguments.out) if arguments.out else free_folder(recipe.data["data"])
     refuse_used(out)
     if arguments.budget is None:
@@ -101,7 +78,7 @@ def resume(arguments):
     describe["data_dir"] = arguments.data_dir or describe["data_dir"]
     asked_data, asked_model, asked_train = {}, given(arguments, ViTConfig), given(arguments, TrainConfig)
     if arguments.preset or arguments.config:
-        asked_data, asked_model, asked_train = settings_of(arguments, describe["data"])
+        asked_data, asked_model, asked_train = recipe_of_flags(arguments, describe["data"])
     name = arguments.data or asked_data.get("data", describe["data"])
     if name != describe["data"]:
         raise InputError(f"{path} was trained on {describe['data']}, not on {name}")

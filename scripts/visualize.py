@@ -1,4 +1,4 @@
-"""Draw what a trained model has inside, and what training shows to it."""
+"""Draw what a trained model has inside, what training shows to it, and which learning rates it bears."""
 
 import dataclasses
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minivit import checkpoint, curvature
+from minivit import checkpoint, curvature, lr_finder
 from minivit.cli import Parser, output_file, run
 from minivit.data import (
     DATASETS,
@@ -23,7 +23,8 @@ from minivit.data import (
 from minivit.data.mixing import one_hot
 from minivit.data.operations import OPERATIONS, wide_space
 from minivit.errors import InputError
-from minivit.train import Trainer, config_from, dataset_of, write_json
+from minivit.recipes import add_recipe, prepare, recipe_of_flags
+from minivit.train import Trainer, config_from, dataset_of, versions, write_json
 
 EXAMPLES = """
 examples:
@@ -32,6 +33,8 @@ examples:
   python scripts/visualize.py curvature runs/digits/last.npz --optimizer sgd --lr 0.05 --epochs 40 --out sgd
   python scripts/visualize.py augment
   python scripts/visualize.py augment --data cifar10 --columns 16 --seed 1 --out figures
+  python scripts/visualize.py lr --data cifar10
+  python scripts/visualize.py lr --config my.toml --optimizer muon --lr-min 1e-5 --lr-max 10 --steps 400
 
 curvature: the training of the checkpoint is made again, in memory, with its own settings (or those given here), and
 every few epochs the largest eigenvalues of the loss's Hessian are computed, exactly, on a fixed set of training
@@ -42,6 +45,10 @@ do not find to a thousandth of the largest is drawn hollow, with a bar as long a
 
 augment: a sheet of training pictures, a row for each augmentation. The rows of single operations go from the weakest
 strength on the left to the strongest on the right, as TrivialAugment draws them.
+
+lr: the first steps of a training, with the settings files and flags of scripts/train.py, while the learning rate rises
+exponentially. The loss falls where the rate is good and leaps where it is too high. Two peak rates are suggested: that
+where the smoothed loss falls most steeply, and a tenth of that where it is least. No run's folder is touched.
 """
 
 
@@ -171,9 +178,11 @@ def sheet_of(images, seed):
         rows[name] = function(images, *arguments, np.random.default_rng([seed, len(rows)]), **settings)
 
     add("crop", augment, crop_padding=max(1, H // 8))
+    add("crop, reflected", augment, crop_padding=max(1, H // 8), crop_mode="reflect")
     add("flip", augment, flip=True)
     add("affine", augment, rotate=15.0, zoom=0.15, shear=0.15, shift=H / 16)
     add("erasing", augment, erasing=1.0)
+    add("cutout", augment, cutout=H // 2)
     strengths = wide_space(H, W)[:, np.linspace(0, 30, n).round().astype(int)]
     for code, name in enumerate(OPERATIONS[1:], start=1):
         rows[name] = operate(images, np.full(n, code), strengths[code])
@@ -200,6 +209,47 @@ def draw_augment(arguments):
     figure = out / f"augment-{arguments.data}.png"
     plots.save_contact_sheet(figure, sheet_of(images, arguments.seed), title=f"{dataset.name}: augmentations")
     print(f"drawn in {figure}")
+    return 0
+
+
+def draw_lr(arguments):
+    """The subcommand ``lr``; returns the exit status."""
+    from minivit import plots  # matplotlib is slow to import
+
+    ramp = {"low": arguments.lr_min, "high": arguments.lr_max, "steps": arguments.steps}
+    lr_finder.rising_rates(**ramp)  # bad ones are refused before the data are read
+    dataset, model_config, config, describe = prepare(recipe_of_flags(arguments))
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    found = lr_finder.find(dataset, model_config, config, **ramp, progress=not arguments.quiet)
+    least, lowest = found.rates[found.least], found.smoothed[found.least]
+    figure = out / "lr.png"
+    title = f"{dataset.name}: {config.optimizer}, batches of {config.batch_size * config.accumulate}"
+    plots.save_lr_curve(figure, found, chosen=config.lr, title=title)
+    report = {
+        "settings": {"model": dataclasses.asdict(model_config), "train": dataclasses.asdict(config), "data": describe},
+        "lr_min": arguments.lr_min,
+        "lr_max": arguments.lr_max,
+        "steps": arguments.steps,
+        "smoothing": lr_finder.SMOOTHING,
+        "ended": found.ended,
+        "least": {"lr": float(least), "smoothed": float(lowest)},
+        "suggestions": found.suggestions,
+        **{name: getattr(found, name).tolist() for name in ("rates", "losses", "smoothed")},
+        "versions": versions(),
+    }
+    write_json(out / "lr.json", report)
+    print(
+        f"{len(found.rates)} steps of {config.optimizer} from a rate of {found.rates[0]:.2g} to {found.rates[-1]:.2g}: "
+        f"{found.ended}; the smoothed loss went from {found.smoothed[0]:.3f} to {lowest:.3f}, at {least:.2g}"
+    )
+    if found.suggestions:
+        steepest, tenth = found.suggestions.values()
+        print(f"  --lr {steepest:.2g}   where the smoothed loss falls most steeply")
+        print(f"  --lr {tenth:.2g}   a tenth of the rate where it is least")
+        print(f"for the peak learning rate, which is {config.lr:.2g} in these settings; drawn in {figure}")
+    else:
+        print(f"the loss does not fall between these rates: try other --lr-min and --lr-max; drawn in {figure}")
     return 0
 
 
@@ -230,6 +280,16 @@ def main(argv=None):
     parts.add_argument("--seed", type=int, default=0, metavar="N", help="draws pictures and augmentations [0]")
     parts.add_argument("--out", default="runs", metavar="DIR", help="folder for augment-DATA.png [runs]")
     parts.set_defaults(draw=draw_augment)
+    about = "the loss while the learning rate rises, and the rates that it suggests"
+    parts = commands.add_parser("lr", help=about, description=about, epilog=EXAMPLES)
+    where = add_recipe(parts)
+    where.add_argument("--out", default="runs", metavar="DIR", help="folder for lr.png and lr.json [runs]")
+    where.add_argument("--quiet", action="store_true", help="no progress bar")
+    rates = parts.add_argument_group("learning rates")
+    rates.add_argument("--lr-min", type=float, default=1e-6, metavar="X", help="the first one [1e-06]")
+    rates.add_argument("--lr-max", type=float, default=1.0, metavar="X", help="the last one [1.0]")
+    rates.add_argument("--steps", type=int, default=200, metavar="N", help="how many training steps [200]")
+    parts.set_defaults(draw=draw_lr)
     arguments = parser.parse_args(argv)
     return arguments.draw(arguments)
 

@@ -14,6 +14,7 @@ from conftest import load_script
 from minivit import ViTConfig, cli
 from minivit.cli import Parser, add_settings, given, read_toml
 from minivit.errors import InputError
+from minivit.recipes import recipe_of_flags
 from minivit.settings import field_names
 from minivit.train import TrainConfig
 
@@ -34,7 +35,7 @@ def parsed(*arguments):
 
 
 def settings(*arguments, data="digits"):
-    return load_script("train").settings_of(parsed(*arguments), data)
+    return recipe_of_flags(parsed(*arguments), data)
 
 
 # ---- every setting is reachable --------------------------------------------------------------------------------------

@@ -1,9 +1,20 @@
-"""Random crops, flips, affine maps and erasing against pictures made one by one."""
+"""Random crops, flips, affine maps, erasing and cutout against pictures made one by one."""
+
+import zlib
 
 import numpy as np
 import pytest
 
-from minivit.data import augment, random_affine, random_crop, random_erasing, random_flip, trivial_augment
+from minivit.data import (
+    augment,
+    random_affine,
+    random_crop,
+    random_cutout,
+    random_erasing,
+    random_flip,
+    trivial_augment,
+)
+from minivit.data.augment import GREY
 
 
 @pytest.fixture
@@ -47,7 +58,12 @@ def test_flip_mirrors_about_half(images):
 
 def test_inputs_need_not_be_contiguous(images):
     view = images[::2, ::-1]
-    for function in (lambda x, rng: random_crop(x, 2, rng), random_flip):
+    for function in (
+        lambda x, rng: random_crop(x, 2, rng),
+        lambda x, rng: random_crop(x, 2, rng, mode="reflect"),
+        lambda x, rng: random_cutout(x, 3, rng),
+        random_flip,
+    ):
         result = function(view, np.random.default_rng(2))
         np.testing.assert_array_equal(result, function(view.copy(), np.random.default_rng(2)))
 
@@ -62,7 +78,8 @@ def test_augment_crops_then_flips(images):
 def test_one_picture_and_none():
     for n in (0, 1):
         images = np.ones((n, 4, 4, 1), np.uint8)
-        assert augment(images, np.random.default_rng(0), crop_padding=1, flip=True).shape == images.shape
+        for settings in ({"crop_padding": 1, "flip": True}, {"crop_padding": 3, "crop_mode": "reflect", "cutout": 2}):
+            assert augment(images, np.random.default_rng(0), **settings).shape == images.shape
 
 
 def affine_by_hand(image, angle, scale, slant, shift):
@@ -156,3 +173,91 @@ def test_augment_goes_from_policy_to_erasing(images):
     expected = random_affine(trivial_augment(images, rng), rng, rotate=9.0)
     expected = random_flip(random_crop(expected, 2, rng), rng)
     np.testing.assert_array_equal(result, random_erasing(expected, 0.5, rng))
+
+
+@pytest.mark.parametrize("padding", [1, 2, 4])
+def test_reflected_crop_is_a_window_of_the_mirrored_picture(images, padding):
+    before = images.copy()
+    result = random_crop(images, padding, np.random.default_rng(5), mode="reflect")
+    down, right = np.random.default_rng(5).integers(0, 2 * padding + 1, size=(2, len(images)))  # as with black edges
+    for i, image in enumerate(images):
+        padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+        np.testing.assert_array_equal(result[i], padded[down[i] : down[i] + 5, right[i] : right[i] + 7])
+    assert result.dtype == np.uint8 and result.shape == images.shape
+    np.testing.assert_array_equal(images, before)
+
+
+def test_both_crops_show_the_same_part_of_the_picture(images):
+    black, mirrored = (random_crop(images, 3, np.random.default_rng(1), mode=mode) for mode in ("zero", "reflect"))
+    inside = black != 0  # no pixel of a picture is 0
+    assert 0.2 < inside.mean() < 0.9
+    np.testing.assert_array_equal(mirrored[inside], black[inside])
+    assert (mirrored != 0).all()
+
+
+def test_crops_that_cannot_be(images):
+    with pytest.raises(ValueError, match="unknown mode 'wrap'"):
+        random_crop(images, 1, np.random.default_rng(0), mode="wrap")
+    for padding in (5, 6):
+        with pytest.raises(ValueError, match="pictures of 5x7 cannot be reflected over"):
+            random_crop(images, padding, np.random.default_rng(0), mode="reflect")
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 20])
+def test_cutout_hides_a_square_around_a_pixel(images, side):
+    images = np.where(images == GREY, np.uint8(GREY + 1), images)
+    before = images.copy()
+    result = random_cutout(images, side, np.random.default_rng(5))
+    assert result.dtype == np.uint8 and result.shape == images.shape
+    np.testing.assert_array_equal(images, before)
+    rng = np.random.default_rng(5)
+    y, x = rng.integers(0, 5, len(images)), rng.integers(0, 7, len(images))
+    for i, image in enumerate(images):
+        expected = image.copy()
+        for row in range(5):
+            for column in range(7):
+                if 0 <= row - y[i] + side // 2 < side and 0 <= column - x[i] + side // 2 < side:
+                    expected[row, column] = GREY
+        np.testing.assert_array_equal(result[i], expected)
+        assert (result[i, y[i], x[i]] == GREY).all()
+
+
+def test_cutout_sticks_out_and_is_everywhere_alike():
+    """A pixel is hidden by the s^2 centres around it that lie in the picture, of H W."""
+    n, H, W, side = 20000, 6, 8, 4
+    result = random_cutout(np.zeros((n, H, W, 1), np.uint8), side, np.random.default_rng(0))[..., 0]
+    share = (result == GREY).mean(axis=0)
+
+    def centres(length):  # c with c - 2 <= place <= c + 1
+        return np.array([sum(0 <= c < length for c in range(place - 1, place + 3)) for place in range(length)])
+
+    expected = np.outer(centres(H), centres(W)) / (H * W)
+    assert abs(share - expected).max() < 5 * np.sqrt(0.25 / n)
+    hidden = (result == GREY).sum(axis=(1, 2))
+    assert hidden.max() == side**2 and hidden.min() == 2 * 2  # a corner: rows and columns 0 and 1
+
+
+def test_what_the_model_sees_of_cutout_is_nearly_zero():
+    assert abs((GREY - 127.5) / 127.5) < 0.005
+
+
+def test_augment_crops_by_reflection_and_cuts_out_last(images):
+    settings = {"crop_padding": 2, "crop_mode": "reflect", "flip": True, "erasing": 0.5, "cutout": 3}
+    result = augment(images, np.random.default_rng(3), **settings)
+    rng = np.random.default_rng(3)
+    expected = random_flip(random_crop(images, 2, rng, mode="reflect"), rng)
+    expected = random_cutout(random_erasing(expected, 0.5, rng), 3, rng)
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_settings_that_are_off_draw_nothing(images):
+    rng = np.random.default_rng(3)
+    assert augment(images, rng, cutout=0, crop_mode="reflect", crop_padding=0) is images
+    assert rng.bit_generator.state == np.random.default_rng(3).bit_generator.state
+
+
+def test_pictures_are_those_of_earlier_versions():
+    """The numbers drawn for what there was before are the same: a checksum of pictures made then."""
+    pictures = (np.arange(576) % 251).astype(np.uint8).reshape(3, 8, 8, 3)
+    settings = {"policy": "rand", "crop_padding": 2, "flip": True, "erasing": 0.5}
+    assert zlib.crc32(augment(pictures, np.random.default_rng(7), **settings)) == 1062602706

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from minivit.data import batches, epoch_order
+from minivit.data import batches, epoch_order, is_epoch_order
 
 N = 43
 
@@ -49,6 +49,80 @@ def test_order_is_a_permutation_of_its_own_for_each_seed_and_epoch():
 
 def test_order_is_the_one_of_earlier_versions():
     assert epoch_order(8, seed=0, epoch=0).tolist() == [3, 1, 6, 5, 7, 2, 0, 4]
+
+
+# ---- repeated augmentation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "repeats"), [(N, 2), (N, 3), (40, 4), (41, 4), (8, 8), (5, 4), (3, 8), (1, 2)])
+def test_an_epoch_repeats_a_share_and_a_round_takes_all(n, repeats):
+    q = -(-n // repeats)
+    seen = []
+    for epoch in range(repeats, 2 * repeats):  # the second round
+        order = epoch_order(n, seed=3, epoch=epoch, repeats=repeats)
+        assert order.shape == (n,) and order.dtype == np.int64
+        assert is_epoch_order(order, n, repeats=repeats)
+        chosen, counts = np.unique(order, return_counts=True)
+        assert len(chosen) == q and sorted(counts)[1:] == [repeats] * (q - 1)  # one may come fewer times
+        for i in range(0, n, repeats):
+            assert len(set(order[i : i + repeats])) == 1
+        seen.extend(order[::repeats])
+    # as the docstring says, the round's permutation from its beginning, and from there again where it ends
+    whole = epoch_order(n, seed=3, epoch=1)
+    assert seen == [whole[j % n] for j in range(q * repeats)]
+    assert set(seen) == set(range(n))
+    if n % repeats == 0:
+        assert len(set(seen)) == len(seen)  # no picture in two epochs of a round
+
+
+def test_orders_with_repeats_differ_between_epochs_rounds_and_seeds():
+    orders = [epoch_order(N, seed=seed, epoch=epoch, repeats=2) for seed in (0, 1) for epoch in range(4)]
+    assert len({order.tobytes() for order in orders}) == 8
+    np.testing.assert_array_equal(orders[3], epoch_order(N, seed=0, epoch=3, repeats=2))
+
+
+@pytest.mark.parametrize("n", [1, 7, 40, 41, 42, 43, 44])
+@pytest.mark.parametrize(("repeats", "size"), [(2, 8), (4, 8), (8, 8), (3, 6)])
+def test_batches_hold_fewer_pictures_and_stay_as_many(n, repeats, size):
+    images, labels = np.zeros((n, 2, 2, 1), np.uint8), np.arange(n)
+    order = epoch_order(n, seed=0, epoch=1, repeats=repeats)
+    made = [batch for _, _, batch in batches(images, labels, order, size, seed=0, epoch=1)]
+    assert [len(batch) for batch in made] == [size] * (n // size) + [n % size] * (n % size > 0)
+    for batch in made[: n // size]:
+        _, counts = np.unique(batch, return_counts=True)
+        assert counts.tolist() == [repeats] * (size // repeats)
+    for a, b in combinations(made, 2):
+        assert not set(a) & set(b)
+
+
+def test_each_repeat_is_augmented_by_itself():
+    picture = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    order = epoch_order(4, seed=0, epoch=0, repeats=4)
+    ((_, made, labels),) = batches(picture, np.arange(4), order, 4, seed=0, epoch=0, crop_padding=16)
+    assert len(set(labels.tolist())) == 1 and len({image.tobytes() for image in made}) == 4
+
+
+def test_mixing_works_with_repeats(data):
+    order = epoch_order(N, seed=0, epoch=0, repeats=4)
+    mixing = MIXING | {"probability": 1.0}
+    for _, images, targets in batches(*data, order, 8, seed=0, epoch=0, mixing=mixing):
+        assert images.dtype == np.uint8 and len(images) == len(targets)
+        np.testing.assert_allclose(targets.sum(axis=1), 1.0, atol=1e-6)
+
+
+def test_what_is_no_epochs_order():
+    good = np.array([4, 4, 0, 0, 2])
+    assert is_epoch_order(good, 5, repeats=2) and not is_epoch_order(good, 5)
+    assert is_epoch_order(np.arange(5)[::-1], 5) and not is_epoch_order(np.arange(5), 5, repeats=2)
+    for order in (
+        [4, 0, 4, 0, 2], [4, 4, 0, 0, 4], [5, 5, 0, 0, 2], [-1, -1, 0, 0, 2], [4, 4, 0, 0], [4, 4, 0, 0, 2, 2],
+        [4, 4, 0, 1, 2], [4.0, 4.0, 0.0, 0.0, 2.0], [[4, 4, 0, 0, 2]], ["4", "4", "0", "0", "2"],
+        [True, True, False, False, True],
+    ):  # fmt: skip
+        assert not is_epoch_order(np.array(order), 5, repeats=2), order
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 def test_batches_cover_the_order(data):

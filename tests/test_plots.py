@@ -12,6 +12,7 @@ from PIL import Image
 
 from minivit import plots
 from minivit.laboratory import v_curves
+from minivit.lr_finder import Found, rising_rates
 
 NAMES = ["a $x_1$ ^ b$", "$\\frac{", "猫", "a" * 300, "two\nlines", "", "_x", "\\"]
 
@@ -203,6 +204,26 @@ def test_v_curves_show_the_slopes_and_knees_of_theory(tmp_path, drawn):
     assert slopes(x) == {-1, 1, 2, 4} and slopes(w) == slopes(b) == {-1}
     assert {t.get_text() for t in x.texts} >= {f"slope {n}" for n in ("\N{MINUS SIGN}1", 1, 2, 4)}
     assert not [line for line in w.lines if line.get_marker() in "Do"]  # linear: no truncation, no knee
+
+
+@pytest.mark.parametrize("steepest", [20, None])
+def test_lr_curve(tmp_path, drawn, steepest):
+    rates = rising_rates(1e-4, 1.0, 41)
+    losses = 2.3 - 0.5 * np.exp(-((np.arange(41) - 25.0) ** 2) / 50)
+    losses[38:] = 5, 50, 5000
+    found = Found(rates, losses, losses.clip(0, 60), "", 25, steepest)
+    plots.save_lr_curve(tmp_path / "x.png", found, chosen=1e-2, title=NAMES[0].replace("$", ""))
+    whole(tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    assert axes.get_xscale() == "log"
+    raw, smoothed, least, *marks = axes.lines
+    np.testing.assert_array_equal(raw.get_ydata(), losses)
+    np.testing.assert_array_equal(smoothed.get_xdata(), rates)
+    assert (least.get_xdata(), least.get_ydata()) == (rates[25], losses[25])
+    expected = [rates[20], rates[25] / 10] if steepest else []
+    assert [line.get_xdata()[0] for line in marks] == [*expected, 1e-2]
+    bottom, top = axes.get_ylim()
+    assert bottom < losses.min() and losses[0] < top and (top < 3.2) == (steepest is not None)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,13 +1,14 @@
-"""scripts/visualize.py: the curvature of a run, measured while it is made again; the sheet of augmentations."""
+"""scripts/visualize.py: the curvature of a run, the sheet of augmentations, the ramp of learning rates."""
 
 import json
 
 import numpy as np
 import pytest
+from conftest import TINY
 
-from minivit import plots
+from minivit import lr_finder, plots
 from minivit.data.operations import OPERATIONS
-from minivit.train import METRICS, read_metrics
+from minivit.train import METRICS, SETTINGS, read_metrics
 
 
 def test_curvature_of_a_run(call, trained, tmp_path):
@@ -79,7 +80,14 @@ def test_sheet_of_augmentations(call, tmp_path, monkeypatch):
         assert "augment-digits.png" in ended.out
     (path, first), (_, again), (_, other) = sheets
     assert path == tmp_path / "new" / "augment-digits.png"
-    assert set(OPERATIONS[1:]) < set(first) and {"crop", "flip", "affine", "erasing"} < set(first)
+    assert set(OPERATIONS[1:]) < set(first) and {
+        "crop",
+        "crop, reflected",
+        "flip",
+        "affine",
+        "erasing",
+        "cutout",
+    } < set(first)
     same = {name for name, pictures in first.items() if np.array_equal(pictures, first["as they are"])}
     # digits have no colours, but white and black and too few pixels to spread evenly
     assert same == {"as they are", "color", "autocontrast", "equalize"}
@@ -101,3 +109,75 @@ def test_bad_settings_of_a_sheet(call, tmp_path, arguments):
     ended = call("visualize", "augment", "--out", tmp_path / "new", *arguments)
     assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_learning_rates(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    figures = []
+    real = plots.save_lr_curve
+    monkeypatch.setattr(
+        plots,
+        "save_lr_curve",
+        lambda path, found, **words: figures.append((found, words)) or real(path, found, **words),
+    )
+    flags = ["--lr-min", 1e-5, "--lr-max", 2, "--steps", 60, "--optimizer", "muon", "--repeats", 2, "--lr", 0.005]
+    ended = call("visualize", "lr", *TINY, *flags, "--out", "there")
+    assert ended.status == 0 and ended.err == "", ended.err
+    assert {str(path) for path in tmp_path.rglob("*")} == {
+        str(tmp_path / p) for p in ("there", "there/lr.png", "there/lr.json")
+    }
+    assert (tmp_path / "there/lr.png").read_bytes()[:4] == b"\x89PNG"
+    report = json.loads((tmp_path / "there/lr.json").read_text())
+    ((found, words),) = figures
+    assert words == {"chosen": 0.005, "title": "digits: muon, batches of 256"}
+    for name in ("rates", "losses", "smoothed"):
+        assert report[name] == getattr(found, name).tolist()
+    assert report["ended"] == found.ended and report["suggestions"] == found.suggestions
+    assert report["least"] == {"lr": found.rates[found.least], "smoothed": found.smoothed[found.least]}
+    np.testing.assert_array_equal(report["rates"], lr_finder.rising_rates(1e-5, 2.0, 60)[: len(found.rates)])
+    # the settings are those of a training with the same flags
+    train = call("train", *TINY, "--epochs", 1, "--optimizer", "muon", "--repeats", 2, "--lr", 0.005, "--out", "run")
+    assert train.status == 0
+    settings = json.loads((tmp_path / "run" / SETTINGS).read_text())
+    assert report["settings"]["model"] == settings["model"] and report["settings"]["data"] == settings["data"]
+    different = {key for key, value in settings["train"].items() if report["settings"]["train"][key] != value}
+    assert different == {"epochs", "micro_batch"}  # the run's is the one that 0 stands for
+    # what is printed
+    lines = ended.out.splitlines()
+    steepest, tenth = report["suggestions"].values()
+    assert lines[0].startswith(f"{len(found.rates)} steps of muon from a rate of 1e-05 to ")
+    assert lines[1] == f"  --lr {steepest:.2g}   where the smoothed loss falls most steeply"
+    assert lines[2] == f"  --lr {tenth:.2g}   a tenth of the rate where it is least"
+    assert lines[3].startswith("for the peak learning rate, which is 0.005 in these settings; drawn in there/lr.png")
+
+
+def test_learning_rates_that_do_nothing(call, tmp_path):
+    ended = call(
+        "visualize", "lr", *TINY, "--crop-padding", 0, "--batch-size", 1437, "--lr-min", 1e-30, "--lr-max", 1e-29,
+        "--steps", 10, "--out", tmp_path,
+    )  # fmt: skip
+    assert ended.status == 0 and "the loss does not fall between these rates: try other --lr-min" in ended.out
+    assert json.loads((tmp_path / "lr.json").read_text())["suggestions"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--lr-min", 1, "--lr-max", 1], "lr_min must be below lr_max, got 1 and 1"),
+        (["--lr-min", 0], "lr_min and lr_max must be finite numbers above 0, got 0 and 1"),
+        (["--lr-max", "inf"], "must be finite numbers above 0"),
+        (["--lr-max", "much"], "invalid float value: 'much'"),
+        (["--steps", 9], "steps must be at least 10, got 9"),
+        (["--batch-size", 0], "batch_size must be at least 1, got 0"),
+        (["--repeats", 3], "batch_size 256 is not a multiple of repeats 3"),
+        (["--crop-padding", 8], "crop_padding 8 moves whole pictures out of sight"),
+        (["--config", "nothing.toml"], "there is no settings file nothing.toml"),
+        (["--data", "cifar10", "--data-dir", "nowhere"], "scripts/data.py fetch cifar10"),
+        (["--optimizer", "lbfgs"], "optimizer must be one of"),
+        (["--resume"], "unrecognized arguments: --resume"),
+    ],
+)
+def test_bad_settings_of_a_ramp(call, tmp_path, arguments, said):
+    ended = call("visualize", "lr", *TINY, "--out", tmp_path / "new", *arguments)
+    assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1
+    assert said in ended.err and not list(tmp_path.glob("new/*"))

@@ -13,7 +13,8 @@ from strict_cupy import doubles, installed, launches, waits
 from minivit import backend, laboratory
 from minivit import params as parameters
 from minivit.backend import array_module, plain, to_host
-from minivit.data.loader import batches
+from minivit.data.augment import augment
+from minivit.data.loader import augmented, batches
 from minivit.engine_cuda import CudaEngine, CudaStep
 from minivit.kernels import cuda
 from minivit.model import ViT, ViTConfig
@@ -87,6 +88,21 @@ def test_it_gives_the_numbers_of_numpy(cupy):
             patch.setattr(cupy, "asarray", np.asarray, raising=False)
             expected = [float(result) for result in step_of(cupy, NINE)(1)]
     assert results == expected
+
+
+@pytest.mark.parametrize(
+    "settings", [{"crop_padding": 3, "crop_mode": "reflect"}, {"cutout": 3}], ids=lambda s: [*s][-1]
+)
+def test_augmentation_never_waits_and_gives_the_numbers_of_numpy(cupy, settings):
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 7, 3), dtype=np.uint8)
+    on_device, rows = cupy.asarray(images), cupy.asarray(np.arange(6))
+    strict_cupy.clear()
+    for machine in (None, Emulator()):
+        with plain() if machine is None else cuda.using(machine):
+            found = augmented(on_device, rows, np.random.default_rng(4), flip=True, **settings)
+        assert not waits and not doubles and isinstance(found, cupy.ndarray)
+        np.testing.assert_array_equal(to_host(found), augment(images, np.random.default_rng(4), flip=True, **settings))
+        strict_cupy.clear()
 
 
 def test_the_stand_in_is_strict(cupy):

@@ -8,7 +8,6 @@ import pytest
 
 from minivit import sweep
 from minivit.errors import InputError
-from minivit.recipes import find_config, read_recipe
 
 TINY = """
 title = "tiny"
@@ -167,11 +166,3 @@ def test_bad_arguments(file, tmp_path, call):
     ):  # fmt: skip
         ended = call("sweep", *arguments)
         assert ended.status == 2 and said in ended.err, said
-
-
-def test_settings_files_are_known_by_name(tmp_path):
-    assert find_config("digits").name == "digits.toml"
-    assert find_config(tmp_path / "x.toml") == tmp_path / "x.toml"
-    with pytest.raises(InputError, match="there is no settings file cifar; .* cifar10, .*digits"):
-        find_config("cifar")
-    assert read_recipe(None).train == {} and read_recipe(None, train={"lr": 1.0}).train == {"lr": 1.0}

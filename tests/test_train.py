@@ -196,9 +196,30 @@ def test_mixed_batches_resume_exactly(tmp_path, whole, step):
     assert_same_run(tmp_path, whole(MIXED))
 
 
+@pytest.mark.parametrize("step", [2, 5, 8])
+@pytest.mark.parametrize("config", [replace(HARD, repeats=4), replace(MIXED, repeats=8)], ids=["plain", "mixed"])
+def test_repeated_pictures_resume_exactly(tmp_path, whole, config, step):
+    run = trainer(tmp_path, config)
+    before_step(run, step, lambda: run.stop("test"))
+    assert run.run() is None
+    arrays, meta = checkpoint.load(tmp_path / LAST)
+    if meta["progress"]["batch"]:
+        arrays = arrays | {"order": np.roll(arrays["order"], 1)}  # a permutation of it that is no epoch's order
+        checkpoint.save(tmp_path / "altered.npz", arrays, meta)
+        with pytest.raises(InputError, match="the order of the pictures is not that of an epoch"):
+            trainer(tmp_path, config).restore(tmp_path / "altered.npz")
+    resumed(tmp_path, config).run()
+    assert_same_run(tmp_path, whole(config))
+    assert timeless(tmp_path / METRICS) != timeless(whole(replace(config, repeats=1)) / METRICS)
+
+
 @pytest.mark.parametrize(
-    "change", [{"policy": "none"}, {"policy": "auto"}, {"erasing": 0.0}, {"mixup": 0.0}, {"mix_probability": 0.1}]
-)
+    "change",
+    [
+        {"policy": "none"}, {"policy": "auto"}, {"erasing": 0.0}, {"mixup": 0.0}, {"mix_probability": 0.1},
+        {"cutout": 3}, {"crop_mode": "reflect"},
+    ],
+)  # fmt: skip
 def test_each_augmentation_reaches_the_training(whole, change):
     figures = [[line["loss"] for line in timeless(whole(c) / METRICS)] for c in (MIXED, replace(MIXED, **change))]
     assert figures[0] != figures[1]
@@ -226,7 +247,7 @@ def test_a_crash_costs_the_steps_since_the_checkpoint_and_nothing_else(tmp_path,
 def test_a_crash_between_an_epochs_last_step_and_its_evaluation(tmp_path, whole, monkeypatch):
     run = trainer(tmp_path, replace(HARD, checkpoint_seconds=0.0))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", lambda *arguments: crash())
+        patch.setattr(train, "evaluate", lambda *arguments, **settings: crash())
         with pytest.raises(Crash):
             run.run()
     progress = checkpoint.load(tmp_path / LAST)[1]["progress"]
@@ -262,9 +283,9 @@ def test_a_stop_during_the_evaluation(tmp_path, whole, monkeypatch):
     run = trainer(tmp_path)
     real = train.evaluate
 
-    def evaluate(*arguments):
+    def evaluate(*arguments, **settings):
         run.stop("test")
-        return real(*arguments)
+        return real(*arguments, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", evaluate)
@@ -315,7 +336,7 @@ def test_the_timer_of_the_last_checkpoint_is_not_reset_by_the_best_one(tmp_path,
     run = trainer(tmp_path, replace(HARD, epochs=10, checkpoint_seconds=30.0))
     steps = iter(range(1000))
     real_evaluate, accuracy = train.evaluate, iter(np.linspace(0.1, 0.9, 20))
-    monkeypatch.setattr(train, "evaluate", lambda *a: (1.0, next(accuracy), real_evaluate(*a)[2]))
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: (1.0, next(accuracy), real_evaluate(*a, **k)[2]))
     saved = []
     real = run.save
     run.save = lambda name=LAST: (saved.append((name, run.step)), real(name))
@@ -494,6 +515,7 @@ SIZES = {
     "fewer classes": (replace(MODEL, num_classes=9), HARD, "the data have 10 classes, the model has 9"),
     "more classes": (replace(MODEL, num_classes=11), HARD, "the data have 10 classes, the model has 11"),
     "crops": (MODEL, replace(HARD, crop_padding=8), "crop_padding 8 moves whole pictures out of sight"),
+    "cutout": (MODEL, replace(HARD, cutout=8), "cutout 8 may hide whole pictures; they have 8 pixels"),
     "wide": (replace(MODEL, width=1 << 30, mlp_dim=1), HARD, "GB of memory"),
     "deep": (replace(MODEL, depth=10**15), HARD, "GB of memory"),
     "wide MLP": (replace(MODEL, mlp_dim=10**15), HARD, "GB of memory"),
@@ -551,7 +573,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_noticed_before_the_step(tmp_pa
 
 
 def test_a_test_loss_that_is_not_finite_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: (math.nan, 0.1, None))
+    monkeypatch.setattr(train, "evaluate", lambda *arguments, **settings: (math.nan, 0.1, None))
     with pytest.raises(InputError, match="the test loss is nan at step 4"):
         trainer(tmp_path).run()
     assert not (tmp_path / BEST).exists() and resumed(tmp_path).step == 0

@@ -9,12 +9,20 @@ folder                your own, ``data_dir/{train,test}/CLASS/*.png``      ``dat
 ====================  ===================================================  ============
 """
 
-from minivit.data.augment import augment, random_affine, random_crop, random_erasing, random_flip
+from minivit.data.augment import (
+    CROP_MODES,
+    augment,
+    random_affine,
+    random_crop,
+    random_cutout,
+    random_erasing,
+    random_flip,
+)
 from minivit.data.cifar import fetch, load_cifar
 from minivit.data.dataset import Dataset, validated
 from minivit.data.digits import load_digits
 from minivit.data.folder import load_folder, read_image
-from minivit.data.loader import batches, epoch_order
+from minivit.data.loader import batches, epoch_order, is_epoch_order
 from minivit.data.mixing import cutmix, mix, mixup
 from minivit.data.operations import POLICIES, auto_augment, operate, rand_augment, trivial_augment
 from minivit.errors import InputError
@@ -22,6 +30,7 @@ from minivit.errors import InputError
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
 
 __all__ = [
+    "CROP_MODES",
     "DATASETS",
     "POLICIES",
     "Dataset",
@@ -31,6 +40,7 @@ __all__ = [
     "cutmix",
     "epoch_order",
     "fetch",
+    "is_epoch_order",
     "load",
     "mix",
     "mixup",
@@ -38,6 +48,7 @@ __all__ = [
     "rand_augment",
     "random_affine",
     "random_crop",
+    "random_cutout",
     "random_erasing",
     "random_flip",
     "read_image",

@@ -1,4 +1,4 @@
-"""Random crops, flips, affine maps and erasing for a whole batch of uint8 pictures at once.
+"""Random crops, flips, affine maps, erasing and cutout for a whole batch of uint8 pictures at once.
 
 The arrays may live on the host or on a device; the random numbers always come from a NumPy Generator, so that
 the same seed gives the same pictures everywhere. No function changes its input.
@@ -9,22 +9,38 @@ import numpy as np
 from minivit.backend import array_module
 from minivit.data.operations import POLICIES, auto_augment, rand_augment, trivial_augment
 
+CROP_MODES = ("zero", "reflect")  # what `random_crop` moves in from beyond the border
+GREY = 128  # what cutout leaves: the level of uint8 that a model sees as (nearly) zero
 
-def random_crop(images, padding, rng):
-    """Shift each picture by up to ``padding`` pixels each way; what moves in is black.
+
+def random_crop(images, padding, rng, *, mode="zero"):
+    """Shift each picture by up to ``padding`` pixels each way; what moves in is black, or the picture mirrored.
 
     It is the usual "pad by 4, crop back to 32 x 32 at a random place" of training on CIFAR: one of the
-    (2 * padding + 1)^2 windows of the padded picture is drawn for each.
+    (2 * padding + 1)^2 windows of the padded picture is drawn for each, the same one in both modes.
 
+    Math    mode "reflect": row -i of the padded picture is row i, row H - 1 + i is row H - 1 - i, and so for columns
     Shapes  images (B, H, W, C)  ->  (B, H, W, C) of the same dtype
+    Raises  ValueError: there is no such mode; a reflection that is as wide as the picture or wider.
     Source  He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385, section 4.2.
     """
+    if mode not in CROP_MODES:
+        raise ValueError(f"unknown mode {mode!r} of crops; choose one of {', '.join(CROP_MODES)}")
     xp = array_module(images)
     B, H, W, C = images.shape
-    padded = xp.zeros((B, H + 2 * padding, (W + 2 * padding) * C), images.dtype)
+    p = padding
+    padded = (xp.zeros if mode == "zero" else xp.empty)((B, H + 2 * p, W + 2 * p, C), images.dtype)
+    padded[:, p : p + H, p : p + W] = images
+    if mode == "reflect":
+        if p >= min(H, W):
+            raise ValueError(f"pictures of {H}x{W} cannot be reflected over {p} pixels")
+        padded[:, :p, p : p + W] = images[:, p:0:-1]
+        padded[:, p + H :, p : p + W] = images[:, : H - 1][:, ::-1][:, :p]
+        padded[:, :, :p] = padded[:, :, p + 1 : 2 * p + 1][:, :, ::-1]
+        padded[:, :, p + W :] = padded[:, :, W - 1 : p + W - 1][:, :, ::-1]
     # Pixels and channels share one axis, so that the gather below copies whole rows, W * C bytes at a time.
-    padded[:, padding : padding + H, padding * C : (padding + W) * C] = images.reshape(B, H, W * C)
-    down, right = xp.asarray(rng.integers(0, 2 * padding + 1, size=(2, B)))
+    padded = padded.reshape(B, H + 2 * p, (W + 2 * p) * C)
+    down, right = xp.asarray(rng.integers(0, 2 * p + 1, size=(2, B)))
     windows = xp.lib.stride_tricks.sliding_window_view(padded, (H, W * C), axis=(1, 2))  # a view
     return windows[xp.arange(B), down, right * C].reshape(B, H, W, C)
 
@@ -109,17 +125,42 @@ def random_erasing(images, probability, rng):
     return result
 
 
+def random_cutout(images, side, rng):
+    """Hide a square of each picture behind grey; its centre is anywhere, so that part of it may lie outside.
+
+    The paper hides it by the mean of the training pictures, which its normalisation maps to zero; here it is what
+    (x - 127.5) / 127.5 maps nearest to zero.
+
+    Math    centre (y, x) uniform over the pixels, drawn as B rows and then B columns;
+            hidden are the rows from y - floor(side / 2), ``side`` of them, and the columns likewise
+    Shapes  images (B, H, W, C) uint8  ->  (B, H, W, C) uint8
+    Source  DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
+            arXiv:1708.04552.
+    """
+    xp = array_module(images)
+    B, H, W, C = images.shape
+    top, left = rng.integers(0, [[H], [W]], size=(2, B)) - side // 2
+    y, x = np.arange(H) - top[:, None], np.arange(W) - left[:, None]  # (B, H), (B, W), from the square's corner on
+    in_rows = xp.asarray((y >= 0) & (y < side))
+    in_columns = xp.asarray(np.repeat((x >= 0) & (x < side), C, axis=1))  # (B, W * C): rows of bytes, for speed
+    inside = in_rows[:, :, None] & in_columns[:, None]
+    return xp.where(inside, np.uint8(GREY), images.reshape(B, H, W * C)).reshape(B, H, W, C)
+
+
 def augment(
     images, rng, *, policy="none", rand_count=2, rand_magnitude=9, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0,
-    crop_padding=0, flip=False, erasing=0.0,
+    crop_padding=0, crop_mode="zero", flip=False, erasing=0.0, cutout=0,
 ):  # fmt: skip
-    """Policy, affine map, crop, flip, erasing, in this order, each only if asked for; with none, ``images`` itself.
+    """Policy, affine map, crop, flip, erasing, cutout, in this order, each only if asked for.
+
+    With none of them it is ``images`` itself that is returned, and no random number is drawn.
 
     Shapes  images (B, H, W, C) uint8  ->  (B, H, W, C) uint8
     ``policy`` is one of "none", "trivial", "rand" (of ``rand_count`` operations at ``rand_magnitude``), "auto", see
-    `minivit.data.operations`; ``erasing`` is the probability of `random_erasing`. See `random_affine`, `random_crop`,
-    `random_flip`; leave ``flip`` off where left and right matter, as with digits.
-    Raises  ValueError: there is no such policy.
+    `minivit.data.operations`; ``erasing`` is the probability of `random_erasing`, ``cutout`` the side of the square of
+    `random_cutout`. See `random_affine`, `random_crop`, `random_flip`; leave ``flip`` off where left and right matter,
+    as with digits.
+    Raises  ValueError: there is no such policy or crop mode.
     """
     if policy == "trivial":
         images = trivial_augment(images, rng)
@@ -132,9 +173,11 @@ def augment(
     if rotate or zoom or shear or shift:
         images = random_affine(images, rng, rotate=rotate, zoom=zoom, shear=shear, shift=shift)
     if crop_padding:
-        images = random_crop(images, crop_padding, rng)
+        images = random_crop(images, crop_padding, rng, mode=crop_mode)
     if flip:
         images = random_flip(images, rng)
     if erasing:
         images = random_erasing(images, erasing, rng)
+    if cutout:
+        images = random_cutout(images, cutout, rng)
     return images

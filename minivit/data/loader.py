@@ -21,12 +21,37 @@ def _generator(seed, *key):
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def epoch_order(n, *, seed, epoch):
+def epoch_order(n, *, seed, epoch, repeats=1):
     """The order in which an epoch visits n pictures, the same for the same arguments.
 
-    Shapes  ->  (n,) int64, a permutation of 0 .. n - 1
+    With ``repeats`` R > 1 (repeated augmentation) a picture comes R times in succession, each time to be augmented
+    anew, so that a batch of a multiple of R holds a R-th of different ones. An epoch is as long as ever and takes q =
+    ceil(n / R) pictures, and R epochs in succession, a round, take all of them.
+
+    Math    round g = floor(epoch / R) has a permutation p_g of 0 .. n - 1, drawn for (seed, g); its k-th epoch, k =
+            epoch mod R, takes p_g((k q + j) mod n) for j = 0 .. q - 1, each R times, and the first n of them all:
+            where R does not divide n, its last picture comes fewer times, and the round's last epochs take some of its
+            first pictures once more
+    Shapes  ->  (n,) int64; with R = 1 a permutation of 0 .. n - 1
+    Source  Hoffer et al., "Augment your batch", arXiv:1901.09335; Berman et al., "MultiGrain", arXiv:1902.05509.
     """
-    return _generator(seed, _SHUFFLE, epoch).permutation(n)
+    group, k = divmod(epoch, repeats)
+    permutation = _generator(seed, _SHUFFLE, group).permutation(n)
+    q = -(-n // repeats)
+    chosen = permutation.take(np.arange(k * q, (k + 1) * q), mode="wrap")
+    return np.repeat(chosen, repeats)[:n]
+
+
+def is_epoch_order(order, n, *, repeats=1):
+    """Whether an array could be the order of an epoch: each picture ``repeats`` times in succession, none again later.
+
+    Where ``repeats`` does not divide n, the last picture comes fewer times.
+    """
+    if order.dtype.kind not in "iu" or order.shape != (n,):
+        return False
+    chosen = order[::repeats]
+    in_range = chosen.min() >= 0 and chosen.max() < n
+    return in_range and len(np.unique(chosen)) == len(chosen) and np.array_equal(np.repeat(chosen, repeats)[:n], order)
 
 
 @accelerated

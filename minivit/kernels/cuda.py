@@ -705,10 +705,14 @@ def softmax_cross_entropy_backward(dloss, cache):
 
 
 def augmented(
-    images, rows, rng, *, crop_padding=0, flip=False, policy="none", rand_count=0, rand_magnitude=0, **others
-):
-    """Twin of `minivit.data.loader.augmented`, for crops and flips; the random numbers are the plain function's."""
-    if policy != "none" or any(others.values()) or not (crop_padding or flip):
+    images, rows, rng, *, crop_padding=0, crop_mode="zero", flip=False, policy="none", rand_count=0, rand_magnitude=0,
+    **others,
+):  # fmt: skip
+    """Twin of `minivit.data.loader.augmented`, for black-edged crops and flips; it draws the plain function's numbers.
+
+    Anything else asked for, reflected crops and cutout too, is left to the plain function.
+    """
+    if policy != "none" or any(others.values()) or not (crop_padding or flip) or (crop_padding and crop_mode != "zero"):
         return NotImplemented
     xp = array_module(images)
     _, H, W, C = images.shape
