@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shlex
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from PIL import Image
 
 from minivit import ViT, ViTConfig, checkpoint, plots, report
 from minivit.data import Dataset, load
+from minivit.inference import attention_map
 from minivit.layers.softmax import softmax_forward
 from minivit.train import LAST, METRICS, SUMMARY, TrainConfig, config_from
 
@@ -168,7 +170,7 @@ def test_the_settings_and_what_differs(reported):
     assert ["epochs", "3"] not in [row[:2] for row in rows] and ["● epochs", "3", "20"] in [row[:3] for row in rows]
     named = {row[0].removeprefix("● ") for row in rows}
     assert named >= {"pooling", "momentum", "mixup", "data", "data_dir", "image_size", "numpy", "python", "minivit"}
-    assert ["pooling", "cls"] in [row[:2] for row in rows]
+    assert ["pooling", "cls"] in [row[:2] for row in rows] and "● pooling" not in [row[0] for row in rows]
 
 
 def test_the_page_is_the_same_again_and_lies_in_the_folder(run_copy, call):
@@ -255,6 +257,40 @@ def test_no_name_is_html(tmp_path, channels, pooling):
     assert not {"b", "u", "i"} & {tag for tag, _ in page.tags} and HOSTILE[0] in page.text and HOSTILE[2] in page.text
     assert len(page.pictures) > 4 and all(picture.shape == (8, 8, 3) for picture in page.pictures)
     assert "not the pictures of its training run" in page.text
+
+
+def test_the_attention_is_that_of_the_last_block(tmp_path):
+    run = a_run(tmp_path)
+    page = Page(report.page(run, mistakes=1).replace("\udcff", ""))
+    i = int(re.search(r"test picture (\d)", page.text)[1])
+    image = run.dataset.test_images[i]
+    seen = [attention_map(a[0], "mean") for a in run.model.intermediates(image[None]).attention]
+    first, last = (np.asarray(Image.open(io.BytesIO(plots.picture_png(image, a))))[..., :3] for a in seen)
+    assert (first != last).any() and len(page.pictures) == 2
+    np.testing.assert_array_equal(page.pictures[1], last)
+    assert ["mlp_dim", "32"] in [row[:2] for row in page.rows]  # 4 x 8: what it is by itself
+
+
+def test_a_folder_of_pictures(tmp_path, call):
+    names = ("<b>&", os.fsdecode(b"caf\xe9"))  # a folder's name may be any bytes
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in names:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(3):
+                picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+                picture.save(tmp_path / "data" / split / name / f"{i}.png")
+    flags = ["--data", "folder", "--data-dir", tmp_path / "data", "--image-size", 8, "--pooling", "mean"]
+    assert call("train", *TINY, *flags, "--test-flip", "--epochs", 1, "--out", tmp_path / "run").status == 0
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert call("report", tmp_path / "run").status == 2
+    assert call("report", tmp_path / "run", "--data-dir", tmp_path / "moved").status == 0
+    page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    page.assert_alone()
+    loss = json.loads((tmp_path / "run" / SUMMARY).read_text())["test_loss"]
+    assert f"mean cross-entropy {loss:.4f}." in page.text and "mirror image's logits" in page.text
+    assert {row[0] for row in page.rows} >= {"<b>&", "caf\\udce9"} and "mean pooling" in page.text
+    assert f"--data-dir {tmp_path / 'moved'}" in page.text and "--image-size 8" in page.text
 
 
 def test_where_everything_is_right(tmp_path):
