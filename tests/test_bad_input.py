@@ -266,7 +266,7 @@ CASES = {
             "--batch-size 0": "batch_size must be at least 1, got 0",
             "--accumulate 0": "accumulate must be at least 1, got 0",
             "--micro-batch -4": "micro_batch must be at least 0, got -4",
-            "--optimizer lion": "optimizer must be one of adamw, adam, sgd; got 'lion'",
+            "--optimizer lino": "optimizer must be one of adamw, adam, sgd, lion, muon; got 'lino'",
             "--schedule step": "schedule must be one of",
             "--lr -1": "lr must be at least 0.0, got -1.0",
             "--lr nan": "lr must be a finite number, got nan",
