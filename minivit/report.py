@@ -62,6 +62,9 @@ table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { text-align: left; padding: 0.15rem 0.9rem 0.15rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+#settings td:first-child { white-space: nowrap; }
+#settings td:last-child { min-width: 13rem; }
+@media (max-width: 40rem) { th, td { padding-right: 0.5rem; } }
 pre { background: var(--card); padding: 0.7rem; border-radius: 0.5rem; overflow-x: auto; font-size: 0.85rem; }
 summary { cursor: pointer; color: var(--soft); }
 .formula { font-size: 1.05rem; margin-left: 1.5rem; }
