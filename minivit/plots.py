@@ -1,21 +1,33 @@
-"""Every figure. Figures are made without a display and without pyplot's global state."""
+"""Every figure. Figures are made without a display and without pyplot's global state.
+
+``path`` is where the PNG goes. Some figures can become a part of a page instead: with ``path=None`` they are returned
+as an SVG element (see `_svg`).
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import re
 import warnings
 
+import matplotlib
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyBboxPatch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from minivit.checkpoint import write_atomically
 from minivit.gradcheck import METHODS
 from minivit.layers.softmax import softmax_forward
 
 TRAIN, TEST, GOOD, BAD = "#7a869a", "#c2410c", "#15803d", "#b91c1c"
+INK = "#111827"  # on what is light in every figure, where black may become the colour of a dark page's text
+OVERLAY = {"cmap": "viridis", "alpha": 0.7}  # attention over a picture
 
 
 def _figure(width, height):
@@ -28,12 +40,36 @@ def _save(figure, path):
     with warnings.catch_warnings():
         # a script that the font lacks shows as boxes, and names too long for the figure are cut: no reason to fail
         warnings.filterwarnings("ignore", message=r"Glyph .* missing|constrained_layout not applied|Tight layout")
+        if path is None:
+            return _svg(figure)
         write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
+def _svg(figure):
+    """A figure as an ``<svg>`` element for an HTML page.
+
+    Text stays text, in the page's language and fonts. There is no background, and what is black takes the colour of the
+    text around it, so that the figure can be read on a light and on a dark page. No two elements of a page may have the
+    same id: the ids begin with a hash of the figure. The same figure is the same text, without a date.
+    """
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "minivit", "savefig.transparent": True}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]  # without the XML declaration
+    text = re.sub(r"<!--.*?-->\n?|<metadata>.*?</metadata>\n?", "", text, flags=re.DOTALL)
+    prefix = "f" + hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:8] + "-"
+
+    def fit(tag):
+        tag = tag[0].replace("#000000", "currentColor")
+        return re.sub(r'( id="|xlink:href="#|url\(#)', lambda match: match[0] + prefix, tag)
+
+    return re.sub(r"<[^>]*>", fit, text).strip()  # the text between the tags may say anything
+
+
 def label(text, length=24):
-    """A name from outside as matplotlib shows it: one line, cut to a length, and "$" is no mathematics."""
-    text = " ".join(str(text).split())
+    """A name from outside as matplotlib shows it: one line of valid text, cut to a length; "$" is no mathematics."""
+    text = " ".join(str(text).encode(errors="backslashreplace").decode().split())  # a folder's name may be any bytes
     text = text if len(text) <= length else text[: length - 1] + "…"
     return text.replace("$", r"\$")
 
@@ -61,38 +97,100 @@ def _show(axes, image):
         side.set_color("#cccccc")
 
 
-def save_curves(path, records, *, title=""):
-    """Loss, accuracy and learning rate of a run, from the records of its metrics.jsonl."""
-    train = [r for r in records if r["kind"] == "train"]
-    test = [r for r in records if r["kind"] == "test"]
-    per_epoch = max((r["step"] / r["epoch"] for r in test), default=1.0)
-    figure = _figure(11, 3.6)
-    loss, accuracy, lr = figure.subplots(1, 3)
+def steps_per_epoch(records):
+    """Steps per epoch of a run, from the records of its metrics.jsonl; 1 if it has not been tested yet."""
+    return max((r["step"] / r["epoch"] for r in records if r["kind"] == "test"), default=1.0)
+
+
+def _of_kind(records, kind, *names):
+    """The records of a kind that hold numbers of these names: those of an older version may lack some."""
+    return [r for r in records if r["kind"] == kind and all(type(r.get(name)) in (int, float) for name in names)]
+
+
+def _line(points, width=2.0):
+    return {"lw": width, "marker": "o" if len(points) < 2 else None}  # a single point would have no line
+
+
+def _draw_loss(axes, records, per_epoch, title):
+    train, test = _of_kind(records, "train"), _of_kind(records, "test")
     epochs = [r["step"] / per_epoch for r in train]
-    loss.plot(epochs, [r["loss"] for r in train], color=TRAIN, lw=0.7, alpha=0.5, label="a training batch")
-    line = {"lw": 2, "marker": "o" if len(test) < 2 else None}  # a single point would have no line
-    loss.plot(
+    axes.plot(epochs, [r["loss"] for r in train], color=TRAIN, lw=0.7, alpha=0.5, label="a training batch")
+    axes.plot(
         [r["epoch"] for r in test],
         [r["train_loss"] for r in test],
         color=TRAIN,
         label="training (augmented, smoothed targets)",
-        **line,
+        **_line(test),
     )
-    loss.plot([r["epoch"] for r in test], [r["loss"] for r in test], color=TEST, label="test", **line)
-    _style(loss, "epoch", "cross-entropy, nats", f"{title}: loss" if title else "loss")
-    loss.set_ylim(bottom=0)
-    loss.legend(frameon=False, fontsize=8)
-    if test:
-        accuracy.plot(
-            [r["epoch"] for r in test], [100 * r["train_accuracy"] for r in test], color=TRAIN, label="training", **line
-        )
-        accuracy.plot([r["epoch"] for r in test], [100 * r["accuracy"] for r in test], color=TEST, label="test", **line)
-        last = test[-1]
-        _style(accuracy, "epoch", "accuracy, %", f"accuracy: {last['accuracy']:.2%} at the end")
-        accuracy.legend(frameon=False, fontsize=8, loc="lower right")
-    lr.plot(epochs, [r["lr"] for r in train], color=TRAIN, lw=2, marker="o" if len(train) < 2 else None)
-    _style(lr, "epoch", "learning rate", "learning rate")
-    lr.set_ylim(bottom=0)
+    axes.plot([r["epoch"] for r in test], [r["loss"] for r in test], color=TEST, label="test", **_line(test))
+    _style(axes, "epoch", "cross-entropy, nats", f"{title}: loss" if title else "loss")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_accuracy(axes, records, per_epoch, title):
+    test = _of_kind(records, "test")
+    if not test:
+        return
+    epochs = [r["epoch"] for r in test]
+    axes.plot(epochs, [100 * r["train_accuracy"] for r in test], color=TRAIN, label="training", **_line(test))
+    axes.plot(epochs, [100 * r["accuracy"] for r in test], color=TEST, label="test", **_line(test))
+    _style(axes, "epoch", "accuracy, %", f"accuracy: {test[-1]['accuracy']:.2%} at the end")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def _draw_lr(axes, records, per_epoch, title):
+    train = _of_kind(records, "train")
+    axes.plot([r["step"] / per_epoch for r in train], [r["lr"] for r in train], color=TRAIN, **_line(train))
+    _style(axes, "epoch", "learning rate", "learning rate")
+    axes.set_ylim(bottom=0)
+
+
+def _draw_gradient_norm(axes, records, per_epoch, title):
+    train = [r for r in _of_kind(records, "train", "grad_norm") if r["grad_norm"] > 0]
+    axes.semilogy([r["step"] / per_epoch for r in train], [r["grad_norm"] for r in train], color=TRAIN,
+                  **_line(train, 1.0))  # fmt: skip
+    axes.yaxis.set_major_formatter(LogFormatter())  # 0.5, not 5 × 10^-1
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.5)))
+    _style(axes, "epoch", "global norm of the gradient", "gradient norm, before clipping")
+
+
+def _draw_throughput(axes, records, per_epoch, title):
+    train = _of_kind(records, "train", "images_per_second")
+    rates = [r["images_per_second"] for r in train]
+    axes.plot([r["step"] / per_epoch for r in train], rates, color=TRAIN, **_line(train, 1.0))
+    median = f", median {np.median(rates):,.0f}" if rates else ""
+    _style(axes, "epoch", "pictures per second", f"training throughput{median}")
+    axes.set_ylim(bottom=0)
+
+
+def epoch_times(records):
+    """(epochs, seconds per epoch) between one evaluation of a run and the next, the evaluation included."""
+    epochs, seconds = [0], [0.0]
+    for r in _of_kind(records, "test", "seconds"):
+        if r["epoch"] > epochs[-1] and r["seconds"] >= seconds[-1]:
+            epochs.append(r["epoch"])
+            seconds.append(r["seconds"])
+    return epochs[1:], [float(s / e) for s, e in zip(np.diff(seconds), np.diff(epochs), strict=True)]
+
+
+def _draw_epoch_time(axes, records, per_epoch, title):
+    epochs, seconds = epoch_times(records)
+    axes.plot(epochs, seconds, color=TRAIN, **_line(epochs))
+    median = f", median {np.median(seconds):,.3g} s" if seconds else ""
+    _style(axes, "epoch", "seconds per epoch", f"time of an epoch with its tests{median}")
+    axes.set_ylim(bottom=0)
+
+
+CURVES = {"loss": _draw_loss, "accuracy": _draw_accuracy, "lr": _draw_lr, "gradient norm": _draw_gradient_norm,
+          "throughput": _draw_throughput, "epoch time": _draw_epoch_time}  # fmt: skip
+
+
+def save_curves(path, records, *, title=""):
+    """Loss, accuracy and learning rate of a run, from the records of its metrics.jsonl."""
+    figure = _figure(11, 3.6)
+    for axes, name in zip(figure.subplots(1, 3), ("loss", "accuracy", "lr"), strict=True):
+        CURVES[name](axes, records, steps_per_epoch(records), title)
     _save(figure, path)
 
 
@@ -119,6 +217,18 @@ def save_lr_curve(path, found, *, chosen=None, title=""):
     _style(axes, "learning rate", "cross-entropy, nats", title)
     axes.legend(frameon=False, fontsize=8, loc="best")
     _save(figure, path)
+
+
+def save_curve(path, name, records, *, per_epoch=None):
+    """One of the ``CURVES`` of a run alone, from the records of its metrics.jsonl; with ``path=None`` an SVG element.
+
+    ``per_epoch``: steps per epoch, where the records need not tell
+    """
+    figure = _figure(5.0, 3.3)
+    axes = figure.subplots()
+    CURVES[name](axes, records, per_epoch or steps_per_epoch(records), "")
+    axes.set_xlim(left=0)
+    return _save(figure, path)
 
 
 def save_predictions(path, images, labels, logits, class_names, *, rows=4, columns=8):
@@ -296,6 +406,7 @@ def save_confusion(path, confusion, class_names, *, title=""):
     """The confusion matrix: rows are true classes, columns predicted ones, entries the share of the row.
 
     Shapes  confusion (K, K) counts
+    With ``path=None`` an SVG element.
     """
     K = len(class_names)
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -311,7 +422,7 @@ def save_confusion(path, confusion, class_names, *, title=""):
         for row in range(K):
             for column in range(K):
                 if confusion[row, column]:
-                    color = "white" if share[row, column] > 0.5 else "black"
+                    color = "white" if share[row, column] > 0.5 else INK
                     axes.text(
                         column, row, int(confusion[row, column]), ha="center", va="center", fontsize=8, color=color
                     )
@@ -319,7 +430,52 @@ def save_confusion(path, confusion, class_names, *, title=""):
     axes.set_ylabel("true")
     axes.set_title(title, loc="left", fontsize=11)
     figure.colorbar(shown, ax=axes, fraction=0.046, pad=0.02, label="share of the true class")
-    _save(figure, path)
+    return _save(figure, path)
+
+
+def save_calibration(path, found, *, title=""):
+    """A reliability diagram: accuracy against confidence in bins of equal width, over the share of predictions in each.
+
+    ``found``: a `minivit.metrics.Calibration`; the distance of each bar from its mean confidence is drawn in red.
+    With ``path=None`` an SVG element.
+    """
+    M = len(found.count)
+    left, used = np.arange(M) / M, found.count > 0
+    figure = _figure(5.0, 4.4)
+    reliability, share = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    bar = {"align": "edge", "width": 1 / M}
+    reliability.bar(left[used], 100 * found.accuracy[used], color=OURS, alpha=0.45, label="accuracy", **bar)
+    gap = 100 * (found.confidence - found.accuracy)[used]
+    reliability.bar(left[used], gap, bottom=100 * found.accuracy[used], color="none", edgecolor=BAD, hatch="////",
+                    lw=0.8, label="distance from the confidence", **bar)  # fmt: skip
+    reliability.plot([0, 1], [0, 100], color=THEIRS, ls="--", lw=1.2, label="calibrated")
+    _style(reliability, "", "accuracy, %", label(title, 60))
+    reliability.set(xlim=(0, 1), ylim=(0, 100))
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    share.bar(left, 100 * found.count / found.count.sum(), color=TRAIN, **bar)
+    _style(share, "confidence: probability of the predicted class", "pictures, %", "")
+    return _save(figure, path)
+
+
+def picture_png(image, attention=None):
+    """The bytes of a PNG file that shows a picture, a pixel for a pixel, under its attention map if one is given.
+
+    Shapes  image (H, W, C) uint8; attention (grid, grid), non-negative, H and W multiples of grid
+    """
+    shown = picture(image)
+    if shown.ndim == 2:
+        shown = colormaps["gray_r"](shown)[..., :3]  # as `_show` has it
+    else:
+        shown = shown / 255.0
+    if attention is not None:
+        H, W = image.shape[:2]
+        grid = len(attention)
+        map_ = np.repeat(np.repeat(attention, H // grid, axis=0), W // grid, axis=1)  # (H, W)
+        colors = colormaps[OVERLAY["cmap"]](map_ / max(float(attention.max()), 1e-30))[..., :3]
+        shown = OVERLAY["alpha"] * colors + (1.0 - OVERLAY["alpha"]) * shown
+    file = io.BytesIO()
+    imsave(file, np.ascontiguousarray(shown), format="png", metadata={"Software": None})
+    return file.getvalue()
 
 
 def save_attention(path, image, attention, probabilities, class_names, *, title="", truth=None, top=5):
@@ -336,7 +492,7 @@ def save_attention(path, image, attention, probabilities, class_names, *, title=
     original.set_title(label(title, 40), fontsize=11, loc="left")
     _show(overlay, image)
     extent = (-0.5, W - 0.5, H - 0.5, -0.5)
-    shown = overlay.imshow(100 * share, cmap="viridis", vmin=0, alpha=0.7, extent=extent, interpolation="nearest")
+    shown = overlay.imshow(100 * share, vmin=0, extent=extent, interpolation="nearest", **OVERLAY)
     overlay.set_title("attention of the last block, mean of its heads", fontsize=9, loc="left")
     figure.colorbar(shown, ax=overlay, fraction=0.046, pad=0.02, format="%.3g%%")
     order = np.argsort(probabilities)[::-1][:top]

@@ -4,19 +4,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
-from minivit import checkpoint, plots
-from minivit.backend import device_name, find_device, to_device, to_host, use_device
+from minivit import plots
+from minivit.backend import device_name, find_device
 from minivit.cli import Parser, output_file, run
 from minivit.data import DATASETS
-from minivit.engine import Engine
-from minivit.engine_cuda import CudaEngine
-from minivit.errors import InputError
-from minivit.loss import softmax_cross_entropy_forward
-from minivit.model import ViT
-from minivit.train import check_workers, dataset_of, fingerprint, quiet_overflow, write_json
+from minivit.inference import check_finite, load_with_data, predict_all
+from minivit.metrics import measure
+from minivit.train import check_workers, fingerprint, write_json
 
 EXAMPLES = """
 examples:
@@ -24,48 +18,6 @@ examples:
   python scripts/evaluate.py runs/cifar10/last.npz --data-dir ~/datasets --json result.json
   python scripts/evaluate.py runs/pets/last.npz --data-dir more_pets --weights params --out more_pets_result
 """
-CHUNK = 512  # pictures between two steps of the progress bar
-
-
-def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu"):
-    """Logits of all pictures, (n, H, W, C) -> (n, K), with a progress bar if it takes over a second."""
-    bar = tqdm(total=len(images), desc="pictures", unit="", delay=1, disable=None)
-    if device == "cpu":
-        engine = Engine(model, workers=workers, micro_batch=micro_batch)
-    else:
-        use_device(device)
-        engine = CudaEngine(ViT(model.config, flat=to_device(model.flat, device)))
-    with engine, bar, quiet_overflow():
-        parts = []
-        for i in range(0, len(images), CHUNK):
-            parts.append(to_host(engine.predict(to_device(images[i : i + CHUNK], device))))
-            bar.update(len(parts[-1]))
-    return np.concatenate(parts)
-
-
-def measure(logits, labels, class_names):
-    """The figures of a set of logits (n, K) and labels (n,): (dict ready for JSON, confusion matrix (K, K))."""
-    K = len(class_names)
-    guesses = logits.argmax(axis=1)
-    confusion = np.bincount(labels * K + guesses, minlength=K * K).reshape(K, K)  # rows: true classes
-    right, count, guessed = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-    loss, _ = softmax_cross_entropy_forward(logits.astype(np.float64), labels)
-    figures = {"images": len(labels), "accuracy": float(right.sum() / len(labels))}
-    if K > 5:
-        top = np.argpartition(logits, -5, axis=1)[:, -5:]
-        figures["top5_accuracy"] = float((top == labels[:, None]).any(axis=1).mean())
-    figures["loss"] = float(loss)
-    figures["classes"] = [
-        {
-            "name": class_names[k],
-            "count": int(count[k]),
-            "precision": float(right[k] / guessed[k]) if guessed[k] else None,  # None: the class was never predicted,
-            "recall": float(right[k] / count[k]) if count[k] else None,  # or has no pictures
-        }
-        for k in range(K)
-    ]
-    figures["confusion"] = confusion.tolist()
-    return figures, confusion
 
 
 def show(facts):
@@ -99,15 +51,10 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     workers, device = check_workers(arguments.workers), find_device(arguments.device)
     path = Path(arguments.checkpoint)
-    model, meta = checkpoint.load_model(path, weights=arguments.weights)
-    dataset = dataset_of(meta, path, name=arguments.data, data_dir=arguments.data_dir)
+    model, meta, dataset = load_with_data(
+        path, weights=arguments.weights, name=arguments.data, data_dir=arguments.data_dir
+    )
     images, labels, names = dataset.test_images, dataset.test_labels, dataset.class_names
-    config = model.config
-    if images.shape[1:] != (config.image_size, config.image_size, config.channels) or len(names) != config.num_classes:
-        raise InputError(
-            f"{path} takes {config.image_size}x{config.image_size}x{config.channels} pictures of {config.num_classes} "
-            f"classes; {dataset.name} has {'x'.join(map(str, images.shape[1:]))} pictures of {len(names)}"
-        )
     print(f"{path} on {len(images):,} test pictures of {dataset.name}: {dataset.source}")
     trained_on = meta.get("data")
     same = isinstance(trained_on, dict) and trained_on.get("fingerprint") == fingerprint(dataset)
@@ -120,8 +67,7 @@ def main(argv=None):
     started = time.perf_counter()
     logits = predict_all(model, images, workers=workers, device=device)
     seconds = time.perf_counter() - started
-    if not np.isfinite(logits).all():
-        raise InputError(f"{path} gives logits that are not finite numbers: its parameters are far too large")
+    check_finite(logits, path)
     figures, confusion = measure(logits, labels, names)
     facts = {
         "checkpoint": str(path),

@@ -12,6 +12,7 @@ from minivit.backend import find_device, to_device, to_host, use_device
 from minivit.cli import Parser, output_file, run
 from minivit.data import read_image
 from minivit.errors import InputError
+from minivit.inference import attention_map, check_finite
 from minivit.layers.softmax import softmax_forward
 from minivit.train import dataset_of, quiet_overflow, write_json
 
@@ -71,17 +72,6 @@ def file_picture(path, size, channels):
 def for_display(image):
     """A picture as uint8: floats in [-1, 1] become 0..255."""
     return image if image.dtype == np.uint8 else np.rint(np.asarray(image, np.float64) * 127.5 + 127.5).astype(np.uint8)
-
-
-def attention_map(attention, pooling):
-    """What the classified token looks at: one block's maps (h, N, N) -> (grid, grid).
-
-    With a class token, its row without itself; with mean pooling, the mean over all queries. Both are means over heads.
-    """
-    mean = attention.mean(axis=0)  # (N, N)
-    row = mean[0, 1:] if pooling == "cls" else mean.mean(axis=0)  # (grid * grid,)
-    grid = round(len(row) ** 0.5)
-    return row.reshape(grid, grid)
 
 
 def free_name(stem, taken):
@@ -151,10 +141,7 @@ def main(argv=None):
         with quiet_overflow():
             seen = model.intermediates(to_device(image[None], device))
             probabilities = softmax_forward(to_host(seen.logits))[0][0]  # (K,)
-        if not np.isfinite(probabilities).all():
-            raise InputError(
-                f"{arguments.checkpoint} gives logits that are not finite numbers: its parameters are far too large"
-            )
+        check_finite(probabilities, arguments.checkpoint)
         order = np.argsort(-probabilities, kind="stable")[:5]
         figure = out / free_name(name, taken)
         attention = attention_map(to_host(seen.attention[-1][0]), model.config.pooling)

@@ -63,6 +63,11 @@ def place(trained, tmp_path_factory):
     altered(folder / "configtype.npz", arrays, meta, config=meta["config"] | {"depth": "1"})
     altered(folder / "deep.npz", arrays, meta, config=meta["config"] | {"depth": 10**12})
     altered(folder / "version.npz", arrays, meta, version=2)
+    altered(folder / "nowhere.npz", arrays, meta, data=meta["data"] | {"data": "cifar10", "data_dir": "nowhere"})
+    altered(folder / "settings.npz", arrays, meta, settings=meta["settings"] | {"epochs": 0})
+    for name in ("cut", "huge", "nan", "names", "nodata", "nowhere", "settings"):
+        (folder / f"run-{name}").mkdir()
+        (folder / f"run-{name}" / LAST).write_bytes((folder / f"{name}.npz").read_bytes())
     with zipfile.ZipFile(folder / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("meta.npy", bytes(5_000_000))
     with zipfile.ZipFile(folder / "bomb.npy", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -154,6 +159,30 @@ CASES = {
     "evaluate: out is a file": ("evaluate run/last.npz --out file", "file: File exists; choose another place"),
     "evaluate: out in a file": ("evaluate run/last.npz --out file/x", "Not a directory; choose another place"),
     "evaluate: nothing": ("evaluate", "the following arguments are required: CHECKPOINT"),
+    # report
+    **{
+        f"report: {arguments}": (f"report {arguments}", said)
+        for arguments, said in {
+            "": "the following arguments are required: RUN",
+            "nothing": "nothing does not exist; name the folder of a run",
+            "file": "file is a file; name the folder of a run",
+            "run/last.npz": "run/last.npz is a file; name the folder of a run",
+            "full": "there is no checkpoint at full/last.npz",
+            "run-cut": "run-cut/last.npz is not a minivit checkpoint",
+            "run-huge": "run-huge/last.npz gives logits that are not finite numbers",
+            "run-nan": "ema/head.bias holds values that are not finite numbers",
+            "run-names": "was trained for other classes than those of digits",
+            "run-nodata": "does not say which data set it was trained on",
+            "run-nowhere": "scripts/data.py fetch cifar10",
+            "run-settings": "run-settings/last.npz: epochs must be at least 1, got 0",
+            "run --out run": "run is a folder; name a file to write",
+            "run --out nowhere/x.html": "there is no folder nowhere to write x.html to",
+            "run --mistakes -1": "--mistakes must be at least 0, got -1",
+            "run --workers -1": "workers must be at least 0",
+            "run --weights best": "invalid choice: 'best'",
+            "run --device tpu": "device must be cpu, cuda",
+        }.items()
+    },
     # predict
     "predict: no picture": ("predict run/last.npz", "no picture is named; name files, or --test 0"),
     "predict: nothing": ("predict", "the following arguments are required: CHECKPOINT"),
@@ -360,7 +389,7 @@ REFUSALS = [errno.EROFS, errno.EACCES, errno.ENOSPC]
 
 
 @pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("command", [TRAIN, "evaluate run/last.npz", "predict run/last.npz --test 0"])
+@pytest.mark.parametrize("command", [TRAIN, "evaluate run/last.npz", "predict run/last.npz --test 0", "report run"])
 def test_a_folder_that_cannot_be_written(run_copy, monkeypatch, call, command, number):
     """Tests may run as root, whom no permission stops: opening for writing is made to fail as it would."""
     real = builtins.open
@@ -468,5 +497,5 @@ def test_a_missing_library(tmp_path, monkeypatch, call):
 
 def test_the_cases_are_of_all_scripts():
     names = {command.split()[0] for command, _ in CASES.values()}
-    assert names >= {"train", "evaluate", "predict", "data", "gradcheck", "kill_check"}
+    assert names >= {"train", "evaluate", "predict", "report", "data", "gradcheck", "kill_check"}
     assert len(CASES) > 100

@@ -1,8 +1,11 @@
 """Figures: whole PNG files from any names and any sizes, without a warning; what they show is what was given."""
 
+import io
 import os
+import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,8 +16,9 @@ from PIL import Image
 from minivit import plots
 from minivit.laboratory import v_curves
 from minivit.lr_finder import Found, rising_rates
+from minivit.metrics import Calibration
 
-NAMES = ["a $x_1$ ^ b$", "$\\frac{", "猫", "a" * 300, "two\nlines", "", "_x", "\\"]
+NAMES = ["a $x_1$ ^ b$", "$\\frac{", "猫", "a" * 300, "two\nlines", "", "_x", "\\ \udcff"]
 
 
 def records(tests, steps_per_epoch=5):
@@ -157,6 +161,7 @@ def test_labels():
     assert plots.label("a  b\nc\t") == "a b c"
     assert plots.label("x" * 50) == "x" * 23 + "…" and plots.label("x" * 24) == "x" * 24
     assert plots.label("a$b") == r"a\$b" and plots.label(7) == "7"
+    assert plots.label("\udcff") == r"\udcff"  # of a folder's name that is no UTF-8
 
 
 def test_pictures():
@@ -239,3 +244,75 @@ def test_contact_sheet(tmp_path, drawn, channels):
             np.testing.assert_array_equal(shown[row : row + 4, 6 * i : 6 * i + 5], pictures[i] // factor)
     left = min(t.get_window_extent().x0 for t in axes.get_yticklabels())
     assert left >= 0  # no name is cut off
+
+
+def test_a_figure_for_a_page():
+    counts = np.array([[3, 1], [0, 2]])
+    names = ['x id="y" #000000', "<b>&"]
+    svg, again = (plots.save_confusion(None, counts, names) for _ in range(2))
+    assert svg == again and svg.startswith("<svg ") and svg.endswith("</svg>")
+    root = ElementTree.fromstring(svg)
+    texts = {"".join(e.itertext()) for e in root.iter() if e.tag.endswith("}text")}
+    assert texts >= {*names, "3", "1", "2"} and not {e.tag for e in root.iter() if e.tag.endswith("metadata")}
+    assert "#000000" not in re.sub(">[^<]*<", "><", svg) and "stroke: currentColor" in svg
+    assert not [e for e in root.iter() if "fill: #ffffff" in e.get("style", "") and e.tag.endswith("}path")]  # no paper
+    ids = [e.get("id") for e in root.iter() if e.get("id")]
+    prefix = ids[0].partition("-")[0]
+    assert len(ids) > 20 and all(i.startswith(prefix + "-") for i in ids)
+    used = re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', svg)
+    assert used and set(used) <= set(ids)
+    other = plots.save_confusion(None, counts + 1, names)
+    assert not set(ids) & set(re.findall(r' id="([^"]+)', other))
+    dark, light = (re.search(f'style="([^"]*)"[^>]*>{n}<', svg)[1] for n in (2, 1))
+    assert "#ffffff" in dark and plots.INK in light  # on its own square, whatever the page's colour
+
+
+def test_curves_for_a_page(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    found = records(3)
+    for r in found:
+        epoch = {"seconds": float(r["epoch"] ** 2)} if r["kind"] == "test" else {}
+        r |= epoch or {"grad_norm": 2.0 * r["step"], "images_per_second": 100.0 * r["step"]}
+    old = {"kind": "train", "step": 1, "epoch": 1, "loss": 1.0, "lr": 0.1}  # of a version that logged no more
+    for name in plots.CURVES:
+        plots.save_curve(None, name, [old, *found])
+    loss, accuracy, lr, norm, rate, time = (figure.axes[0] for figure in figures)
+    assert loss.lines[0].get_xydata()[-1].tolist() == [3.0, 1 / 15] and len(loss.lines[0].get_xdata()) == 16
+    assert accuracy.lines[0].get_ydata().tolist() == [87.5] * 3 and lr.lines[0].get_ydata()[-1] == 0.1 / 15
+    assert norm.lines[0].get_ydata().tolist() == [2.0 * s for s in range(1, 16)] and norm.get_yscale() == "log"
+    assert rate.lines[0].get_ydata().tolist() == [100.0 * s for s in range(1, 16)]
+    assert "median 800" in rate.get_title("left")
+    assert time.lines[0].get_xydata().tolist() == [[1, 1], [2, 3], [3, 5]] and "median 3 s" in time.get_title("left")
+    plots.save_curve(None, "lr", records(0), per_epoch=50)  # not tested yet
+    assert figures[-1].axes[0].lines[0].get_xdata().tolist() == [s / 50 for s in range(1, 6)]
+
+
+def test_epoch_times():
+    tests = [{"kind": "test", "epoch": e, "seconds": s} for e, s in ((5, 10.0), (10, 25.0), (10, 26.0), (15, 20.0))]
+    assert plots.epoch_times([*tests, {"kind": "test", "epoch": 20}]) == ([5, 10], [2.0, 3.0])
+    assert plots.epoch_times([]) == ([], [])
+
+
+def test_a_reliability_diagram(tmp_path, drawn):
+    nan = np.nan
+    found = Calibration(np.array([0, 1, 3]), np.array([nan, 0.5, 1.0]), np.array([nan, 0.6, 0.7]), 0.25)
+    plots.save_calibration(tmp_path / "c.png", found, title="t")
+    whole(tmp_path / "c.png")
+    reliability, share = drawn[0].axes
+    bars = [(p.get_x(), p.get_y(), p.get_height()) for p in reliability.patches]
+    np.testing.assert_allclose(bars, [(1 / 3, 0, 50), (2 / 3, 0, 100), (1 / 3, 50, 10), (2 / 3, 100, -30)], rtol=1e-12)
+    assert [p.get_height() for p in share.patches] == [0.0, 25.0, 75.0]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_picture_pixel_by_pixel(channels):
+    image = np.random.default_rng(0).integers(0, 256, (4, 4, channels), dtype=np.uint8)
+    attention = np.array([[0.0, 1.0], [2.0, 4.0]])
+    plain, under = (np.asarray(Image.open(io.BytesIO(plots.picture_png(image, a)))) for a in (None, attention))
+    shown = image[..., :3] if channels > 2 else 255 - np.repeat(image, 3, axis=2)
+    assert plain.shape == (4, 4, 4) and np.abs(plain[..., :3].astype(int) - shown).max() <= 2
+    colors = {0.0: (68, 1, 84), 1.0: (253, 231, 37)}  # the ends of viridis
+    for (row, column), color in {(0, 1): colors[0.0], (3, 2): colors[1.0]}.items():
+        expected = 0.7 * np.array(color) + 0.3 * shown[row, column]
+        np.testing.assert_allclose(under[row, column, :3], expected, atol=2)

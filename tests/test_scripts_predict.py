@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from conftest import TINY, load_script
 from PIL import Image
 
@@ -83,23 +82,6 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(trained, tmp_path, cal
         "prediction-x_y.png",
         "prediction-x_y-2.png",
     ]
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_attention_of_a_known_map(pooling):
-    attention_map = load_script("predict").attention_map
-    N, cls = (5, 1) if pooling == "cls" else (4, 0)
-    attention = np.random.default_rng(0).random((3, N, N))
-    attention /= attention.sum(axis=2, keepdims=True)
-    shown = attention_map(attention, pooling)
-    for row in range(2):
-        for column in range(2):
-            key = cls + 2 * row + column
-            if pooling == "cls":
-                expected = sum(attention[h, 0, key] for h in range(3)) / 3
-            else:
-                expected = sum(attention[h, q, key] for h in range(3) for q in range(N)) / (3 * N)
-            np.testing.assert_allclose(shown[row, column], expected, rtol=1e-12)
 
 
 def test_a_model_with_mean_pooling(tmp_path, call, no_figures):
