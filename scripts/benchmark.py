@@ -23,7 +23,7 @@ examples:
   python scripts/benchmark.py layers                                      each layer alone, against its own floor
   python scripts/benchmark.py scaling --png scaling.png                   time against batch, depth, tokens and workers
   python scripts/benchmark.py data                                        the input pipeline
-  python scripts/benchmark.py data --config cifar10-gpu                   with the augmentation and model of a recipe
+  python scripts/benchmark.py data --config cifar10-gpu-30min             with the augmentation and model of a recipe
   python scripts/benchmark.py step --against plain                        with and without the accelerated twins
 
 Everybody runs in a process of its own and steps in turn; a ratio is the median of the ratios round by round, ours to
