@@ -108,21 +108,29 @@ def given(namespace, cls):
     return {name: getattr(namespace, name) for name in field_names(cls) if hasattr(namespace, name)}
 
 
+def parse_toml(path, what="settings file"):
+    """The content of a TOML file, a dict; ``what`` is what a message calls it.
+
+    Raises  InputError: no such file, or not TOML.
+    """
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
+    except FileNotFoundError:
+        raise InputError(f"there is no {what} {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not a {what}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not a TOML file: {error}") from None
+
+
 def read_toml(path, sections):
     """Read a settings file; ``sections`` maps each allowed table to its allowed keys.
 
     Returns  {section: {key: value}} with every section present.
     Raises  InputError: no such file, not TOML, an unknown section or key.
     """
-    path = Path(path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
-    except FileNotFoundError:
-        raise InputError(f"there is no settings file {path}") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, not a settings file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not a TOML file: {error}") from None
+    content = parse_toml(path)
     refuse_unknown(content, sections, path)
     for section, values in content.items():
         if not isinstance(values, dict):

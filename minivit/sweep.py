@@ -22,10 +22,10 @@ from __future__ import annotations
 import json
 import math
 import re
-import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
+from minivit.cli import parse_toml
 from minivit.errors import InputError
 from minivit.recipes import SECTIONS, Recipe, find_config, read_recipe
 from minivit.settings import refuse_unknown
@@ -65,14 +65,7 @@ def read_sweep(path):
     Raises  InputError: no such file, not TOML, unknown or impossible entries, two rows of one name.
     """
     path = Path(path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"there is no sweep {path}") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, not a sweep") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not a TOML file: {error}") from None
+    content = parse_toml(path, "sweep")
     refuse_unknown(content, KEYS, path)
     seeds, rows = content.get("seeds", [0]), content.get("row")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):

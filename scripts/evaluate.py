@@ -1,5 +1,6 @@
 """Test a checkpoint: accuracy, a table of the classes, the confusion matrix."""
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -47,6 +48,8 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu", metavar="NAME",
                         help="where to compute: cpu, cuda, cuda:1, ... or auto [cpu]")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder for confusion-NAME.png [the checkpoint's]")
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                        help="test with the mean over each picture and its mirror image [as the run did]")  # fmt: skip
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every figure as JSON")
     arguments = parser.parse_args(argv)
     workers, device = check_workers(arguments.workers), find_device(arguments.device)
@@ -65,7 +68,11 @@ def main(argv=None):
     out = Path(arguments.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    logits = predict_all(model, images, workers=workers, device=device)
+    flip = arguments.flip
+    if flip is None:  # as the run itself tests
+        settings = meta.get("settings")
+        flip = isinstance(settings, dict) and settings.get("test_flip") is True
+    logits = predict_all(model, images, workers=workers, device=device, flip=flip)
     seconds = time.perf_counter() - started
     check_finite(logits, path)
     figures, confusion = measure(logits, labels, names)
@@ -77,6 +84,7 @@ def main(argv=None):
         "pictures_of_training_run": same,
         "workers": workers,
         "device": device_name(device),
+        "flip": flip,
         "seconds": round(seconds, 3),
         "images_per_second": round(len(images) / seconds, 1),
         **figures,

@@ -42,6 +42,25 @@ def test_the_figures(trained, tmp_path, call):
     assert len(rows) == 10 and rows[3].split()[:2] == ["3", "37"]
 
 
+def test_mirror_images_count_as_in_the_run(trained, tmp_path, call, no_figures):
+    data, (logits, labels) = load("digits"), by_hand(trained)
+    model, _ = checkpoint.load_model(trained / LAST)
+    both = (logits + model.predict(data.test_images[:, :, ::-1])) / 2
+    facts = {}
+    flags = ["--config", "tests/tiny.toml", "--quiet", "--epochs", 1, "--test-flip", "--out", tmp_path / "run"]
+    assert call("train", *flags).status == 0
+    for name, path, *more in (("own", trained), ("asked", trained, "--flip"), ("run", tmp_path / "run"),
+                              ("refused", tmp_path / "run", "--no-flip")):  # fmt: skip
+        ended = call("evaluate", path / LAST, "--out", tmp_path, "--json", tmp_path / "e.json", *more)
+        assert ended.status == 0, ended.err
+        facts[name] = json.loads((tmp_path / "e.json").read_text())
+    assert facts["own"]["accuracy"] == np.mean(logits.argmax(axis=1) == labels)
+    assert facts["asked"]["accuracy"] == np.mean(both.argmax(axis=1) == labels) != facts["own"]["accuracy"]
+    summary = json.loads((tmp_path / "run" / SUMMARY).read_text())
+    assert facts["run"]["loss"] == summary["test_loss"] != facts["refused"]["loss"]
+    assert [f["flip"] for f in facts.values()] == [False, True, True, False]
+
+
 def test_the_weights_are_chosen(trained, tmp_path, call):
     losses = {}
     for weights in ("params", "ema"):
