@@ -18,7 +18,7 @@ from minivit.backend import array_module, kernels_wanted
 from minivit.engine import Engine, StepResult
 from minivit.kernels import cuda
 from minivit.layers.msa import LONG
-from minivit.optim import Adam, AdamW, clip_by_global_norm, one_by_one
+from minivit.optim import Adam, AdamW, Muon, clip_by_global_norm, one_by_one
 
 PREDICT = 1024  # pictures at a time
 
@@ -84,16 +84,17 @@ class CudaStep:
 
     The first batch goes kernel by kernel, which compiles them; the second, of the same shape, is recorded and from then
     on replayed. Both run the same kernels in the same order, so they give the same bits. Batches of another shape (an
-    epoch's last) always go kernel by kernel, and so does everything where a graph does not apply: optimisers other than
-    Adam and AdamW, dropout of the attention maps of long sequences, plain functions, or ``graph=False``.
+    epoch's last) always go kernel by kernel, and so does everything where a graph does not apply: other optimisers than
+    Adam, AdamW and Muon, learning rates by layer, dropout of the attention maps of long sequences, plain functions, or
+    ``graph=False``.
     """
 
     def __init__(self, engine, optimizer, average=None, *, clip_norm=0.0, graph=True):
         self.engine, self.optimizer, self.average, self.clip_norm = engine, optimizer, average, clip_norm
         c = engine.model.config
         self._rates = [engine.model.drop_path_rate(i) for i in range(c.depth)]
-        adam = type(optimizer) in (Adam, AdamW) and optimizer.scale is None
-        self.fused = adam and kernels_wanted() and engine.model.flat.dtype == np.float32
+        known = type(optimizer) in (Adam, AdamW, Muon) and optimizer.scale is None
+        self.fused = known and kernels_wanted() and engine.model.flat.dtype == np.float32
         # dropouts of a micro-batch: of the embedding; in each block of the map, and after MSA, GELU and MLP
         self._keys = (c.dropout > 0.0) * (1 + 3 * c.depth) + (c.attention_dropout > 0.0) * c.depth
         self._drawn = not (c.attention_dropout and c.num_tokens >= LONG)  # flash attention draws as it goes
@@ -168,7 +169,8 @@ class CudaStep:
         generators = [cuda.Draws(*pair) for pair in zip(draws[::2], draws[1::2], strict=True)]
         result = engine.gradient(images, labels, step=step, generators=generators)
         norm = cuda.gradient_norm(engine.grad)
-        cuda.adam_step(self.optimizer, engine.model.flat, engine.grad, hyper, norm, self.clip_norm)
+        update = cuda.muon_step if isinstance(self.optimizer, Muon) else cuda.adam_step
+        update(self.optimizer, engine.model.flat, engine.grad, hyper, norm, self.clip_norm)
         if average:
             average.flat += hyper[3] * (engine.model.flat - average.flat)
         return result.loss, result.correct, norm

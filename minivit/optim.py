@@ -24,9 +24,11 @@ times.
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import NamedTuple
 
-from minivit.backend import array_module
+from minivit.backend import accelerated, array_module
 from minivit.errors import InputError
 
 PIECE = 16384  # elements: five float32 vectors of this length fit an L2 cache of 512 KiB
@@ -159,6 +161,7 @@ NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
 NEWTON_SCHULZ_STEPS = 5
 
 
+@accelerated
 def orthogonalise(matrices):
     """The nearest matrices with orthonormal rows or columns, roughly: U V^T where M = U S V^T.
 
@@ -179,46 +182,78 @@ def orthogonalise(matrices):
     return x.swapaxes(-1, -2) if tall else x
 
 
+class Matrices(NamedTuple):
+    """Matrices that `Muon` takes at once: those of one name in some blocks, which lie equally far apart."""
+
+    blocks: slice  # all of the blocks' parameters
+    rows: slice  # which blocks
+    columns: slice  # where in a block's parameters the matrices are
+    shape: tuple  # (n, k count)
+    count: int  # how many matrices (n, k) lie side by side
+
+
 class Muon(AdamW):
     """Momentum whose matrices are made orthogonal; what is no matrix of a block is AdamW's.
 
     ``table`` is the model's parameter table. The queries', keys' and values' matrices are each taken by themselves.
-    ``each`` calls a function with every matrix; an engine's spreads them over its threads (see `Engine.each`).
+    ``each`` calls a function with each of ``matrices``; an engine's spreads them over its threads (see `Engine.each`).
     Shapes  flat, grad, decay_mask, scale, and the states "m" and "v": (n,); v is unused where Muon acts
     """
 
     def __init__(self, flat, decay_mask, *, table, momentum=0.95, **settings):
         super().__init__(flat, decay_mask, **settings)
         self.momentum, self.each = momentum, one_by_one
-        self.matrices, self.others = [], []  # (slice, shape, how many matrices lie side by side); slices for AdamW
-        start = end = 0  # of what AdamW takes
-        for spec in table:
-            stop = end + spec.size
-            if spec.name.startswith("blocks.") and len(spec.shape) == 2:
-                self.others += _pieces(flat, start, end)
-                self.matrices.append((slice(end, stop), spec.shape, 3 if spec.name.endswith("qkv.weight") else 1))
-                start = stop
-            end = stop
-        self.others += _pieces(flat, start, end)
+        ends = list(itertools.accumulate(spec.size for spec in table))
+        starts = [0, *ends[:-1]]
+        inside = [i for i, spec in enumerate(table) if spec.name.startswith("blocks.")]
+        first, last = (starts[inside[0]], ends[inside[-1]]) if inside else (0, 0)
+        of_block = [i for i in inside if table[i].name.startswith("blocks.0.")]
+        self.depth = depth = len(inside) // max(len(of_block), 1)
+        # on a GPU all blocks at once, where each launch counts; on the CPU one by one, so that threads can share them
+        together = type(flat).__module__ != "numpy"
+        rows = [slice(0, depth)] if together else [slice(i, i + 1) for i in range(depth)]
+        size, matrices = (last - first) // max(depth, 1), [i for i in of_block if len(table[i].shape) == 2]
+        self.matrices = [
+            Matrices(
+                slice(first, last), some, slice(starts[i] - first, ends[i] - first), table[i].shape,
+                3 if table[i].name.endswith("qkv.weight") else 1,
+            )
+            for i in matrices
+            for some in rows
+        ]  # fmt: skip
+        taken = [(starts[i] + j * size, ends[i] + j * size) for j in range(depth) for i in matrices]
+        edges = [0, *(edge for span in taken for edge in span), flat.size]
+        gaps = zip(edges[::2], edges[1::2], strict=True)  # what lies between the matrices
+        self.others = [piece for start, stop in gaps for piece in _pieces(flat, start, stop)]
 
     def step(self, flat, grad, lr):
         """Update ``flat`` in place from the gradient."""
+        array_module(flat, grad)  # refuses anything else
         self.steps += 1
         for piece in self.others:
             self._update(flat, grad, lr, piece)
-        self.each(lambda matrix: self._update_matrix(flat, grad, lr, *matrix), self.matrices)
+        self.update_matrices(flat, grad, lr)
 
-    def _update_matrix(self, flat, grad, lr, entries, shape, count):
-        n, k = shape[0], shape[1] // count
-        theta, g, m = flat[entries], grad[entries], self.state["m"][entries]
+    def update_matrices(self, flat, grad, lr):
+        """Muon's part of a step; ``lr`` may be an array () on the device."""
+        self.each(lambda matrices: self._update_matrices(flat, grad, lr, matrices), self.matrices)
+
+    def _update_matrices(self, flat, grad, lr, matrices):
+        blocks, rows, columns, (n, width), count = matrices
+
+        def of(vector):
+            """The matrices' entries (blocks, n k count), a view."""
+            return vector[blocks].reshape(self.depth, -1)[rows, columns]
+
+        theta, g, m = of(flat), of(grad), of(self.state["m"])
         m *= self.momentum
         m += g
-        u = (g + self.momentum * m).reshape(n, count, k).swapaxes(0, 1)  # (count, n, k)
-        o = orthogonalise(u).swapaxes(0, 1).reshape(-1)
-        rate = _rate(lr, self.scale, entries)
+        u = (g + self.momentum * m).reshape(-1, n, count, width // count).swapaxes(1, 2)  # (blocks, count, n, k)
+        o = orthogonalise(u).swapaxes(1, 2).reshape(theta.shape)
+        rate = lr if self.scale is None else lr * of(self.scale)
         if self.weight_decay:
             theta -= rate * self.weight_decay * theta
-        o *= 0.2 * math.sqrt(max(n, k))
+        o *= 0.2 * math.sqrt(max(n, width // count))
         o *= rate
         theta -= o
 

@@ -16,7 +16,7 @@ from minivit.kernels import cuda
 from minivit.layers.dropout import dropout_backward, dropout_forward
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT, ViTConfig
-from minivit.optim import EMA, SGD, Adam, AdamW
+from minivit.optim import EMA, SGD, Adam, AdamW, Muon, orthogonalise
 
 SMALL = ViTConfig(image_size=8, patch_size=4, width=24, depth=2, num_heads=3, mlp_dim=40, num_classes=10)
 LONG = replace(SMALL, image_size=40, depth=1)  # 101 tokens: attention through products
@@ -312,6 +312,8 @@ def steps_of(xp, optimizer, config, *, graph, count=4, batch=6, micro_batch=0, a
     settings = {"weight_decay": 0.1}
     if optimizer is not SGD:  # a large eps: where a true gradient is zero, Adam would blow its rounding up
         settings |= {"betas": (0.8, 0.9), "eps": 1e-3}
+    if optimizer is Muon:
+        settings |= {"table": model.table, "momentum": 0.8}
     chosen = optimizer(model.flat, mask, **settings)
     ema = EMA(model.flat, 0.9) if average else None
     engine = CudaEngine(model, micro_batch=micro_batch, label_smoothing=0.1, seed=5)
@@ -324,7 +326,7 @@ def steps_of(xp, optimizer, config, *, graph, count=4, batch=6, micro_batch=0, a
     return np.array(figures), to_host(model.flat), ema and to_host(ema.flat), step
 
 
-@pytest.mark.parametrize("optimizer", [AdamW, Adam, SGD])
+@pytest.mark.parametrize("optimizer", [AdamW, Adam, SGD, Muon])
 def test_steps_are_the_plain_ones(xp, optimizer):
     config = CONFIGS["path"]
     with plain():
@@ -366,15 +368,26 @@ def test_a_batch_that_does_not_fit_is_cut(xp, monkeypatch):
         steps_of(xp, AdamW, config, graph=False)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 2, 5, 30), (30, 5)])
+def test_matrices_are_made_orthogonal_as_by_the_plain_function(xp, shape):
+    matrices = np.random.default_rng(0).standard_normal(shape)
+    with plain():
+        expected = orthogonalise(matrices)
+    found = orthogonalise(xp.asarray(matrices.astype(np.float32)))
+    assert found.shape == shape
+    np.testing.assert_allclose(to_host(found), expected, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, {"micro_batch": 3}, {"average": False, "clip_norm": 0.0}])
+@pytest.mark.parametrize("optimizer", [AdamW, Muon])
 @pytest.mark.parametrize("config", [CONFIGS["path"], DROPPING["all"]], ids=["path", "dropout"])
-def test_a_replayed_graph_gives_the_bits_of_single_kernels(config, settings):
+def test_a_replayed_graph_gives_the_bits_of_single_kernels(config, optimizer, settings):
     import cupy
 
     backend.use_device("cuda:0")
-    single = steps_of(cupy, AdamW, config, graph=False, count=21, **settings)
-    replayed = steps_of(cupy, AdamW, config, graph=True, count=21, **settings)
+    single = steps_of(cupy, optimizer, config, graph=False, count=21, **settings)
+    replayed = steps_of(cupy, optimizer, config, graph=True, count=21, **settings)
     assert replayed[3].replays == 19 and single[3].replays == 0  # all but the first, and the short last one
     np.testing.assert_array_equal(replayed[0], single[0])
     np.testing.assert_array_equal(replayed[1], single[1])

@@ -18,11 +18,12 @@ from minivit.data.loader import augmented, batches
 from minivit.engine_cuda import CudaEngine, CudaStep
 from minivit.kernels import cuda
 from minivit.model import ViT, ViTConfig
-from minivit.optim import EMA, AdamW
+from minivit.optim import EMA, make_optimizer
 
 NINE = ViTConfig(image_size=8, patch_size=4, width=8, depth=9, num_heads=1, mlp_dim=8, num_classes=10)
 
 LAUNCHES = {"float32": 304, "tf32": 304, "bf16": 305}  # of a step of nine blocks, with the kernels
+MUON_LAUNCHES = 566
 
 
 @pytest.fixture
@@ -31,10 +32,13 @@ def cupy():
         yield module
 
 
-def step_of(cupy, config, *, average=False):
+def step_of(cupy, config, *, average=False, muon=False):
     """A training step on arrays of the stand-in, as `minivit.train` makes them: call it with the step's number."""
     model = ViT(config, flat=cupy.asarray(ViT(config).flat))
-    optimizer = AdamW(model.flat, cupy.asarray(parameters.decay_mask(model.table)), weight_decay=0.05)
+    optimizer = make_optimizer(
+        "muon" if muon else "adamw", model.flat, cupy.asarray(parameters.decay_mask(model.table)), table=model.table,
+        weight_decay=0.05,
+    )  # fmt: skip
     ema = EMA(model.flat, 0.99) if average else None
     step = CudaStep(CudaEngine(model, label_smoothing=0.1), optimizer, ema, clip_norm=1.0, graph=False)
     rng = np.random.default_rng(0)
@@ -42,6 +46,7 @@ def step_of(cupy, config, *, average=False):
     data = cupy.asarray(images), cupy.asarray(rng.integers(0, 10, 8))
 
     def run(number):
+        run.optimizer = optimizer
         stream = batches(*data, np.arange(8), 4, seed=0, epoch=number, prefetch=0, crop_padding=1, flip=True)
         return [step(pictures, labels, step=number, lr=1e-3) for _, pictures, labels in stream][0]
 
@@ -69,6 +74,27 @@ def test_kernels_never_wait_and_are_few(cupy, precision):
     assert not waits and not doubles
     per_step = (launches.total() + machine.launches.total()) / 2
     assert per_step == LAUNCHES[precision] <= 330, (launches, machine.launches)
+
+
+def test_muon_never_waits_and_takes_all_blocks_at_once(cupy):
+    flats = []
+    for arrays in (cupy, np):
+        with cuda.using(Emulator()) as machine, pytest.MonkeyPatch.context() as patch:
+            if arrays is np:
+                patch.setattr(cupy, "asarray", np.asarray, raising=False)
+                patch.setitem(backend.TWINS, "numpy", "minivit.kernels.cuda")
+            step = step_of(cupy, NINE, muon=True)
+            strict_cupy.clear()
+            machine.launches.clear()
+            step(1)
+        if arrays is cupy:
+            assert not waits and not doubles and len(step.optimizer.matrices) == 4
+            assert machine.launches["adam"] / 2 == len(step.optimizer.others) == 1 + 4 * 9
+            assert (launches.total() + machine.launches.total()) / 2 == MUON_LAUNCHES
+        else:
+            assert len(step.optimizer.matrices) == 4 * 9
+        flats.append(to_host(step.optimizer.state["m"]))
+    np.testing.assert_allclose(flats[0], flats[1], rtol=1e-4, atol=1e-7)
 
 
 def test_dropout_never_waits_and_draws_nothing_on_the_host(cupy):

@@ -32,6 +32,7 @@ from minivit.kernels.cublas import WORKSPACE, Cublas
 from minivit.layers.block import ATTN, MLP, NORM1, NORM2
 from minivit.layers.dropout import DropoutCache, dropout_mask
 from minivit.loss import soft_targets
+from minivit.optim import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 MAX_WIDTH = 1024  # a warp holds a row in registers
@@ -741,19 +742,53 @@ def gradient_norm(grad):
     return norm
 
 
-def adam_step(optimizer, flat, grad, hyper, norm, max_norm):
-    """One step of Adam or AdamW with clipping.
+def orthogonalise(matrices):
+    """Twin of `minivit.optim.orthogonalise`: the products by cuBLAS, which a graph can hold."""
+    if matrices.dtype != np.float32:
+        return NotImplemented
+    xp = array_module(matrices)
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    shape = matrices.swapaxes(-1, -2).shape if tall else matrices.shape
+    x = xp.ascontiguousarray(matrices.swapaxes(-1, -2) if tall else matrices).reshape(-1, *shape[-2:])
+    x = x / (xp.sqrt((x * x).sum(axis=(1, 2), keepdims=True)) + np.float32(1e-12))
+    count, n, _ = x.shape
+    gram, polynomial, y = xp.empty((count, n, n), np.float32), xp.empty((count, n, n), np.float32), xp.empty_like(x)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        _matmul(x, x.swapaxes(1, 2), gram)
+        _matmul(gram, gram, polynomial)
+        polynomial *= c
+        polynomial += b * gram
+        _matmul(polynomial, x, y)
+        y += a * x
+        x, y = y, x
+    x = x.reshape(shape)
+    return x.swapaxes(-1, -2) if tall else x
+
+
+def muon_step(optimizer, flat, grad, hyper, norm, max_norm):
+    """One step of Muon with clipping, in which the gradient is scaled in place; see `adam_step`."""
+    if max_norm:
+        grad *= array_module(grad).minimum(np.float32(1.0), max_norm / (norm + np.float32(1e-12)))
+    for piece in optimizer.others:
+        adam_step(optimizer, flat, grad, hyper, norm, 0.0, piece=piece)
+    optimizer.update_matrices(flat, grad, hyper[0])
+
+
+def adam_step(optimizer, flat, grad, hyper, norm, max_norm, *, piece=slice(None)):
+    """One step of Adam or AdamW with clipping, for a piece of the entries.
 
     ``hyper`` on the device holds what changes from step to step, (lr, 1 - b1^t, sqrt(1 - b2^t), ...): see `hyper_of`.
     The step is not counted here.
     """
     beta1, beta2 = optimizer.betas
+    vectors = (flat, grad, optimizer.state["m"], optimizer.state["v"], optimizer.decay_mask)
+    size = flat[piece].size
     arguments = (
-        flat, grad, optimizer.state["m"], optimizer.state["v"], optimizer.decay_mask, norm, hyper, float(beta1),
-        float(beta2), float(optimizer.eps), float(optimizer.weight_decay), float(max_norm), int(optimizer.decoupled),
-        Size(flat.size),
+        *(vector[piece] for vector in vectors), norm, hyper, float(beta1), float(beta2), float(optimizer.eps),
+        float(optimizer.weight_decay), float(max_norm), int(optimizer.decoupled), Size(size),
     )  # fmt: skip
-    machine().launch("adam", _grid(flat.size), (256,), arguments)
+    machine().launch("adam", _grid(size), (256,), arguments)
 
 
 def hyper_of(optimizer, lr, average=None):
