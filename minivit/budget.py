@@ -62,16 +62,23 @@ def seconds_of_step(dataset, model, config):
 
 
 def epochs_within(seconds, dataset, model, config):
-    """How many epochs of a run fit into a time: (epochs, measured seconds of an epoch with its evaluation).
+    """How many epochs of a run fit into a time: (epochs, measured seconds of an epoch with its evaluation, on average).
 
     Raises  InputError: not even one.
     """
     batch = config.batch_size * config.accumulate
-    step = seconds_of_step(dataset, model, config)
-    training = -(-len(dataset.train_images) // batch) * step
+    step = seconds_of_step(dataset, model, replace(config, half_size=0.0))
+    small = seconds_of_step(dataset, model, replace(config, half_size=1.0)) if config.half_size else 0.0
+    steps = -(-len(dataset.train_images) // batch)
     predictions = len(dataset.test_images) / batch * step * PREDICTION * (2 if config.test_flip else 1)
-    epoch = training + predictions / config.evaluate_every
-    epochs = int((1.0 - RESERVE) * seconds / epoch)
-    if epochs < 1:
-        raise InputError(f"an epoch takes about {epoch:.0f} s here, the budget is {seconds:.0f} s; give more time")
-    return epochs, epoch
+
+    def time_of(epochs):
+        halved = round(config.half_size * epochs)
+        return steps * (halved * small + (epochs - halved) * step) + epochs / config.evaluate_every * predictions
+
+    epochs = 0
+    while time_of(epochs + 1) <= (1.0 - RESERVE) * seconds:
+        epochs += 1
+    if not epochs:
+        raise InputError(f"an epoch takes about {time_of(1):.0f} s here, the budget is {seconds:.0f} s; give more time")
+    return epochs, time_of(epochs) / epochs

@@ -108,7 +108,13 @@ class _Ramp(Trainer):
 
     def __init__(self, dataset, model_config, config, rates, *, progress):
         config = replace(  # a step's line in the metrics for each, and nothing that costs time and changes no loss
-            config, epochs=len(rates), log_every=1, checkpoint_seconds=1e9, ema_decay=0.0, check_finite=False
+            config,
+            epochs=len(rates),
+            log_every=1,
+            checkpoint_seconds=1e9,
+            ema_decay=0.0,
+            check_finite=False,
+            half_size=0.0,
         )
         super().__init__(dataset, model_config, config, os.devnull, progress=progress)
         self.rates, self.smooth = rates, Smoothing()

@@ -11,7 +11,7 @@ Data flows  images (B, H, W, C) -> tokens (B, N, D) -> L blocks -> logits (B, K)
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -280,6 +280,24 @@ class ViT:
 
     def _head(self, z):
         return head_forward(z, self.params, pooling=self.config.pooling, eps=self.config.layernorm_eps)
+
+    def at_half_size(self):
+        """The same parameters, in the same buffer, as a model of pictures of half the height and width.
+
+        A patch there stands for four of the others, and has the mean of their positions.
+        Raises  InputError: positions are learned, or the patches of a side cannot be halved.
+        """
+        c = self.config
+        if c.pos_embed == "learned":
+            raise InputError('pictures of half the size need fixed positions: pos_embed "sincos2d" or "none"')
+        if c.grid_size % 2:
+            raise InputError(f"pictures of half the size need an even number of patches on a side, not {c.grid_size}")
+        small = ViT(replace(c, image_size=c.image_size // 2), flat=self.flat)
+        if self._position is not None:
+            g, D = c.grid_size, c.width
+            grid = self._position[:, -g * g :].reshape(g // 2, 2, g // 2, 2, D).mean(axis=(1, 3))
+            small._position[:, -((g // 2) ** 2) :] = grid.reshape(1, -1, D)
+        return small
 
     def gradient_buffer(self):
         """A flat buffer of zeros like the parameters, and its named views: what `backward` adds into."""

@@ -29,7 +29,7 @@ import threading
 import time
 import warnings
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -67,6 +67,9 @@ class TrainConfig:
 
     epochs: int = setting(20, "passes over the training pictures")
     batch_size: int = setting(128, "pictures per batch")
+    half_size: float = setting(
+        0.0, "share of the epochs, the first, on pictures of half the height and width: a quarter of the patches"
+    )
     repeats: int = setting(
         1, "times that a picture is in its batch, each augmented anew (an epoch sees 1/repeats of all)"
     )
@@ -151,7 +154,7 @@ class TrainConfig:
         )
         check_range(self, 0.0, 100.0, "sam")
         check_range(self, 1e-3, 1.0, "layer_decay")
-        check_range(self, 0.0, 1.0, "cooldown")
+        check_range(self, 0.0, 1.0, "cooldown", "half_size")
         check_choice(self, "init", INITS)
         if self.sam and self.accumulate > 1:
             raise InputError("sam takes each batch's gradient twice; leave accumulate at 1")
@@ -353,6 +356,9 @@ class Trainer:
         )  # fmt: skip
         self.ema = EMA(self.model.flat, config.ema_decay) if config.ema_decay else None
         self.tested_model = ViT(model_config, flat=self.ema.flat) if self.ema else self.model
+        self.small_epochs = round(config.half_size * config.epochs)
+        if self.small_epochs:
+            self.model.at_half_size()  # refuses what cannot be halved
         self.step = self.epoch = self.batch = 0
         self.order = None
         self.running = {"loss": 0.0, "correct": 0, "seen": 0}  # over the epoch under way
@@ -361,7 +367,7 @@ class Trainer:
         self._started = None  # ... the moment when this process took it up
         self._saved_at = time.monotonic()
         self._restored = False
-        self._whole_step = None  # on a GPU, what makes all of a step at once
+        self._whole_steps = {}  # on a GPU, what makes all of a step at once, for each engine
         self._stop = None
 
     def _initial(self, model_config):
@@ -545,18 +551,24 @@ class Trainer:
         )
         return None
 
-    def _engine(self):
-        """The engine that the settings ask for, a context manager; on a GPU also what makes a whole step."""
+    def _engine(self, *, half_size=False):
+        """The engine that the settings ask for, a context manager; on a GPU also what makes a whole step.
+
+        With ``half_size``, for pictures of half the size: four times as many make a micro-batch of as many patches.
+        """
         c = self.config
+        model, times = (self.model.at_half_size(), 4) if half_size else (self.model, 1)
         shared = {"label_smoothing": c.label_smoothing, "seed": c.seed, "recompute": c.recompute}
         if self.device == "cpu":
-            engine = Engine(self.model, workers=c.workers, micro_batch=c.micro_batch, **shared)
+            engine = Engine(model, workers=c.workers, micro_batch=times * c.micro_batch, **shared)
         else:
             cuda.machine().precision = c.precision
-            engine = CudaEngine(self.model, micro_batch=c.gpu_micro_batch, **shared)
+            engine = CudaEngine(model, micro_batch=times * c.gpu_micro_batch, **shared)
             if c.accumulate == 1 and not c.sam:
-                self._whole_step = CudaStep(engine, self.optimizer, self.ema, clip_norm=c.clip_norm, graph=c.graph)
-        if isinstance(self.optimizer, Muon):
+                self._whole_steps[engine] = CudaStep(
+                    engine, self.optimizer, self.ema, clip_norm=c.clip_norm, graph=c.graph
+                )
+        if isinstance(self.optimizer, Muon) and not half_size:
             self.optimizer.each = engine.each
         return engine
 
@@ -567,9 +579,13 @@ class Trainer:
             total=self.total_steps, initial=self.step, mininterval=0.25, dynamic_ncols=True, bar_format=BAR,
             disable=None if self.progress else True,
         )  # fmt: skip
-        with open(self.out / METRICS, "a", encoding="utf-8") as metrics, bar:
+        begins_small = self.epoch < self.small_epochs
+        with (
+            open(self.out / METRICS, "a", encoding="utf-8") as metrics, bar,
+            self._engine(half_size=True) if begins_small else nullcontext() as small,
+        ):  # fmt: skip
             while not self.finished and self._stop is None:
-                self._train_epoch(engine, metrics, bar)
+                self._train_epoch(small if self.epoch < self.small_epochs else engine, metrics, bar)
                 if self._stop is None:
                     self._end_epoch(engine, metrics)
             self.seconds, self._started = self._elapsed(), None
@@ -580,10 +596,11 @@ class Trainer:
         if self.batch == 0:
             self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch, repeats=c.repeats)
             self.running = {"loss": 0.0, "correct": 0, "seen": 0}
-        on_gpu, whole_step = self.device != "cpu", self._whole_step
+        on_gpu, whole_step = self.device != "cpu", self._whole_steps.get(engine)
         stream = batches(
             *self._train_data, self.order, c.batch_size, seed=c.seed, epoch=self.epoch, start=self.batch,
-            prefetch=0 if on_gpu else 2, **loading_settings(c, self.model.config.num_classes),
+            prefetch=0 if on_gpu else 2, half_size=engine.model.config.image_size < self.model.config.image_size,
+            **loading_settings(c, self.model.config.num_classes),
         )  # fmt: skip
         group = c.batch_size * c.accumulate  # pictures per optimiser step
         since, seen_since = time.monotonic(), 0

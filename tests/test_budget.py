@@ -45,6 +45,12 @@ def test_the_epochs_of_a_known_pace(monkeypatch):
     assert rare == pytest.approx(0.01 * (steps + tests / 120 / 3 / 4))
     _, twice = budget.epochs_within(10.0, DIGITS, MODEL, replace(config, test_flip=True))
     assert twice == pytest.approx(0.01 * (steps + 2 * tests / 120 / 3))
+    half = replace(config, half_size=0.5)
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + (0.002 if a[2].half_size else 0.01) * a[3])
+    few, each = budget.epochs_within(10.0, DIGITS, MODEL, half)
+    halved = round(few / 2)
+    whole = steps * (0.002 * halved + 0.01 * (few - halved)) + few * 0.01 * tests / 120 / 3
+    assert each == pytest.approx(whole / few) and whole < 9.7 < whole + 0.01 * steps + 0.01 * tests / 120
     with pytest.raises(InputError, match="an epoch takes about 0 s here, the budget is 0 s"):
         budget.epochs_within(0.05, DIGITS, MODEL, config)
 

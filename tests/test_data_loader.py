@@ -277,3 +277,17 @@ def test_a_generator_left_open_does_not_keep_the_program_alive():
 def test_batch_size_must_be_positive(data):
     with pytest.raises(ValueError, match="batch_size"):
         next(batches(*data, np.arange(N), 0, seed=0, epoch=0))
+
+
+def test_pictures_of_half_the_size():
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (10, 8, 6, 3), dtype=np.uint8), np.arange(10)
+    images[0] = 255
+    settings = {"seed": 1, "epoch": 2, "prefetch": 0, "crop_padding": 1, "flip": True}
+    whole = list(batches(images, labels, np.arange(10), 4, **settings))
+    half = list(batches(images, labels, np.arange(10), 4, half_size=True, **settings))
+    for (i, pictures, classes), (j, small, others) in zip(whole, half, strict=True):
+        assert i == j and small.dtype == np.uint8
+        mean = pictures.reshape(len(pictures), 4, 2, 3, 2, 3).astype(float).mean(axis=(2, 4))
+        np.testing.assert_array_equal(small, np.floor(mean + 0.5))
+        np.testing.assert_array_equal(classes, others)

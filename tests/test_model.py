@@ -393,3 +393,31 @@ def test_the_model_wraps_a_buffer_without_copying():
     assert model.params["head.bias"][-1] == 7.0
     with pytest.raises(ValueError, match="parameter table"):
         ViT(ViTConfig(**TINY), flat=flat[1:])
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pos_embed", ["sincos2d", "none"])
+def test_the_model_of_pictures_of_half_the_size(pooling, pos_embed):
+    config = ViTConfig(image_size=16, patch_size=4, width=12, depth=2, num_heads=3, mlp_dim=20, pooling=pooling,
+                       pos_embed=pos_embed)  # fmt: skip
+    model = ViT(config, dtype=np.float64)
+    small = model.at_half_size()
+    assert small.flat is model.flat and small.config.image_size == 8
+    assert [spec.name for spec in small.table] == [spec.name for spec in model.table]
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3))
+    logits, cache = small.forward(images)
+    _, grads = model.gradient_buffer()
+    small.backward(np.ones_like(logits), cache, grads)  # into the same names
+    if pos_embed == "none":
+        return
+    prefix = pooling == "cls"
+    full, half = model._position[0, prefix:].reshape(4, 4, 12), small._position[0, prefix:].reshape(2, 2, 12)
+    np.testing.assert_allclose(half[1, 0], full[2:, :2].reshape(4, 12).mean(axis=0), rtol=1e-12)
+    assert not prefix or not small._position[0, 0].any()
+
+
+def test_what_cannot_be_halved_is_refused():
+    with pytest.raises(InputError, match="need fixed positions"):
+        ViT(ViTConfig(image_size=16, width=12, depth=1)).at_half_size()
+    with pytest.raises(InputError, match="need an even number of patches on a side, not 3"):
+        ViT(ViTConfig(image_size=12, width=12, depth=1, pos_embed="sincos2d")).at_half_size()

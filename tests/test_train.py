@@ -17,6 +17,7 @@ from conftest import TINY, load_script
 
 from minivit import ViTConfig, checkpoint, train
 from minivit.data import load
+from minivit.data.loader import halved
 from minivit.engine import Engine
 from minivit.errors import InputError
 from minivit.model import ViT
@@ -161,6 +162,39 @@ def test_each_option_reaches_the_training_and_resumes_exactly(tmp_path, name):
     assert run.run() is None
     resumed(tmp_path / "cut", config).run()
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+HALVED = replace(MODEL, image_size=8, patch_size=2, pos_embed="sincos2d")
+
+
+def test_the_first_epochs_on_pictures_of_half_the_size(tmp_path):
+    """They are those of a training on smaller pictures; it resumes exactly in either part."""
+    config = replace(HARD, half_size=0.6, crop_padding=0, flip=False, optimizer="muon")
+    run = trainer(tmp_path / "whole", config, model=HALVED)
+    assert run.small_epochs == 2
+    assert run.run()["steps"] == STEPS
+    halves = FEW._replace(
+        train_images=halved(FEW.train_images), test_images=halved(FEW.test_images)
+    )  # the first two epochs, on small pictures from the beginning
+    other = trainer(tmp_path / "small", replace(config, half_size=0.0, micro_batch=4 * config.micro_batch),
+                    model=replace(HALVED, image_size=4), data=halves)  # fmt: skip
+    other.model._position[...] = ViT(HALVED).at_half_size()._position
+    other.run()
+    losses = [[line["loss"] for line in timeless(out / METRICS) if line["kind"] == "train"]
+              for out in (tmp_path / "whole", tmp_path / "small")]  # fmt: skip
+    assert losses[0][:8] == losses[1][:8] and losses[0][8:] != losses[1][8:]
+    for step in (3, 10):
+        run = trainer(tmp_path / f"cut{step}", config, model=HALVED)
+        before_step(run, step, lambda run=run: run.stop("test"))
+        assert run.run() is None
+        resumed(tmp_path / f"cut{step}", config, model=HALVED).run()
+        assert_same_run(tmp_path / f"cut{step}", tmp_path / "whole")
+
+
+def test_pictures_that_cannot_be_halved_are_refused(tmp_path):
+    with pytest.raises(InputError, match="need fixed positions"):
+        trainer(tmp_path, replace(HARD, half_size=0.5))
+    assert not list(tmp_path.iterdir())
 
 
 def test_sam_takes_the_gradient_uphill(tmp_path):

@@ -54,6 +54,18 @@ def is_epoch_order(order, n, *, repeats=1):
     return in_range and len(np.unique(chosen)) == len(chosen) and np.array_equal(np.repeat(chosen, repeats)[:n], order)
 
 
+def halved(images):
+    """Pictures of half the height and width: each pixel is the mean of four, rounded up at a half.
+
+    Shapes  images (B, H, W, C) uint8  ->  (B, H/2, W/2, C) uint8
+    """
+    xp = array_module(images)
+    total = images[:, ::2, ::2].astype(xp.uint16)
+    for part in (images[:, 1::2, ::2], images[:, ::2, 1::2], images[:, 1::2, 1::2]):
+        total += part
+    return ((total + 2) // 4).astype(xp.uint8)
+
+
 @accelerated
 def augmented(images, rows, rng, **augmentation):
     """The pictures (n, H, W, C) of some rows (B,), augmented; see ``augment``."""
@@ -61,8 +73,9 @@ def augmented(images, rows, rng, **augmentation):
 
 
 def batches(
-    images, labels, order, batch_size, *, seed, epoch, start=0, prefetch=2, drop_last=False, mixing=None, **augmentation
-):
+    images, labels, order, batch_size, *, seed, epoch, start=0, prefetch=2, drop_last=False, half_size=False,
+    mixing=None, **augmentation,
+):  # fmt: skip
     """Yield ``(index, images, labels)`` for batch ``start``, ``start + 1``, ... of an epoch.
 
     Batch i takes ``order[i * batch_size : (i + 1) * batch_size]``, and its augmentation is drawn from a
@@ -70,7 +83,8 @@ def batches(
 
     Shapes  images (n, H, W, C) uint8, labels (n,) int64, order (m,) int64: the rows to visit, as from `epoch_order`
             ->  index, images (B, H, W, C) uint8, labels (B,) int64, or (B, K) float32 with ``mixing``: copies
-    ``augmentation`` are keyword settings of `augment`; ``mixing`` is a dict of those of `mix`, or None. One background
+    ``augmentation`` are keyword settings of `augment`; ``mixing`` is a dict of those of `mix`, or None; with
+    ``half_size`` the pictures that come of it are made half as high and wide (see `halved`). One background
     thread prepares ``prefetch`` batches ahead; with 0 each is prepared when asked for: the same batches. An error there
     is raised here; closing the generator ends the thread. ``drop_last`` leaves out a last batch that is smaller than
     ``batch_size``.
@@ -87,7 +101,7 @@ def batches(
         batch = augmented(images, rows, rng, **augmentation), labels[rows]
         if mixing:
             batch = mix(*batch, _generator(seed, _MIX, epoch, index), **mixing)
-        return index, *batch
+        return index, halved(batch[0]) if half_size else batch[0], batch[1]
 
     stop = len(order) // batch_size if drop_last else -(-len(order) // batch_size)
     indices = range(start, stop)
