@@ -91,10 +91,18 @@ class _Torch:
         u = self.wrote(f"{path}.gelu", self.torch.nn.functional.gelu(u, approximate=form))
         return self.wrote(path, self.linear(f"{path}.fc2", f"{prefix}.fc2", u))
 
+    def layer_scale(self, path, x):
+        if (gamma := self.p.get(f"{path}.gamma")) is None:
+            return x
+        self.inputs[path, "dgamma"] = gamma
+        return self.wrote(path, self.read(path, "x", x) * gamma)
+
     def block(self, path, z):
         z = self.read(path, "z", z)
-        z = z + self.msa(f"{path}.msa", f"{path}.attn", self.layernorm(f"{path}.norm1", f"{path}.norm1", z))
-        z = z + self.mlp(f"{path}.mlp", f"{path}.mlp", self.layernorm(f"{path}.norm2", f"{path}.norm2", z))
+        u = self.msa(f"{path}.msa", f"{path}.attn", self.layernorm(f"{path}.norm1", f"{path}.norm1", z))
+        z = z + self.layer_scale(f"{path}.ls1", u)
+        u = self.mlp(f"{path}.mlp", f"{path}.mlp", self.layernorm(f"{path}.norm2", f"{path}.norm2", z))
+        z = z + self.layer_scale(f"{path}.ls2", u)
         return self.wrote(path, z)
 
     def embed(self, images):

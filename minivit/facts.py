@@ -8,6 +8,7 @@ from the truth, as a relative number; rounding in float64 stays below `TOLERANCE
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -82,6 +83,37 @@ def _layernorm_gradient():
     rng = np.random.default_rng(3)
     _, cache = layernorm_forward(rng.standard_normal((3, 4, 7)), rng.standard_normal(7), np.zeros(7), eps=0.0)
     return layernorm_backward(rng.standard_normal((3, 4, 7)), cache)[0], cache.xhat
+
+
+def _loss_and_gradients(config, flat):
+    """Loss, and {parameter: gradient}, of a batch of random pictures and labels, the same for every model."""
+    rng = np.random.default_rng(6)
+    model, (H, C) = ViT(config, flat=flat), (config.image_size, config.channels)
+    logits, cache = model.forward(rng.standard_normal((3, H, H, C)))
+    loss, loss_cache = softmax_cross_entropy_forward(logits, rng.integers(0, config.num_classes, 3))
+    _, grads = model.gradient_buffer()
+    model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads)
+    return loss, grads
+
+
+_SMALL = ViTConfig(image_size=4, patch_size=2, channels=1, num_classes=3, width=8, depth=2, num_heads=2, mlp_dim=5)
+
+
+def _random_model(config):
+    """A model in float64, away from the zeros of its initialisation; parameters of one name start alike in every one."""
+    model = ViT(config, dtype=np.float64)
+    for name, value in model.params.items():
+        value += 0.3 * np.random.default_rng(list(name.encode())).standard_normal(value.shape)
+    return model
+
+
+def layer_scale_of_ones_is_none():
+    """A model whose LayerScale is 1 has the loss and the gradients of the one without it."""
+    plain, scaled = _random_model(_SMALL), _random_model(replace(_SMALL, layer_scale=0.1))
+    for name, value in scaled.params.items():
+        value[...] = plain.params.get(name, 1.0)
+    (loss, grads), (expected_loss, expected) = (_loss_and_gradients(m.config, m.flat) for m in (scaled, plain))
+    return max(_error(loss, expected_loss), *(_error(grads[name], expected[name]) for name in expected))
 
 
 def equal_logits_cost_ln_k():
@@ -239,6 +271,7 @@ FACTS = {
         layernorm_rows_have_mean_0_and_variance_1,
         layernorm_gradient_ignores_a_common_shift,
         layernorm_gradient_ignores_a_common_scale,
+        layer_scale_of_ones_is_none,
         equal_logits_cost_ln_k,
         large_logits_are_no_trouble,
         targets_are_probabilities,

@@ -5,16 +5,19 @@ wrong one or a factor of B, N or h cannot hide. A case is a function of a Genera
 backward, args, argument names).
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from minivit.backend import array_module
 from minivit.layers.attention import attention_backward, attention_forward, attention_jvp
-from minivit.layers.block import ATTN, BLOCK_PARAMETERS, MLP, block_backward, block_forward, block_jvp
+from minivit.layers.block import ATTN, BLOCK_PARAMETERS, LS1, LS2, MLP, block_backward, block_forward, block_jvp
 from minivit.layers.drop_path import drop_path_backward, drop_path_forward, drop_path_jvp
 from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.flash_attention import flash_attention_backward, flash_attention_forward, flash_attention_jvp
 from minivit.layers.gelu import gelu_backward, gelu_forward, gelu_jvp
 from minivit.layers.head import head_backward, head_forward, head_jvp
+from minivit.layers.layer_scale import layer_scale_backward, layer_scale_forward, layer_scale_jvp
 from minivit.layers.layernorm import layernorm_backward, layernorm_forward, layernorm_jvp
 from minivit.layers.linear import linear_backward, linear_forward, linear_jvp
 from minivit.layers.mlp import mlp_backward, mlp_forward, mlp_jvp
@@ -36,6 +39,10 @@ def _linear(rng):
 
 def _layernorm(rng):
     return layernorm_forward, layernorm_backward, _arrays(rng, (B, N, D), (D,), (D,)), ("x", "w", "b")
+
+
+def _layer_scale(rng):
+    return layer_scale_forward, layer_scale_backward, _arrays(rng, (B, N, D), (D,)), ("x", "gamma")
 
 
 def _gelu(kind):
@@ -110,26 +117,36 @@ def _mlp(rng):
     return forward, mlp_backward, args, ("x", "W1", "b1", "W2", "b2")
 
 
+class _Named(NamedTuple):
+    """The cache of a glue function, and the names of the parameters that it was given."""
+
+    names: tuple
+    cache: Any
+
+
 def _by_position(forward, backward, names):
     """A glue function, which takes and fills mappings, in the protocol of the layers."""
 
     def positional_forward(z, *values):
-        return forward(z, dict(zip(names, values, strict=True)))
+        y, cache = forward(z, dict(zip(names, values, strict=True)))
+        return y, _Named(names, cache)
 
     def positional_backward(dy, cache, values):
         grads = {name: array_module(dy).zeros(value.shape, dy.dtype) for name, value in zip(names, values, strict=True)}
-        dz = backward(dy, cache, grads)
+        dz = backward(dy, cache.cache, grads)
         return (dz, *grads.values())
 
     return positional_forward, positional_backward
 
 
-def _block(dropout):
+def _block(dropout, options=()):
+    names = BLOCK_PARAMETERS + options
+
     def case(rng):
         shapes = {"attn.qkv.weight": (D, 3 * D), "attn.qkv.bias": (3 * D,), "attn.proj.weight": (D, D)}
         shapes |= {"mlp.fc1.weight": (D, M), "mlp.fc1.bias": (M,), "mlp.fc2.weight": (M, D)}
-        values = _arrays(rng, *[shapes.get(name, (D,)) for name in BLOCK_PARAMETERS])
-        values = [0.3 * v if name in ATTN + MLP else v for name, v in zip(BLOCK_PARAMETERS, values, strict=True)]
+        values = _arrays(rng, *[shapes.get(name, (D,)) for name in names])
+        values = [0.3 * v if name in ATTN + MLP else v for name, v in zip(names, values, strict=True)]
 
         def block(z, params):
             return block_forward(
@@ -137,9 +154,9 @@ def _block(dropout):
                 rng=np.random.default_rng(4),
             )  # fmt: skip
 
-        forward, backward = _by_position(block, block_backward, BLOCK_PARAMETERS)
+        forward, backward = _by_position(block, block_backward, names)
         z = rng.standard_normal((8, N, D))  # enough pictures for stochastic depth to drop some
-        return forward, lambda dy, cache: backward(dy, cache, values), [z, *values], ("z", *BLOCK_PARAMETERS)
+        return forward, lambda dy, cache: backward(dy, cache, values), [z, *values], ("z", *names)
 
     return case
 
@@ -193,6 +210,7 @@ def _loss(soft, label_smoothing):
 LAYERS = {
     "linear": _linear,
     "layernorm": _layernorm,
+    "layer_scale": _layer_scale,
     "gelu": _gelu("tanh"),
     "gelu-erf": _gelu("erf"),
     "softmax": _softmax,
@@ -208,6 +226,7 @@ LAYERS = {
     "mlp": _mlp,
     "block": _block(0.0),
     "block-dropout": _block(0.3),
+    "block-layer_scale": _block(0.3, LS1 + LS2),
     "patch_embed": _patch_embed(True, True),
     "patch_embed-mean": _patch_embed(False, False),
     "head": _head("cls", False),
@@ -220,15 +239,10 @@ LAYERS = {
 
 def _named_jvp(jvp):
     """The derivative of a glue function, which takes a mapping, in the protocol of the layers."""
-    names = {
-        len(BLOCK_PARAMETERS): BLOCK_PARAMETERS,
-        4: ("norm.weight", "norm.bias", "head.weight", "head.bias"),
-        6: ("norm.weight", "norm.bias", "pre_logits.weight", "pre_logits.bias", "head.weight", "head.bias"),
-    }
 
     def positional(zdot, *rest):
-        *tangents, cache = rest
-        return jvp(zdot, dict(zip(names[len(tangents)], tangents, strict=True)), cache)
+        *tangents, (names, cache) = rest
+        return jvp(zdot, dict(zip(names, tangents, strict=True)), cache)
 
     return positional
 
@@ -236,6 +250,7 @@ def _named_jvp(jvp):
 JVPS = {
     "linear": linear_jvp,
     "layernorm": layernorm_jvp,
+    "layer_scale": layer_scale_jvp,
     "gelu": gelu_jvp,
     "softmax": softmax_jvp,
     "dropout": dropout_jvp,
@@ -265,6 +280,7 @@ MODELS = {
     "vit-mean": {**_TINY, "image_size": 6, "pooling": "mean", "num_heads": 1},
     "vit-erf": {**_TINY, "gelu": "erf"},
     "vit-pre_logits": {**_TINY, "pre_logits": 10, "pos_embed": "sincos2d"},
+    "vit-layer_scale": {**_TINY, "layer_scale": 0.1},
     "vit-dropout": {**_TINY, "dropout": 0.2, "attention_dropout": 0.3, "drop_path": 0.4, "pos_embed": "none"},
 }
 MODEL_BATCH = 8  # pictures, for the models

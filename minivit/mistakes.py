@@ -46,6 +46,7 @@ def _in(module, function):
 _linear = _in("layers.linear", "linear_backward")
 _layernorm = _in("layers.layernorm", "layernorm_backward")
 _forward_of_layernorm = _in("layers.layernorm", "layernorm_forward")
+_layer_scale = _in("layers.layer_scale", "layer_scale_backward")
 _gelu = _in("layers.gelu", "gelu_backward")
 _forward_of_softmax = _in("layers.softmax", "softmax_forward")
 _softmax = _in("layers.softmax", "softmax_backward")
@@ -138,6 +139,19 @@ MISTAKES = (
         "var = row_mean(xc * xc) * (x.shape[-1] / (x.shape[-1] - 1))",
         "the forward divides the variance by D - 1, the backward differentiates 1/D",
         "do forward and backward agree on the variance?",
+    ),
+    _layer_scale(
+        "layer-scale-batch-mean", "ones(len(product), dy.dtype) @ product",
+        "ones(len(product), dy.dtype) @ product / len(dy)",
+        "gamma's gradient is divided by the batch size", "how many rows share gamma?",
+    ),
+    _layer_scale(
+        "layer-scale-of-the-scaled", "(dy * x).reshape", "(dy * gamma * x).reshape",
+        "gamma's gradient is made of the scaled branch", "y = gamma x: what multiplies gamma?",
+    ),
+    _layer_scale(
+        "layer-scale-not-undone", "return dy * gamma, dgamma", "return dy * 1.0, dgamma",
+        "the gradient passes by gamma on its way to the branch", "who is multiplied by gamma?",
     ),
     _gelu(
         "gelu-other-form", '    if kind == "erf":',
@@ -298,6 +312,10 @@ MISTAKES = (
     _block(
         "block-norms-swapped", "layernorm_backward(du, cache.norm2)", "layernorm_backward(du, cache.norm1)",
         "the second LayerNorm uses the first one's cache", "read the cache fields in reverse",
+    ),
+    _block(
+        "block-layer-scales-swapped", "layer_scale_backward(du, cache.ls1)", "layer_scale_backward(du, cache.ls2)",
+        "the attention branch's LayerScale uses the cache of the MLP branch's", "read the cache fields in reverse",
     ),
     _block(
         "block-path-skipped", "du = drop_path_backward(dz, cache.path1)", "du = dz * 1.0",

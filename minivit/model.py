@@ -19,7 +19,7 @@ import numpy as np
 from minivit import params as parameters
 from minivit.backend import array_module, plain
 from minivit.errors import InputError
-from minivit.layers.block import BLOCK_PARAMETERS, BlockCache, block_backward, block_forward, block_jvp
+from minivit.layers.block import BLOCK_PARAMETERS, LS1, LS2, BlockCache, block_backward, block_forward, block_jvp
 from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.gelu import KINDS as GELUS
 from minivit.layers.head import POOLINGS, HeadCache, head_backward, head_forward, head_jvp
@@ -31,7 +31,7 @@ from minivit.layers.patch_embed import (
     patch_embed_jvp,
     sincos2d,
 )
-from minivit.params import ParameterSpec, lecun_normal, normal, ones, xavier_uniform, zeros
+from minivit.params import ParameterSpec, constant, lecun_normal, normal, ones, xavier_uniform, zeros
 from minivit.settings import check_choice, check_range, check_types, setting
 
 POSITIONS = ("learned", "sincos2d", "none")
@@ -76,6 +76,7 @@ class ViTConfig:
     pos_embed: str = setting("learned", 'position embedding: "learned", "sincos2d" or "none"')
     pre_logits: int = setting(0, "width R of the tanh layer before the head; 0 for none")
     gelu: str = setting("tanh", 'GELU form: "tanh" (official code) or "erf" (timm)')
+    layer_scale: float = setting(0.0, "LayerScale: initial factor of the residual branches; 0 for none")
     layernorm_eps: float = setting(1e-6, "added to the variance in LayerNorm")
     dropout: float = setting(0.0, "dropout rate after the embedding, the MSA projection and both MLP layers")
     attention_dropout: float = setting(0.0, "dropout rate of the attention maps")
@@ -90,6 +91,7 @@ class ViTConfig:
         check_range(self, 0, None, "pre_logits")
         check_range(self, 0.0, 1.0, "dropout", "attention_dropout", "drop_path", open_high=True)
         check_range(self, 1e-20, 1.0, "layernorm_eps")
+        check_range(self, 0.0, 1.0, "layer_scale")
         check_choice(self, "pooling", POOLINGS)
         check_choice(self, "pos_embed", POSITIONS)
         check_choice(self, "gelu", GELUS)
@@ -134,10 +136,15 @@ def preset_fields(name):
     return fields | ({"image_size": 224, "num_classes": 1000} if paper else {"image_size": 32, "num_classes": 10})
 
 
+def block_parameters(config):
+    """The names of a block's parameters, without ``blocks.i.``."""
+    return BLOCK_PARAMETERS + (LS1 + LS2 if config.layer_scale else ())
+
+
 def parameter_table(config):
     """The model's parameters in the order of the forward pass, with timm's names and the official initialisers.
 
-    Weight decay applies to the matrices alone: not to biases, LayerNorm, the class token or the position
+    Weight decay applies to the matrices alone: not to biases, LayerNorm, LayerScale, the class token or the position
     embedding.
     """
     c, D, M = config, config.width, config.mlp_dim
@@ -150,6 +157,10 @@ def parameter_table(config):
     def layernorm(name):
         add(f"{name}.weight", (D,), ones)
         add(f"{name}.bias", (D,), zeros)
+
+    def layer_scale(name):
+        if c.layer_scale:
+            add(f"{name}.gamma", (D,), constant(c.layer_scale))
 
     def dense(name, n_in, n_out, init, bias_init=zeros):
         add(f"{name}.weight", (n_in, n_out), init, decay=True)
@@ -165,9 +176,11 @@ def parameter_table(config):
         # queries, keys and values are three (D, D) matrices side by side, and are initialised as such
         dense(f"blocks.{i}.attn.qkv", D, 3 * D, xavier_uniform(D, D))
         dense(f"blocks.{i}.attn.proj", D, D, xavier_uniform(D, D))
+        layer_scale(f"blocks.{i}.ls1")
         layernorm(f"blocks.{i}.norm2")
         dense(f"blocks.{i}.mlp.fc1", D, M, xavier_uniform(D, M), normal(1e-6))
         dense(f"blocks.{i}.mlp.fc2", M, D, xavier_uniform(M, D), normal(1e-6))
+        layer_scale(f"blocks.{i}.ls2")
     layernorm("norm")
     if c.pre_logits:
         dense("pre_logits", D, c.pre_logits, lecun_normal(D))
@@ -231,6 +244,7 @@ class ViT:
         self.table = parameter_table(config)
         self.flat = parameters.initialise(self.table, seed=seed, dtype=dtype) if flat is None else flat
         self.params = parameters.views(self.flat, self.table)
+        self._block_names = block_parameters(config)
         self._blocks = [self._of_block(self.params, i) for i in range(config.depth)]
         self._position = self.params.get("pos_embed")
         if config.pos_embed == "sincos2d":
@@ -240,9 +254,8 @@ class ViT:
     def __repr__(self):
         return f"ViT({self.config}, {self.flat.size:,} parameters, {self.flat.dtype})"
 
-    @staticmethod
-    def _of_block(named, i):
-        return {name: named[f"blocks.{i}.{name}"] for name in BLOCK_PARAMETERS}
+    def _of_block(self, named, i):
+        return {name: named[f"blocks.{i}.{name}"] for name in self._block_names}
 
     def drop_path_rate(self, i):
         """Stochastic depth's rate of block i: it rises linearly from 0 to the configuration's."""

@@ -421,11 +421,11 @@ def save_trace(file, trace, *, title=""):
     rows = (
         (4.6, "z_0", "z'_1", [
             ("norm1", "u", ["norm1"]), ("qkv", "q, k, v", ["msa.qkv"]), ("attention", "heads", ["msa.attention"]),
-            ("proj", "msa", ["msa.proj", "dropout1", "path1"]),
+            ("proj", "msa", ["msa.proj", "dropout1", "ls1", "path1"]),
         ]),
         (1.95, "z'_1", "z_1", [
             ("norm2", "v", ["norm2"]), ("fc1", "hidden", ["mlp.fc1"]), ("gelu", "gelu", ["mlp.gelu", "mlp.dropout"]),
-            ("fc2", "mlp", ["mlp.fc2", "dropout2", "path2"]),
+            ("fc2", "mlp", ["mlp.fc2", "dropout2", "ls2", "path2"]),
         ]),
     )  # fmt: skip
     xs, plus, tokens = [2.75, 5.95, 9.15, 12.35], 14.55, shape_of("blocks.0")

@@ -27,6 +27,7 @@ Everything else by operations per element, exp, tanh, erf and comparisons being 
 
     linear's bias     1 forward (the addition)       1 backward (the sum over rows)
     layernorm         7                              11
+    layer_scale       1                              3
     softmax           5                              4
     attention scores  1 (the scale)                  1
     gelu              8 "tanh", 5 "erf"              11 "tanh", 7 "erf"
@@ -74,6 +75,7 @@ TENSORS = {
     "blocks.msa.attention.dropout": ("7", "attn", "dropped"),
     "blocks.msa.proj": ("8", "heads", "msa"),
     "blocks.dropout1": ("2", "msa", "msa"),
+    "blocks.ls1": ("2", "msa", "msa"),
     "blocks.path1": ("2", "msa", "msa"),
     "blocks.norm2": ("3", "z'_{+}", "v"),
     "blocks.mlp": ("3", "v", "mlp"),
@@ -82,6 +84,7 @@ TENSORS = {
     "blocks.mlp.dropout": ("3", "gelu", "gelu"),
     "blocks.mlp.fc2": ("3", "gelu", "mlp"),
     "blocks.dropout2": ("3", "mlp", "mlp"),
+    "blocks.ls2": ("3", "mlp", "mlp"),
     "blocks.path2": ("3", "mlp", "mlp"),
     "head": ("4", "z_L", "logits"),
     "head.norm": ("4", "z_L", "y"),
@@ -95,6 +98,7 @@ NAMES = {
     ("patch_embed", "linear"): ("proj",),
     ("block", "layernorm"): ("norm1", "norm2"),
     ("block", "dropout"): ("dropout1", "dropout2"),
+    ("block", "layer_scale"): ("ls1", "ls2"),
     ("block", "drop_path"): ("path1", "path2"),
     ("msa", "linear"): ("qkv", "proj"),
     ("msa", "flash_attention"): ("attention",),
@@ -104,7 +108,10 @@ NAMES = {
     ("", "softmax_cross_entropy"): ("loss",),
 }
 
-PER_ELEMENT = {"layernorm_forward": 7, "layernorm_backward": 11, "softmax_forward": 5, "softmax_backward": 4}
+PER_ELEMENT = {
+    "layernorm_forward": 7, "layernorm_backward": 11, "softmax_forward": 5, "softmax_backward": 4,
+    "layer_scale_forward": 1, "layer_scale_backward": 3,
+}  # fmt: skip
 GELU_PER_ELEMENT = {("forward", "tanh"): 8, ("forward", "erf"): 5, ("backward", "tanh"): 11, ("backward", "erf"): 7}
 
 
@@ -385,6 +392,7 @@ class Recorder:
 ARGUMENTS = {  # of the forwards, where there are others than x
     "linear": ("x", "W", "b"),
     "layernorm": ("x", "w", "b"),
+    "layer_scale": ("x", "gamma"),
     "attention": ("q", "k", "v"),
     "flash_attention": ("q", "k", "v"),
     "msa": ("x", "Wqkv", "bqkv", "Wproj", "bproj"),
@@ -541,6 +549,7 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
             Q = 1 in the last block if the head reads the class token alone, else N
             where Q >= `msa.LONG`, h Q takes the place of h Q N, and there is no mask of attention
             rows = 1 normalised by the head for the class token, N for mean pooling
+            LayerScale: 2 Q D more in each block
             masks / B, one byte per entry, each only with its rate above 0 and ``dropout`` (a Generator was given):
             N D for the embedding;  Q (2 D + M) in each block;  h Q N of its attention;  1 per branch of the blocks
             whose drop path has a rate above 0: all but the first, or the only one
@@ -552,6 +561,7 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
     blocks = c.depth * N * ((D + 1) + D + 3 * D)
     # heads; norm2: xhat, rstd; what it gives to fc1; the GELU's x and gate; what it gives
     blocks += asking * (D + (D + 1) + D + 3 * M)
+    blocks += (c.layer_scale > 0) * asking * 2 * D  # what it scales, in both branches
     maps = c.num_heads * N * (asking - again)
     blocks += maps + c.num_heads * again  # the attention maps, or the logarithms of their rows' sums
     rows = 1 if c.pooling == "cls" else N

@@ -24,6 +24,7 @@ FLAGS = [
 ]  # fmt: skip
 MORE = [  # what the models elsewhere must follow
     {}, {"pooling": "mean", "pos_embed": "sincos2d"}, {"pre_logits": 7, "pos_embed": "none"}, {"gelu": "erf"},
+    {"layer_scale": 0.1},
 ]  # fmt: skip
 
 

@@ -24,6 +24,8 @@ EXPOSED_BY = {
         layernorm-dropped-mean layernorm-dropped-variance layernorm-variance-sum layernorm-rstd-squared
         layernorm-no-weight layernorm-stale-mean layernorm-batch-axis""",
     "layernorm: dw": "layernorm-weight-order",
+    "layer_scale: dgamma": "layer-scale-batch-mean layer-scale-of-the-scaled",
+    "layer_scale: dx": "layer-scale-not-undone",
     "gelu: dx": "gelu-other-form gelu-cubic-factor gelu-sech gelu-no-product-rule",
     "gelu-erf: dx": "gelu-erf-density gelu-erf-no-density",
     "softmax: dx": "softmax-no-jacobian softmax-sum-axis softmax-dy-sum softmax-square",
@@ -45,6 +47,7 @@ EXPOSED_BY = {
     "block: dz dnorm1.* dattn.*": "block-residual-dropped",
     "block: dz dnorm1.* dattn.* dnorm2.weight": "block-norms-swapped",
     "block-dropout: dz dnorm1.* dattn.*": "block-path-skipped",
+    "block-layer_scale: dz dnorm1.* dattn.* dls1.*": "block-layer-scales-swapped",
     "patch_embed: dcls_token": "patch-class-token-dropped patch-class-token-mean",
     "patch_embed: dpos_embed": "patch-position-first-picture patch-position-reversed",
     "patch_embed: dimages dW db": "patch-class-token-kept",

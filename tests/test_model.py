@@ -93,6 +93,8 @@ def test_every_preset_is_a_model():
         ({"width": 66, "pos_embed": "sincos2d"}, "multiple of 4"),
         ({"pre_logits": -1}, "pre_logits must be at least 0"),
         ({"layernorm_eps": 0.0}, "layernorm_eps must be at least"),
+        ({"layer_scale": -0.1}, "layer_scale must be at least 0.0 and at most 1.0, got -0.1"),
+        ({"layer_scale": float("inf")}, "layer_scale must be a finite number"),
     ],
 )
 def test_impossible_settings_are_named(changes, message):

@@ -41,6 +41,31 @@ def test_names_are_timms():
     }  # fmt: skip
 
 
+OPTIONS = {  # setting -> the parameters that it adds, with timm's names, and their shapes
+    "layer_scale": (0.1, {"blocks.0.ls1.gamma": (48,), "blocks.0.ls2.gamma": (48,)}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_adds_its_parameters_and_changes_no_other(name):
+    value, added = OPTIONS[name]
+    plain = parameter_table(ViTConfig(width=48, depth=1))
+    table = parameter_table(ViTConfig(width=48, depth=1, **{name: value}))
+    assert {spec.name: spec.shape for spec in table if spec.name in added} == added
+    without = [spec for spec in table if spec.name not in added]
+    assert [spec[:2] for spec in without] == [spec[:2] for spec in plain]
+    named = params.views(params.initialise(table, seed=3), table)
+    flat = np.concatenate([named[spec.name].ravel() for spec in without])
+    assert np.array_equal(flat, params.initialise(plain, seed=3))
+
+
+def test_initial_values_and_decay_of_the_options():
+    table = parameter_table(ViTConfig(width=48, depth=1, layer_scale=0.25))
+    named, decay = params.views(params.initialise(table), table), {spec.name: spec.decay for spec in table}
+    assert (named["blocks.0.ls1.gamma"] == 0.25).all() and (named["blocks.0.ls2.gamma"] == 0.25).all()
+    assert not decay["blocks.0.ls1.gamma"] and not decay["blocks.0.ls2.gamma"]
+
+
 def uniform_limit(name):
     D, M = 96, 384
     fan = D + M if ".mlp." in name else 2 * D  # q, k and v count as three D x D matrices

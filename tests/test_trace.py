@@ -29,6 +29,8 @@ CONFIGS = {
     "attention-dropout": {"attention_dropout": 0.2},
     "drop-path": {"drop_path": 0.2, "depth": 3},
     "erf": {"gelu": "erf"},
+    "layer-scale": {"layer_scale": 0.1},
+    "layer-scale-dropout": {"layer_scale": 0.1, **DROPS, "pooling": "mean"},
     "one-pixel-patches": {"patch_size": 1, "image_size": 3, "pos_embed": "none"},
     "one-patch": {"patch_size": 8, "pos_embed": "sincos2d"},
 }
@@ -94,6 +96,16 @@ def test_every_call_is_recorded_in_its_order_and_place():
         r = found[path]
         assert (r.equation, r.output, r.shape, r.depth) == figures
         assert r.dtype == "float32" and r.bytes == 4 * np.prod(r.shape) and r.nonfinite == 0
+
+
+def test_options_are_recorded_where_they_act():
+    records = traced(layer_scale=0.1, **DROPS).records
+    forward = [r for r in records if r.direction == "forward" and r.path.startswith("blocks.0.") and r.depth == 1]
+    names = "norm1 msa dropout1 ls1 path1 norm2 mlp dropout2 ls2 path2".split()
+    assert [r.path.removeprefix("blocks.0.") for r in forward] == names
+    ls2 = next(r for r in records if (r.path, r.direction) == ("blocks.0.ls2", "backward"))
+    assert (ls2.equation, ls2.output, set(ls2.norms)) == ("3", "dmlp", {"dx", "dgamma"})
+    assert ls2.flops == 3 * 3 * 5 * 12
 
 
 def ends(records):

@@ -37,6 +37,11 @@ def attention(p, name, x, num_heads):
     return linear(p, f"{name}.proj", jax.nn.dot_product_attention(q, k, v).reshape(B, N, D))
 
 
+def layer_scale(p, name, x):
+    """x, or gamma x where there is a gamma: x (..., D) -> (..., D)."""
+    return x * p[f"{name}.gamma"] if f"{name}.gamma" in p else x
+
+
 def vit(config, p, images):
     """`minivit.model.ViT`: pictures (B, H, W, C) uint8 -> logits (B, K)."""
     c, P, n = config, config.patch_size, config.grid_size
@@ -52,9 +57,11 @@ def vit(config, p, images):
         z = z + sincos2d(n, c.width, prefix_tokens=int(c.pooling == "cls")).astype(np.float32)
     for i in range(c.depth):
         block = f"blocks.{i}"
-        z = z + attention(p, f"{block}.attn", layernorm(p, f"{block}.norm1", z, c.layernorm_eps), c.num_heads)
+        u = attention(p, f"{block}.attn", layernorm(p, f"{block}.norm1", z, c.layernorm_eps), c.num_heads)
+        z = z + layer_scale(p, f"{block}.ls1", u)
         u = linear(p, f"{block}.mlp.fc1", layernorm(p, f"{block}.norm2", z, c.layernorm_eps))
-        z = z + linear(p, f"{block}.mlp.fc2", jax.nn.gelu(u, approximate=c.gelu == "tanh"))
+        u = linear(p, f"{block}.mlp.fc2", jax.nn.gelu(u, approximate=c.gelu == "tanh"))
+        z = z + layer_scale(p, f"{block}.ls2", u)
     if c.pooling == "cls":
         y = layernorm(p, "norm", z[:, 0], c.layernorm_eps)
     else:

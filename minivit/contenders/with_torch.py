@@ -48,6 +48,17 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each entry: x (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((config.width,), config.layer_scale))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
 class Block(nn.Module):
     """The encoder block, pre-norm (Eq. 2-3): z (B, N, D) -> (B, N, D)."""
 
@@ -57,10 +68,11 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.width, config.layernorm_eps)
         self.mlp = MLP(config)
+        self.ls1, self.ls2 = (LayerScale(config) if config.layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, z):
-        z = z + self.attn(self.norm1(z))
-        return z + self.mlp(self.norm2(z))
+        z = z + self.ls1(self.attn(self.norm1(z)))
+        return z + self.ls2(self.mlp(self.norm2(z)))
 
 
 class PatchEmbed(nn.Module):
