@@ -96,11 +96,15 @@ def _loss_and_gradients(config, flat):
     return loss, grads
 
 
+def _joined(named):
+    return np.concatenate([value.ravel() for value in named.values()])
+
+
 _SMALL = ViTConfig(image_size=4, patch_size=2, channels=1, num_classes=3, width=8, depth=2, num_heads=2, mlp_dim=5)
 
 
 def _random_model(config):
-    """A model in float64, away from the zeros of its initialisation; parameters of one name start alike in every one."""
+    """A float64 model away from the zeros of its initialisation; parameters of one name are alike in all of them."""
     model = ViT(config, dtype=np.float64)
     for name, value in model.params.items():
         value += 0.3 * np.random.default_rng(list(name.encode())).standard_normal(value.shape)
@@ -113,7 +117,31 @@ def layer_scale_of_ones_is_none():
     for name, value in scaled.params.items():
         value[...] = plain.params.get(name, 1.0)
     (loss, grads), (expected_loss, expected) = (_loss_and_gradients(m.config, m.flat) for m in (scaled, plain))
-    return max(_error(loss, expected_loss), *(_error(grads[name], expected[name]) for name in expected))
+    shared = {name: grads[name] for name in expected}
+    return max(_error(loss, expected_loss), _error(_joined(shared), _joined(expected)))
+
+
+def qk_norm_ignores_the_scale_of_queries_and_keys():
+    """With QK-norm, five times the queries and a third of the keys give the same loss and gradients (eps next to 0)."""
+    config = replace(_SMALL, qk_norm=True, layernorm_eps=1e-20)
+    model, D = _random_model(config), config.width
+    expected_loss, expected = _loss_and_gradients(config, model.flat)
+    factors = np.repeat([5.0, 1 / 3, 1.0], D)
+    for name, value in model.params.items():
+        if ".qkv." in name:
+            value *= factors
+    loss, grads = _loss_and_gradients(config, model.flat)
+    unscaled = {name: g * factors if ".qkv." in name else g for name, g in grads.items()}
+    return max(_error(loss, expected_loss), _error(_joined(unscaled), _joined(expected)))
+
+
+def sequence_pooling_of_equal_scores_is_the_mean():
+    """With w = 0, sequence pooling has the loss and the gradients of mean pooling, whatever its bias."""
+    mean, seq = (_random_model(replace(_SMALL, pooling=pooling)) for pooling in ("mean", "seq"))
+    seq.params["attention_pool.weight"][...] = 0.0
+    (loss, grads), (expected_loss, expected) = (_loss_and_gradients(m.config, m.flat) for m in (seq, mean))
+    shared = {name: grads[name] for name in expected}
+    return max(_error(loss, expected_loss), _error(_joined(shared), _joined(expected)))
 
 
 def equal_logits_cost_ln_k():
@@ -272,6 +300,8 @@ FACTS = {
         layernorm_gradient_ignores_a_common_shift,
         layernorm_gradient_ignores_a_common_scale,
         layer_scale_of_ones_is_none,
+        qk_norm_ignores_the_scale_of_queries_and_keys,
+        sequence_pooling_of_equal_scores_is_the_mean,
         equal_logits_cost_ln_k,
         large_logits_are_no_trouble,
         targets_are_probabilities,

@@ -11,7 +11,17 @@ import numpy as np
 
 from minivit.backend import array_module
 from minivit.layers.attention import attention_backward, attention_forward, attention_jvp
-from minivit.layers.block import ATTN, BLOCK_PARAMETERS, LS1, LS2, MLP, block_backward, block_forward, block_jvp
+from minivit.layers.block import (
+    ATTN,
+    BLOCK_PARAMETERS,
+    LS1,
+    LS2,
+    MLP,
+    QK_NORM,
+    block_backward,
+    block_forward,
+    block_jvp,
+)
 from minivit.layers.drop_path import drop_path_backward, drop_path_forward, drop_path_jvp
 from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.flash_attention import flash_attention_backward, flash_attention_forward, flash_attention_jvp
@@ -23,6 +33,7 @@ from minivit.layers.linear import linear_backward, linear_forward, linear_jvp
 from minivit.layers.mlp import mlp_backward, mlp_forward, mlp_jvp
 from minivit.layers.msa import msa_backward, msa_forward, msa_jvp
 from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward, patch_embed_jvp
+from minivit.layers.sequence_pool import sequence_pool_backward, sequence_pool_forward, sequence_pool_jvp
 from minivit.layers.softmax import softmax_backward, softmax_forward, softmax_jvp
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward, softmax_cross_entropy_jvp
 
@@ -100,13 +111,19 @@ def _flash_attention(dropout, shapes=((B, HEADS, N, D // HEADS),) * 3):
     return case
 
 
-def _msa(rng):
-    def forward(*args):
-        return msa_forward(*args, num_heads=HEADS, attention_dropout=0.3, rng=np.random.default_rng(2))
+def _msa(qk_norm, queries=None):
+    def case(rng):
+        def forward(*args):
+            return msa_forward(
+                *args, num_heads=HEADS, queries=queries, attention_dropout=0.3, rng=np.random.default_rng(2)
+            )
 
-    x, *weights = _arrays(rng, (B, N, D), (D, 3 * D), (3 * D,), (D, D), (D,))
-    args = [x, *(0.3 * W for W in weights)]  # scores of order 1: a saturated softmax has gradients too small to compare
-    return forward, msa_backward, args, ("x", "Wqkv", "bqkv", "Wproj", "bproj")
+        x, *weights = _arrays(rng, (B, N, D), (D, 3 * D), (3 * D,), (D, D), (D,))
+        args = [x, *(0.3 * W for W in weights)]  # scores of order 1: softmax's gradients vanish where it saturates
+        args += _arrays(rng, *[(D // HEADS,)] * 4) if qk_norm else [None] * 4
+        return forward, msa_backward, args, ("x", "Wqkv", "bqkv", "Wproj", "bproj", "wq", "bq", "wk", "bk")
+
+    return case
 
 
 def _mlp(rng):
@@ -144,6 +161,7 @@ def _block(dropout, options=()):
 
     def case(rng):
         shapes = {"attn.qkv.weight": (D, 3 * D), "attn.qkv.bias": (3 * D,), "attn.proj.weight": (D, D)}
+        shapes |= dict.fromkeys(QK_NORM, (D // HEADS,))
         shapes |= {"mlp.fc1.weight": (D, M), "mlp.fc1.bias": (M,), "mlp.fc2.weight": (M, D)}
         values = _arrays(rng, *[shapes.get(name, (D,)) for name in names])
         values = [0.3 * v if name in ATTN + MLP else v for name, v in zip(names, values, strict=True)]
@@ -175,10 +193,16 @@ def _patch_embed(cls_token, position):
     return case
 
 
+def _sequence_pool(rng):
+    x, W, b = _arrays(rng, (B, N, D), (D, 1), (1,))
+    return sequence_pool_forward, sequence_pool_backward, [x, 0.3 * W, b], ("x", "W", "b")
+
+
 def _head(pooling, pre_logits):
     def case(rng):
         R = 6
         shapes = {"norm.weight": (D,), "norm.bias": (D,)}
+        shapes |= {"attention_pool.weight": (D, 1), "attention_pool.bias": (1,)} if pooling == "seq" else {}
         shapes |= {"pre_logits.weight": (D, R), "pre_logits.bias": (R,)} if pre_logits else {}
         shapes |= {"head.weight": (R if pre_logits else D, K), "head.bias": (K,)}
         values = _arrays(rng, *shapes.values())
@@ -222,15 +246,19 @@ LAYERS = {
     "flash_attention": _flash_attention(0.0),
     "flash_attention-dropout": _flash_attention(0.3),
     "flash_attention-sizes": _flash_attention(0.0, [(B, 3, 4), (B, N, 4), (B, N, M)]),  # fewer queries, wider values
-    "msa": _msa,
+    "msa": _msa(False),
+    "msa-qk_norm": _msa(True),
+    "msa-qk_norm-queries": _msa(True, queries=3),
     "mlp": _mlp,
     "block": _block(0.0),
     "block-dropout": _block(0.3),
-    "block-layer_scale": _block(0.3, LS1 + LS2),
+    "block-options": _block(0.3, QK_NORM + LS1 + LS2),
     "patch_embed": _patch_embed(True, True),
     "patch_embed-mean": _patch_embed(False, False),
     "head": _head("cls", False),
     "head-mean": _head("mean", False),
+    "sequence_pool": _sequence_pool,
+    "head-seq": _head("seq", False),
     "head-pre_logits": _head("cls", True),
     "loss": _loss(False, 0.1),
     "loss-soft": _loss(True, 0.0),
@@ -261,6 +289,7 @@ JVPS = {
     "mlp": mlp_jvp,
     "block": _named_jvp(block_jvp),
     "patch_embed": patch_embed_jvp,
+    "sequence_pool": sequence_pool_jvp,
     "head": _named_jvp(head_jvp),
     "loss": softmax_cross_entropy_jvp,
 }  # of each case in LAYERS, by the part of its name before "-"
@@ -278,9 +307,11 @@ _TINY = {
 MODELS = {
     "vit": _TINY,
     "vit-mean": {**_TINY, "image_size": 6, "pooling": "mean", "num_heads": 1},
+    "vit-seq": {**_TINY, "image_size": 6, "pooling": "seq"},
     "vit-erf": {**_TINY, "gelu": "erf"},
     "vit-pre_logits": {**_TINY, "pre_logits": 10, "pos_embed": "sincos2d"},
     "vit-layer_scale": {**_TINY, "layer_scale": 0.1},
+    "vit-qk_norm": {**_TINY, "qk_norm": True},
     "vit-dropout": {**_TINY, "dropout": 0.2, "attention_dropout": 0.3, "drop_path": 0.4, "pos_embed": "none"},
 }
 MODEL_BATCH = 8  # pictures, for the models

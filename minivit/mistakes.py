@@ -60,6 +60,7 @@ _mlp = _in("layers.mlp", "mlp_backward")
 _block = _in("layers.block", "block_backward")
 _patch = _in("layers.patch_embed", "patch_embed_backward")
 _unpatchify = _in("layers.patch_embed", "unpatchify")
+_sequence_pool = _in("layers.sequence_pool", "sequence_pool_backward")
 _head = _in("layers.head", "head_backward")
 _forward_of_loss = _in("loss", "softmax_cross_entropy_forward")
 _loss = _in("loss", "softmax_cross_entropy_backward")
@@ -280,6 +281,16 @@ MISTAKES = (
         "    dqkv[..., 2 * D + D // num_heads :] = 0.0\n",
         "only the first head's values are trained", "how many heads are there?",
     ),
+    _msa(
+        "msa-key-norm-skipped", "dk[...], dwk, dbk = layernorm_backward(dk, cache.k_norm)",
+        "_, dwk, dbk = layernorm_backward(dk, cache.k_norm)",
+        "with QK-norm, the keys' gradient passes by the LayerNorm", "which keys did the query meet?",
+    ),
+    _msa(
+        "msa-query-norm-of-keys", "layernorm_backward(dk, cache.k_norm)", "layernorm_backward(dk, cache.q_norm)",
+        "with QK-norm, the keys' gradient goes back through the LayerNorm of the queries",
+        "who was normalised by what?",
+    ),
     _mlp(
         "mlp-gelu-skipped", "du = gelu_backward(du, cache.gelu)", "du = du * 1.0",
         "the gradient passes by the GELU", "count the steps of the forward",
@@ -347,6 +358,18 @@ MISTAKES = (
     _unpatchify(
         "patch-not-transposed", ".transpose(0, 1, 3, 2, 4, 5)", "",
         "patches are laid out by a reshape alone: rows and columns are mixed up", "draw four pixels and two patches",
+    ),
+    _sequence_pool(
+        "sequence-pool-weights-constant", "dx += dx_of_scores", "pass",
+        "the tokens get no gradient through their weights", "where does x enter?",
+    ),
+    _sequence_pool(
+        "sequence-pool-no-softmax", "softmax_backward(dattn, cache.softmax)", "(attn * dattn)",
+        "softmax's backward is replaced by its diagonal", "does a token's weight depend on the others' scores?",
+    ),
+    _sequence_pool(
+        "sequence-pool-mean", "attn.swapaxes(1, 2) @ dy", "(0 * attn + 1 / attn.shape[2]).swapaxes(1, 2) @ dy",
+        "each token's share of the gradient is 1/N instead of its weight", "y = attn x: what is each token's weight?",
     ),
     _head(
         "head-mean-factor", "dy[:, None] / N", "dy[:, None]",

@@ -19,7 +19,16 @@ import numpy as np
 from minivit import params as parameters
 from minivit.backend import array_module, plain
 from minivit.errors import InputError
-from minivit.layers.block import BLOCK_PARAMETERS, LS1, LS2, BlockCache, block_backward, block_forward, block_jvp
+from minivit.layers.block import (
+    BLOCK_PARAMETERS,
+    LS1,
+    LS2,
+    QK_NORM,
+    BlockCache,
+    block_backward,
+    block_forward,
+    block_jvp,
+)
 from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.gelu import KINDS as GELUS
 from minivit.layers.head import POOLINGS, HeadCache, head_backward, head_forward, head_jvp
@@ -72,10 +81,13 @@ class ViTConfig:
     depth: int = setting(6, "number of blocks L")
     num_heads: int = setting(3, "attention heads h; the width must be a multiple")
     mlp_dim: int = setting(0, "hidden width M of the MLPs; 0 means 4 x width")
-    pooling: str = setting("cls", 'what is classified: "cls" (class token) or "mean" (of all tokens)')
+    pooling: str = setting(
+        "cls", 'what is classified: "cls" (class token), "mean" or "seq" (plain or learned mean of patches)'
+    )
     pos_embed: str = setting("learned", 'position embedding: "learned", "sincos2d" or "none"')
     pre_logits: int = setting(0, "width R of the tanh layer before the head; 0 for none")
     gelu: str = setting("tanh", 'GELU form: "tanh" (official code) or "erf" (timm)')
+    qk_norm: bool = setting(False, "LayerNorm of each head's queries and keys")
     layer_scale: float = setting(0.0, "LayerScale: initial factor of the residual branches; 0 for none")
     layernorm_eps: float = setting(1e-6, "added to the variance in LayerNorm")
     dropout: float = setting(0.0, "dropout rate after the embedding, the MSA projection and both MLP layers")
@@ -99,6 +111,8 @@ class ViTConfig:
             raise InputError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads:
             raise InputError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.qk_norm and self.width == self.num_heads:
+            raise InputError("qk_norm needs heads of more than one dimension: LayerNorm of a single number is nothing")
         if self.pos_embed == "sincos2d" and self.width % 4:
             raise InputError(f'pos_embed "sincos2d" needs a width that is a multiple of 4, got {self.width}')
 
@@ -138,7 +152,7 @@ def preset_fields(name):
 
 def block_parameters(config):
     """The names of a block's parameters, without ``blocks.i.``."""
-    return BLOCK_PARAMETERS + (LS1 + LS2 if config.layer_scale else ())
+    return BLOCK_PARAMETERS + (QK_NORM if config.qk_norm else ()) + (LS1 + LS2 if config.layer_scale else ())
 
 
 def parameter_table(config):
@@ -154,9 +168,9 @@ def parameter_table(config):
     def add(name, shape, init, decay=False):
         table.append(ParameterSpec(name, shape, init, decay))
 
-    def layernorm(name):
-        add(f"{name}.weight", (D,), ones)
-        add(f"{name}.bias", (D,), zeros)
+    def layernorm(name, size=D):
+        add(f"{name}.weight", (size,), ones)
+        add(f"{name}.bias", (size,), zeros)
 
     def layer_scale(name):
         if c.layer_scale:
@@ -175,6 +189,9 @@ def parameter_table(config):
         layernorm(f"blocks.{i}.norm1")
         # queries, keys and values are three (D, D) matrices side by side, and are initialised as such
         dense(f"blocks.{i}.attn.qkv", D, 3 * D, xavier_uniform(D, D))
+        if c.qk_norm:
+            layernorm(f"blocks.{i}.attn.q_norm", D // c.num_heads)
+            layernorm(f"blocks.{i}.attn.k_norm", D // c.num_heads)
         dense(f"blocks.{i}.attn.proj", D, D, xavier_uniform(D, D))
         layer_scale(f"blocks.{i}.ls1")
         layernorm(f"blocks.{i}.norm2")
@@ -182,6 +199,8 @@ def parameter_table(config):
         dense(f"blocks.{i}.mlp.fc2", M, D, xavier_uniform(M, D), normal(1e-6))
         layer_scale(f"blocks.{i}.ls2")
     layernorm("norm")
+    if c.pooling == "seq":
+        dense("attention_pool", D, 1, normal(0.02))
     if c.pre_logits:
         dense("pre_logits", D, c.pre_logits, lecun_normal(D))
     dense("head", c.pre_logits or D, c.num_classes, zeros)

@@ -87,13 +87,15 @@ def test_every_preset_is_a_model():
         ({"dropout": 1.0}, "dropout must be at least 0.0 and below 1.0, got 1.0"),
         ({"drop_path": -0.1}, "drop_path must be at least"),
         ({"attention_dropout": float("nan")}, "attention_dropout must be a finite number"),
-        ({"pooling": "max"}, "pooling must be one of cls, mean"),
+        ({"pooling": "max"}, "pooling must be one of cls, mean, seq; got 'max'"),
         ({"pos_embed": "rope"}, "pos_embed must be one of"),
         ({"gelu": "relu"}, "gelu must be one of"),
         ({"width": 66, "pos_embed": "sincos2d"}, "multiple of 4"),
         ({"pre_logits": -1}, "pre_logits must be at least 0"),
         ({"layernorm_eps": 0.0}, "layernorm_eps must be at least"),
         ({"layer_scale": -0.1}, "layer_scale must be at least 0.0 and at most 1.0, got -0.1"),
+        ({"qk_norm": 1}, "qk_norm must be true or false, got 1"),
+        ({"qk_norm": True, "width": 6, "num_heads": 6}, "qk_norm needs heads of more than one dimension"),
         ({"layer_scale": float("inf")}, "layer_scale must be a finite number"),
     ],
 )
@@ -166,7 +168,13 @@ def test_every_parameter_has_a_gradient_at_random_values(name):
     _, _, grads = gradient(model, *batch(model))
     D = model.config.width
     for parameter, value in grads.items():
-        if parameter.endswith("qkv.bias"):
+        if parameter.endswith("k_norm.bias"):
+            assert np.abs(value).max() < 1e-15, "nor, with QK-norm, that of their LayerNorm"
+            continue
+        if parameter == "attention_pool.bias":
+            assert np.abs(value).max() < 1e-15, "nor that of the scores of sequence pooling"
+            continue
+        if parameter.endswith("qkv.bias") and not model.config.qk_norm:
             assert np.abs(value[D : 2 * D]).max() < 1e-15, "the bias of the keys cannot matter"
             value = np.delete(value, np.s_[D : 2 * D])
         assert (value != 0).all(), parameter

@@ -26,12 +26,14 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
+        size, eps = config.width // config.num_heads, config.layernorm_eps
+        self.q_norm, self.k_norm = (nn.LayerNorm(size, eps) if config.qk_norm else nn.Identity() for _ in range(2))
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x):
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        heads = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, Dh)
+        heads = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # (B, h, N, Dh)
         return self.proj(heads.transpose(1, 2).reshape(B, N, D))
 
 
@@ -106,6 +108,8 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(c)
         self.blocks = nn.Sequential(*[Block(c) for _ in range(c.depth)])
         self.norm = nn.LayerNorm(c.width, c.layernorm_eps)
+        if c.pooling == "seq":
+            self.attention_pool = nn.Linear(c.width, 1)
         if c.pre_logits:
             self.pre_logits = nn.Linear(c.width, c.pre_logits)
         self.head = nn.Linear(c.pre_logits or c.width, c.num_classes)
@@ -118,7 +122,11 @@ class ViT(nn.Module):
         if c.pos_embed != "none":
             z = z + self.pos_embed
         z = self.blocks(z)
-        y = self.norm(z[:, 0]) if c.pooling == "cls" else self.norm(z).mean(dim=1)
+        y = self.norm(z[:, 0] if c.pooling == "cls" else z)
+        if c.pooling == "mean":
+            y = y.mean(dim=1)
+        elif c.pooling == "seq":
+            y = (self.attention_pool(y).softmax(dim=1).transpose(1, 2) @ y).squeeze(1)
         if c.pre_logits:
             y = self.pre_logits(y).tanh()
         return self.head(y)

@@ -536,7 +536,7 @@ def block_forward(
     z, params, *, num_heads, queries=None, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0,
     rng=None,
 ):  # fmt: skip
-    """Twin of `minivit.layers.block.block_forward`, without elementwise dropout and LayerScale."""
+    """Twin of `minivit.layers.block.block_forward`, without elementwise dropout, QK-norm and LayerScale."""
     if params.keys() - BLOCK_PARAMETERS:
         return NotImplemented
     B, N, D = z.shape

@@ -3,6 +3,7 @@ r"""From tokens to class scores: final LayerNorm, pooling, the optional pre-logi
 Forward
         y      = LN(z_L)[:, 0]             pooling "cls": the class token                              (Eq. 4)
         y      = mean_N LN(z_L)            pooling "mean": the average over tokens                     (appendix D.3)
+        y      = pool(LN(z_L))             pooling "seq": a learned weighted mean, see `sequence_pool`
         y      = tanh(y W_pre + b_pre)     only with a pre-logits layer (the paper's pre-training head)
         logits = y W_head + b_head
 
@@ -22,14 +23,21 @@ from typing import Any, NamedTuple
 from minivit.backend import array_module
 from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward, layernorm_jvp
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
+from minivit.layers.sequence_pool import (
+    SequencePoolCache,
+    sequence_pool_backward,
+    sequence_pool_forward,
+    sequence_pool_jvp,
+)
 
-POOLINGS = ("cls", "mean")
+POOLINGS = ("cls", "mean", "seq")
 
 
 class HeadCache(NamedTuple):
-    """What `head_backward` reads; ``pre_logits`` and ``tanh`` are None without a pre-logits layer."""
+    """What `head_backward` reads; ``pool``, ``pre_logits`` and ``tanh`` are None in a head without them."""
 
     norm: LayerNormCache
+    pool: SequencePoolCache | None
     pre_logits: LinearCache | None
     tanh: Any  # (B, R): the layer's output, all that tanh's derivative needs
     head: LinearCache
@@ -45,17 +53,20 @@ def head_forward(z, params, *, pooling="cls", eps=1e-6):
     Cache   of each step
     """
     xp = array_module(z)
+    pool = pre_logits = tanh = None
     if pooling == "cls":
         y, norm = layernorm_forward(z[:, 0], params["norm.weight"], params["norm.bias"], eps=eps)  # (B, D)
     else:
         y, norm = layernorm_forward(z, params["norm.weight"], params["norm.bias"], eps=eps)  # (B, N, D)
-        y = y.mean(axis=1)  # (B, D)
-    pre_logits = tanh = None
+        if pooling == "seq":
+            y, pool = sequence_pool_forward(y, params["attention_pool.weight"], params["attention_pool.bias"])  # (B, D)
+        else:
+            y = y.mean(axis=1)  # (B, D)
     if "pre_logits.weight" in params:
         u, pre_logits = linear_forward(y, params["pre_logits.weight"], params["pre_logits.bias"])  # (B, R)
         y = tanh = xp.tanh(u)
     logits, head = linear_forward(y, params["head.weight"], params["head.bias"])  # (B, K)
-    return logits, HeadCache(norm, pre_logits, tanh, head, pooling, z.shape)
+    return logits, HeadCache(norm, pool, pre_logits, tanh, head, pooling, z.shape)
 
 
 def head_backward(dlogits, cache, grads):
@@ -83,6 +94,11 @@ def head_backward(dlogits, cache, grads):
         dfirst, dw, db = layernorm_backward(dy, cache.norm)
         dz = xp.zeros((B, N, D), dy.dtype)
         dz[:, 0] = dfirst
+    elif cache.pooling == "seq":
+        # y = pool(LN(z))
+        dnormed, dW, db = sequence_pool_backward(dy, cache.pool)  # (B, N, D)
+        add("attention_pool", dW, db)
+        dz, dw, db = layernorm_backward(dnormed, cache.norm)
     else:
         # y = mean_N LN(z)
         dnormed = xp.empty((B, N, D), dy.dtype)
@@ -104,6 +120,10 @@ def head_jvp(zdot, paramsdot, cache):
     if cache.pooling == "cls":
         # y = LN(z[:, 0])
         ydot = layernorm_jvp(zdot[:, 0], *take("norm"), cache.norm)
+    elif cache.pooling == "seq":
+        # y = pool(LN(z))
+        ydot = layernorm_jvp(zdot, *take("norm"), cache.norm)
+        ydot = sequence_pool_jvp(ydot, *take("attention_pool"), cache.pool)
     else:
         # y = mean_N LN(z)
         ydot = layernorm_jvp(zdot, *take("norm"), cache.norm).mean(axis=1)
