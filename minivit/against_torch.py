@@ -128,7 +128,14 @@ class _Torch:
             fixed = self.torch.tensor(fixed, requires_grad=True)  # never trained, but its gradient is returned
             self.inputs[path, "dpos_embed"] = fixed
             z = z + fixed
-        return self.wrote(path, z)
+        return self.registers("registers", self.wrote(path, z))
+
+    def registers(self, path, z):
+        if (registers := self.p.get("reg_token")) is None:
+            return z
+        z, at = self.read(path, "z", z), int(self.config.pooling == "cls")
+        self.inputs[path, "dreg_token"] = registers
+        return self.wrote(path, self.torch.cat([z[:, :at], registers.expand(len(z), -1, -1), z[:, at:]], dim=1))
 
     def sequence_pool(self, path, x):
         x = self.read(path, "x", x)
@@ -142,7 +149,7 @@ class _Torch:
         if self.config.pooling == "cls":
             y = self.layernorm("head.norm", "norm", z[:, 0])
         else:
-            y = self.layernorm("head.norm", "norm", z)
+            y = self.layernorm("head.norm", "norm", z[:, self.config.registers :])
             y = self.sequence_pool("head.pool", y) if self.config.pooling == "seq" else y.mean(dim=1)
         if self.config.pre_logits:
             y = self.linear("head.pre_logits", "pre_logits", y).tanh()

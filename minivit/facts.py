@@ -144,6 +144,36 @@ def sequence_pooling_of_equal_scores_is_the_mean():
     return max(_error(loss, expected_loss), _error(_joined(shared), _joined(expected)))
 
 
+def registers_are_a_set():
+    """Registers in another order give the same loss, and the same gradients in that order."""
+    model = _random_model(replace(_SMALL, registers=3))
+    expected_loss, expected = _loss_and_gradients(model.config, model.flat)
+    order = [2, 0, 1]
+    model.params["reg_token"][...] = model.params["reg_token"][:, order]
+    loss, grads = _loss_and_gradients(model.config, model.flat)
+    moved = expected | {"reg_token": expected["reg_token"][:, order]}
+    return max(_error(loss, expected_loss), _error(_joined(grads), _joined(moved)))
+
+
+def registers_that_nobody_heeds_change_nothing():
+    """Where the blocks answer with nothing (values and MLPs of 0), a model with registers is the one without."""
+    errors = []
+    for pooling in ("cls", "mean", "seq"):
+        for positions in ("learned", "sincos2d"):
+            found = []
+            for registers in (0, 2):
+                model = _random_model(replace(_SMALL, registers=registers, pooling=pooling, pos_embed=positions))
+                for name, value in model.params.items():
+                    if ".proj." in name and "blocks" in name or ".fc2." in name:
+                        value[...] = 0.0
+                found.append(_loss_and_gradients(model.config, model.flat))
+            (expected_loss, expected), (loss, grads) = found
+            shared = {name: grads[name] for name in expected if not name.startswith("blocks.")}
+            expected = {name: expected[name] for name in shared}
+            errors += [_error(loss, expected_loss), _error(_joined(shared), _joined(expected))]
+    return max(errors)
+
+
 def equal_logits_cost_ln_k():
     """Cross-entropy of equal logits is ln K, smoothed or not."""
     losses = [
@@ -302,6 +332,8 @@ FACTS = {
         layer_scale_of_ones_is_none,
         qk_norm_ignores_the_scale_of_queries_and_keys,
         sequence_pooling_of_equal_scores_is_the_mean,
+        registers_are_a_set,
+        registers_that_nobody_heeds_change_nothing,
         equal_logits_cost_ln_k,
         large_logits_are_no_trouble,
         targets_are_probabilities,

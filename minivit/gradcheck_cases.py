@@ -33,6 +33,7 @@ from minivit.layers.linear import linear_backward, linear_forward, linear_jvp
 from minivit.layers.mlp import mlp_backward, mlp_forward, mlp_jvp
 from minivit.layers.msa import msa_backward, msa_forward, msa_jvp
 from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward, patch_embed_jvp
+from minivit.layers.registers import registers_backward, registers_forward, registers_jvp
 from minivit.layers.sequence_pool import sequence_pool_backward, sequence_pool_forward, sequence_pool_jvp
 from minivit.layers.softmax import softmax_backward, softmax_forward, softmax_jvp
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward, softmax_cross_entropy_jvp
@@ -193,12 +194,20 @@ def _patch_embed(cls_token, position):
     return case
 
 
+def _registers(at):
+    def case(rng):
+        args = _arrays(rng, (B, N, D), (1, 3, D))
+        return lambda *a: registers_forward(*a, at=at), registers_backward, args, ("z", "reg_token")
+
+    return case
+
+
 def _sequence_pool(rng):
     x, W, b = _arrays(rng, (B, N, D), (D, 1), (1,))
     return sequence_pool_forward, sequence_pool_backward, [x, 0.3 * W, b], ("x", "W", "b")
 
 
-def _head(pooling, pre_logits):
+def _head(pooling, pre_logits, registers=0):
     def case(rng):
         R = 6
         shapes = {"norm.weight": (D,), "norm.bias": (D,)}
@@ -208,7 +217,7 @@ def _head(pooling, pre_logits):
         values = _arrays(rng, *shapes.values())
 
         def head(z, params):
-            return head_forward(z, params, pooling=pooling)
+            return head_forward(z, params, pooling=pooling, registers=registers)
 
         forward, backward = _by_position(head, head_backward, tuple(shapes))
         z = rng.standard_normal((B, N, D))
@@ -257,8 +266,11 @@ LAYERS = {
     "patch_embed-mean": _patch_embed(False, False),
     "head": _head("cls", False),
     "head-mean": _head("mean", False),
+    "registers": _registers(1),
+    "registers-front": _registers(0),
     "sequence_pool": _sequence_pool,
     "head-seq": _head("seq", False),
+    "head-registers": _head("mean", False, registers=2),
     "head-pre_logits": _head("cls", True),
     "loss": _loss(False, 0.1),
     "loss-soft": _loss(True, 0.0),
@@ -289,6 +301,7 @@ JVPS = {
     "mlp": mlp_jvp,
     "block": _named_jvp(block_jvp),
     "patch_embed": patch_embed_jvp,
+    "registers": registers_jvp,
     "sequence_pool": sequence_pool_jvp,
     "head": _named_jvp(head_jvp),
     "loss": softmax_cross_entropy_jvp,
@@ -307,7 +320,8 @@ _TINY = {
 MODELS = {
     "vit": _TINY,
     "vit-mean": {**_TINY, "image_size": 6, "pooling": "mean", "num_heads": 1},
-    "vit-seq": {**_TINY, "image_size": 6, "pooling": "seq"},
+    "vit-seq": {**_TINY, "image_size": 6, "pooling": "seq", "registers": 2},
+    "vit-registers": {**_TINY, "registers": 3, "dropout": 0.2},
     "vit-erf": {**_TINY, "gelu": "erf"},
     "vit-pre_logits": {**_TINY, "pre_logits": 10, "pos_embed": "sincos2d"},
     "vit-layer_scale": {**_TINY, "layer_scale": 0.1},

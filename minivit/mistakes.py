@@ -60,6 +60,7 @@ _mlp = _in("layers.mlp", "mlp_backward")
 _block = _in("layers.block", "block_backward")
 _patch = _in("layers.patch_embed", "patch_embed_backward")
 _unpatchify = _in("layers.patch_embed", "unpatchify")
+_registers = _in("layers.registers", "registers_backward")
 _sequence_pool = _in("layers.sequence_pool", "sequence_pool_backward")
 _head = _in("layers.head", "head_backward")
 _forward_of_loss = _in("loss", "softmax_cross_entropy_forward")
@@ -359,6 +360,18 @@ MISTAKES = (
         "patch-not-transposed", ".transpose(0, 1, 3, 2, 4, 5)", "",
         "patches are laid out by a reshape alone: rows and columns are mixed up", "draw four pixels and two patches",
     ),
+    _registers(
+        "registers-first-rows", "dz[:, at:end].sum(", "dz[:, : cache.count].sum(",
+        "the registers get the gradient of the first rows, the class token's among them", "where were they put?",
+    ),
+    _registers(
+        "registers-mean", ".sum(axis=0, keepdims=True)", ".mean(axis=0, keepdims=True)",
+        "the registers' gradient is averaged over the batch instead of summed", "how many pictures share them?",
+    ),
+    _registers(
+        "registers-last-rows", "[dz[:, :at], dz[:, end:]]", "[dz[:, : dz.shape[1] - cache.count]]",
+        "the last tokens are cut off instead of the registers", "which rows came from z?",
+    ),
     _sequence_pool(
         "sequence-pool-weights-constant", "dx += dx_of_scores", "pass",
         "the tokens get no gradient through their weights", "where does x enter?",
@@ -372,11 +385,15 @@ MISTAKES = (
         "each token's share of the gradient is 1/N instead of its weight", "y = attn x: what is each token's weight?",
     ),
     _head(
-        "head-mean-factor", "dy[:, None] / N", "dy[:, None]",
+        "head-mean-factor", "dy[:, None] / dx.shape[1]", "dy[:, None]",
         "the factor 1/N of mean pooling is missing", "y = mean: what is each token's weight?",
     ),
     _head(
-        "head-class-token-everywhere", "dz[:, 0] = dfirst", "dz[...] = dfirst[:, None]",
+        "head-registers-counted", "dy[:, None] / dx.shape[1]", "dy[:, None] / cache.shape[1]",
+        "mean pooling's gradient is divided by the number of all tokens, registers and all", "how many are averaged?",
+    ),
+    _head(
+        "head-class-token-everywhere", "dz[:, cache.read] = dread", "dz[...] = dread[:, None]",
         "every token gets the class token's gradient", "which token was read?",
     ),
     _head(
@@ -421,6 +438,10 @@ MISTAKES = (
         "model-position-not-trained", 'if "pos_embed" in grads:', 'if "pos_embed_" in grads:',
         "the position embedding is in no update", "is every parameter trained?",
         "a published CuPy ViT leaves it out, with a note to figure this out later",
+    ),
+    _model(
+        "model-registers-not-trained", 'grads["reg_token"] += dreg_token', "pass",
+        "the registers are in no update", "is every parameter trained?",
     ),
     _model(
         "model-first-block-skipped", "for i in reversed(range(self.config.depth)):",

@@ -40,6 +40,7 @@ from minivit.layers.patch_embed import (
     patch_embed_jvp,
     sincos2d,
 )
+from minivit.layers.registers import RegistersCache, registers_backward, registers_forward, registers_jvp
 from minivit.params import ParameterSpec, constant, lecun_normal, normal, ones, xavier_uniform, zeros
 from minivit.settings import check_choice, check_range, check_types, setting
 
@@ -87,6 +88,7 @@ class ViTConfig:
     pos_embed: str = setting("learned", 'position embedding: "learned", "sincos2d" or "none"')
     pre_logits: int = setting(0, "width R of the tanh layer before the head; 0 for none")
     gelu: str = setting("tanh", 'GELU form: "tanh" (official code) or "erf" (timm)')
+    registers: int = setting(0, "learned tokens beside the class token that the head does not read; 0 for none")
     qk_norm: bool = setting(False, "LayerNorm of each head's queries and keys")
     layer_scale: float = setting(0.0, "LayerScale: initial factor of the residual branches; 0 for none")
     layernorm_eps: float = setting(1e-6, "added to the variance in LayerNorm")
@@ -100,7 +102,7 @@ class ViTConfig:
             object.__setattr__(self, "mlp_dim", 4 * self.width)
         check_range(self, 1, None, "image_size", "patch_size", "channels", "num_classes")
         check_range(self, 1, None, "width", "depth", "num_heads", "mlp_dim")
-        check_range(self, 0, None, "pre_logits")
+        check_range(self, 0, None, "pre_logits", "registers")
         check_range(self, 0.0, 1.0, "dropout", "attention_dropout", "drop_path", open_high=True)
         check_range(self, 1e-20, 1.0, "layernorm_eps")
         check_range(self, 0.0, 1.0, "layer_scale")
@@ -132,8 +134,8 @@ class ViTConfig:
 
     @property
     def num_tokens(self):
-        """N: the patches, and the class token if there is one."""
-        return self.grid_size**2 + (self.pooling == "cls")
+        """N: the patches, the registers, and the class token if there is one."""
+        return self.grid_size**2 + self.registers + (self.pooling == "cls")
 
 
 def preset_fields(name):
@@ -158,8 +160,8 @@ def block_parameters(config):
 def parameter_table(config):
     """The model's parameters in the order of the forward pass, with timm's names and the official initialisers.
 
-    Weight decay applies to the matrices alone: not to biases, LayerNorm, LayerScale, the class token or the position
-    embedding.
+    Weight decay applies to the matrices alone: not to biases, LayerNorm, LayerScale, the class token, registers or the
+    position embedding.
     """
     c, D, M = config, config.width, config.mlp_dim
     pixels = c.patch_size**2 * c.channels
@@ -182,8 +184,10 @@ def parameter_table(config):
 
     if c.pooling == "cls":
         add("cls_token", (1, 1, D), zeros)
+    if c.registers:
+        add("reg_token", (1, c.registers, D), normal(1e-6))  # nearly zero, as its authors and timm have it
     if c.pos_embed == "learned":
-        add("pos_embed", (1, c.num_tokens, D), normal(0.02))
+        add("pos_embed", (1, c.num_tokens - c.registers, D), normal(0.02))
     dense("patch_embed.proj", pixels, D, lecun_normal(pixels))
     for i in range(c.depth):
         layernorm(f"blocks.{i}.norm1")
@@ -237,6 +241,7 @@ class ViTCache(NamedTuple):
     """What `ViT.backward` reads: the caches of the embedding, of its dropout, of each block and of the head."""
 
     embed: PatchEmbedCache
+    registers: RegistersCache | None
     dropout: DropoutCache
     blocks: tuple[BlockCache | BlockInput, ...]
     head: HeadCache
@@ -307,11 +312,15 @@ class ViT:
             self._position,
             patch_size=c.patch_size,
         )
+        registers = None
+        if c.registers:
+            z, registers = registers_forward(z, p["reg_token"], at=int(c.pooling == "cls"))
         z, dropout = dropout_forward(z, rate=c.dropout, rng=rng)
-        return z, embed, dropout
+        return z, embed, registers, dropout
 
     def _head(self, z):
-        return head_forward(z, self.params, pooling=self.config.pooling, eps=self.config.layernorm_eps)
+        c = self.config
+        return head_forward(z, self.params, pooling=c.pooling, registers=c.registers, eps=c.layernorm_eps)
 
     def gradient_buffer(self):
         """A flat buffer of zeros like the parameters, and its named views: what `backward` adds into."""
@@ -331,14 +340,14 @@ class ViT:
         more, with the same dropout masks (Chen et al. 2016, arXiv:1604.06174).
         Raises  InputError: pictures of another shape, or with NaN pixels.
         """
-        z, embed, dropout = self._embed(images, rng)  # (B, N, D)
+        z, embed, registers, dropout = self._embed(images, rng)  # (B, N, D)
         blocks = []
         for i in range(self.config.depth):
             block_input = BlockInput(z, deepcopy(rng)) if recompute else None
             z, cache = self._block(i, z, rng)  # (B, N, D); (B, 1, D) at the end
             blocks.append(block_input or cache)
         logits, head = self._head(z)  # (B, K)
-        return logits, ViTCache(embed, dropout, tuple(blocks), head)
+        return logits, ViTCache(embed, registers, dropout, tuple(blocks), head)
 
     def backward(self, dlogits, cache, grads, *, need_dimages=False):
         """Backward of `forward`: every parameter's gradient is *added* into ``grads`` (see `gradient_buffer`).
@@ -353,8 +362,11 @@ class ViT:
             if isinstance(block, BlockInput):
                 _, block = self._block(i, block.z, deepcopy(block.rng))
             dz = block_backward(dz, block, self._of_block(grads, i))  # (B, N, D)
-        # z_0 = dropout(embed(images))
+        # z_0 = dropout(registers(embed(images)))
         dz = dropout_backward(dz, cache.dropout)
+        if cache.registers is not None:
+            dz, dreg_token = registers_backward(dz, cache.registers)
+            grads["reg_token"] += dreg_token
         dimages, dW, db, dcls_token, dpos_embed = patch_embed_backward(dz, cache.embed, need_dimages=need_dimages)
         grads["patch_embed.proj.weight"] += dW
         grads["patch_embed.proj.bias"] += db
@@ -380,6 +392,8 @@ class ViT:
             tangents.get("pos_embed", 0.0),  # a fixed sine-cosine embedding does not move
             cache.embed,
         )
+        if cache.registers is not None:
+            zdot = registers_jvp(zdot, tangents["reg_token"], cache.registers)
         zdot = dropout_jvp(zdot, cache.dropout)
         for i in range(self.config.depth):
             zdot = block_jvp(zdot, self._of_block(tangents, i), cache.blocks[i])  # (B, N, D); (B, 1, D) at the end

@@ -392,7 +392,7 @@ def save_trace(file, trace, *, title=""):
 
     # the whole network
     c, L, y = trace.config, trace.config.depth, 7.75
-    embed = ["patch_embed", "dropout"]
+    embed = ["patch_embed", "registers", "dropout"]
     xs = [3.3, 6.6, 9.9, 13.2]
     blocks = [f"blocks.{i}" for i in range(L)]
     for x, name, paths in zip(
@@ -404,7 +404,7 @@ def save_trace(file, trace, *, title=""):
     pictures = (trace.batch, c.image_size, c.image_size, c.channels)
     backward = ("loss", "backward") in records
     arrows(xs[0] - 3.3 + half, xs[0] - half, y, "images", pictures, "no gradient\nneeded" if backward else None)
-    arrows(xs[0] + half, xs[1] - half, y, "z_0", shape_of("patch_embed"), norm_of("blocks.0", "z_0"))
+    arrows(xs[0] + half, xs[1] - half, y, "z_0", shape_of("dropout"), norm_of("blocks.0", "z_0"))
     arrows(xs[1] + half, xs[2] - half, y, f"z_{L}", shape_of(blocks[-1]), norm_of("head", f"z_{L}"))
     arrows(xs[2] + half, xs[3] - half, y, "logits", shape_of("head"), norm_of("loss", "logits"))
     loss = f"loss {float(trace.loss):.4g}"

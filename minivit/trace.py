@@ -34,6 +34,7 @@ Everything else by operations per element, exp, tanh, erf and comparisons being 
     gelu              8 "tanh", 5 "erf"              11 "tanh", 7 "erf"
     dropout           2 where there is a mask        2
     block             2 (two additions)              2, and 1 per parameter (adding into its gradient)
+    registers         0                              1 per register's gradient entry
     patch_embed       1 with a position embedding    1, and 1 per class token's gradient entry
     sequence_pool     0                              1 (the sum of two gradients)
     head              mean: 1 per token's entry; tanh: 1 forward, 3 backward per entry; 1 per parameter
@@ -67,6 +68,7 @@ from minivit.model import ViT, ViTConfig
 TENSORS = {
     "patch_embed": ("1", "images", "z_0"),
     "patch_embed.proj": ("1", "patches", "tokens"),
+    "registers": ("1", "z_0", "z_0"),
     "dropout": ("1", "z_0", "z_0"),
     "blocks": ("2-3", "z_{}", "z_{+}"),
     "blocks.norm1": ("2", "z_{}", "u"),
@@ -208,12 +210,14 @@ def work(function, arguments, result):
             return 0, result[0].size if a.get("pos_embed") is not None else 0
         per_picture = first[0].size * a["cache"].has_position + first.shape[2] * a["cache"].has_class_token
         return 0, len(first) * per_picture
+    if stem == "registers":
+        return 0, 0 if forward else len(first) * a["cache"].count * first.shape[2]
     if stem == "sequence_pool":
         tokens = first.size if forward else a["cache"].scores.x.size
         return (2 if forward else 4) * tokens, 0 if forward else tokens
     if stem == "head":
         cache = result[1] if forward else a["cache"]
-        pooled = int(np.prod(cache.shape)) if cache.pooling == "mean" and forward else 0
+        pooled = cache.norm.xhat.size if cache.pooling == "mean" and forward else 0
         squashed = 0 if cache.tanh is None else (1 if forward else 3) * cache.tanh.size
         own = (
             []
@@ -416,6 +420,7 @@ ARGUMENTS = {  # of the forwards, where there are others than x
     "mlp": ("x", "W1", "b1", "W2", "b2"),
     "block": ("z",),
     "patch_embed": ("images", "W", "b", "cls_token", "pos_embed"),
+    "registers": ("z", "reg_token"),
     "sequence_pool": ("x", "W", "b"),
     "head": ("z",),
     "softmax_cross_entropy": ("logits",),
@@ -536,7 +541,7 @@ def expected_flops(config, batch, *, every_token=False):
     """FLOPs in matrix products that one batch takes, from the configuration alone.
 
     Math    forward / B = 2 n P^2 C D + sum_blocks (6 N D^2 + 4 Q N D + 2 Q (D^2 + 2 D M)) + 2 (D R + R K), or 2 D K for
-            the last term without a pre-logits layer, and 4 N D for sequence pooling; n patches, N tokens, of which Q
+            the last term without a pre-logits layer, and 4 n D for sequence pooling; n patches, N tokens, of which Q
             ask: 1 in the last block if the head reads the class token alone, else N; ``every_token`` counts N, as
             published figures do
             backward = 2 forward - 2 B n P^2 C D: two products for each one, but no gradient of the images; and
@@ -547,7 +552,7 @@ def expected_flops(config, batch, *, every_token=False):
     embed = 2 * c.grid_size**2 * c.patch_size**2 * c.channels * D
     N, (asking, again) = c.num_tokens, _asking_tokens(c, every_token)
     blocks = c.depth * 6 * N * D**2 + asking * (4 * N * D + 2 * (D**2 + 2 * D * c.mlp_dim))
-    pool = 4 * N * D if c.pooling == "seq" else 0
+    pool = 4 * c.grid_size**2 * D if c.pooling == "seq" else 0
     head = pool + 2 * (D * c.pre_logits + (c.pre_logits or D) * c.num_classes)
     forward = embed + blocks + head
     return ExpectedFLOPs(batch * forward, batch * (2 * forward - embed + 2 * again * N * D))
@@ -568,15 +573,15 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
     Math    numbers / B = n P^2 C + sum_blocks (N (5 D + 1) + Q (3 D + 3 M + 1 + h N)) + rows (D + 1) + D + R + 2 K + 1
             Q = 1 in the last block if the head reads the class token alone, else N
             where Q >= `msa.LONG`, h Q takes the place of h Q N, and there is no mask of attention
-            rows = 1 normalised by the head for the class token, N for mean pooling and sequence pooling, which keeps
-            N (D + 1) more
+            rows = 1 normalised by the head for the class token, n for mean pooling and sequence pooling, which keeps
+            n (D + 1) more
             LayerScale: 2 Q D more in each block; QK-norm: (Q + N) (D + h)
             masks / B, one byte per entry, each only with its rate above 0 and ``dropout`` (a Generator was given):
             N D for the embedding;  Q (2 D + M) in each block;  h Q N of its attention;  1 per branch of the blocks
             whose drop path has a rate above 0: all but the first, or the only one
     """
-    c, N, D, M = config, config.num_tokens, config.width, config.mlp_dim
-    patches = c.grid_size**2 * c.patch_size**2 * c.channels
+    c, n, N, D, M = config, config.grid_size**2, config.num_tokens, config.width, config.mlp_dim
+    patches = n * c.patch_size**2 * c.channels
     asking, again = _asking_tokens(c)
     # norm1: xhat, rstd; what it gives to qkv; q, k, v
     blocks = c.depth * N * ((D + 1) + D + 3 * D)
@@ -586,8 +591,8 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
     blocks += c.qk_norm * (asking + c.depth * N) * (D + c.num_heads)  # xhat and rstd of queries and keys
     maps = c.num_heads * N * (asking - again)
     blocks += maps + c.num_heads * again  # the attention maps, or the logarithms of their rows' sums
-    rows = 1 if c.pooling == "cls" else N
-    pool = N * (D + 1) if c.pooling == "seq" else 0
+    rows = 1 if c.pooling == "cls" else n
+    pool = n * (D + 1) if c.pooling == "seq" else 0
     numbers = patches + blocks + rows * (D + 1) + pool + D + c.pre_logits + 2 * c.num_classes + 1
     masks = 0
     if dropout:

@@ -73,13 +73,14 @@ def for_display(image):
     return image if image.dtype == np.uint8 else np.rint(np.asarray(image, np.float64) * 127.5 + 127.5).astype(np.uint8)
 
 
-def attention_map(attention, pooling):
+def attention_map(attention, pooling, registers=0):
     """What the classified token looks at: one block's maps (h, N, N) -> (grid, grid).
 
-    With a class token, its row without itself; with mean pooling, the mean over all queries. Both are means over heads.
+    With a class token, its row at the patches; without one, the mean over the patches' rows. Both are means over heads.
+    Registers are left out.
     """
     mean = attention.mean(axis=0)  # (N, N)
-    row = mean[0, 1:] if pooling == "cls" else mean.mean(axis=0)  # (grid * grid,)
+    row = mean[0, 1 + registers :] if pooling == "cls" else mean[registers:, registers:].mean(axis=0)  # (grid * grid,)
     grid = round(len(row) ** 0.5)
     return row.reshape(grid, grid)
 
@@ -157,7 +158,7 @@ def main(argv=None):
             )
         order = np.argsort(-probabilities, kind="stable")[:5]
         figure = out / free_name(name, taken)
-        attention = attention_map(to_host(seen.attention[-1][0]), model.config.pooling)
+        attention = attention_map(to_host(seen.attention[-1][0]), model.config.pooling, model.config.registers)
         title = name if truth is None else f"{name}: truly {names[truth]}"
         plots.save_attention(figure, for_display(image), attention, probabilities, names, title=title, truth=truth)
         result = {"picture": name, "figure": str(figure)} | ({} if truth is None else {"truth": names[truth]})

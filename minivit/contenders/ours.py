@@ -239,12 +239,13 @@ def model_products(config, batch, *, backward=True):
     linears = [(batch * N, D, 3 * D, L)]
     for times, Q in blocks:
         linears += [(batch * Q, D, D, times), (batch * Q, D, M, times), (batch * Q, M, D, times)]
-    linears += [(batch * N, D, 1, 1)] if c.pooling == "seq" else []
+    linears += [(patches, D, 1, 1)] if c.pooling == "seq" else []
     linears += [(batch, D, c.pre_logits, 1)] if c.pre_logits else []
     linears += [(batch, c.pre_logits or D, c.num_classes, 1)]
     embed = (patches, c.patch_size**2 * c.channels, D, 1)
     heads = [((batch, N, c.num_heads, D // c.num_heads, times), {"queries": Q}) for times, Q in blocks]
-    tokens, attn, pooled = _random(batch, N, D), _random(batch, 1, N), _random(batch, 1, D)
+    n = c.grid_size**2
+    tokens, attn, pooled = _random(batch, n, D), _random(batch, 1, n), _random(batch, 1, D)
     mixtures = [Product(1, attn, tokens, pooled)] if c.pooling == "seq" else []
     products = linear_forward_products(*embed) + mixtures
     products += [p for shape, only in heads for p in attention_forward_products(*shape, **only)]

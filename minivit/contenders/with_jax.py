@@ -57,6 +57,9 @@ def vit(config, p, images):
         z = z + p["pos_embed"]
     elif c.pos_embed == "sincos2d":
         z = z + sincos2d(n, c.width, prefix_tokens=int(c.pooling == "cls")).astype(np.float32)
+    if c.registers:
+        at = int(c.pooling == "cls")
+        z = jnp.concatenate([z[:, :at], jnp.broadcast_to(p["reg_token"], (B, c.registers, c.width)), z[:, at:]], axis=1)
     for i in range(c.depth):
         block = f"blocks.{i}"
         u = layernorm(p, f"{block}.norm1", z, c.layernorm_eps)
@@ -65,7 +68,7 @@ def vit(config, p, images):
         u = linear(p, f"{block}.mlp.fc1", layernorm(p, f"{block}.norm2", z, c.layernorm_eps))
         u = linear(p, f"{block}.mlp.fc2", jax.nn.gelu(u, approximate=c.gelu == "tanh"))
         z = z + layer_scale(p, f"{block}.ls2", u)
-    y = layernorm(p, "norm", z[:, 0] if c.pooling == "cls" else z, c.layernorm_eps)
+    y = layernorm(p, "norm", z[:, 0] if c.pooling == "cls" else z[:, c.registers :], c.layernorm_eps)
     if c.pooling == "mean":
         y = y.mean(axis=1)
     elif c.pooling == "seq":

@@ -100,8 +100,10 @@ class ViT(nn.Module):
         c = self.config = config
         if c.pooling == "cls":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
+        if c.registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, c.registers, c.width))
         if c.pos_embed == "learned":
-            self.pos_embed = nn.Parameter(torch.zeros(1, c.num_tokens, c.width))
+            self.pos_embed = nn.Parameter(torch.zeros(1, c.num_tokens - c.registers, c.width))
         elif c.pos_embed == "sincos2d":
             fixed = sincos2d(c.grid_size, c.width, prefix_tokens=int(c.pooling == "cls"))
             self.register_buffer("pos_embed", torch.tensor(fixed, dtype=torch.float32), persistent=False)
@@ -121,8 +123,11 @@ class ViT(nn.Module):
             z = torch.cat([self.cls_token.expand(len(z), -1, -1), z], dim=1)
         if c.pos_embed != "none":
             z = z + self.pos_embed
+        if c.registers:
+            at = int(c.pooling == "cls")
+            z = torch.cat([z[:, :at], self.reg_token.expand(len(z), -1, -1), z[:, at:]], dim=1)
         z = self.blocks(z)
-        y = self.norm(z[:, 0] if c.pooling == "cls" else z)
+        y = self.norm(z[:, 0] if c.pooling == "cls" else z[:, c.registers :])
         if c.pooling == "mean":
             y = y.mean(dim=1)
         elif c.pooling == "seq":

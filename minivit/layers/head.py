@@ -7,13 +7,13 @@ Forward
         y      = tanh(y W_pre + b_pre)     only with a pre-logits layer (the paper's pre-training head)
         logits = y W_head + b_head
 
-    LayerNorm works token by token, so with "cls" only the class token is normalised: the same numbers for 1/N
-    of the work.
+    LayerNorm works token by token, so that only the tokens that are read are normalised: with "cls" the class token
+    alone, the same numbers for 1/N of the work; with the others the patches, without registers in front of them.
 
 Backward
         y = tanh(u)          =>   du = dy (1 - y^2)
         y = mean_N x         =>   dx = dy / N for every token: each one had the weight 1/N
-        y = x[:, 0]          =>   dx is dy in row 0 and zero elsewhere
+        x = LN(z[:, read])   =>   dz is LayerNorm's in the rows that were read and zero elsewhere
 
 Like `block`, this is glue: parameters come by name, gradients are added by name.
 """
@@ -42,31 +42,31 @@ class HeadCache(NamedTuple):
     tanh: Any  # (B, R): the layer's output, all that tanh's derivative needs
     head: LinearCache
     pooling: str
+    read: Any  # which of the tokens are read: 0, or the slice of the patches
     shape: tuple  # (B, N, D) of the tokens
 
 
-def head_forward(z, params, *, pooling="cls", eps=1e-6):
+def head_forward(z, params, *, pooling="cls", registers=0, eps=1e-6):
     """Tokens to logits.
 
     Math    logits = pool(LN(z)) W + b, through tanh(. W_pre + b_pre) if params has "pre_logits.weight"       (Eq. 4)
     Shapes  z (B, N, D)  ->  logits (B, K)
     Cache   of each step
+    Where there is no class token, the first ``registers`` tokens are left out.
     """
     xp = array_module(z)
     pool = pre_logits = tanh = None
-    if pooling == "cls":
-        y, norm = layernorm_forward(z[:, 0], params["norm.weight"], params["norm.bias"], eps=eps)  # (B, D)
-    else:
-        y, norm = layernorm_forward(z, params["norm.weight"], params["norm.bias"], eps=eps)  # (B, N, D)
-        if pooling == "seq":
-            y, pool = sequence_pool_forward(y, params["attention_pool.weight"], params["attention_pool.bias"])  # (B, D)
-        else:
-            y = y.mean(axis=1)  # (B, D)
+    read = 0 if pooling == "cls" else slice(registers, None)
+    y, norm = layernorm_forward(z[:, read], params["norm.weight"], params["norm.bias"], eps=eps)  # (B, D) or (B, n, D)
+    if pooling == "mean":
+        y = y.mean(axis=1)  # (B, D)
+    elif pooling == "seq":
+        y, pool = sequence_pool_forward(y, params["attention_pool.weight"], params["attention_pool.bias"])  # (B, D)
     if "pre_logits.weight" in params:
         u, pre_logits = linear_forward(y, params["pre_logits.weight"], params["pre_logits.bias"])  # (B, R)
         y = tanh = xp.tanh(u)
     logits, head = linear_forward(y, params["head.weight"], params["head.bias"])  # (B, K)
-    return logits, HeadCache(norm, pool, pre_logits, tanh, head, pooling, z.shape)
+    return logits, HeadCache(norm, pool, pre_logits, tanh, head, pooling, read, z.shape)
 
 
 def head_backward(dlogits, cache, grads):
@@ -74,7 +74,6 @@ def head_backward(dlogits, cache, grads):
 
     Shapes  dlogits (B, K)  ->  dz (B, N, D);  the parameter gradients are added into ``grads``
     """
-    B, N, D = cache.shape
     xp = array_module(dlogits)
 
     def add(name, dW, db):
@@ -89,22 +88,22 @@ def head_backward(dlogits, cache, grads):
         du = dy * (1.0 - cache.tanh * cache.tanh)
         dy, dW, db = linear_backward(du, cache.pre_logits)  # (B, D)
         add("pre_logits", dW, db)
-    if cache.pooling == "cls":
-        # y = LN(z[:, 0])
-        dfirst, dw, db = layernorm_backward(dy, cache.norm)
-        dz = xp.zeros((B, N, D), dy.dtype)
-        dz[:, 0] = dfirst
+    if cache.pooling == "mean":
+        # y = mean_n x
+        dx = xp.empty(cache.norm.xhat.shape, dy.dtype)
+        dx[...] = dy[:, None] / dx.shape[1]
+        dy = dx  # (B, n, D)
     elif cache.pooling == "seq":
-        # y = pool(LN(z))
-        dnormed, dW, db = sequence_pool_backward(dy, cache.pool)  # (B, N, D)
+        # y = pool(x)
+        dy, dW, db = sequence_pool_backward(dy, cache.pool)  # (B, n, D)
         add("attention_pool", dW, db)
-        dz, dw, db = layernorm_backward(dnormed, cache.norm)
-    else:
-        # y = mean_N LN(z)
-        dnormed = xp.empty((B, N, D), dy.dtype)
-        dnormed[...] = dy[:, None] / N
-        dz, dw, db = layernorm_backward(dnormed, cache.norm)
+    # x = LN(z[:, read])
+    dread, dw, db = layernorm_backward(dy, cache.norm)
     add("norm", dw, db)
+    if dread.shape == cache.shape:  # every token was read
+        return dread
+    dz = xp.zeros(cache.shape, dy.dtype)
+    dz[:, cache.read] = dread
     return dz
 
 
@@ -117,16 +116,14 @@ def head_jvp(zdot, paramsdot, cache):
     def take(name):
         return paramsdot[f"{name}.weight"], paramsdot[f"{name}.bias"]
 
-    if cache.pooling == "cls":
-        # y = LN(z[:, 0])
-        ydot = layernorm_jvp(zdot[:, 0], *take("norm"), cache.norm)
+    # x = LN(z[:, read])
+    ydot = layernorm_jvp(zdot[:, cache.read], *take("norm"), cache.norm)
+    if cache.pooling == "mean":
+        # y = mean_n x
+        ydot = ydot.mean(axis=1)
     elif cache.pooling == "seq":
-        # y = pool(LN(z))
-        ydot = layernorm_jvp(zdot, *take("norm"), cache.norm)
+        # y = pool(x)
         ydot = sequence_pool_jvp(ydot, *take("attention_pool"), cache.pool)
-    else:
-        # y = mean_N LN(z)
-        ydot = layernorm_jvp(zdot, *take("norm"), cache.norm).mean(axis=1)
     # y = tanh(y W_pre + b_pre)
     if cache.pre_logits is not None:
         ydot = linear_jvp(ydot, *take("pre_logits"), cache.pre_logits) * (1.0 - cache.tanh * cache.tanh)
