@@ -385,11 +385,11 @@ MISTAKES = (
         "each token's share of the gradient is 1/N instead of its weight", "y = attn x: what is each token's weight?",
     ),
     _head(
-        "head-mean-factor", "dy[:, None] / dx.shape[1]", "dy[:, None]",
+        "head-mean-factor", "dy[:, None] / n", "dy[:, None]",
         "the factor 1/N of mean pooling is missing", "y = mean: what is each token's weight?",
     ),
     _head(
-        "head-registers-counted", "dy[:, None] / dx.shape[1]", "dy[:, None] / cache.shape[1]",
+        "head-registers-counted", "dy[:, None] / n", "dy[:, None] / N",
         "mean pooling's gradient is divided by the number of all tokens, registers and all", "how many are averaged?",
     ),
     _head(

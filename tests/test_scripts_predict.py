@@ -85,25 +85,28 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(trained, tmp_path, cal
     ]
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_attention_of_a_known_map(pooling):
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "seq"])
+def test_attention_of_a_known_map(pooling, registers):
     attention_map = load_script("predict").attention_map
-    N, cls = (5, 1) if pooling == "cls" else (4, 0)
+    first = registers + (pooling == "cls")
+    N = first + 4
     attention = np.random.default_rng(0).random((3, N, N))
     attention /= attention.sum(axis=2, keepdims=True)
-    shown = attention_map(attention, pooling)
+    shown = attention_map(attention, pooling, registers)
     for row in range(2):
         for column in range(2):
-            key = cls + 2 * row + column
+            key = first + 2 * row + column
             if pooling == "cls":
                 expected = sum(attention[h, 0, key] for h in range(3)) / 3
             else:
-                expected = sum(attention[h, q, key] for h in range(3) for q in range(N)) / (3 * N)
+                expected = sum(attention[h, q, key] for h in range(3) for q in range(first, N)) / (3 * 4)
             np.testing.assert_allclose(shown[row, column], expected, rtol=1e-12)
 
 
-def test_a_model_with_mean_pooling(tmp_path, call, no_figures):
-    flags = [*TINY, "--pooling", "mean", "--epochs", 1, "--out", tmp_path / "run"]
+@pytest.mark.parametrize("options", [[], ["--registers", 2], ["--registers", 2, "--pooling", "seq", "--qk-norm"]])
+def test_a_model_without_a_class_token_or_with_registers(tmp_path, call, no_figures, options):
+    flags = [*TINY, "--pooling", "mean", "--epochs", 1, "--out", tmp_path / "run", "--layer-scale", 0.1, *options]
     assert call("train", *flags).status == 0
     assert len(predictions(call, tmp_path / "run", tmp_path, "--test", 0)) == 1
 

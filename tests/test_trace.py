@@ -33,6 +33,9 @@ CONFIGS = {
     "qk-norm": {"qk_norm": True},
     "qk-norm-mean": {"qk_norm": True, "pooling": "mean", "attention_dropout": 0.2},
     "seq": {"pooling": "seq", **DROPS, "pre_logits": 7},
+    "registers": {"registers": 2, **DROPS},
+    "registers-mean": {"registers": 3, "pooling": "mean", "pos_embed": "sincos2d"},
+    "registers-seq": {"registers": 1, "pooling": "seq", "qk_norm": True},
     "layer-scale-dropout": {"layer_scale": 0.1, **DROPS, "pooling": "mean"},
     "one-pixel-patches": {"patch_size": 1, "image_size": 3, "pos_embed": "none"},
     "one-patch": {"patch_size": 8, "pos_embed": "sincos2d"},
@@ -109,12 +112,17 @@ def test_options_are_recorded_where_they_act():
     ls2 = next(r for r in records if (r.path, r.direction) == ("blocks.0.ls2", "backward"))
     assert (ls2.equation, ls2.output, set(ls2.norms)) == ("3", "dmlp", {"dx", "dgamma"})
     assert ls2.flops == 3 * 3 * 5 * 12
+    records = traced(registers=2, qk_norm=True, **DROPS).records
+    assert [r.path for r in records if r.depth == 0][:3] == ["patch_embed", "registers", "dropout"]
+    back = next(r for r in records if (r.path, r.direction) == ("registers", "backward"))
+    assert (back.output, back.shape, set(back.norms)) == ("dz_0", (3, 5, 12), {"dz", "dreg_token"})
+    assert back.flops == 3 * 2 * 12
     inside = [
         r.path for r in records if r.direction == "forward" and r.path.startswith("blocks.1.msa.") and r.depth == 2
     ]
     assert [path.rpartition(".")[2] for path in inside] == "qkv q_norm k_norm attention proj".split()
     shapes = {r.path: r.shape for r in records}
-    assert shapes["blocks.1.msa.q_norm"] == (3, 3, 1, 4) and shapes["blocks.1.msa.k_norm"] == (3, 3, 5, 4)
+    assert shapes["blocks.1.msa.q_norm"] == (3, 3, 1, 4) and shapes["blocks.1.msa.k_norm"] == (3, 3, 7, 4)
 
 
 def ends(records):

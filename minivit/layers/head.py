@@ -74,6 +74,7 @@ def head_backward(dlogits, cache, grads):
 
     Shapes  dlogits (B, K)  ->  dz (B, N, D);  the parameter gradients are added into ``grads``
     """
+    B, N, D = cache.shape
     xp = array_module(dlogits)
 
     def add(name, dW, db):
@@ -90,9 +91,10 @@ def head_backward(dlogits, cache, grads):
         add("pre_logits", dW, db)
     if cache.pooling == "mean":
         # y = mean_n x
-        dx = xp.empty(cache.norm.xhat.shape, dy.dtype)
-        dx[...] = dy[:, None] / dx.shape[1]
-        dy = dx  # (B, n, D)
+        n = N - cache.read.start
+        dx = xp.empty((B, n, D), dy.dtype)
+        dx[...] = dy[:, None] / n
+        dy = dx
     elif cache.pooling == "seq":
         # y = pool(x)
         dy, dW, db = sequence_pool_backward(dy, cache.pool)  # (B, n, D)
@@ -102,7 +104,7 @@ def head_backward(dlogits, cache, grads):
     add("norm", dw, db)
     if dread.shape == cache.shape:  # every token was read
         return dread
-    dz = xp.zeros(cache.shape, dy.dtype)
+    dz = xp.zeros((B, N, D), dy.dtype)
     dz[:, cache.read] = dread
     return dz
 
