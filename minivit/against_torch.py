@@ -18,6 +18,7 @@ from minivit.model import ViT
 from minivit.trace import events, recording
 
 LIMIT = 1e-10  # relative differences up to here are rounding in float64
+ZERO = 1e-13  # where every entry is below, they are rounding: softmax ignores the bias of the keys' LayerNorm
 
 
 class Compared(NamedTuple):
@@ -27,7 +28,7 @@ class Compared(NamedTuple):
     direction: str  # "forward" or "backward"
     name: str  # "y", or the gradient's: "dx", "dW", ...; at the end, with path "", the model's own by parameter
     shape: tuple
-    error: float  # largest difference, relative to PyTorch's largest entry (absolute where that is 0)
+    error: float  # largest difference, relative to PyTorch's largest entry (absolute where that is below ZERO)
 
 
 class _Torch:
@@ -79,6 +80,10 @@ class _Torch:
         h = self.config.num_heads
         qkv = self.linear(f"{path}.qkv", f"{prefix}.qkv", x)
         q, k, v = qkv.reshape(B, N, 3, h, D // h).permute(2, 0, 3, 1, 4)
+        if self.config.qk_norm:
+            self.take(path, f"{prefix}.q_norm", "dwq", "dbq")
+            self.take(path, f"{prefix}.k_norm", "dwk", "dbk")
+            q, k = (self.layernorm(f"{path}.{n}", f"{prefix}.{n}", x) for n, x in (("q_norm", q), ("k_norm", k)))
         heads = self.attention(f"{path}.attention", q, k, v).transpose(1, 2).reshape(B, N, D)
         return self.wrote(path, self.linear(f"{path}.proj", f"{prefix}.proj", heads))
 
@@ -91,10 +96,18 @@ class _Torch:
         u = self.wrote(f"{path}.gelu", self.torch.nn.functional.gelu(u, approximate=form))
         return self.wrote(path, self.linear(f"{path}.fc2", f"{prefix}.fc2", u))
 
+    def layer_scale(self, path, x):
+        if (gamma := self.p.get(f"{path}.gamma")) is None:
+            return x
+        self.inputs[path, "dgamma"] = gamma
+        return self.wrote(path, self.read(path, "x", x) * gamma)
+
     def block(self, path, z):
         z = self.read(path, "z", z)
-        z = z + self.msa(f"{path}.msa", f"{path}.attn", self.layernorm(f"{path}.norm1", f"{path}.norm1", z))
-        z = z + self.mlp(f"{path}.mlp", f"{path}.mlp", self.layernorm(f"{path}.norm2", f"{path}.norm2", z))
+        u = self.msa(f"{path}.msa", f"{path}.attn", self.layernorm(f"{path}.norm1", f"{path}.norm1", z))
+        z = z + self.layer_scale(f"{path}.ls1", u)
+        u = self.mlp(f"{path}.mlp", f"{path}.mlp", self.layernorm(f"{path}.norm2", f"{path}.norm2", z))
+        z = z + self.layer_scale(f"{path}.ls2", u)
         return self.wrote(path, z)
 
     def embed(self, images):
@@ -115,14 +128,29 @@ class _Torch:
             fixed = self.torch.tensor(fixed, requires_grad=True)  # never trained, but its gradient is returned
             self.inputs[path, "dpos_embed"] = fixed
             z = z + fixed
-        return self.wrote(path, z)
+        return self.registers("registers", self.wrote(path, z))
+
+    def registers(self, path, z):
+        if (registers := self.p.get("reg_token")) is None:
+            return z
+        z, at = self.read(path, "z", z), int(self.config.pooling == "cls")
+        self.inputs[path, "dreg_token"] = registers
+        return self.wrote(path, self.torch.cat([z[:, :at], registers.expand(len(z), -1, -1), z[:, at:]], dim=1))
+
+    def sequence_pool(self, path, x):
+        x = self.read(path, "x", x)
+        self.take(path, "attention_pool", "dW", "db")
+        scores = self.linear(f"{path}.scores", "attention_pool", x).transpose(1, 2)
+        attn = self.wrote(f"{path}.softmax", self.read(f"{path}.softmax", "x", scores).softmax(dim=-1))
+        return self.wrote(path, (attn @ x).squeeze(1))
 
     def head(self, z):
         z = self.read("head", "z", z)
         if self.config.pooling == "cls":
             y = self.layernorm("head.norm", "norm", z[:, 0])
         else:
-            y = self.layernorm("head.norm", "norm", z).mean(dim=1)
+            y = self.layernorm("head.norm", "norm", z[:, self.config.registers :])
+            y = self.sequence_pool("head.pool", y) if self.config.pooling == "seq" else y.mean(dim=1)
         if self.config.pre_logits:
             y = self.linear("head.pre_logits", "pre_logits", y).tanh()
         return self.wrote("head", self.linear("head.head", "head", y))
@@ -188,6 +216,7 @@ def _compared(path, direction, name, ours, expected):
         else:  # the gradients that ours leaves out must be zero
             some, ours = ours, np.zeros_like(expected)
             ours[first] = some
-    scale = np.abs(expected).max() or 1.0
+    largest = np.abs(expected).max()
+    scale = largest if largest > ZERO else 1.0
     error = np.abs(ours - expected).max() / scale if np.isfinite(ours).all() else np.inf
     return Compared(path, direction, name, ours.shape, float(error))

@@ -107,6 +107,8 @@ def _read_members(path):
         members = archive.infolist()
         if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
             raise ValueError("it is compressed")
+        if any(m.comment for m in members):  # NumPy writes none; a damaged length swallows the entries that follow
+            raise ValueError("its directory is damaged")
         if sum(m.file_size for m in members) > path.stat().st_size:
             raise ValueError("its parts overlap")
         for m in members:

@@ -8,6 +8,7 @@ from the truth, as a relative number; rounding in float64 stays below `TOLERANCE
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -82,6 +83,95 @@ def _layernorm_gradient():
     rng = np.random.default_rng(3)
     _, cache = layernorm_forward(rng.standard_normal((3, 4, 7)), rng.standard_normal(7), np.zeros(7), eps=0.0)
     return layernorm_backward(rng.standard_normal((3, 4, 7)), cache)[0], cache.xhat
+
+
+def _loss_and_gradients(config, flat):
+    """Loss, and {parameter: gradient}, of a batch of random pictures and labels, the same for every model."""
+    rng = np.random.default_rng(6)
+    model, (H, C) = ViT(config, flat=flat), (config.image_size, config.channels)
+    logits, cache = model.forward(rng.standard_normal((3, H, H, C)))
+    loss, loss_cache = softmax_cross_entropy_forward(logits, rng.integers(0, config.num_classes, 3))
+    _, grads = model.gradient_buffer()
+    model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads)
+    return loss, grads
+
+
+def _joined(named):
+    return np.concatenate([value.ravel() for value in named.values()])
+
+
+_SMALL = ViTConfig(image_size=4, patch_size=2, channels=1, num_classes=3, width=8, depth=2, num_heads=2, mlp_dim=5)
+
+
+def _random_model(config):
+    """A float64 model away from the zeros of its initialisation; parameters of one name are alike in all of them."""
+    model = ViT(config, dtype=np.float64)
+    for name, value in model.params.items():
+        value += 0.3 * np.random.default_rng(list(name.encode())).standard_normal(value.shape)
+    return model
+
+
+def layer_scale_of_ones_is_none():
+    """A model whose LayerScale is 1 has the loss and the gradients of the one without it."""
+    plain, scaled = _random_model(_SMALL), _random_model(replace(_SMALL, layer_scale=0.1))
+    for name, value in scaled.params.items():
+        value[...] = plain.params.get(name, 1.0)
+    (loss, grads), (expected_loss, expected) = (_loss_and_gradients(m.config, m.flat) for m in (scaled, plain))
+    shared = {name: grads[name] for name in expected}
+    return max(_error(loss, expected_loss), _error(_joined(shared), _joined(expected)))
+
+
+def qk_norm_ignores_the_scale_of_queries_and_keys():
+    """With QK-norm, five times the queries and a third of the keys give the same loss and gradients (eps next to 0)."""
+    config = replace(_SMALL, qk_norm=True, layernorm_eps=1e-20)
+    model, D = _random_model(config), config.width
+    expected_loss, expected = _loss_and_gradients(config, model.flat)
+    factors = np.repeat([5.0, 1 / 3, 1.0], D)
+    for name, value in model.params.items():
+        if ".qkv." in name:
+            value *= factors
+    loss, grads = _loss_and_gradients(config, model.flat)
+    unscaled = {name: g * factors if ".qkv." in name else g for name, g in grads.items()}
+    return max(_error(loss, expected_loss), _error(_joined(unscaled), _joined(expected)))
+
+
+def sequence_pooling_of_equal_scores_is_the_mean():
+    """With w = 0, sequence pooling has the loss and the gradients of mean pooling, whatever its bias."""
+    mean, seq = (_random_model(replace(_SMALL, pooling=pooling)) for pooling in ("mean", "seq"))
+    seq.params["attention_pool.weight"][...] = 0.0
+    (loss, grads), (expected_loss, expected) = (_loss_and_gradients(m.config, m.flat) for m in (seq, mean))
+    shared = {name: grads[name] for name in expected}
+    return max(_error(loss, expected_loss), _error(_joined(shared), _joined(expected)))
+
+
+def registers_are_a_set():
+    """Registers in another order give the same loss, and the same gradients in that order."""
+    model = _random_model(replace(_SMALL, registers=3))
+    expected_loss, expected = _loss_and_gradients(model.config, model.flat)
+    order = [2, 0, 1]
+    model.params["reg_token"][...] = model.params["reg_token"][:, order]
+    loss, grads = _loss_and_gradients(model.config, model.flat)
+    moved = expected | {"reg_token": expected["reg_token"][:, order]}
+    return max(_error(loss, expected_loss), _error(_joined(grads), _joined(moved)))
+
+
+def registers_that_nobody_heeds_change_nothing():
+    """Where the blocks answer with nothing (values and MLPs of 0), a model with registers is the one without."""
+    errors = []
+    for pooling in ("cls", "mean", "seq"):
+        for positions in ("learned", "sincos2d"):
+            found = []
+            for registers in (0, 2):
+                model = _random_model(replace(_SMALL, registers=registers, pooling=pooling, pos_embed=positions))
+                for name, value in model.params.items():
+                    if ".proj." in name and "blocks" in name or ".fc2." in name:
+                        value[...] = 0.0
+                found.append(_loss_and_gradients(model.config, model.flat))
+            (expected_loss, expected), (loss, grads) = found
+            shared = {name: grads[name] for name in expected if not name.startswith("blocks.")}
+            expected = {name: expected[name] for name in shared}
+            errors += [_error(loss, expected_loss), _error(_joined(shared), _joined(expected))]
+    return max(errors)
 
 
 def equal_logits_cost_ln_k():
@@ -239,6 +329,11 @@ FACTS = {
         layernorm_rows_have_mean_0_and_variance_1,
         layernorm_gradient_ignores_a_common_shift,
         layernorm_gradient_ignores_a_common_scale,
+        layer_scale_of_ones_is_none,
+        qk_norm_ignores_the_scale_of_queries_and_keys,
+        sequence_pooling_of_equal_scores_is_the_mean,
+        registers_are_a_set,
+        registers_that_nobody_heeds_change_nothing,
         equal_logits_cost_ln_k,
         large_logits_are_no_trouble,
         targets_are_probabilities,

@@ -5,21 +5,36 @@ wrong one or a factor of B, N or h cannot hide. A case is a function of a Genera
 backward, args, argument names).
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from minivit.backend import array_module
 from minivit.layers.attention import attention_backward, attention_forward, attention_jvp
-from minivit.layers.block import ATTN, BLOCK_PARAMETERS, MLP, block_backward, block_forward, block_jvp
+from minivit.layers.block import (
+    ATTN,
+    BLOCK_PARAMETERS,
+    LS1,
+    LS2,
+    MLP,
+    QK_NORM,
+    block_backward,
+    block_forward,
+    block_jvp,
+)
 from minivit.layers.drop_path import drop_path_backward, drop_path_forward, drop_path_jvp
 from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.flash_attention import flash_attention_backward, flash_attention_forward, flash_attention_jvp
 from minivit.layers.gelu import gelu_backward, gelu_forward, gelu_jvp
 from minivit.layers.head import head_backward, head_forward, head_jvp
+from minivit.layers.layer_scale import layer_scale_backward, layer_scale_forward, layer_scale_jvp
 from minivit.layers.layernorm import layernorm_backward, layernorm_forward, layernorm_jvp
 from minivit.layers.linear import linear_backward, linear_forward, linear_jvp
 from minivit.layers.mlp import mlp_backward, mlp_forward, mlp_jvp
 from minivit.layers.msa import msa_backward, msa_forward, msa_jvp
 from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward, patch_embed_jvp
+from minivit.layers.registers import registers_backward, registers_forward, registers_jvp
+from minivit.layers.sequence_pool import sequence_pool_backward, sequence_pool_forward, sequence_pool_jvp
 from minivit.layers.softmax import softmax_backward, softmax_forward, softmax_jvp
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward, softmax_cross_entropy_jvp
 
@@ -36,6 +51,10 @@ def _linear(rng):
 
 def _layernorm(rng):
     return layernorm_forward, layernorm_backward, _arrays(rng, (B, N, D), (D,), (D,)), ("x", "w", "b")
+
+
+def _layer_scale(rng):
+    return layer_scale_forward, layer_scale_backward, _arrays(rng, (B, N, D), (D,)), ("x", "gamma")
 
 
 def _gelu(kind):
@@ -93,13 +112,19 @@ def _flash_attention(dropout, shapes=((B, HEADS, N, D // HEADS),) * 3):
     return case
 
 
-def _msa(rng):
-    def forward(*args):
-        return msa_forward(*args, num_heads=HEADS, attention_dropout=0.3, rng=np.random.default_rng(2))
+def _msa(qk_norm, queries=None):
+    def case(rng):
+        def forward(*args):
+            return msa_forward(
+                *args, num_heads=HEADS, queries=queries, attention_dropout=0.3, rng=np.random.default_rng(2)
+            )
 
-    x, *weights = _arrays(rng, (B, N, D), (D, 3 * D), (3 * D,), (D, D), (D,))
-    args = [x, *(0.3 * W for W in weights)]  # scores of order 1: a saturated softmax has gradients too small to compare
-    return forward, msa_backward, args, ("x", "Wqkv", "bqkv", "Wproj", "bproj")
+        x, *weights = _arrays(rng, (B, N, D), (D, 3 * D), (3 * D,), (D, D), (D,))
+        args = [x, *(0.3 * W for W in weights)]  # scores of order 1: softmax's gradients vanish where it saturates
+        args += _arrays(rng, *[(D // HEADS,)] * 4) if qk_norm else [None] * 4
+        return forward, msa_backward, args, ("x", "Wqkv", "bqkv", "Wproj", "bproj", "wq", "bq", "wk", "bk")
+
+    return case
 
 
 def _mlp(rng):
@@ -110,26 +135,37 @@ def _mlp(rng):
     return forward, mlp_backward, args, ("x", "W1", "b1", "W2", "b2")
 
 
+class _Named(NamedTuple):
+    """The cache of a glue function, and the names of the parameters that it was given."""
+
+    names: tuple
+    cache: Any
+
+
 def _by_position(forward, backward, names):
     """A glue function, which takes and fills mappings, in the protocol of the layers."""
 
     def positional_forward(z, *values):
-        return forward(z, dict(zip(names, values, strict=True)))
+        y, cache = forward(z, dict(zip(names, values, strict=True)))
+        return y, _Named(names, cache)
 
     def positional_backward(dy, cache, values):
         grads = {name: array_module(dy).zeros(value.shape, dy.dtype) for name, value in zip(names, values, strict=True)}
-        dz = backward(dy, cache, grads)
+        dz = backward(dy, cache.cache, grads)
         return (dz, *grads.values())
 
     return positional_forward, positional_backward
 
 
-def _block(dropout):
+def _block(dropout, options=()):
+    names = BLOCK_PARAMETERS + options
+
     def case(rng):
         shapes = {"attn.qkv.weight": (D, 3 * D), "attn.qkv.bias": (3 * D,), "attn.proj.weight": (D, D)}
+        shapes |= dict.fromkeys(QK_NORM, (D // HEADS,))
         shapes |= {"mlp.fc1.weight": (D, M), "mlp.fc1.bias": (M,), "mlp.fc2.weight": (M, D)}
-        values = _arrays(rng, *[shapes.get(name, (D,)) for name in BLOCK_PARAMETERS])
-        values = [0.3 * v if name in ATTN + MLP else v for name, v in zip(BLOCK_PARAMETERS, values, strict=True)]
+        values = _arrays(rng, *[shapes.get(name, (D,)) for name in names])
+        values = [0.3 * v if name in ATTN + MLP else v for name, v in zip(names, values, strict=True)]
 
         def block(z, params):
             return block_forward(
@@ -137,9 +173,9 @@ def _block(dropout):
                 rng=np.random.default_rng(4),
             )  # fmt: skip
 
-        forward, backward = _by_position(block, block_backward, BLOCK_PARAMETERS)
+        forward, backward = _by_position(block, block_backward, names)
         z = rng.standard_normal((8, N, D))  # enough pictures for stochastic depth to drop some
-        return forward, lambda dy, cache: backward(dy, cache, values), [z, *values], ("z", *BLOCK_PARAMETERS)
+        return forward, lambda dy, cache: backward(dy, cache, values), [z, *values], ("z", *names)
 
     return case
 
@@ -158,16 +194,30 @@ def _patch_embed(cls_token, position):
     return case
 
 
-def _head(pooling, pre_logits):
+def _registers(at):
+    def case(rng):
+        args = _arrays(rng, (B, N, D), (1, 3, D))
+        return lambda *a: registers_forward(*a, at=at), registers_backward, args, ("z", "reg_token")
+
+    return case
+
+
+def _sequence_pool(rng):
+    x, W, b = _arrays(rng, (B, N, D), (D, 1), (1,))
+    return sequence_pool_forward, sequence_pool_backward, [x, 0.3 * W, b], ("x", "W", "b")
+
+
+def _head(pooling, pre_logits, registers=0):
     def case(rng):
         R = 6
         shapes = {"norm.weight": (D,), "norm.bias": (D,)}
+        shapes |= {"attention_pool.weight": (D, 1), "attention_pool.bias": (1,)} if pooling == "seq" else {}
         shapes |= {"pre_logits.weight": (D, R), "pre_logits.bias": (R,)} if pre_logits else {}
         shapes |= {"head.weight": (R if pre_logits else D, K), "head.bias": (K,)}
         values = _arrays(rng, *shapes.values())
 
         def head(z, params):
-            return head_forward(z, params, pooling=pooling)
+            return head_forward(z, params, pooling=pooling, registers=registers)
 
         forward, backward = _by_position(head, head_backward, tuple(shapes))
         z = rng.standard_normal((B, N, D))
@@ -193,6 +243,7 @@ def _loss(soft, label_smoothing):
 LAYERS = {
     "linear": _linear,
     "layernorm": _layernorm,
+    "layer_scale": _layer_scale,
     "gelu": _gelu("tanh"),
     "gelu-erf": _gelu("erf"),
     "softmax": _softmax,
@@ -204,14 +255,22 @@ LAYERS = {
     "flash_attention": _flash_attention(0.0),
     "flash_attention-dropout": _flash_attention(0.3),
     "flash_attention-sizes": _flash_attention(0.0, [(B, 3, 4), (B, N, 4), (B, N, M)]),  # fewer queries, wider values
-    "msa": _msa,
+    "msa": _msa(False),
+    "msa-qk_norm": _msa(True),
+    "msa-qk_norm-queries": _msa(True, queries=3),
     "mlp": _mlp,
     "block": _block(0.0),
     "block-dropout": _block(0.3),
+    "block-options": _block(0.3, QK_NORM + LS1 + LS2),
     "patch_embed": _patch_embed(True, True),
     "patch_embed-mean": _patch_embed(False, False),
     "head": _head("cls", False),
     "head-mean": _head("mean", False),
+    "registers": _registers(1),
+    "registers-front": _registers(0),
+    "sequence_pool": _sequence_pool,
+    "head-seq": _head("seq", False),
+    "head-registers": _head("mean", False, registers=2),
     "head-pre_logits": _head("cls", True),
     "loss": _loss(False, 0.1),
     "loss-soft": _loss(True, 0.0),
@@ -220,15 +279,10 @@ LAYERS = {
 
 def _named_jvp(jvp):
     """The derivative of a glue function, which takes a mapping, in the protocol of the layers."""
-    names = {
-        len(BLOCK_PARAMETERS): BLOCK_PARAMETERS,
-        4: ("norm.weight", "norm.bias", "head.weight", "head.bias"),
-        6: ("norm.weight", "norm.bias", "pre_logits.weight", "pre_logits.bias", "head.weight", "head.bias"),
-    }
 
     def positional(zdot, *rest):
-        *tangents, cache = rest
-        return jvp(zdot, dict(zip(names[len(tangents)], tangents, strict=True)), cache)
+        *tangents, (names, cache) = rest
+        return jvp(zdot, dict(zip(names, tangents, strict=True)), cache)
 
     return positional
 
@@ -236,6 +290,7 @@ def _named_jvp(jvp):
 JVPS = {
     "linear": linear_jvp,
     "layernorm": layernorm_jvp,
+    "layer_scale": layer_scale_jvp,
     "gelu": gelu_jvp,
     "softmax": softmax_jvp,
     "dropout": dropout_jvp,
@@ -246,6 +301,8 @@ JVPS = {
     "mlp": mlp_jvp,
     "block": _named_jvp(block_jvp),
     "patch_embed": patch_embed_jvp,
+    "registers": registers_jvp,
+    "sequence_pool": sequence_pool_jvp,
     "head": _named_jvp(head_jvp),
     "loss": softmax_cross_entropy_jvp,
 }  # of each case in LAYERS, by the part of its name before "-"
@@ -263,8 +320,12 @@ _TINY = {
 MODELS = {
     "vit": _TINY,
     "vit-mean": {**_TINY, "image_size": 6, "pooling": "mean", "num_heads": 1},
+    "vit-seq": {**_TINY, "image_size": 6, "pooling": "seq", "registers": 2},
+    "vit-registers": {**_TINY, "registers": 3, "dropout": 0.2},
     "vit-erf": {**_TINY, "gelu": "erf"},
     "vit-pre_logits": {**_TINY, "pre_logits": 10, "pos_embed": "sincos2d"},
+    "vit-layer_scale": {**_TINY, "layer_scale": 0.1},
+    "vit-qk_norm": {**_TINY, "qk_norm": True},
     "vit-dropout": {**_TINY, "dropout": 0.2, "attention_dropout": 0.3, "drop_path": 0.4, "pos_embed": "none"},
 }
 MODEL_BATCH = 8  # pictures, for the models

@@ -67,13 +67,13 @@ def check_finite(logits, path):
         raise InputError(f"{path} gives logits that are not finite numbers: its parameters are far too large")
 
 
-def attention_map(attention, pooling):
-    """What the classified token looks at, of one block's attention maps.
+def attention_map(attention, pooling, registers=0):
+    """What the classified token looks at, of one block's attention maps; registers are left out.
 
-    Math    with a class token its row without itself, with mean pooling the mean over all queries; mean over the heads
+    Math    with a class token its row at the patches, without one the mean of the patches' rows; mean over the heads
     Shapes  attention (h, N, N)  ->  (grid, grid)
     """
     mean = attention.mean(axis=0)  # (N, N)
-    row = mean[0, 1:] if pooling == "cls" else mean.mean(axis=0)  # (grid * grid,)
+    row = mean[0, 1 + registers :] if pooling == "cls" else mean[registers:, registers:].mean(axis=0)  # (grid * grid,)
     grid = round(len(row) ** 0.5)
     return row.reshape(grid, grid)

@@ -46,6 +46,7 @@ def _in(module, function):
 _linear = _in("layers.linear", "linear_backward")
 _layernorm = _in("layers.layernorm", "layernorm_backward")
 _forward_of_layernorm = _in("layers.layernorm", "layernorm_forward")
+_layer_scale = _in("layers.layer_scale", "layer_scale_backward")
 _gelu = _in("layers.gelu", "gelu_backward")
 _forward_of_softmax = _in("layers.softmax", "softmax_forward")
 _softmax = _in("layers.softmax", "softmax_backward")
@@ -59,6 +60,8 @@ _mlp = _in("layers.mlp", "mlp_backward")
 _block = _in("layers.block", "block_backward")
 _patch = _in("layers.patch_embed", "patch_embed_backward")
 _unpatchify = _in("layers.patch_embed", "unpatchify")
+_registers = _in("layers.registers", "registers_backward")
+_sequence_pool = _in("layers.sequence_pool", "sequence_pool_backward")
 _head = _in("layers.head", "head_backward")
 _forward_of_loss = _in("loss", "softmax_cross_entropy_forward")
 _loss = _in("loss", "softmax_cross_entropy_backward")
@@ -138,6 +141,19 @@ MISTAKES = (
         "var = row_mean(xc * xc) * (x.shape[-1] / (x.shape[-1] - 1))",
         "the forward divides the variance by D - 1, the backward differentiates 1/D",
         "do forward and backward agree on the variance?",
+    ),
+    _layer_scale(
+        "layer-scale-batch-mean", "ones(len(product), dy.dtype) @ product",
+        "ones(len(product), dy.dtype) @ product / len(dy)",
+        "gamma's gradient is divided by the batch size", "how many rows share gamma?",
+    ),
+    _layer_scale(
+        "layer-scale-of-the-scaled", "(dy * x).reshape", "(dy * gamma * x).reshape",
+        "gamma's gradient is made of the scaled branch", "y = gamma x: what multiplies gamma?",
+    ),
+    _layer_scale(
+        "layer-scale-not-undone", "return dy * gamma, dgamma", "return dy * 1.0, dgamma",
+        "the gradient passes by gamma on its way to the branch", "who is multiplied by gamma?",
     ),
     _gelu(
         "gelu-other-form", '    if kind == "erf":',
@@ -266,6 +282,16 @@ MISTAKES = (
         "    dqkv[..., 2 * D + D // num_heads :] = 0.0\n",
         "only the first head's values are trained", "how many heads are there?",
     ),
+    _msa(
+        "msa-key-norm-skipped", "dk[...], dwk, dbk = layernorm_backward(dk, cache.k_norm)",
+        "_, dwk, dbk = layernorm_backward(dk, cache.k_norm)",
+        "with QK-norm, the keys' gradient passes by the LayerNorm", "which keys did the query meet?",
+    ),
+    _msa(
+        "msa-query-norm-of-keys", "layernorm_backward(dk, cache.k_norm)", "layernorm_backward(dk, cache.q_norm)",
+        "with QK-norm, the keys' gradient goes back through the LayerNorm of the queries",
+        "who was normalised by what?",
+    ),
     _mlp(
         "mlp-gelu-skipped", "du = gelu_backward(du, cache.gelu)", "du = du * 1.0",
         "the gradient passes by the GELU", "count the steps of the forward",
@@ -300,6 +326,10 @@ MISTAKES = (
         "the second LayerNorm uses the first one's cache", "read the cache fields in reverse",
     ),
     _block(
+        "block-layer-scales-swapped", "layer_scale_backward(du, cache.ls1)", "layer_scale_backward(du, cache.ls2)",
+        "the attention branch's LayerScale uses the cache of the MLP branch's", "read the cache fields in reverse",
+    ),
+    _block(
         "block-path-skipped", "du = drop_path_backward(dz, cache.path1)", "du = dz * 1.0",
         "stochastic depth is not undone on the attention branch", "which pictures skipped the branch?",
     ),
@@ -330,12 +360,40 @@ MISTAKES = (
         "patch-not-transposed", ".transpose(0, 1, 3, 2, 4, 5)", "",
         "patches are laid out by a reshape alone: rows and columns are mixed up", "draw four pixels and two patches",
     ),
+    _registers(
+        "registers-first-rows", "dz[:, at:end].sum(", "dz[:, : cache.count].sum(",
+        "the registers get the gradient of the first rows, the class token's among them", "where were they put?",
+    ),
+    _registers(
+        "registers-mean", ".sum(axis=0, keepdims=True)", ".mean(axis=0, keepdims=True)",
+        "the registers' gradient is averaged over the batch instead of summed", "how many pictures share them?",
+    ),
+    _registers(
+        "registers-last-rows", "[dz[:, :at], dz[:, end:]]", "[dz[:, : dz.shape[1] - cache.count]]",
+        "the last tokens are cut off instead of the registers", "which rows came from z?",
+    ),
+    _sequence_pool(
+        "sequence-pool-weights-constant", "dx += dx_of_scores", "pass",
+        "the tokens get no gradient through their weights", "where does x enter?",
+    ),
+    _sequence_pool(
+        "sequence-pool-no-softmax", "softmax_backward(dattn, cache.softmax)", "(attn * dattn)",
+        "softmax's backward is replaced by its diagonal", "does a token's weight depend on the others' scores?",
+    ),
+    _sequence_pool(
+        "sequence-pool-mean", "attn.swapaxes(1, 2) @ dy", "(0 * attn + 1 / attn.shape[2]).swapaxes(1, 2) @ dy",
+        "each token's share of the gradient is 1/N instead of its weight", "y = attn x: what is each token's weight?",
+    ),
     _head(
-        "head-mean-factor", "dy[:, None] / N", "dy[:, None]",
+        "head-mean-factor", "dy[:, None] / n", "dy[:, None]",
         "the factor 1/N of mean pooling is missing", "y = mean: what is each token's weight?",
     ),
     _head(
-        "head-class-token-everywhere", "dz[:, 0] = dfirst", "dz[...] = dfirst[:, None]",
+        "head-registers-counted", "dy[:, None] / n", "dy[:, None] / N",
+        "mean pooling's gradient is divided by the number of all tokens, registers and all", "how many are averaged?",
+    ),
+    _head(
+        "head-class-token-everywhere", "dz[:, cache.read] = dread", "dz[...] = dread[:, None]",
         "every token gets the class token's gradient", "which token was read?",
     ),
     _head(
@@ -380,6 +438,10 @@ MISTAKES = (
         "model-position-not-trained", 'if "pos_embed" in grads:', 'if "pos_embed_" in grads:',
         "the position embedding is in no update", "is every parameter trained?",
         "a published CuPy ViT leaves it out, with a note to figure this out later",
+    ),
+    _model(
+        "model-registers-not-trained", 'grads["reg_token"] += dreg_token', "pass",
+        "the registers are in no update", "is every parameter trained?",
     ),
     _model(
         "model-first-block-skipped", "for i in reversed(range(self.config.depth)):",

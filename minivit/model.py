@@ -19,7 +19,16 @@ import numpy as np
 from minivit import params as parameters
 from minivit.backend import array_module, plain
 from minivit.errors import InputError
-from minivit.layers.block import BLOCK_PARAMETERS, BlockCache, block_backward, block_forward, block_jvp
+from minivit.layers.block import (
+    BLOCK_PARAMETERS,
+    LS1,
+    LS2,
+    QK_NORM,
+    BlockCache,
+    block_backward,
+    block_forward,
+    block_jvp,
+)
 from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.gelu import KINDS as GELUS
 from minivit.layers.head import POOLINGS, HeadCache, head_backward, head_forward, head_jvp
@@ -31,7 +40,8 @@ from minivit.layers.patch_embed import (
     patch_embed_jvp,
     sincos2d,
 )
-from minivit.params import ParameterSpec, lecun_normal, normal, ones, xavier_uniform, zeros
+from minivit.layers.registers import RegistersCache, registers_backward, registers_forward, registers_jvp
+from minivit.params import ParameterSpec, constant, lecun_normal, normal, ones, xavier_uniform, zeros
 from minivit.settings import check_choice, check_range, check_types, setting
 
 POSITIONS = ("learned", "sincos2d", "none")
@@ -72,10 +82,15 @@ class ViTConfig:
     depth: int = setting(6, "number of blocks L")
     num_heads: int = setting(3, "attention heads h; the width must be a multiple")
     mlp_dim: int = setting(0, "hidden width M of the MLPs; 0 means 4 x width")
-    pooling: str = setting("cls", 'what is classified: "cls" (class token) or "mean" (of all tokens)')
+    pooling: str = setting(
+        "cls", 'what is classified: "cls" (class token), "mean" or "seq" (plain or learned mean of patches)'
+    )
     pos_embed: str = setting("learned", 'position embedding: "learned", "sincos2d" or "none"')
     pre_logits: int = setting(0, "width R of the tanh layer before the head; 0 for none")
     gelu: str = setting("tanh", 'GELU form: "tanh" (official code) or "erf" (timm)')
+    registers: int = setting(0, "learned tokens beside the class token that the head does not read; 0 for none")
+    qk_norm: bool = setting(False, "LayerNorm of each head's queries and keys")
+    layer_scale: float = setting(0.0, "LayerScale: initial factor of the residual branches; 0 for none")
     layernorm_eps: float = setting(1e-6, "added to the variance in LayerNorm")
     dropout: float = setting(0.0, "dropout rate after the embedding, the MSA projection and both MLP layers")
     attention_dropout: float = setting(0.0, "dropout rate of the attention maps")
@@ -87,9 +102,10 @@ class ViTConfig:
             object.__setattr__(self, "mlp_dim", 4 * self.width)
         check_range(self, 1, None, "image_size", "patch_size", "channels", "num_classes")
         check_range(self, 1, None, "width", "depth", "num_heads", "mlp_dim")
-        check_range(self, 0, None, "pre_logits")
+        check_range(self, 0, None, "pre_logits", "registers")
         check_range(self, 0.0, 1.0, "dropout", "attention_dropout", "drop_path", open_high=True)
         check_range(self, 1e-20, 1.0, "layernorm_eps")
+        check_range(self, 0.0, 1.0, "layer_scale")
         check_choice(self, "pooling", POOLINGS)
         check_choice(self, "pos_embed", POSITIONS)
         check_choice(self, "gelu", GELUS)
@@ -97,6 +113,8 @@ class ViTConfig:
             raise InputError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads:
             raise InputError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.qk_norm and self.width == self.num_heads:
+            raise InputError("qk_norm needs heads of more than one dimension: LayerNorm of a single number is nothing")
         if self.pos_embed == "sincos2d" and self.width % 4:
             raise InputError(f'pos_embed "sincos2d" needs a width that is a multiple of 4, got {self.width}')
 
@@ -116,8 +134,8 @@ class ViTConfig:
 
     @property
     def num_tokens(self):
-        """N: the patches, and the class token if there is one."""
-        return self.grid_size**2 + (self.pooling == "cls")
+        """N: the patches, the registers, and the class token if there is one."""
+        return self.grid_size**2 + self.registers + (self.pooling == "cls")
 
 
 def preset_fields(name):
@@ -134,11 +152,16 @@ def preset_fields(name):
     return fields | ({"image_size": 224, "num_classes": 1000} if paper else {"image_size": 32, "num_classes": 10})
 
 
+def block_parameters(config):
+    """The names of a block's parameters, without ``blocks.i.``."""
+    return BLOCK_PARAMETERS + (QK_NORM if config.qk_norm else ()) + (LS1 + LS2 if config.layer_scale else ())
+
+
 def parameter_table(config):
     """The model's parameters in the order of the forward pass, with timm's names and the official initialisers.
 
-    Weight decay applies to the matrices alone: not to biases, LayerNorm, the class token or the position
-    embedding.
+    Weight decay applies to the matrices alone: not to biases, LayerNorm, LayerScale, the class token, registers or the
+    position embedding.
     """
     c, D, M = config, config.width, config.mlp_dim
     pixels = c.patch_size**2 * c.channels
@@ -147,9 +170,13 @@ def parameter_table(config):
     def add(name, shape, init, decay=False):
         table.append(ParameterSpec(name, shape, init, decay))
 
-    def layernorm(name):
-        add(f"{name}.weight", (D,), ones)
-        add(f"{name}.bias", (D,), zeros)
+    def layernorm(name, size=D):
+        add(f"{name}.weight", (size,), ones)
+        add(f"{name}.bias", (size,), zeros)
+
+    def layer_scale(name):
+        if c.layer_scale:
+            add(f"{name}.gamma", (D,), constant(c.layer_scale))
 
     def dense(name, n_in, n_out, init, bias_init=zeros):
         add(f"{name}.weight", (n_in, n_out), init, decay=True)
@@ -157,18 +184,27 @@ def parameter_table(config):
 
     if c.pooling == "cls":
         add("cls_token", (1, 1, D), zeros)
+    if c.registers:
+        add("reg_token", (1, c.registers, D), normal(1e-6))  # nearly zero, as its authors and timm have it
     if c.pos_embed == "learned":
-        add("pos_embed", (1, c.num_tokens, D), normal(0.02))
+        add("pos_embed", (1, c.num_tokens - c.registers, D), normal(0.02))
     dense("patch_embed.proj", pixels, D, lecun_normal(pixels))
     for i in range(c.depth):
         layernorm(f"blocks.{i}.norm1")
         # queries, keys and values are three (D, D) matrices side by side, and are initialised as such
         dense(f"blocks.{i}.attn.qkv", D, 3 * D, xavier_uniform(D, D))
+        if c.qk_norm:
+            layernorm(f"blocks.{i}.attn.q_norm", D // c.num_heads)
+            layernorm(f"blocks.{i}.attn.k_norm", D // c.num_heads)
         dense(f"blocks.{i}.attn.proj", D, D, xavier_uniform(D, D))
+        layer_scale(f"blocks.{i}.ls1")
         layernorm(f"blocks.{i}.norm2")
         dense(f"blocks.{i}.mlp.fc1", D, M, xavier_uniform(D, M), normal(1e-6))
         dense(f"blocks.{i}.mlp.fc2", M, D, xavier_uniform(M, D), normal(1e-6))
+        layer_scale(f"blocks.{i}.ls2")
     layernorm("norm")
+    if c.pooling == "seq":
+        dense("attention_pool", D, 1, normal(0.02))
     if c.pre_logits:
         dense("pre_logits", D, c.pre_logits, lecun_normal(D))
     dense("head", c.pre_logits or D, c.num_classes, zeros)
@@ -205,6 +241,7 @@ class ViTCache(NamedTuple):
     """What `ViT.backward` reads: the caches of the embedding, of its dropout, of each block and of the head."""
 
     embed: PatchEmbedCache
+    registers: RegistersCache | None
     dropout: DropoutCache
     blocks: tuple[BlockCache | BlockInput, ...]
     head: HeadCache
@@ -231,6 +268,7 @@ class ViT:
         self.table = parameter_table(config)
         self.flat = parameters.initialise(self.table, seed=seed, dtype=dtype) if flat is None else flat
         self.params = parameters.views(self.flat, self.table)
+        self._block_names = block_parameters(config)
         self._blocks = [self._of_block(self.params, i) for i in range(config.depth)]
         self._position = self.params.get("pos_embed")
         if config.pos_embed == "sincos2d":
@@ -240,9 +278,8 @@ class ViT:
     def __repr__(self):
         return f"ViT({self.config}, {self.flat.size:,} parameters, {self.flat.dtype})"
 
-    @staticmethod
-    def _of_block(named, i):
-        return {name: named[f"blocks.{i}.{name}"] for name in BLOCK_PARAMETERS}
+    def _of_block(self, named, i):
+        return {name: named[f"blocks.{i}.{name}"] for name in self._block_names}
 
     def drop_path_rate(self, i):
         """Stochastic depth's rate of block i: it rises linearly from 0 to the configuration's."""
@@ -275,11 +312,15 @@ class ViT:
             self._position,
             patch_size=c.patch_size,
         )
+        registers = None
+        if c.registers:
+            z, registers = registers_forward(z, p["reg_token"], at=int(c.pooling == "cls"))
         z, dropout = dropout_forward(z, rate=c.dropout, rng=rng)
-        return z, embed, dropout
+        return z, embed, registers, dropout
 
     def _head(self, z):
-        return head_forward(z, self.params, pooling=self.config.pooling, eps=self.config.layernorm_eps)
+        c = self.config
+        return head_forward(z, self.params, pooling=c.pooling, registers=c.registers, eps=c.layernorm_eps)
 
     def at_half_size(self):
         """The same parameters, in the same buffer, as a model of pictures of half the height and width.
@@ -317,14 +358,14 @@ class ViT:
         more, with the same dropout masks (Chen et al. 2016, arXiv:1604.06174).
         Raises  InputError: pictures of another shape, or with NaN pixels.
         """
-        z, embed, dropout = self._embed(images, rng)  # (B, N, D)
+        z, embed, registers, dropout = self._embed(images, rng)  # (B, N, D)
         blocks = []
         for i in range(self.config.depth):
             block_input = BlockInput(z, deepcopy(rng)) if recompute else None
             z, cache = self._block(i, z, rng)  # (B, N, D); (B, 1, D) at the end
             blocks.append(block_input or cache)
         logits, head = self._head(z)  # (B, K)
-        return logits, ViTCache(embed, dropout, tuple(blocks), head)
+        return logits, ViTCache(embed, registers, dropout, tuple(blocks), head)
 
     def backward(self, dlogits, cache, grads, *, need_dimages=False):
         """Backward of `forward`: every parameter's gradient is *added* into ``grads`` (see `gradient_buffer`).
@@ -339,8 +380,11 @@ class ViT:
             if isinstance(block, BlockInput):
                 _, block = self._block(i, block.z, deepcopy(block.rng))
             dz = block_backward(dz, block, self._of_block(grads, i))  # (B, N, D)
-        # z_0 = dropout(embed(images))
+        # z_0 = dropout(registers(embed(images)))
         dz = dropout_backward(dz, cache.dropout)
+        if cache.registers is not None:
+            dz, dreg_token = registers_backward(dz, cache.registers)
+            grads["reg_token"] += dreg_token
         dimages, dW, db, dcls_token, dpos_embed = patch_embed_backward(dz, cache.embed, need_dimages=need_dimages)
         grads["patch_embed.proj.weight"] += dW
         grads["patch_embed.proj.bias"] += db
@@ -366,6 +410,8 @@ class ViT:
             tangents.get("pos_embed", 0.0),  # a fixed sine-cosine embedding does not move
             cache.embed,
         )
+        if cache.registers is not None:
+            zdot = registers_jvp(zdot, tangents["reg_token"], cache.registers)
         zdot = dropout_jvp(zdot, cache.dropout)
         for i in range(self.config.depth):
             zdot = block_jvp(zdot, self._of_block(tangents, i), cache.blocks[i])  # (B, N, D); (B, 1, D) at the end

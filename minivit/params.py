@@ -37,6 +37,11 @@ def ones(rng, shape):
     return np.ones(shape)
 
 
+def constant(value):
+    """All the same."""
+    return lambda rng, shape: np.full(shape, value)
+
+
 def normal(std):
     """N(0, std^2)."""
     return lambda rng, shape: std * rng.standard_normal(shape)

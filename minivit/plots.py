@@ -573,7 +573,7 @@ def save_trace(file, trace, *, title=""):
 
     # the whole network
     c, L, y = trace.config, trace.config.depth, 7.75
-    embed = ["patch_embed", "dropout"]
+    embed = ["patch_embed", "registers", "dropout"]
     xs = [3.3, 6.6, 9.9, 13.2]
     blocks = [f"blocks.{i}" for i in range(L)]
     for x, name, paths in zip(
@@ -585,7 +585,7 @@ def save_trace(file, trace, *, title=""):
     pictures = (trace.batch, c.image_size, c.image_size, c.channels)
     backward = ("loss", "backward") in records
     arrows(xs[0] - 3.3 + half, xs[0] - half, y, "images", pictures, "no gradient\nneeded" if backward else None)
-    arrows(xs[0] + half, xs[1] - half, y, "z_0", shape_of("patch_embed"), norm_of("blocks.0", "z_0"))
+    arrows(xs[0] + half, xs[1] - half, y, "z_0", shape_of("dropout"), norm_of("blocks.0", "z_0"))
     arrows(xs[1] + half, xs[2] - half, y, f"z_{L}", shape_of(blocks[-1]), norm_of("head", f"z_{L}"))
     arrows(xs[2] + half, xs[3] - half, y, "logits", shape_of("head"), norm_of("loss", "logits"))
     loss = f"loss {float(trace.loss):.4g}"
@@ -602,11 +602,11 @@ def save_trace(file, trace, *, title=""):
     rows = (
         (4.6, "z_0", "z'_1", [
             ("norm1", "u", ["norm1"]), ("qkv", "q, k, v", ["msa.qkv"]), ("attention", "heads", ["msa.attention"]),
-            ("proj", "msa", ["msa.proj", "dropout1", "path1"]),
+            ("proj", "msa", ["msa.proj", "dropout1", "ls1", "path1"]),
         ]),
         (1.95, "z'_1", "z_1", [
             ("norm2", "v", ["norm2"]), ("fc1", "hidden", ["mlp.fc1"]), ("gelu", "gelu", ["mlp.gelu", "mlp.dropout"]),
-            ("fc2", "mlp", ["mlp.fc2", "dropout2", "path2"]),
+            ("fc2", "mlp", ["mlp.fc2", "dropout2", "ls2", "path2"]),
         ]),
     )  # fmt: skip
     xs, plus, tokens = [2.75, 5.95, 9.15, 12.35], 14.55, shape_of("blocks.0")

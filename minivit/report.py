@@ -336,7 +336,10 @@ def _mistakes(run, probabilities, count):
         seen = run.model.intermediates(image[None]).attention[-1][0]  # (h, N, N)
         pictures = (
             (plots.picture_png(image), f"test picture {i}"),
-            (plots.picture_png(image, attention_map(seen, c.pooling)), f"the attention over test picture {i}"),
+            (
+                plots.picture_png(image, attention_map(seen, c.pooling, c.registers)),
+                f"the attention over test picture {i}",
+            ),
         )
         lines = [
             ("predicted ", tag("strong", data.class_names[guess]), f" {percent(probabilities[i, guess], 1)}"),

@@ -22,17 +22,21 @@ q, k and v are three views of one buffer; a linear layer's cache holds the outpu
 
     linear     forward   2 n d m for n rows          backward  4 n d m, or 2 n d m without the input's gradient
     attention  forward   4 B h Q N Dh                backward  8 B h Q N Dh, where Q of the N tokens ask
+    sequence_pool   the scores are a linear layer; the mixture: forward 2 B N D, backward 4 B N D
 
 Everything else by operations per element, exp, tanh, erf and comparisons being one each, figures of a row none:
 
     linear's bias     1 forward (the addition)       1 backward (the sum over rows)
     layernorm         7                              11
+    layer_scale       1                              3
     softmax           5                              4
     attention scores  1 (the scale)                  1
     gelu              8 "tanh", 5 "erf"              11 "tanh", 7 "erf"
     dropout           2 where there is a mask        2
     block             2 (two additions)              2, and 1 per parameter (adding into its gradient)
+    registers         0                              1 per register's gradient entry
     patch_embed       1 with a position embedding    1, and 1 per class token's gradient entry
+    sequence_pool     0                              1 (the sum of two gradients)
     head              mean: 1 per token's entry; tanh: 1 forward, 3 backward per entry; 1 per parameter
     cross-entropy     8                              3
 
@@ -64,16 +68,20 @@ from minivit.model import ViT, ViTConfig
 TENSORS = {
     "patch_embed": ("1", "images", "z_0"),
     "patch_embed.proj": ("1", "patches", "tokens"),
+    "registers": ("1", "z_0", "z_0"),
     "dropout": ("1", "z_0", "z_0"),
     "blocks": ("2-3", "z_{}", "z_{+}"),
     "blocks.norm1": ("2", "z_{}", "u"),
     "blocks.msa": ("5-8", "u", "msa"),
     "blocks.msa.qkv": ("5", "u", "qkv"),
+    "blocks.msa.q_norm": ("5", "q", "q"),
+    "blocks.msa.k_norm": ("5", "k", "k"),
     "blocks.msa.attention": ("6-7", "q", "heads"),
     "blocks.msa.attention.softmax": ("6", "scores", "attn"),
     "blocks.msa.attention.dropout": ("7", "attn", "dropped"),
     "blocks.msa.proj": ("8", "heads", "msa"),
     "blocks.dropout1": ("2", "msa", "msa"),
+    "blocks.ls1": ("2", "msa", "msa"),
     "blocks.path1": ("2", "msa", "msa"),
     "blocks.norm2": ("3", "z'_{+}", "v"),
     "blocks.mlp": ("3", "v", "mlp"),
@@ -82,9 +90,13 @@ TENSORS = {
     "blocks.mlp.dropout": ("3", "gelu", "gelu"),
     "blocks.mlp.fc2": ("3", "gelu", "mlp"),
     "blocks.dropout2": ("3", "mlp", "mlp"),
+    "blocks.ls2": ("3", "mlp", "mlp"),
     "blocks.path2": ("3", "mlp", "mlp"),
     "head": ("4", "z_L", "logits"),
     "head.norm": ("4", "z_L", "y"),
+    "head.pool": ("4", "y", "y"),
+    "head.pool.scores": ("", "y", "scores"),
+    "head.pool.softmax": ("", "scores", "attn"),
     "head.pre_logits": ("4", "y", "pre"),
     "head.head": ("4", "y", "logits"),
     "loss": ("", "logits", "loss"),
@@ -95,16 +107,23 @@ NAMES = {
     ("patch_embed", "linear"): ("proj",),
     ("block", "layernorm"): ("norm1", "norm2"),
     ("block", "dropout"): ("dropout1", "dropout2"),
+    ("block", "layer_scale"): ("ls1", "ls2"),
     ("block", "drop_path"): ("path1", "path2"),
     ("msa", "linear"): ("qkv", "proj"),
+    ("msa", "layernorm"): ("q_norm", "k_norm"),
     ("msa", "flash_attention"): ("attention",),
     ("mlp", "linear"): ("fc1", "fc2"),
     ("head", "layernorm"): ("norm",),
+    ("head", "sequence_pool"): ("pool",),
+    ("sequence_pool", "linear"): ("scores",),
     ("head", "linear"): ("head",),  # after "pre_logits", if there is one
     ("", "softmax_cross_entropy"): ("loss",),
 }
 
-PER_ELEMENT = {"layernorm_forward": 7, "layernorm_backward": 11, "softmax_forward": 5, "softmax_backward": 4}
+PER_ELEMENT = {
+    "layernorm_forward": 7, "layernorm_backward": 11, "softmax_forward": 5, "softmax_backward": 4,
+    "layer_scale_forward": 1, "layer_scale_backward": 3,
+}  # fmt: skip
 GELU_PER_ELEMENT = {("forward", "tanh"): 8, ("forward", "erf"): 5, ("backward", "tanh"): 11, ("backward", "erf"): 7}
 
 
@@ -191,11 +210,20 @@ def work(function, arguments, result):
             return 0, result[0].size if a.get("pos_embed") is not None else 0
         per_picture = first[0].size * a["cache"].has_position + first.shape[2] * a["cache"].has_class_token
         return 0, len(first) * per_picture
+    if stem == "registers":
+        return 0, 0 if forward else len(first) * a["cache"].count * first.shape[2]
+    if stem == "sequence_pool":
+        tokens = first.size if forward else a["cache"].scores.x.size
+        return (2 if forward else 4) * tokens, 0 if forward else tokens
     if stem == "head":
         cache = result[1] if forward else a["cache"]
-        pooled = int(np.prod(cache.shape)) if cache.pooling == "mean" and forward else 0
+        pooled = cache.norm.xhat.size if cache.pooling == "mean" and forward else 0
         squashed = 0 if cache.tanh is None else (1 if forward else 3) * cache.tanh.size
-        own = [] if forward else [g for name, g in a["grads"].items() if name.startswith(("norm.", "pre_", "head."))]
+        own = (
+            []
+            if forward
+            else [g for name, g in a["grads"].items() if name.startswith(("norm.", "attention_pool.", "pre_", "head."))]
+        )
         return 0, pooled + squashed + sum(g.size for g in own)
     if stem == "softmax_cross_entropy":
         return 0, 8 * first.size if forward else 3 * result.size
@@ -385,12 +413,15 @@ class Recorder:
 ARGUMENTS = {  # of the forwards, where there are others than x
     "linear": ("x", "W", "b"),
     "layernorm": ("x", "w", "b"),
+    "layer_scale": ("x", "gamma"),
     "attention": ("q", "k", "v"),
     "flash_attention": ("q", "k", "v"),
-    "msa": ("x", "Wqkv", "bqkv", "Wproj", "bproj"),
+    "msa": ("x", "Wqkv", "bqkv", "Wproj", "bproj", "wq", "bq", "wk", "bk"),
     "mlp": ("x", "W1", "b1", "W2", "b2"),
     "block": ("z",),
     "patch_embed": ("images", "W", "b", "cls_token", "pos_embed"),
+    "registers": ("z", "reg_token"),
+    "sequence_pool": ("x", "W", "b"),
     "head": ("z",),
     "softmax_cross_entropy": ("logits",),
 }
@@ -510,8 +541,9 @@ def expected_flops(config, batch, *, every_token=False):
     """FLOPs in matrix products that one batch takes, from the configuration alone.
 
     Math    forward / B = 2 n P^2 C D + sum_blocks (6 N D^2 + 4 Q N D + 2 Q (D^2 + 2 D M)) + 2 (D R + R K), or 2 D K for
-            the last term without a pre-logits layer; n patches, N tokens, of which Q ask: 1 in the last block if the
-            head reads the class token alone, else N; ``every_token`` counts N, as published figures do
+            the last term without a pre-logits layer, and 4 n D for sequence pooling; n patches, N tokens, of which Q
+            ask: 1 in the last block if the head reads the class token alone, else N; ``every_token`` counts N, as
+            published figures do
             backward = 2 forward - 2 B n P^2 C D: two products for each one, but no gradient of the images; and
             2 B Q N D for each block of Q >= `msa.LONG`, which makes its attention map again
     Returns  ExpectedFLOPs
@@ -520,7 +552,8 @@ def expected_flops(config, batch, *, every_token=False):
     embed = 2 * c.grid_size**2 * c.patch_size**2 * c.channels * D
     N, (asking, again) = c.num_tokens, _asking_tokens(c, every_token)
     blocks = c.depth * 6 * N * D**2 + asking * (4 * N * D + 2 * (D**2 + 2 * D * c.mlp_dim))
-    head = 2 * (D * c.pre_logits + (c.pre_logits or D) * c.num_classes)
+    pool = 4 * c.grid_size**2 * D if c.pooling == "seq" else 0
+    head = pool + 2 * (D * c.pre_logits + (c.pre_logits or D) * c.num_classes)
     forward = embed + blocks + head
     return ExpectedFLOPs(batch * forward, batch * (2 * forward - embed + 2 * again * N * D))
 
@@ -540,22 +573,27 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
     Math    numbers / B = n P^2 C + sum_blocks (N (5 D + 1) + Q (3 D + 3 M + 1 + h N)) + rows (D + 1) + D + R + 2 K + 1
             Q = 1 in the last block if the head reads the class token alone, else N
             where Q >= `msa.LONG`, h Q takes the place of h Q N, and there is no mask of attention
-            rows = 1 normalised by the head for the class token, N for mean pooling
+            rows = 1 normalised by the head for the class token, n for mean pooling and sequence pooling, which keeps
+            n (D + 1) more
+            LayerScale: 2 Q D more in each block; QK-norm: (Q + N) (D + h)
             masks / B, one byte per entry, each only with its rate above 0 and ``dropout`` (a Generator was given):
             N D for the embedding;  Q (2 D + M) in each block;  h Q N of its attention;  1 per branch of the blocks
             whose drop path has a rate above 0: all but the first, or the only one
     """
-    c, N, D, M = config, config.num_tokens, config.width, config.mlp_dim
-    patches = c.grid_size**2 * c.patch_size**2 * c.channels
+    c, n, N, D, M = config, config.grid_size**2, config.num_tokens, config.width, config.mlp_dim
+    patches = n * c.patch_size**2 * c.channels
     asking, again = _asking_tokens(c)
     # norm1: xhat, rstd; what it gives to qkv; q, k, v
     blocks = c.depth * N * ((D + 1) + D + 3 * D)
     # heads; norm2: xhat, rstd; what it gives to fc1; the GELU's x and gate; what it gives
     blocks += asking * (D + (D + 1) + D + 3 * M)
+    blocks += (c.layer_scale > 0) * asking * 2 * D  # what it scales, in both branches
+    blocks += c.qk_norm * (asking + c.depth * N) * (D + c.num_heads)  # xhat and rstd of queries and keys
     maps = c.num_heads * N * (asking - again)
     blocks += maps + c.num_heads * again  # the attention maps, or the logarithms of their rows' sums
-    rows = 1 if c.pooling == "cls" else N
-    numbers = patches + blocks + rows * (D + 1) + D + c.pre_logits + 2 * c.num_classes + 1
+    rows = 1 if c.pooling == "cls" else n
+    pool = n * (D + 1) if c.pooling == "seq" else 0
+    numbers = patches + blocks + rows * (D + 1) + pool + D + c.pre_logits + 2 * c.num_classes + 1
     masks = 0
     if dropout:
         masks += (c.dropout > 0) * (N * D + asking * (2 * D + M))

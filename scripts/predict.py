@@ -144,7 +144,7 @@ def main(argv=None):
         check_finite(probabilities, arguments.checkpoint)
         order = np.argsort(-probabilities, kind="stable")[:5]
         figure = out / free_name(name, taken)
-        attention = attention_map(to_host(seen.attention[-1][0]), model.config.pooling)
+        attention = attention_map(to_host(seen.attention[-1][0]), model.config.pooling, model.config.registers)
         title = name if truth is None else f"{name}: truly {names[truth]}"
         plots.save_attention(figure, for_display(image), attention, probabilities, names, title=title, truth=truth)
         result = {"picture": name, "figure": str(figure)} | ({} if truth is None else {"truth": names[truth]})

@@ -24,6 +24,7 @@ FLAGS = [
 ]  # fmt: skip
 MORE = [  # what the models elsewhere must follow
     {}, {"pooling": "mean", "pos_embed": "sincos2d"}, {"pre_logits": 7, "pos_embed": "none"}, {"gelu": "erf"},
+    {"layer_scale": 0.1, "qk_norm": True}, {"pooling": "seq", "registers": 2}, {"registers": 3},
 ]  # fmt: skip
 
 
@@ -41,7 +42,9 @@ def hurry(monkeypatch):
 # ---- the floor -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"pooling": "mean"}, {"pre_logits": 7}, {"mlp_dim": 9}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"pooling": "mean"}, {"pre_logits": 7}, {"mlp_dim": 9}, {"pooling": "seq", "registers": 2}]
+)
 def test_the_floor_is_every_product_of_a_step(changes):
     """Its FLOPs are those of the closed form, and of the products that a step really makes."""
     config = ViTConfig(**TINY | changes)

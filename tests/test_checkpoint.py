@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,6 +94,27 @@ def test_the_model_comes_back(file):
     model, meta = load_model(file)
     np.testing.assert_array_equal(model.flat, ViT(CONFIG, seed=1).flat)
     assert model.config == CONFIG and meta["weights"] == "params" and model.flat.dtype == np.float32
+
+
+def test_a_file_from_before_an_option_was_there_is_read_without_it(tmp_path):
+    arrays, meta = content()
+    for name in ("layer_scale", "qk_norm", "registers"):
+        del meta["config"][name]
+    save(tmp_path / "old.npz", arrays, meta)
+    model, _ = load_model(tmp_path / "old.npz")
+    assert model.config == CONFIG
+
+
+def test_a_model_with_every_option_comes_back(tmp_path):
+    config = replace(CONFIG, layer_scale=0.1, qk_norm=True, registers=2, pooling="seq")
+    model = ViT(config, seed=1)
+    save(tmp_path / "new.npz", named_arrays("params", model.flat, model.table), model_meta(config))
+    again, _ = load_model(tmp_path / "new.npz")
+    assert again.config == config and np.array_equal(again.flat, model.flat)
+    _, meta = content()
+    save(tmp_path / "less.npz", *content(config=meta["config"] | {"registers": 2}))
+    with pytest.raises(InputError, match="fewer numbers than|lacks params/reg_token"):
+        load_model(tmp_path / "less.npz")
 
 
 def test_weights_are_chosen(tmp_path):

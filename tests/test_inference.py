@@ -27,17 +27,19 @@ def test_flipped_pictures_count_as_much(trained):
     np.testing.assert_array_equal(mean, (plain + mirrored) / 2)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_attention_of_a_known_map(pooling):
-    N, cls = (5, 1) if pooling == "cls" else (4, 0)
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "seq"])
+def test_attention_of_a_known_map(pooling, registers):
+    first = registers + (pooling == "cls")
+    N = first + 4
     attention = np.random.default_rng(0).random((3, N, N))
     attention /= attention.sum(axis=2, keepdims=True)
-    shown = attention_map(attention, pooling)
+    shown = attention_map(attention, pooling, registers)
     for row in range(2):
         for column in range(2):
-            key = cls + 2 * row + column
+            key = first + 2 * row + column
             if pooling == "cls":
                 expected = sum(attention[h, 0, key] for h in range(3)) / 3
             else:
-                expected = sum(attention[h, q, key] for h in range(3) for q in range(N)) / (3 * N)
+                expected = sum(attention[h, q, key] for h in range(3) for q in range(first, N)) / (3 * 4)
             np.testing.assert_allclose(shown[row, column], expected, rtol=1e-12)

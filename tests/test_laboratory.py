@@ -55,6 +55,14 @@ def test_what_a_difference_cannot_resolve_is_not_counted():
     assert figure(rounding=1e-10, analytic=np.nan) == np.inf
 
 
+def test_a_gradient_of_zero_is_right_to_rounding_and_no_further():
+    def figure(numerical, analytic=0.0):
+        return relative(gradcheck.Result("b", "complex", 1e-30, 0.0, analytic, numerical, None, 1, 0.0, True))
+
+    assert figure(5e-16, -5e-16) < LIMITS["complex"] < figure(1e-14, -1e-14)
+    assert figure(1.0, 1.0 + 2e-12) > LIMITS["complex"]
+
+
 def test_dropout_acts_in_every_check_of_a_model_that_has_it():
     forward, backward, _, args = pair_of("vit-dropout", 0)
     config, flat, images, _ = model_problem("vit-dropout", 0)

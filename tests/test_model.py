@@ -87,12 +87,18 @@ def test_every_preset_is_a_model():
         ({"dropout": 1.0}, "dropout must be at least 0.0 and below 1.0, got 1.0"),
         ({"drop_path": -0.1}, "drop_path must be at least"),
         ({"attention_dropout": float("nan")}, "attention_dropout must be a finite number"),
-        ({"pooling": "max"}, "pooling must be one of cls, mean"),
+        ({"pooling": "max"}, "pooling must be one of cls, mean, seq; got 'max'"),
         ({"pos_embed": "rope"}, "pos_embed must be one of"),
         ({"gelu": "relu"}, "gelu must be one of"),
         ({"width": 66, "pos_embed": "sincos2d"}, "multiple of 4"),
         ({"pre_logits": -1}, "pre_logits must be at least 0"),
         ({"layernorm_eps": 0.0}, "layernorm_eps must be at least"),
+        ({"layer_scale": -0.1}, "layer_scale must be at least 0.0 and at most 1.0, got -0.1"),
+        ({"registers": -1}, "registers must be at least 0, got -1"),
+        ({"registers": 0.5}, "registers must be a whole number, got 0.5"),
+        ({"qk_norm": 1}, "qk_norm must be true or false, got 1"),
+        ({"qk_norm": True, "width": 6, "num_heads": 6}, "qk_norm needs heads of more than one dimension"),
+        ({"layer_scale": float("inf")}, "layer_scale must be a finite number"),
     ],
 )
 def test_impossible_settings_are_named(changes, message):
@@ -164,7 +170,13 @@ def test_every_parameter_has_a_gradient_at_random_values(name):
     _, _, grads = gradient(model, *batch(model))
     D = model.config.width
     for parameter, value in grads.items():
-        if parameter.endswith("qkv.bias"):
+        if parameter.endswith("k_norm.bias"):
+            assert np.abs(value).max() < 1e-15, "nor, with QK-norm, that of their LayerNorm"
+            continue
+        if parameter == "attention_pool.bias":
+            assert np.abs(value).max() < 1e-15, "nor that of the scores of sequence pooling"
+            continue
+        if parameter.endswith("qkv.bias") and not model.config.qk_norm:
             assert np.abs(value[D : 2 * D]).max() < 1e-15, "the bias of the keys cannot matter"
             value = np.delete(value, np.s_[D : 2 * D])
         assert (value != 0).all(), parameter
@@ -202,6 +214,55 @@ def test_predict_and_intermediates_are_the_forward_without_dropout(name):
     assert [a.shape for a in seen.attention] == [(MODEL_BATCH, c.num_heads, N, N)] * c.depth
     assert [f.shape for f in seen.features] == [(MODEL_BATCH, N, c.width)] * (c.depth + 1)
     np.testing.assert_allclose(seen.attention[0].sum(axis=-1), 1.0)
+
+
+@pytest.mark.parametrize("pos_embed", ["learned", "sincos2d", "none"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "seq"])
+def test_registers_stand_behind_the_class_token_and_have_no_position(pooling, pos_embed):
+    model = random_model(pooling=pooling, pos_embed=pos_embed, registers=3)
+    plain = random_model(pooling=pooling, pos_embed=pos_embed)
+    assert model.config.num_tokens == plain.config.num_tokens + 3
+    for name, value in plain.params.items():
+        value[...] = model.params[name]  # of the same shape: the positions are those of the others
+    images, _ = batch(model)
+    first = int(pooling == "cls")
+    tokens = model.intermediates(images).features[0]
+    expected = np.broadcast_to(model.params["reg_token"], (MODEL_BATCH, 3, 12))
+    np.testing.assert_array_equal(tokens[:, first : first + 3], expected)
+    others = np.delete(tokens, np.s_[first : first + 3], axis=1)
+    np.testing.assert_array_equal(others, plain.intermediates(images).features[0])
+    # the head reads none of them, but the other tokens did in the blocks
+    changed = tokens.copy()
+    changed[:, first : first + 3] += 1.0
+    np.testing.assert_array_equal(model._head(changed)[0], model._head(tokens)[0])
+    assert not np.allclose(model.predict(images), plain.predict(images), rtol=1e-3)
+    cache = model.forward(images)[1]
+    assert cache.blocks[-1].mlp.gelu.x.shape[1] == (1 if pooling == "cls" else 7)
+
+
+OPTIONS = {"layer_scale": 0.5, "qk_norm": True, "registers": 2, "pooling": "seq"}
+
+
+def test_all_options_together():
+    model = random_model(**OPTIONS, dropout=0.2, drop_path=0.3)
+    images, labels = batch(model)
+    model_of = lambda flat: ViT(model.config, flat=flat)  # noqa: E731
+    for result in gradcheck.check_model(model_of, images, labels, model.flat, method="complex"):
+        assert result.passed, result
+    found = []
+    for recompute in (False, True):
+        logits, cache = model.forward(images, rng=np.random.default_rng(5), recompute=recompute)
+        dlogits = softmax_cross_entropy_backward(1.0, softmax_cross_entropy_forward(logits, labels)[1])
+        flat, grads = model.gradient_buffer()
+        model.backward(dlogits, cache, grads)
+        found.append((logits.tobytes(), flat.tobytes()))
+    assert found[0] == found[1]
+
+
+def test_an_option_that_is_off_adds_nothing():
+    off = {"layer_scale": 0.0, "qk_norm": False, "registers": 0, "pooling": "cls"}
+    assert ViTConfig(**TINY, **off) == ViTConfig(**TINY)
+    assert not {name for name in random_model().params if any(x in name for x in ("ls1", "_norm.", "reg_", "pool"))}
 
 
 def test_the_last_block_works_for_the_class_token_alone():

@@ -41,6 +41,40 @@ def test_names_are_timms():
     }  # fmt: skip
 
 
+OPTIONS = {  # setting -> the parameters that it adds, with timm's names, and their shapes
+    "layer_scale": (0.1, {"blocks.0.ls1.gamma": (48,), "blocks.0.ls2.gamma": (48,)}),
+    "registers": (2, {"reg_token": (1, 2, 48)}),
+    "pooling": ("seq", {"attention_pool.weight": (48, 1), "attention_pool.bias": (1,)}),
+    "qk_norm": (True, {f"blocks.0.attn.{x}_norm.{kind}": (16,) for x in "qk" for kind in ("weight", "bias")}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_adds_its_parameters_and_changes_no_other(name):
+    value, added = OPTIONS[name]
+    plain = parameter_table(ViTConfig(width=48, depth=1, pooling="mean"))
+    table = parameter_table(ViTConfig(**{"width": 48, "depth": 1, "pooling": "mean", name: value}))
+    assert {spec.name: spec.shape for spec in table if spec.name in added} == added
+    without = [spec for spec in table if spec.name not in added]
+    assert [spec[:2] for spec in without] == [spec[:2] for spec in plain]
+    named = params.views(params.initialise(table, seed=3), table)
+    flat = np.concatenate([named[spec.name].ravel() for spec in without])
+    assert np.array_equal(flat, params.initialise(plain, seed=3))
+
+
+def test_initial_values_and_decay_of_the_options():
+    table = parameter_table(ViTConfig(width=768, depth=1, layer_scale=0.25, qk_norm=True, pooling="seq", registers=4))
+    named, decay = params.views(params.initialise(table), table), {spec.name: spec.decay for spec in table}
+    assert (named["blocks.0.ls1.gamma"] == 0.25).all() and (named["blocks.0.ls2.gamma"] == 0.25).all()
+    for x in ("q", "k"):
+        assert (named[f"blocks.0.attn.{x}_norm.weight"] == 1.0).all()
+        assert not named[f"blocks.0.attn.{x}_norm.bias"].any()
+    assert 0.018 < named["attention_pool.weight"].std() < 0.022 and decay["attention_pool.weight"]
+    assert not named["attention_pool.bias"].any() and not decay["attention_pool.bias"]
+    assert 0.9e-6 < named["reg_token"].std() < 1.1e-6 and not decay["reg_token"]
+    assert not any(decay[name] for name in decay if ".ls" in name or "_norm" in name)
+
+
 def uniform_limit(name):
     D, M = 96, 384
     fan = D + M if ".mlp." in name else 2 * D  # q, k and v count as three D x D matrices

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import TINY, load_script
 from PIL import Image
 
@@ -84,8 +85,9 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(trained, tmp_path, cal
     ]
 
 
-def test_a_model_with_mean_pooling(tmp_path, call, no_figures):
-    flags = [*TINY, "--pooling", "mean", "--epochs", 1, "--out", tmp_path / "run"]
+@pytest.mark.parametrize("options", [[], ["--registers", 2], ["--registers", 2, "--pooling", "seq", "--qk-norm"]])
+def test_a_model_without_a_class_token_or_with_registers(tmp_path, call, no_figures, options):
+    flags = [*TINY, "--pooling", "mean", "--epochs", 1, "--out", tmp_path / "run", "--layer-scale", 0.1, *options]
     assert call("train", *flags).status == 0
     assert len(predictions(call, tmp_path / "run", tmp_path, "--test", 0)) == 1
 

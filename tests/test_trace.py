@@ -29,6 +29,14 @@ CONFIGS = {
     "attention-dropout": {"attention_dropout": 0.2},
     "drop-path": {"drop_path": 0.2, "depth": 3},
     "erf": {"gelu": "erf"},
+    "layer-scale": {"layer_scale": 0.1},
+    "qk-norm": {"qk_norm": True},
+    "qk-norm-mean": {"qk_norm": True, "pooling": "mean", "attention_dropout": 0.2},
+    "seq": {"pooling": "seq", **DROPS, "pre_logits": 7},
+    "registers": {"registers": 2, **DROPS},
+    "registers-mean": {"registers": 3, "pooling": "mean", "pos_embed": "sincos2d"},
+    "registers-seq": {"registers": 1, "pooling": "seq", "qk_norm": True},
+    "layer-scale-dropout": {"layer_scale": 0.1, **DROPS, "pooling": "mean"},
     "one-pixel-patches": {"patch_size": 1, "image_size": 3, "pos_embed": "none"},
     "one-patch": {"patch_size": 8, "pos_embed": "sincos2d"},
 }
@@ -96,6 +104,27 @@ def test_every_call_is_recorded_in_its_order_and_place():
         assert r.dtype == "float32" and r.bytes == 4 * np.prod(r.shape) and r.nonfinite == 0
 
 
+def test_options_are_recorded_where_they_act():
+    records = traced(layer_scale=0.1, qk_norm=True, **DROPS).records
+    forward = [r for r in records if r.direction == "forward" and r.path.startswith("blocks.0.") and r.depth == 1]
+    names = "norm1 msa dropout1 ls1 path1 norm2 mlp dropout2 ls2 path2".split()
+    assert [r.path.removeprefix("blocks.0.") for r in forward] == names
+    ls2 = next(r for r in records if (r.path, r.direction) == ("blocks.0.ls2", "backward"))
+    assert (ls2.equation, ls2.output, set(ls2.norms)) == ("3", "dmlp", {"dx", "dgamma"})
+    assert ls2.flops == 3 * 3 * 5 * 12
+    records = traced(registers=2, qk_norm=True, **DROPS).records
+    assert [r.path for r in records if r.depth == 0][:3] == ["patch_embed", "registers", "dropout"]
+    back = next(r for r in records if (r.path, r.direction) == ("registers", "backward"))
+    assert (back.output, back.shape, set(back.norms)) == ("dz_0", (3, 5, 12), {"dz", "dreg_token"})
+    assert back.flops == 3 * 2 * 12
+    inside = [
+        r.path for r in records if r.direction == "forward" and r.path.startswith("blocks.1.msa.") and r.depth == 2
+    ]
+    assert [path.rpartition(".")[2] for path in inside] == "qkv q_norm k_norm attention proj".split()
+    shapes = {r.path: r.shape for r in records}
+    assert shapes["blocks.1.msa.q_norm"] == (3, 3, 1, 4) and shapes["blocks.1.msa.k_norm"] == (3, 3, 7, 4)
+
+
 def ends(records):
     return [r for event, r, _ in trace.events(records) if event == "out"]
 
@@ -155,7 +184,7 @@ def test_totals_are_the_closed_forms(name, dtype):
     assert found.forward_flops > found.forward_matmul_flops and found.backward_flops > found.backward_matmul_flops
 
 
-@pytest.mark.parametrize("name", ["cls", "mean", "dropout", "attention-dropout"])
+@pytest.mark.parametrize("name", ["cls", "mean", "dropout", "attention-dropout", "qk-norm"])
 def test_totals_of_long_sequences(name, monkeypatch):
     monkeypatch.setattr(msa, "LONG", 4)
     monkeypatch.setattr(trace, "LONG", 4)
@@ -213,7 +242,7 @@ def test_operations_per_element():
     assert cached == [8 * (60 + 10 + 6), 8 * (60 + 60), 8 * 18, 8 * 50]  # x was counted with gelu; here w and W count
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "seq"])
 def test_operations_of_the_glue(pooling):
     t = traced(pooling=pooling, pre_logits=7, **DROPS)
     own, parents = {}, []  # operations without those of the calls inside
@@ -226,13 +255,15 @@ def test_operations_of_the_glue(pooling):
     tokens, cls = 3 * t.config.num_tokens * 12, pooling == "cls"
     last = 3 * 12 if cls else tokens  # what leaves the last block
     of_block = sum(s.size for s in parameter_table(t.config) if s.name.startswith("blocks.0."))
-    of_head = 2 * 12 + 12 * 7 + 7 + 7 * 5 + 5
+    of_head = 2 * 12 + 12 * 7 + 7 + 7 * 5 + 5 + 13 * (pooling == "seq")
     expected = {
         "patch_embed": (tokens, tokens + 36 * cls), "dropout": (2 * tokens, 2 * tokens),
         "blocks.1": (2 * last, 2 * last + of_block), "blocks.1.msa": (0, 0), "blocks.1.mlp": (0, 0),
         "blocks.1.path1": (0, 0), "blocks.1.path1.dropout": (2 * last, 2 * last), "blocks.0.path1.dropout": (0, 0),
-        "head": ((0 if cls else tokens) + 21, 3 * 21 + of_head), "loss": (8 * 15, 3 * 15),
+        "head": ((tokens if pooling == "mean" else 0) + 21, 3 * 21 + of_head), "loss": (8 * 15, 3 * 15),
     }  # fmt: skip
+    if pooling == "seq":
+        expected["head.pool"] = (2 * tokens, 4 * tokens + tokens)
     found = {path: (own[path, "forward"], own[path, "backward"]) for path in expected}
     assert found == expected
 

@@ -231,19 +231,28 @@ def model_products(config, batch, *, backward=True):
     # in the last block, only the tokens that the head reads ask and pass through the MLP
     blocks = [(L - 1, N), (1, 1)] if c.pooling == "cls" else [(L, N)]  # how many, and the tokens of each that ask
     blocks = [(times, Q) for times, Q in blocks if times]
-    # (rows, d, m, times): qkv, proj, fc1, fc2 of each block; head
+    # (rows, d, m, times): qkv, proj, fc1, fc2 of each block; scores of sequence pooling; head
     linears = [(batch * N, D, 3 * D, L)]
     for times, Q in blocks:
         linears += [(batch * Q, D, D, times), (batch * Q, D, M, times), (batch * Q, M, D, times)]
+    linears += [(patches, D, 1, 1)] if c.pooling == "seq" else []
     linears += [(batch, D, c.pre_logits, 1)] if c.pre_logits else []
     linears += [(batch, c.pre_logits or D, c.num_classes, 1)]
     embed = (patches, c.patch_size**2 * c.channels, D, 1)
     heads = [((batch, N, c.num_heads, D // c.num_heads, times), {"queries": Q}) for times, Q in blocks]
-    products = linear_forward_products(*embed)
+    n = c.grid_size**2
+    tokens, attn, pooled = _random(batch, n, D), _random(batch, 1, n), _random(batch, 1, D)
+    mixtures = [Product(1, attn, tokens, pooled)] if c.pooling == "seq" else []
+    products = linear_forward_products(*embed) + mixtures
     products += [p for shape, only in heads for p in attention_forward_products(*shape, **only)]
     products += [p for linear in linears for p in linear_forward_products(*linear)]
     if backward:
         products += linear_backward_products(*embed, need_dx=False)
+        if c.pooling == "seq":
+            products += [
+                Product(1, pooled, tokens.swapaxes(1, 2), attn),
+                Product(1, attn.swapaxes(1, 2), pooled, tokens),
+            ]
         products += [p for shape, only in heads for p in attention_backward_products(*shape, **only)]
         products += [p for linear in linears for p in linear_backward_products(*linear)]
     return products

@@ -30,11 +30,18 @@ def layernorm(p, name, x, eps):
     return (x - mean) * jax.lax.rsqrt(var + eps) * p[f"{name}.weight"] + p[f"{name}.bias"]
 
 
-def attention(p, name, x, num_heads):
+def attention(p, name, x, num_heads, eps):
     """Multi-head self-attention (Eq. 5-8), by `jax.nn.dot_product_attention`: x (B, N, D) -> (B, N, D)."""
     B, N, D = x.shape
     q, k, v = jnp.moveaxis(linear(p, f"{name}.qkv", x).reshape(B, N, 3, num_heads, D // num_heads), 2, 0)
+    if f"{name}.q_norm.weight" in p:
+        q, k = layernorm(p, f"{name}.q_norm", q, eps), layernorm(p, f"{name}.k_norm", k, eps)
     return linear(p, f"{name}.proj", jax.nn.dot_product_attention(q, k, v).reshape(B, N, D))
+
+
+def layer_scale(p, name, x):
+    """x, or gamma x where there is a gamma: x (..., D) -> (..., D)."""
+    return x * p[f"{name}.gamma"] if f"{name}.gamma" in p else x
 
 
 def vit(config, p, images):
@@ -50,15 +57,22 @@ def vit(config, p, images):
         z = z + p["pos_embed"]
     elif c.pos_embed == "sincos2d":
         z = z + sincos2d(n, c.width, prefix_tokens=int(c.pooling == "cls")).astype(np.float32)
+    if c.registers:
+        at = int(c.pooling == "cls")
+        z = jnp.concatenate([z[:, :at], jnp.broadcast_to(p["reg_token"], (B, c.registers, c.width)), z[:, at:]], axis=1)
     for i in range(c.depth):
         block = f"blocks.{i}"
-        z = z + attention(p, f"{block}.attn", layernorm(p, f"{block}.norm1", z, c.layernorm_eps), c.num_heads)
+        u = layernorm(p, f"{block}.norm1", z, c.layernorm_eps)
+        u = attention(p, f"{block}.attn", u, c.num_heads, c.layernorm_eps)
+        z = z + layer_scale(p, f"{block}.ls1", u)
         u = linear(p, f"{block}.mlp.fc1", layernorm(p, f"{block}.norm2", z, c.layernorm_eps))
-        z = z + linear(p, f"{block}.mlp.fc2", jax.nn.gelu(u, approximate=c.gelu == "tanh"))
-    if c.pooling == "cls":
-        y = layernorm(p, "norm", z[:, 0], c.layernorm_eps)
-    else:
-        y = layernorm(p, "norm", z, c.layernorm_eps).mean(axis=1)
+        u = linear(p, f"{block}.mlp.fc2", jax.nn.gelu(u, approximate=c.gelu == "tanh"))
+        z = z + layer_scale(p, f"{block}.ls2", u)
+    y = layernorm(p, "norm", z[:, 0] if c.pooling == "cls" else z[:, c.registers :], c.layernorm_eps)
+    if c.pooling == "mean":
+        y = y.mean(axis=1)
+    elif c.pooling == "seq":
+        y = (jax.nn.softmax(linear(p, "attention_pool", y), axis=1) * y).sum(axis=1)
     if c.pre_logits:
         y = jnp.tanh(linear(p, "pre_logits", y))
     return linear(p, "head", y)

@@ -26,12 +26,14 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
+        size, eps = config.width // config.num_heads, config.layernorm_eps
+        self.q_norm, self.k_norm = (nn.LayerNorm(size, eps) if config.qk_norm else nn.Identity() for _ in range(2))
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x):
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        heads = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, Dh)
+        heads = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # (B, h, N, Dh)
         return self.proj(heads.transpose(1, 2).reshape(B, N, D))
 
 
@@ -48,6 +50,17 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each entry: x (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((config.width,), config.layer_scale))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
 class Block(nn.Module):
     """The encoder block, pre-norm (Eq. 2-3): z (B, N, D) -> (B, N, D)."""
 
@@ -57,10 +70,11 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.width, config.layernorm_eps)
         self.mlp = MLP(config)
+        self.ls1, self.ls2 = (LayerScale(config) if config.layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, z):
-        z = z + self.attn(self.norm1(z))
-        return z + self.mlp(self.norm2(z))
+        z = z + self.ls1(self.attn(self.norm1(z)))
+        return z + self.ls2(self.mlp(self.norm2(z)))
 
 
 class PatchEmbed(nn.Module):
@@ -86,14 +100,18 @@ class ViT(nn.Module):
         c = self.config = config
         if c.pooling == "cls":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
+        if c.registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, c.registers, c.width))
         if c.pos_embed == "learned":
-            self.pos_embed = nn.Parameter(torch.zeros(1, c.num_tokens, c.width))
+            self.pos_embed = nn.Parameter(torch.zeros(1, c.num_tokens - c.registers, c.width))
         elif c.pos_embed == "sincos2d":
             fixed = sincos2d(c.grid_size, c.width, prefix_tokens=int(c.pooling == "cls"))
             self.register_buffer("pos_embed", torch.tensor(fixed, dtype=torch.float32), persistent=False)
         self.patch_embed = PatchEmbed(c)
         self.blocks = nn.Sequential(*[Block(c) for _ in range(c.depth)])
         self.norm = nn.LayerNorm(c.width, c.layernorm_eps)
+        if c.pooling == "seq":
+            self.attention_pool = nn.Linear(c.width, 1)
         if c.pre_logits:
             self.pre_logits = nn.Linear(c.width, c.pre_logits)
         self.head = nn.Linear(c.pre_logits or c.width, c.num_classes)
@@ -105,8 +123,15 @@ class ViT(nn.Module):
             z = torch.cat([self.cls_token.expand(len(z), -1, -1), z], dim=1)
         if c.pos_embed != "none":
             z = z + self.pos_embed
+        if c.registers:
+            at = int(c.pooling == "cls")
+            z = torch.cat([z[:, :at], self.reg_token.expand(len(z), -1, -1), z[:, at:]], dim=1)
         z = self.blocks(z)
-        y = self.norm(z[:, 0]) if c.pooling == "cls" else self.norm(z).mean(dim=1)
+        y = self.norm(z[:, 0] if c.pooling == "cls" else z[:, c.registers :])
+        if c.pooling == "mean":
+            y = y.mean(dim=1)
+        elif c.pooling == "seq":
+            y = (self.attention_pool(y).softmax(dim=1).transpose(1, 2) @ y).squeeze(1)
         if c.pre_logits:
             y = self.pre_logits(y).tanh()
         return self.head(y)

@@ -29,7 +29,7 @@ import numpy as np
 
 from minivit.backend import array_module, kernels_wanted
 from minivit.kernels.cublas import WORKSPACE, Cublas
-from minivit.layers.block import ATTN, MLP, NORM1, NORM2
+from minivit.layers.block import ATTN, BLOCK_PARAMETERS, MLP, NORM1, NORM2
 from minivit.layers.dropout import DropoutCache, dropout_mask
 from minivit.loss import soft_targets
 from minivit.optim import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS
@@ -537,7 +537,9 @@ def block_forward(
     z, params, *, num_heads, queries=None, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0,
     rng=None,
 ):  # fmt: skip
-    """Twin of `minivit.layers.block.block_forward`, without elementwise dropout."""
+    """Twin of `minivit.layers.block.block_forward`, without elementwise dropout, QK-norm and LayerScale."""
+    if params.keys() - BLOCK_PARAMETERS:
+        return NotImplemented
     B, N, D = z.shape
     Q = min(queries or N, N)
     M = params["mlp.fc1.bias"].shape[0]

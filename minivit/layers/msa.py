@@ -16,6 +16,15 @@ Backward
     (B, N, 3D) product, and their gradients are written through the same views into one (B, N, 3D) array, with
     no copies in between.
 
+QK-norm (Henry et al. 2020, arXiv:2010.04245; as here: Dehghani et al. 2023, arXiv:2302.05442)
+    Where the scores grow, softmax saturates and training diverges. LayerNorm of each query and each key over its Dh
+    entries, with a weight and a bias of their own that all heads share, bounds them:
+
+        SA_i = softmax(LN(q_i) LN(k_i)^T / sqrt(Dh)) v_i,      |LN(q)| = |LN(k)| = sqrt(Dh) at w = 1, b = 0.
+
+    A common factor of the columns of U_qkv that make q_i, or k_i, then changes nothing (but for eps); the bias that
+    never matters is now that of the keys' LayerNorm. The gradients of q and k go back through LayerNorm's own.
+
 Long sequences take `flash_attention` in place of `attention`: the same function of q, k and v, in linear memory.
 """
 
@@ -29,6 +38,7 @@ from minivit.layers.flash_attention import (
     flash_attention_forward,
     flash_attention_jvp,
 )
+from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward, layernorm_jvp
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
 
 # Queries of a picture from which on the attention map is not kept. About there (at D / h = 64) the map would outweigh
@@ -37,9 +47,11 @@ LONG = 1024
 
 
 class MSACache(NamedTuple):
-    """What `msa_backward` reads: the caches of its three steps."""
+    """What `msa_backward` reads: the caches of its steps; q_norm and k_norm are None without QK-norm."""
 
     qkv: LinearCache
+    q_norm: LayerNormCache | None
+    k_norm: LayerNormCache | None
     attention: AttentionCache | FlashAttentionCache
     proj: LinearCache
 
@@ -50,19 +62,27 @@ def split_heads(qkv, num_heads):
     return qkv.reshape(B, N, 3, num_heads, width // (3 * num_heads)).transpose(2, 0, 3, 1, 4)
 
 
-def msa_forward(x, Wqkv, bqkv, Wproj, bproj, *, num_heads, queries=None, attention_dropout=0.0, rng=None):
+def msa_forward(
+    x, Wqkv, bqkv, Wproj, bproj, wq=None, bq=None, wk=None, bk=None, *, num_heads, queries=None, eps=1e-6,
+    attention_dropout=0.0, rng=None,
+):  # fmt: skip
     """Multi-head self-attention over the tokens of each picture.
 
     Math    [q, k, v] = x Wqkv + bqkv;  y = [SA_1, ..., SA_h] Wproj + bproj                            (Eq. 5-8)
     Shapes  x (B, N, D), Wqkv (D, 3D), bqkv (3D,), Wproj (D, D), bproj (D,)  ->  y (B, N, D)
-    Cache   of the two linear maps and of the attention
+    Cache   of the two linear maps, of the attention, and of QK-norm
     With ``queries`` = Q, only the first Q tokens ask, each among all N, and y is (B, Q, D).
+    With wq, bq, wk, bk (Dh,), SA_i takes q_i = LN(q_i; wq, bq) and k_i = LN(k_i; wk, bk): QK-norm, with ``eps``.
     """
     B, N, D = x.shape
     xp = array_module(x)
     qkv, qkv_cache = linear_forward(x, Wqkv, bqkv)  # (B, N, 3D)
     q, k, v = split_heads(qkv, num_heads)  # (B, h, N, Dh) each, views
     q = q[:, :, :queries]  # (B, h, Q, Dh)
+    q_norm = k_norm = None
+    if wq is not None:  # in place: qkv is ours, and nobody reads it again
+        q[...], q_norm = layernorm_forward(q, wq, bq, eps=eps)
+        k[...], k_norm = layernorm_forward(k, wk, bk, eps=eps)
     Q = q.shape[2]
     heads = xp.empty((B, Q, num_heads, D // num_heads), x.dtype)
     attend = flash_attention_forward if Q >= LONG else attention_forward
@@ -70,14 +90,15 @@ def msa_forward(x, Wqkv, bqkv, Wproj, bproj, *, num_heads, queries=None, attenti
         q, k, v, dropout=attention_dropout, rng=rng, out=heads.transpose(0, 2, 1, 3)
     )  # written as (B, Q, h, Dh), so that joining the heads is a reshape
     y, proj_cache = linear_forward(heads.reshape(B, Q, D), Wproj, bproj)  # (B, Q, D)
-    return y, MSACache(qkv_cache, attention_cache, proj_cache)
+    return y, MSACache(qkv_cache, q_norm, k_norm, attention_cache, proj_cache)
 
 
 def msa_backward(dy, cache):
     """Backward of `msa_forward`.
 
     Math    Eq. 8, then Eq. 7-6 per head, then Eq. 5, each by its own backward
-    Shapes  dy (B, Q, D)  ->  dx (B, N, D), dWqkv (D, 3D), dbqkv (3D,), dWproj (D, D), dbproj (D,)
+    Shapes  dy (B, Q, D)  ->  dx (B, N, D), dWqkv (D, 3D), dbqkv (3D,), dWproj (D, D), dbproj (D,), dwq, dbq, dwk, dbk
+            (Dh,), the last four None without QK-norm
     """
     B, N, D = cache.qkv.x.shape
     Q = dy.shape[1]
@@ -91,10 +112,15 @@ def msa_backward(dy, cache):
     dq, dk, dv = split_heads(dqkv, num_heads)  # (B, h, N, Dh) each, views
     attend_backward = attention_backward if isinstance(cache.attention, AttentionCache) else flash_attention_backward
     attend_backward(dheads, cache.attention, out=(dq[:, :, :Q], dk, dv))
+    # q = LN(q), k = LN(k)
+    dwq = dbq = dwk = dbk = None
+    if cache.q_norm is not None:
+        dq[:, :, :Q], dwq, dbq = layernorm_backward(dq[:, :, :Q], cache.q_norm)
+        dk[...], dwk, dbk = layernorm_backward(dk, cache.k_norm)
     dq[:, :, Q:] = 0.0  # what the other tokens would have asked, nobody read
     # qkv = x Wqkv + bqkv
     dx, dWqkv, dbqkv = linear_backward(dqkv, cache.qkv)
-    return dx, dWqkv, dbqkv, dWproj, dbproj
+    return dx, dWqkv, dbqkv, dWproj, dbproj, dwq, dbq, dwk, dbk
 
 
 def attention_map(cache):
@@ -105,18 +131,23 @@ def attention_map(cache):
     return attention.softmax.y
 
 
-def msa_jvp(xdot, Wqkvdot, bqkvdot, Wprojdot, bprojdot, cache):
+def msa_jvp(xdot, Wqkvdot, bqkvdot, Wprojdot, bprojdot, wqdot, bqdot, wkdot, bkdot, cache):
     """Forward-mode derivative of `msa_forward`.
 
     Math    Eq. 5, then Eq. 6-7 per head, then Eq. 8, each by its own derivative
-    Shapes  tangents like x, Wqkv, bqkv, Wproj, bproj  ->  ydot (B, Q, D)
+    Shapes  tangents like the forward's arguments, None for what was not given  ->  ydot (B, Q, D)
     """
     _, num_heads, Q, _ = cache.attention.q.shape
     # qkv = x Wqkv + bqkv
     qkvdot = linear_jvp(xdot, Wqkvdot, bqkvdot, cache.qkv)
-    # heads = attention(q, k, v)
     qdot, kdot, vdot = split_heads(qkvdot, num_heads)
+    qdot = qdot[:, :, :Q]
+    # q = LN(q), k = LN(k)
+    if cache.q_norm is not None:
+        qdot = layernorm_jvp(qdot, wqdot, bqdot, cache.q_norm)
+        kdot = layernorm_jvp(kdot, wkdot, bkdot, cache.k_norm)
+    # heads = attention(q, k, v)
     attend_jvp = attention_jvp if isinstance(cache.attention, AttentionCache) else flash_attention_jvp
-    headsdot = attend_jvp(qdot[:, :, :Q], kdot, vdot, cache.attention)  # (B, h, Q, Dh)
+    headsdot = attend_jvp(qdot, kdot, vdot, cache.attention)  # (B, h, Q, Dh)
     # y = heads Wproj + bproj
     return linear_jvp(headsdot.transpose(0, 2, 1, 3).reshape(cache.proj.x.shape), Wprojdot, bprojdot, cache.proj)

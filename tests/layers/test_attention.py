@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from minivit.layers.attention import attention_backward, attention_forward, attention_jvp
+from minivit.layers.layernorm import layernorm_forward
 from minivit.layers.msa import msa_backward, msa_forward, split_heads
 
 
@@ -63,10 +64,27 @@ def test_the_key_bias_has_no_gradient_and_no_effect():
     x, Wqkv, bqkv = rng.standard_normal((2, 5, D)), 0.3 * rng.standard_normal((D, 3 * D)), rng.standard_normal(3 * D)
     Wproj, bproj = rng.standard_normal((D, D)), rng.standard_normal(D)
     y, cache = msa_forward(x, Wqkv, bqkv, Wproj, bproj, num_heads=3)
-    _, _, dbqkv, _, _ = msa_backward(rng.standard_normal(y.shape), cache)
+    _, _, dbqkv, *_ = msa_backward(rng.standard_normal(y.shape), cache)
     assert np.abs(dbqkv[D : 2 * D]).max() < 1e-13 < 1e-2 < np.abs(dbqkv[:D]).max()
     bqkv[D : 2 * D] += 10.0
     np.testing.assert_allclose(msa_forward(x, Wqkv, bqkv, Wproj, bproj, num_heads=3)[0], y, rtol=1e-10)
+
+
+def test_qk_norm_by_loops_over_heads():
+    rng = np.random.default_rng(6)
+    h, Dh, D = 3, 4, 12
+    x, Wqkv, bqkv = rng.standard_normal((2, 5, D)), rng.standard_normal((D, 3 * D)), rng.standard_normal(3 * D)
+    wq, bq, wk, bk = rng.standard_normal((4, Dh))
+    y, cache = msa_forward(x, Wqkv, bqkv, np.eye(D), np.zeros(D), wq, bq, wk, bk, num_heads=h, eps=0.1)
+    for i in range(h):
+        q, k, v = (x @ Wqkv[:, s : s + Dh] + bqkv[s : s + Dh] for s in range(i * Dh, 3 * D, D))
+        q, k = (layernorm_forward(a, w, b, eps=0.1)[0] for a, w, b in ((q, wq, bq), (k, wk, bk)))
+        scores = np.exp(q @ k.transpose(0, 2, 1) / 2.0)
+        expected = scores / scores.sum(axis=2, keepdims=True) @ v
+        np.testing.assert_allclose(y[..., i * Dh : (i + 1) * Dh], expected, rtol=1e-10)
+    gradients = msa_backward(rng.standard_normal(y.shape), cache)
+    assert np.abs(gradients[8]).max() < 1e-13 < 1e-2 < np.abs(gradients[7]).max()  # the bias of the keys' LayerNorm
+    assert np.abs(gradients[2][D : 2 * D]).max() > 1e-3  # that of the keys themselves has an effect now
 
 
 def test_permuting_tokens_permutes_the_output():

@@ -98,14 +98,12 @@ def test_float32_agrees_with_float64(name):
     wide = [a if a is None else a.astype(np.float64) for a in narrow]
     (y32, cache32), (y64, cache64) = forward(*narrow), forward(*wide)
     dy = np.random.default_rng(2).standard_normal(y64.shape).astype(np.float32)
-    results = zip(
-        [y32, *call_backward(backward, dy, cache32)],
-        [y64, *call_backward(backward, dy.astype(np.float64), cache64)],
-        strict=True,
-    )
-    for a, b in results:
+    narrow = [y32, *call_backward(backward, dy, cache32)]
+    wide = [y64, *call_backward(backward, dy.astype(np.float64), cache64)]
+    largest = max(np.abs(b).max() for b in wide if b is not None)
+    for a, b in zip(narrow, wide, strict=True):
         if a is not None:
-            scale = np.abs(b).max() + 1e-3
+            scale = max(np.abs(b).max() + 1e-3, 1e-2 * largest)  # a gradient may be zero but for rounding
             assert np.abs(a - b).max() < 3e-5 * scale
 
 
@@ -118,7 +116,7 @@ def test_strided_inputs_give_the_same_numbers(name):
             large = np.empty((*a.shape[:-1], 2 * a.shape[-1]), order="F")
             large[..., ::2] = a
             a = large[..., ::2]
-            assert a.size < 2 or not a.flags.c_contiguous
+            assert a.shape[-1] < 2 or not a.flags.c_contiguous
         spread.append(a)
     y, cache = forward(*args)
     y_spread, cache_spread = forward(*spread)
