@@ -212,7 +212,7 @@ def _headline(run, progress):
         (data.name, "data", f"{len(data.train_images):,} training and {len(data.test_images):,} test pictures of "
          f"{c.image_size} × {c.image_size} × {c.channels}, {len(data.class_names)} classes"),
         (f"ViT, patch {c.patch_size}", "model", f"{c.num_tokens:,} tokens, width {c.width}, {blocks}, {heads}, "
-         + ("class token" if c.pooling == "cls" else "mean pooling")),
+         + {"cls": "class token", "mean": "mean pooling", "seq": "sequence pooling"}[c.pooling]),
         (f"{run.model.flat.size:,}", "parameters", ""),
         (duration(seconds) if seconds is not None else "unknown", "training time, tests included",
          f"on {run.summary['device']}" if isinstance(run.summary.get("device"), str) else ""),
@@ -322,7 +322,7 @@ def _mistakes(run, probabilities, count):
     wrong = np.flatnonzero(guesses != data.test_labels)
     confidence = probabilities[wrong, guesses[wrong]]
     chosen = wrong[np.argsort(-confidence, kind="stable")[:count]]
-    row = "the class token's row" if c.pooling == "cls" else "the mean over all queries"
+    row = "the class token's row" if c.pooling == "cls" else "the mean over the rows of all patches"
     parts = [tag("h2", "The most confident mistakes")]
     if not len(wrong):
         return tag("section", *parts, tag("p", "There is none: every test picture is right."), id="mistakes")
