@@ -68,7 +68,7 @@ _loss = _in("loss", "softmax_cross_entropy_backward")
 _targets = _in("loss", "soft_targets")
 _model = _in("model", "ViT.backward")
 _sgd = _in("optim", "SGD.step")
-_adam = _in("optim", "Adam.step")
+_adam = _in("optim", "Adam._update")
 _clip = _in("optim", "clip_by_global_norm")
 _schedule = _in("optim", "learning_rate")
 _ema = _in("optim", "EMA.update")
@@ -467,15 +467,15 @@ MISTAKES = (
         "a published NumPy transformer",
     ),
     _adam(
-        "adam-eps-inside", "denominator /= correction2\n            denominator += self.eps",
-        "denominator += self.eps\n            denominator /= correction2",
+        "adam-eps-inside", "denominator /= correction2\n        denominator += self.eps",
+        "denominator += self.eps\n        denominator /= correction2",
         "eps is added before the bias correction", "sqrt(v / c) + eps, or (sqrt(v) + eps) / sqrt(c)?",
     ),
     _adam(
         "adam-no-square", "(g * g)", "abs(g)", "the second moment averages |g| instead of g^2", "what is v's unit?",
     ),
     _adam(
-        "adam-decay-with-gradient", "theta -= lr * self.weight_decay * decay", "g = g + self.weight_decay * decay",
+        "adam-decay-with-gradient", "theta -= rate * self.weight_decay * decay", "g = g + self.weight_decay * decay",
         "AdamW adds the decay to the gradient: it is plain Adam with L2", "what does decoupled mean?",
     ),
     _clip(
