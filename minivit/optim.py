@@ -201,7 +201,7 @@ class Muon(AdamW):
     """
 
     def __init__(self, flat, decay_mask, *, table, momentum=0.95, **settings):
-        super().__init__(flat, decay_mask, **settings)
+        AdamW.__init__(self, flat, decay_mask, **settings)  # super() is a closure, which mutate.py cannot exchange
         self.momentum, self.each = momentum, one_by_one
         ends = list(itertools.accumulate(spec.size for spec in table))
         starts = [0, *ends[:-1]]
