@@ -43,7 +43,7 @@ def one_by_one(function, items):
 def _pieces(flat, start=0, stop=None):
     """Slices that cover a flat vector: cache-sized on the CPU, one on a GPU, where each would be a launch."""
     stop = flat.size if stop is None else stop
-    piece = PIECE if type(flat).__module__ == "numpy" else max(stop - start, 1)
+    piece = PIECE if type(flat).__module__ == "numpy" else max(stop, 1)
     return [slice(i, min(i + piece, stop)) for i in range(start, stop, piece)]
 
 
