@@ -107,14 +107,15 @@ def relative(result):
 
     s is the size of such derivatives on average: a random direction may happen to lie nearly across the gradient, then
     a and n are small, but not their rounding. r is what a difference can still resolve to LIMITS["central"]: its own
-    rounding, eps sum|dy y| / h, over that limit. For the complex step it is some roundings of numbers of order 1, over
-    its limit: where a gradient is zero, as that of a bias that softmax ignores, a and n are both rounding.
+    rounding, eps sum|dy y| / h, over that limit. For the complex step it is a hundred roundings of numbers of order 1,
+    over its limit: where a gradient is zero, as that of a bias that softmax ignores, a and n are both rounding, and the
+    cases have some hundred scores, each of which brings in its own.
     """
     if not np.isfinite([result.analytic, result.numerical, result.size]).all():
         return np.inf  # a NaN must not pass for small
     resolved = result.rounding / LIMITS["central"]
     if result.method == "complex":
-        resolved = 10 * np.finfo(np.float64).eps / LIMITS["complex"]
+        resolved = 100 * np.finfo(np.float64).eps / LIMITS["complex"]
     scale = max(abs(result.analytic), abs(result.numerical), result.size, resolved)
     return abs(result.analytic - result.numerical) / scale if scale else 0.0
 
