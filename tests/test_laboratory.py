@@ -59,7 +59,7 @@ def test_a_gradient_of_zero_is_right_to_rounding_and_no_further():
     def figure(numerical, analytic=0.0):
         return relative(gradcheck.Result("b", "complex", 1e-30, 0.0, analytic, numerical, None, 1, 0.0, True))
 
-    assert figure(5e-16, -5e-16) < LIMITS["complex"] < figure(1e-14, -1e-14)
+    assert figure(5e-15, -5e-15) < LIMITS["complex"] < figure(1e-13, -1e-13)
     assert figure(1.0, 1.0 + 2e-12) > LIMITS["complex"]
 
 
