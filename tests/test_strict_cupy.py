@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +14,15 @@ from strict_cupy import doubles, installed, launches, waits
 from minivit import backend, laboratory
 from minivit import params as parameters
 from minivit.backend import array_module, plain, to_host
+from minivit.data import Dataset
 from minivit.data.augment import augment
 from minivit.data.loader import augmented, batches
 from minivit.engine_cuda import CudaEngine, CudaStep
 from minivit.kernels import cuda
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, make_optimizer
+from minivit.recipes import find_config, read_recipe
+from minivit.train import METRICS, TrainConfig, Trainer, read_metrics
 
 NINE = ViTConfig(image_size=8, patch_size=4, width=8, depth=9, num_heads=1, mlp_dim=8, num_classes=10)
 
@@ -188,3 +192,29 @@ def test_scripts_give_the_same_on_a_device(cupy, trained, tmp_path, call, script
                    for a, b in pairs)  # fmt: skip
     else:
         assert facts["cuda"]["device"] == "stand-in" and facts["cuda"]["accuracy"] == facts["cpu"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kernels"), [("cifar10-gpu-5min", False), ("cifar10-gpu-30min", False), ("cifar10-gpu-5min", True)]
+)
+def test_the_recipes_for_a_gpu_train_there_as_on_the_cpu(cupy, recipe, kernels, no_figures, tmp_path):
+    """Two epochs of their settings: augmentation, mixing, initialisation, Muon, stochastic depth, the tests."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(30) % 10
+    data = Dataset("cifar10", images[:20], labels[:20], images[20:], labels[20:], tuple("abcdefghij"), "random numbers")
+    asked = read_recipe(find_config(recipe))
+    model = ViTConfig(**asked.model | {"patch_size": 8, "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 12})
+    small = {"epochs": 2, "batch_size": 10, "warmup_epochs": 1, "evaluate_every": 1, "log_every": 1, "workers": 1}
+    found = {}
+    for device in ("cuda", "cpu"):
+        config = TrainConfig(**asked.train | small | {"device": device, "precision": "float32", "graph": False})
+        with cuda.using(Emulator()), nullcontext() if kernels else plain():
+            launches.clear()
+            trainer = Trainer(data, model, config, tmp_path / device, progress=False)
+            summary = trainer.run()
+        assert (launches.total() > 0) == (device == "cuda") and summary["steps"] == 4
+        losses = [r["loss"] for r in read_metrics(tmp_path / device / METRICS) if r["kind"] == "train"]
+        found[device] = np.array([*losses, summary["test_loss"]])
+    np.testing.assert_allclose(found["cuda"], found["cpu"], rtol=1e-4)
+    assert len(found["cpu"]) == 5 and len({*found["cpu"]}) == 5
