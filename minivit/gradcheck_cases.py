@@ -387,9 +387,9 @@ MODELS = {
     "vit-layer_scale": {**_TINY, "layer_scale": 0.1},
     "vit-qk_norm": {**_TINY, "qk_norm": True},
     "vit-learned2d": {**_TINY, "pos_embed": "learned2d", "registers": 2, "pos_at": "shared"},
-    "vit-relative": {**_TINY, "pos_embed": "relative", "pos_at": "shared", "depth": 3},
-    "vit-every": {**_TINY, "pos_at": "every", "registers": 2, "depth": 3},
-    "vit-axial": {**_TINY, "image_size": 6, "pooling": "mean", "attention": "axial", "depth": 3},
+    "vit-relative": {**_TINY, "pos_embed": "relative", "pos_at": "shared"},
+    "vit-every": {**_TINY, "pos_at": "every", "registers": 2},
+    "vit-axial": {**_TINY, "image_size": 6, "pooling": "mean", "attention": "axial"},
     "vit-dropout": {**_TINY, "dropout": 0.2, "attention_dropout": 0.3, "drop_path": 0.4, "pos_embed": "none"},
 }
 MODEL_BATCH = 8  # pictures, for the models
