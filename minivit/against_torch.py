@@ -66,9 +66,16 @@ class _Torch:
         norm = self.torch.nn.functional.layer_norm
         return self.wrote(path, norm(x, x.shape[-1:], w, b, self.config.layernorm_eps))
 
-    def attention(self, path, q, k, v):
+    def attention(self, path, q, k, v, r=None):
         q, k, v = (self.read(path, name, x) for name, x in zip("qkv", (q, k, v), strict=True))
-        scores = self.read(f"{path}.softmax", "x", q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5)
+        logits = q @ k.transpose(-1, -2)
+        if r is not None:
+            r = self.read(path, "r", r)  # a node of the block's own, of a table that others may share
+            N = k.shape[-2]
+            place = self.torch.arange(N)
+            keys = r[0, N - 1 - (place[:, None] - place)]  # (N, N, Dh): r(i - j)
+            logits = logits + (q.unsqueeze(-2) * keys).sum(-1)
+        scores = self.read(f"{path}.softmax", "x", logits / q.shape[-1] ** 0.5)
         attn = self.wrote(f"{path}.softmax", scores.softmax(dim=-1))
         return self.wrote(path, attn @ v)
 
@@ -84,7 +91,10 @@ class _Torch:
             self.take(path, f"{prefix}.q_norm", "dwq", "dbq")
             self.take(path, f"{prefix}.k_norm", "dwk", "dbk")
             q, k = (self.layernorm(f"{path}.{n}", f"{prefix}.{n}", x) for n, x in (("q_norm", q), ("k_norm", k)))
-        heads = self.attention(f"{path}.attention", q, k, v).transpose(1, 2).reshape(B, N, D)
+        r = None
+        if self.config.pos_embed == "relative":
+            r = self.read(path, "r", self.p["rel_pos" if self.config.pos_at == "shared" else f"{prefix}.rel_pos"])
+        heads = self.attention(f"{path}.attention", q, k, v, r).transpose(1, 2).reshape(B, N, D)
         return self.wrote(path, self.linear(f"{path}.proj", f"{prefix}.proj", heads))
 
     def mlp(self, path, prefix, x):
@@ -110,6 +120,37 @@ class _Torch:
         z = z + self.layer_scale(f"{path}.ls2", u)
         return self.wrote(path, z)
 
+    def position(self, i, z):
+        """The position that is added before block i; before the first one, that of rows and columns alone."""
+        c, name, g = self.config, "pos_embed", self.config.grid_size
+        if i and c.pos_at == "input":
+            return z
+        path, before = f"blocks.{i}." if i else "", f"blocks.{i}." if c.pos_at == "every" else ""
+        prefix = z.shape[1] - g * g  # tokens before the patches
+        if c.pos_embed == "learned2d":
+            path = f"{path}position2d"
+            z, X, Y = (
+                self.read(path, *pair)
+                for pair in (("z", z), ("X", self.p[f"{before}{name}_x"]), ("Y", self.p[f"{before}{name}_y"]))
+            )
+            grid = self.torch.cat([X[:, None].expand(1, g, g, -1), Y[:, :, None].expand(1, g, g, -1)], dim=-1)
+            grid = self.torch.nn.functional.pad(grid.reshape(1, g * g, -1), (0, 0, prefix, 0))
+            return self.wrote(path, z + grid)
+        if i and c.pos_embed in ("learned", "sincos2d"):
+            path, at = f"{path}position", int(c.pooling == "cls")
+            z, position = self.read(path, "z", z), self.read(path, "pos_embed", self.fixed_or_learned(before))
+            rows = position[:, :at], position.new_zeros(1, c.registers, c.width), position[:, at:]
+            return self.wrote(path, z + self.torch.cat(rows, dim=1))
+        return z
+
+    def fixed_or_learned(self, before=""):
+        """One vector for each token but the registers."""
+        c = self.config
+        if c.pos_embed == "learned":
+            return self.p[f"{before}pos_embed"]
+        fixed = sincos2d(c.grid_size, c.width, prefix_tokens=int(c.pooling == "cls"))
+        return self.torch.tensor(fixed, requires_grad=True)  # never trained, but its gradient is returned
+
     def embed(self, images):
         c, path = self.config, "patch_embed"
         B, grid, P = len(images), c.grid_size, c.patch_size
@@ -120,15 +161,10 @@ class _Torch:
         if "cls_token" in self.p:
             self.inputs[path, "dcls_token"] = self.p["cls_token"]
             z = self.torch.cat([self.p["cls_token"].expand(B, -1, -1), z], dim=1)
-        if c.pos_embed == "learned":
-            self.inputs[path, "dpos_embed"] = self.p["pos_embed"]
-            z = z + self.p["pos_embed"]
-        elif c.pos_embed == "sincos2d":
-            fixed = sincos2d(grid, c.width, prefix_tokens=int(c.pooling == "cls"))
-            fixed = self.torch.tensor(fixed, requires_grad=True)  # never trained, but its gradient is returned
-            self.inputs[path, "dpos_embed"] = fixed
-            z = z + fixed
-        return self.registers("registers", self.wrote(path, z))
+        if c.pos_embed in ("learned", "sincos2d"):
+            position = self.fixed_or_learned("blocks.0." if c.pos_at == "every" else "")
+            z = z + self.read(path, "pos_embed", position)
+        return self.registers("registers", self.position(0, self.wrote(path, z)))
 
     def registers(self, path, z):
         if (registers := self.p.get("reg_token")) is None:
@@ -159,8 +195,16 @@ class _Torch:
         """Forward and backward; fills ``outputs`` and the gradients of ``inputs``."""
         torch = self.torch
         z = self.embed(torch.tensor(images))
-        for i in range(self.config.depth):
-            z = self.block(f"blocks.{i}", z)
+        c = self.config
+        for i in range(c.depth):
+            z = self.position(i, z) if i else z
+            if c.attention == "axial":
+                grid = z.reshape(len(z), c.grid_size, c.grid_size, c.width)
+                lines = (grid.transpose(1, 2) if i % 2 else grid).reshape(-1, c.grid_size, c.width)
+                grid = self.block(f"blocks.{i}", lines).reshape(grid.shape)
+                z = (grid.transpose(1, 2) if i % 2 else grid).reshape(z.shape)
+            else:
+                z = self.block(f"blocks.{i}", z)
         logits = self.read("loss", "logits", self.head(z))
         entropy = torch.nn.functional.cross_entropy
         loss = entropy(logits, torch.tensor(labels), label_smoothing=label_smoothing)

@@ -90,6 +90,16 @@ def check_contenders(names):
             raise InputError(f'--against {name} needs {NEEDS[name]}: pip install "minivit[bench]"')
 
 
+def check_config(config):
+    """Raises InputError for a model that the contenders do not have: positions in the blocks, axial attention, ..."""
+    c = config
+    if c.pos_embed not in ("learned", "sincos2d", "none") or c.pos_at != "input" or c.attention != "full":
+        raise InputError(
+            f'the benchmark has no pos_embed "{c.pos_embed}" at "{c.pos_at}" with attention "{c.attention}"; '
+            'it compares "learned", "sincos2d" or "none" at "input" with attention "full"'
+        )
+
+
 @contextlib.contextmanager
 def only_cores(count):
     """Keep this process, and those that it starts meanwhile, to ``count`` cores; 0 for all of them.

@@ -97,7 +97,9 @@ class CudaStep:
         self.fused = known and kernels_wanted() and engine.model.flat.dtype == np.float32
         # dropouts of a micro-batch: of the embedding; in each block of the map, and after MSA, GELU and MLP
         self._keys = (c.dropout > 0.0) * (1 + 3 * c.depth) + (c.attention_dropout > 0.0) * c.depth
-        self._drawn = not (c.attention_dropout and c.num_tokens >= LONG)  # flash attention draws as it goes
+        flash = c.sequence_length >= LONG and c.pos_embed != "relative"  # it draws as it goes
+        self._drawn = not (c.attention_dropout and flash)
+        self._sequences = c.num_tokens // c.sequence_length  # of a picture, each with a stochastic depth of its own
         self._wanted = graph and self.fused and self._drawn
         self._shape = self._graph = self.pool = self._results = None  # pool: the graph's memory
         self.replays = 0  # how many steps a graph made
@@ -159,7 +161,10 @@ class CudaStep:
             array
             for m, part in enumerate(self.engine.parts(count))
             for array in cuda.Draws.draw(
-                self.engine.generator(step, m), self._rates, len(range(*part.indices(count))), self._keys
+                self.engine.generator(step, m),
+                self._rates,
+                self._sequences * len(range(*part.indices(count))),
+                self._keys,
             )
         ]
 

@@ -14,8 +14,10 @@ import numpy as np
 
 from minivit.engine import Engine
 from minivit.layers.attention import attention_backward, attention_forward
+from minivit.layers.block import block_forward
 from minivit.layers.flash_attention import flash_attention_backward, flash_attention_forward
 from minivit.layers.layernorm import layernorm_backward, layernorm_forward
+from minivit.layers.relative_attention import relative_attention_forward
 from minivit.layers.softmax import softmax_forward
 from minivit.loss import soft_targets, softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT, ViTConfig
@@ -58,6 +60,22 @@ def flash_attention_is_attention():
     for keys in (2, 3, 5):
         y, cache = flash_attention_forward(q, k, v, keys=keys)
         errors += [_error(*pair) for pair in zip((y, *flash_attention_backward(dy, cache)), expected, strict=True)]
+    return max(errors)
+
+
+def relative_attention_is_its_definition():
+    """Relative attention by a loop over pictures, heads, queries and keys; row N - 1 - t of the table is r(t)."""
+    rng = np.random.default_rng(1)
+    q, k, v = rng.standard_normal((3, 2, 3, 5, 4))
+    r, N = rng.standard_normal((1, 9, 4)), 5
+    errors = []
+    for Q in (5, 3, 1):
+        expected = np.zeros((2, 3, Q, 4))
+        for b, h, i in np.ndindex(2, 3, Q):
+            keys = [k[b, h, j] + r[0, N - 1 - (i - j)] for j in range(N)]
+            weights = np.exp([q[b, h, i] @ key / math.sqrt(4) for key in keys])
+            expected[b, h, i] = weights @ v[b, h] / weights.sum()
+        errors.append(_error(relative_attention_forward(q[:, :, :Q], k, v, r)[0], expected))
     return max(errors)
 
 
@@ -171,6 +189,65 @@ def registers_that_nobody_heeds_change_nothing():
             shared = {name: grads[name] for name in expected if not name.startswith("blocks.")}
             expected = {name: expected[name] for name in shared}
             errors += [_error(loss, expected_loss), _error(_joined(shared), _joined(expected))]
+    return max(errors)
+
+
+def rows_and_columns_are_positions():
+    """Learned rows and columns have the loss of a learned position for each patch that is made of them."""
+    errors = []
+    for pos_at in ("input", "shared", "every"):
+        config = replace(_SMALL, image_size=6, registers=1, pos_at=pos_at)
+        both = _random_model(replace(config, pos_embed="learned2d"))
+        each = _random_model(config)
+        for name, value in each.params.items():
+            if "pos_embed" in name:  # (1, 1 + 9, D), the class token's first
+                X, Y = both.params[f"{name}_x"][0], both.params[f"{name}_y"][0]
+                patches = [np.concatenate([X[b], Y[a]]) for a in range(3) for b in range(3)]
+                value[...] = np.concatenate([np.zeros((1, 8)), patches])
+            else:
+                value[...] = both.params[name]
+        (loss, grads), (expected_loss, expected) = (_loss_and_gradients(m.config, m.flat) for m in (both, each))
+        errors.append(_error(loss, expected_loss))
+        for name in (name for name in expected if "pos_embed" in name):
+            grid = expected[name][0, 1:].reshape(3, 3, 8)  # rows, columns
+            errors.append(_error(grads[f"{name}_x"][0], grid[..., :4].sum(axis=0)))
+            errors.append(_error(grads[f"{name}_y"][0], grid[..., 4:].sum(axis=1)))
+    return max(errors)
+
+
+def a_shared_position_has_the_sum_of_the_gradients():
+    """Positions of each block that are all the same give the loss of the shared one, whose gradient is their sum."""
+    errors = []
+    for kind in ("learned", "learned2d", "relative"):
+        for axial in ({}, {"attention": "axial", "pooling": "mean"}):
+            config = replace(_SMALL, image_size=6, depth=3, pos_embed=kind, pos_at="shared", **axial)
+            shared, every = _random_model(config), _random_model(replace(config, pos_at="every"))
+            source = {name: "rel_pos" if "rel_pos" in name else name.rpartition(".")[2] for name in every.params}
+            for name, value in every.params.items():
+                value[...] = shared.params[source[name] if "pos" in name else name]
+            (loss, grads), (expected_loss, expected) = (_loss_and_gradients(m.config, m.flat) for m in (shared, every))
+            errors.append(_error(loss, expected_loss))
+            for name in (name for name in grads if "pos" in name):
+                own = [gradient for other, gradient in expected.items() if "pos" in other and source[other] == name]
+                errors.append(_error(grads[name], sum(own)) if len(own) == 3 else math.inf)
+    return max(errors)
+
+
+def axial_blocks_take_rows_and_columns_alone():
+    """Each block of an axial model is the ordinary one of one row, or column, after the other; its maps say so."""
+    config = replace(_SMALL, image_size=6, attention="axial", pooling="mean", pos_embed="none", depth=3)
+    model = _random_model(config)
+    seen = model.intermediates(np.random.default_rng(0).standard_normal((2, 6, 6, 1)))
+    tokens, errors = np.arange(9).reshape(3, 3), []
+    for i, (z, after, maps) in enumerate(zip(seen.features, seen.features[1:], seen.attention, strict=False)):
+        outside = np.ones((9, 9), bool)
+        for line in tokens.T if i % 2 else tokens:
+            params = {name.removeprefix(f"blocks.{i}."): p for name, p in model.params.items()}
+            expected, cache = block_forward(z[:, line], params, num_heads=2)
+            errors.append(_error(after[:, line], expected))
+            errors.append(_error(maps[:, :, line[:, None], line], cache.msa.attention.softmax.y))
+            outside[line[:, None], line] = False
+        errors.append(float(np.abs(maps[:, :, outside]).max()))
     return max(errors)
 
 
@@ -326,6 +403,7 @@ FACTS = {
         softmax_is_normalised_exponentials,
         attention_is_equations_6_and_7,
         flash_attention_is_attention,
+        relative_attention_is_its_definition,
         layernorm_rows_have_mean_0_and_variance_1,
         layernorm_gradient_ignores_a_common_shift,
         layernorm_gradient_ignores_a_common_scale,
@@ -334,6 +412,9 @@ FACTS = {
         sequence_pooling_of_equal_scores_is_the_mean,
         registers_are_a_set,
         registers_that_nobody_heeds_change_nothing,
+        rows_and_columns_are_positions,
+        a_shared_position_has_the_sum_of_the_gradients,
+        axial_blocks_take_rows_and_columns_alone,
         equal_logits_cost_ln_k,
         large_logits_are_no_trouble,
         targets_are_probabilities,

@@ -11,6 +11,7 @@ import numpy as np
 
 from minivit.backend import array_module
 from minivit.layers.attention import attention_backward, attention_forward, attention_jvp
+from minivit.layers.axial import from_axis, to_axis
 from minivit.layers.block import (
     ATTN,
     BLOCK_PARAMETERS,
@@ -18,6 +19,7 @@ from minivit.layers.block import (
     LS2,
     MLP,
     QK_NORM,
+    RELATIVE,
     block_backward,
     block_forward,
     block_jvp,
@@ -33,7 +35,14 @@ from minivit.layers.linear import linear_backward, linear_forward, linear_jvp
 from minivit.layers.mlp import mlp_backward, mlp_forward, mlp_jvp
 from minivit.layers.msa import msa_backward, msa_forward, msa_jvp
 from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward, patch_embed_jvp
+from minivit.layers.position import position_backward, position_forward, position_jvp
+from minivit.layers.position2d import position2d_backward, position2d_forward, position2d_jvp
 from minivit.layers.registers import registers_backward, registers_forward, registers_jvp
+from minivit.layers.relative_attention import (
+    relative_attention_backward,
+    relative_attention_forward,
+    relative_attention_jvp,
+)
 from minivit.layers.sequence_pool import sequence_pool_backward, sequence_pool_forward, sequence_pool_jvp
 from minivit.layers.softmax import softmax_backward, softmax_forward, softmax_jvp
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward, softmax_cross_entropy_jvp
@@ -112,7 +121,19 @@ def _flash_attention(dropout, shapes=((B, HEADS, N, D // HEADS),) * 3):
     return case
 
 
-def _msa(qk_norm, queries=None):
+def _relative_attention(dropout, queries=N):
+    def case(rng):
+        def forward(q, k, v, r):
+            return relative_attention_forward(q, k, v, r, dropout=dropout, rng=np.random.default_rng(1))
+
+        Dh = D // HEADS
+        args = _arrays(rng, (B, HEADS, queries, Dh), (B, HEADS, N, Dh), (B, HEADS, N, Dh), (1, 2 * N - 1, Dh))
+        return forward, relative_attention_backward, args, ("q", "k", "v", "r")
+
+    return case
+
+
+def _msa(qk_norm, queries=None, relative=False):
     def case(rng):
         def forward(*args):
             return msa_forward(
@@ -122,7 +143,8 @@ def _msa(qk_norm, queries=None):
         x, *weights = _arrays(rng, (B, N, D), (D, 3 * D), (3 * D,), (D, D), (D,))
         args = [x, *(0.3 * W for W in weights)]  # scores of order 1: softmax's gradients vanish where it saturates
         args += _arrays(rng, *[(D // HEADS,)] * 4) if qk_norm else [None] * 4
-        return forward, msa_backward, args, ("x", "Wqkv", "bqkv", "Wproj", "bproj", "wq", "bq", "wk", "bk")
+        args += _arrays(rng, (1, 2 * N - 1, D // HEADS)) if relative else [None]
+        return forward, msa_backward, args, ("x", "Wqkv", "bqkv", "Wproj", "bproj", "wq", "bq", "wk", "bk", "r")
 
     return case
 
@@ -162,7 +184,7 @@ def _block(dropout, options=()):
 
     def case(rng):
         shapes = {"attn.qkv.weight": (D, 3 * D), "attn.qkv.bias": (3 * D,), "attn.proj.weight": (D, D)}
-        shapes |= dict.fromkeys(QK_NORM, (D // HEADS,))
+        shapes |= dict.fromkeys(QK_NORM, (D // HEADS,)) | dict.fromkeys(RELATIVE, (1, 2 * N - 1, D // HEADS))
         shapes |= {"mlp.fc1.weight": (D, M), "mlp.fc1.bias": (M,), "mlp.fc2.weight": (M, D)}
         values = _arrays(rng, *[shapes.get(name, (D,)) for name in names])
         values = [0.3 * v if name in ATTN + MLP else v for name, v in zip(names, values, strict=True)]
@@ -198,6 +220,29 @@ def _registers(at):
     def case(rng):
         args = _arrays(rng, (B, N, D), (1, 3, D))
         return lambda *a: registers_forward(*a, at=at), registers_backward, args, ("z", "reg_token")
+
+    return case
+
+
+def _position(at, registers):
+    def case(rng):
+        args = _arrays(rng, (B, N, D), (1, N - registers, D))
+        return lambda *a: position_forward(*a, at=at, registers=registers), position_backward, args, ("z", "pos_embed")
+
+    return case
+
+
+def _position2d(rng):
+    args = _arrays(rng, (B, 2 + 3 * 3, D), (1, 3, D // 2), (1, 3, D // 2))  # nine patches behind two other tokens
+    return position2d_forward, position2d_backward, args, ("z", "X", "Y")
+
+
+def _axial(columns):
+    def case(rng):
+        def forward(z):
+            return to_axis(z, 3, columns=columns), columns
+
+        return forward, lambda dy, columns: from_axis(dy, 3, columns=columns), _arrays(rng, (B, 9, D)), ("z",)
 
     return case
 
@@ -255,19 +300,30 @@ LAYERS = {
     "flash_attention": _flash_attention(0.0),
     "flash_attention-dropout": _flash_attention(0.3),
     "flash_attention-sizes": _flash_attention(0.0, [(B, 3, 4), (B, N, 4), (B, N, M)]),  # fewer queries, wider values
+    "relative_attention": _relative_attention(0.0),
+    "relative_attention-dropout": _relative_attention(0.3),
+    "relative_attention-queries": _relative_attention(0.0, queries=3),
+    "relative_attention-query": _relative_attention(0.0, queries=1),
     "msa": _msa(False),
     "msa-qk_norm": _msa(True),
     "msa-qk_norm-queries": _msa(True, queries=3),
+    "msa-relative": _msa(True, queries=3, relative=True),
     "mlp": _mlp,
     "block": _block(0.0),
     "block-dropout": _block(0.3),
     "block-options": _block(0.3, QK_NORM + LS1 + LS2),
+    "block-relative": _block(0.3, RELATIVE),
+    "axial": _axial(False),
+    "axial-columns": _axial(True),
     "patch_embed": _patch_embed(True, True),
     "patch_embed-mean": _patch_embed(False, False),
     "head": _head("cls", False),
     "head-mean": _head("mean", False),
     "registers": _registers(1),
     "registers-front": _registers(0),
+    "position": _position(0, 0),
+    "position-registers": _position(1, 2),
+    "position2d": _position2d,
     "sequence_pool": _sequence_pool,
     "head-seq": _head("seq", False),
     "head-registers": _head("mean", False, registers=2),
@@ -297,11 +353,15 @@ JVPS = {
     "drop_path": drop_path_jvp,
     "attention": attention_jvp,
     "flash_attention": flash_attention_jvp,
+    "relative_attention": relative_attention_jvp,
     "msa": msa_jvp,
     "mlp": mlp_jvp,
     "block": _named_jvp(block_jvp),
+    "axial": lambda zdot, columns: to_axis(zdot, 3, columns=columns),
     "patch_embed": patch_embed_jvp,
     "registers": registers_jvp,
+    "position": position_jvp,
+    "position2d": position2d_jvp,
     "sequence_pool": sequence_pool_jvp,
     "head": _named_jvp(head_jvp),
     "loss": softmax_cross_entropy_jvp,
@@ -326,6 +386,10 @@ MODELS = {
     "vit-pre_logits": {**_TINY, "pre_logits": 10, "pos_embed": "sincos2d"},
     "vit-layer_scale": {**_TINY, "layer_scale": 0.1},
     "vit-qk_norm": {**_TINY, "qk_norm": True},
+    "vit-learned2d": {**_TINY, "pos_embed": "learned2d", "registers": 2, "pos_at": "shared"},
+    "vit-relative": {**_TINY, "pos_embed": "relative", "pos_at": "shared"},
+    "vit-every": {**_TINY, "pos_at": "every", "registers": 2},
+    "vit-axial": {**_TINY, "image_size": 6, "pooling": "mean", "attention": "axial"},
     "vit-dropout": {**_TINY, "dropout": 0.2, "attention_dropout": 0.3, "drop_path": 0.4, "pos_embed": "none"},
 }
 MODEL_BATCH = 8  # pictures, for the models

@@ -55,18 +55,24 @@ _forward_of_attention = _in("layers.attention", "attention_forward")
 _attention = _in("layers.attention", "attention_backward")
 _forward_of_flash = _in("layers.flash_attention", "flash_attention_forward")
 _flash = _in("layers.flash_attention", "flash_attention_backward")
+_forward_of_relative = _in("layers.relative_attention", "relative_attention_forward")
+_relative = _in("layers.relative_attention", "relative_attention_backward")
 _msa = _in("layers.msa", "msa_backward")
 _mlp = _in("layers.mlp", "mlp_backward")
 _block = _in("layers.block", "block_backward")
 _patch = _in("layers.patch_embed", "patch_embed_backward")
 _unpatchify = _in("layers.patch_embed", "unpatchify")
 _registers = _in("layers.registers", "registers_backward")
+_position = _in("layers.position", "position_backward")
+_position2d = _in("layers.position2d", "position2d_backward")
+_axial = _in("layers.axial", "from_axis")
 _sequence_pool = _in("layers.sequence_pool", "sequence_pool_backward")
 _head = _in("layers.head", "head_backward")
 _forward_of_loss = _in("loss", "softmax_cross_entropy_forward")
 _loss = _in("loss", "softmax_cross_entropy_backward")
 _targets = _in("loss", "soft_targets")
 _model = _in("model", "ViT.backward")
+_model_positions = _in("model", "ViT._position_backward")
 _sgd = _in("optim", "SGD.step")
 _adam = _in("optim", "Adam._update")
 _clip = _in("optim", "clip_by_global_norm")
@@ -269,6 +275,28 @@ MISTAKES = (
         "flash-keys-not-scaled", "dscores.swapaxes(-1, -2), q_scaled", "dscores.swapaxes(-1, -2), q",
         "dk is made from q, not from q / sqrt(Dh)", "which factor made the scores?",
     ),
+    _forward_of_relative(
+        "relative-not-scaled", "scores += by_key(", "scores += q.shape[-1] ** 0.5 * by_key(",
+        "the logits of the offsets are not divided by sqrt(Dh)", "they are those of an attention too",
+    ),
+    _relative(
+        "relative-offsets-reversed", "dq += dP @ r[0, N - Q :]", "dq += dP @ r[0, N - Q :][::-1]",
+        "the table is read from its other end: the offset p_k - p_q", "which row belongs to the offset 0, which to 1?",
+    ),
+    _relative(
+        "relative-queries-forget-offsets", "dq += dP @ r[0, N - Q :]", "pass",
+        "the queries get no gradient through the offsets", "where does q enter?",
+    ),
+    _relative(
+        "relative-table-first-picture", "dP.reshape(-1, N + Q - 1).T @ q.reshape",
+        "dP[:1].reshape(-1, N + Q - 1).T @ q[:1].reshape",
+        "the table's gradient is that of the first picture alone", "who shares the table?",
+    ),
+    _relative(
+        "relative-table-without-heads", "dP.reshape(-1, N + Q - 1).T @ q.reshape",
+        "dP[:, 0].reshape(-1, N + Q - 1).T @ q[:, 0].reshape",
+        "the table's gradient is that of the first head alone", "who shares the table?",
+    ),
     _msa(
         "msa-heads-not-transposed", ".transpose(0, 2, 1, 3)", ".reshape(B, num_heads, N, -1)",
         "heads and tokens are told apart by a reshape where a transpose is needed", "in which order do the axes lie?",
@@ -372,6 +400,27 @@ MISTAKES = (
         "registers-last-rows", "[dz[:, :at], dz[:, end:]]", "[dz[:, : dz.shape[1] - cache.count]]",
         "the last tokens are cut off instead of the registers", "which rows came from z?",
     ),
+    _position(
+        "position-last-rows", "[dpos_embed[:, :at], dpos_embed[:, end:]]",
+        "[dpos_embed[:, : dpos_embed.shape[1] - cache.registers]]",
+        "the last rows are cut off instead of the registers'", "who has no position?",
+    ),
+    _position(
+        "position-mean", "dz.sum(axis=0, keepdims=True)", "dz.mean(axis=0, keepdims=True)",
+        "the position's gradient is averaged over the batch instead of summed", "how many pictures share it?",
+    ),
+    _position2d(
+        "position2d-rows-for-columns", ": D // 2].sum(axis=1)", ": D // 2].sum(axis=2)",
+        "the X-embedding's gradient is summed over columns: it is that of rows", "which patches have one x in common?",
+    ),
+    _position2d(
+        "position2d-one-column", "D // 2 :].sum(axis=2)", "D // 2 :][:, :, 0]",
+        "the Y-embedding gets the gradient of the first column alone", "which patches have one y in common?",
+    ),
+    _axial(
+        "axial-columns-not-transposed", "grid = grid.swapaxes(1, 2)", "pass",
+        "columns go back as if they were rows", "how did they become sequences?",
+    ),
     _sequence_pool(
         "sequence-pool-weights-constant", "dx += dx_of_scores", "pass",
         "the tokens get no gradient through their weights", "where does x enter?",
@@ -435,13 +484,26 @@ MISTAKES = (
         "the gradient passes by the dropout of the embedding", "count the five dropout sites",
     ),
     _model(
-        "model-position-not-trained", 'if "pos_embed" in grads:', 'if "pos_embed_" in grads:',
+        "model-position-not-trained", "len(self._position_names[0]) == 1", "len(self._position_names[0]) == 3",
         "the position embedding is in no update", "is every parameter trained?",
         "a published CuPy ViT leaves it out, with a note to figure this out later",
     ),
     _model(
         "model-registers-not-trained", 'grads["reg_token"] += dreg_token', "pass",
         "the registers are in no update", "is every parameter trained?",
+    ),
+    _model(
+        "model-positions-of-blocks-not-trained",
+        "dz = self._position_backward(i, dz, cache.positions[i], grads)", "pass",
+        "of the positions added before each block only the first is trained", "is every parameter trained?",
+    ),
+    _model_positions(
+        "model-shared-position-one-block", "grads[name] += gradient", "grads[name][...] = gradient",
+        "of the gradients of a position that all blocks share, one block's is left", "how often is it added?",
+    ),
+    _model(
+        "model-axial-columns-go-back-as-rows", "dz = self._axis(i, from_axis, dz)", "dz = self._axis(0, from_axis, dz)",
+        "the gradient of a block of columns is put back row by row", "which way did its input come?",
     ),
     _model(
         "model-first-block-skipped", "for i in reversed(range(self.config.depth)):",

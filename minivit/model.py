@@ -19,11 +19,13 @@ import numpy as np
 from minivit import params as parameters
 from minivit.backend import array_module, plain
 from minivit.errors import InputError
+from minivit.layers.axial import axial_map, from_axis, to_axis
 from minivit.layers.block import (
     BLOCK_PARAMETERS,
     LS1,
     LS2,
     QK_NORM,
+    RELATIVE,
     BlockCache,
     block_backward,
     block_forward,
@@ -40,11 +42,22 @@ from minivit.layers.patch_embed import (
     patch_embed_jvp,
     sincos2d,
 )
+from minivit.layers.position import PositionCache, position_backward, position_forward, position_jvp
+from minivit.layers.position2d import Position2dCache, position2d_backward, position2d_forward, position2d_jvp
 from minivit.layers.registers import RegistersCache, registers_backward, registers_forward, registers_jvp
 from minivit.params import ParameterSpec, constant, lecun_normal, normal, ones, xavier_uniform, zeros
 from minivit.settings import check_choice, check_range, check_types, setting
 
-POSITIONS = ("learned", "sincos2d", "none")
+# Position embeddings, and where each can be: added to the input of the first block; of every block, each with its own;
+# or the same one shared by all. Relative positions are in the blocks' attention.
+POSITIONS = {
+    "learned": ("input", "every", "shared"),
+    "learned2d": ("input", "every", "shared"),
+    "sincos2d": ("input", "shared"),
+    "relative": ("every", "shared"),
+    "none": ("input",),
+}
+ATTENTIONS = ("full", "axial")
 
 # width, depth, heads, MLP width. Ti and S: the official code's configs; B, L, H: Table 1 of the paper.
 PAPER_SIZES = {
@@ -85,7 +98,17 @@ class ViTConfig:
     pooling: str = setting(
         "cls", 'what is classified: "cls" (class token), "mean" or "seq" (plain or learned mean of patches)'
     )
-    pos_embed: str = setting("learned", 'position embedding: "learned", "sincos2d" or "none"')
+    pos_embed: str = setting(
+        "learned",
+        'positions: "learned", "learned2d" (of rows and columns), "sincos2d", "relative" (in the attention) or "none"',
+    )
+    pos_at: str = setting(
+        "input",
+        'where positions are added: "input", "every" (each block its own) or "shared" (each block the same)',
+    )
+    attention: str = setting(
+        "full", 'who attends to whom: "full", or "axial" (rows of the grid in one block, columns in the next)'
+    )
     pre_logits: int = setting(0, "width R of the tanh layer before the head; 0 for none")
     gelu: str = setting("tanh", 'GELU form: "tanh" (official code) or "erf" (timm)')
     registers: int = setting(0, "learned tokens beside the class token that the head does not read; 0 for none")
@@ -108,6 +131,8 @@ class ViTConfig:
         check_range(self, 0.0, 1.0, "layer_scale")
         check_choice(self, "pooling", POOLINGS)
         check_choice(self, "pos_embed", POSITIONS)
+        check_choice(self, "pos_at", ("input", "every", "shared"))
+        check_choice(self, "attention", ATTENTIONS)
         check_choice(self, "gelu", GELUS)
         if self.image_size % self.patch_size:
             raise InputError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
@@ -117,6 +142,19 @@ class ViTConfig:
             raise InputError("qk_norm needs heads of more than one dimension: LayerNorm of a single number is nothing")
         if self.pos_embed == "sincos2d" and self.width % 4:
             raise InputError(f'pos_embed "sincos2d" needs a width that is a multiple of 4, got {self.width}')
+        if self.pos_embed == "learned2d" and self.width % 2:
+            raise InputError(f'pos_embed "learned2d" halves the width, which must be even, got {self.width}')
+        if self.pos_at not in (possible := POSITIONS[self.pos_embed]):
+            names = " or ".join(f'"{name}"' for name in possible)
+            raise InputError(f'with pos_embed "{self.pos_embed}", pos_at must be {names}, got "{self.pos_at}"')
+        if self.pos_embed == "relative" and self.registers:
+            raise InputError(
+                'pos_embed "relative" counts along the tokens, where registers have no place: take 0 of them'
+            )
+        if self.attention == "axial" and (self.pooling == "cls" or self.registers):
+            raise InputError(
+                'attention "axial" is between patches alone: set pooling to "mean" or "seq", and registers to 0'
+            )
 
     @classmethod
     def preset(cls, name, **changes):
@@ -137,6 +175,11 @@ class ViTConfig:
         """N: the patches, the registers, and the class token if there is one."""
         return self.grid_size**2 + self.registers + (self.pooling == "cls")
 
+    @property
+    def sequence_length(self):
+        """Tokens that attend to each other: all N, or those of a row or column."""
+        return self.grid_size if self.attention == "axial" else self.num_tokens
+
 
 def preset_fields(name):
     """The `ViTConfig` fields that a preset sets, as a dict.
@@ -154,14 +197,23 @@ def preset_fields(name):
 
 def block_parameters(config):
     """The names of a block's parameters, without ``blocks.i.``."""
-    return BLOCK_PARAMETERS + (QK_NORM if config.qk_norm else ()) + (LS1 + LS2 if config.layer_scale else ())
+    relative = RELATIVE if config.pos_embed == "relative" else ()
+    return BLOCK_PARAMETERS + (QK_NORM if config.qk_norm else ()) + relative + (LS1 + LS2 if config.layer_scale else ())
+
+
+def position_parameters(config):
+    """The names of the parameters whose position is added to the input of each block: L tuples of none, one or two."""
+    names = {"learned": ("pos_embed",), "learned2d": ("pos_embed_x", "pos_embed_y")}.get(config.pos_embed, ())
+    if config.pos_at == "every":
+        return [tuple(f"blocks.{i}.{name}" for name in names) for i in range(config.depth)]
+    return [names] + [names if config.pos_at == "shared" else ()] * (config.depth - 1)
 
 
 def parameter_table(config):
     """The model's parameters in the order of the forward pass, with timm's names and the official initialisers.
 
-    Weight decay applies to the matrices alone: not to biases, LayerNorm, LayerScale, the class token, registers or the
-    position embedding.
+    Weight decay applies to the matrices alone: not to biases, LayerNorm, LayerScale, the class token, registers or
+    positions of any kind.
     """
     c, D, M = config, config.width, config.mlp_dim
     pixels = c.patch_size**2 * c.channels
@@ -182,14 +234,25 @@ def parameter_table(config):
         add(f"{name}.weight", (n_in, n_out), init, decay=True)
         add(f"{name}.bias", (n_out,), bias_init)
 
+    def positions(before, relative):
+        if c.pos_embed == "learned":
+            add(f"{before}pos_embed", (1, c.num_tokens - c.registers, D), normal(0.02))
+        elif c.pos_embed == "learned2d":
+            add(f"{before}pos_embed_x", (1, c.grid_size, D // 2), normal(0.02))
+            add(f"{before}pos_embed_y", (1, c.grid_size, D // 2), normal(0.02))
+        elif c.pos_embed == "relative":
+            add(relative, (1, 2 * c.sequence_length - 1, D // c.num_heads), normal(0.02))
+
     if c.pooling == "cls":
         add("cls_token", (1, 1, D), zeros)
     if c.registers:
         add("reg_token", (1, c.registers, D), normal(1e-6))  # nearly zero, as its authors and timm have it
-    if c.pos_embed == "learned":
-        add("pos_embed", (1, c.num_tokens - c.registers, D), normal(0.02))
+    if c.pos_at != "every":
+        positions("", "rel_pos")
     dense("patch_embed.proj", pixels, D, lecun_normal(pixels))
     for i in range(c.depth):
+        if c.pos_at == "every":
+            positions(f"blocks.{i}.", f"blocks.{i}.attn.rel_pos")
         layernorm(f"blocks.{i}.norm1")
         # queries, keys and values are three (D, D) matrices side by side, and are initialised as such
         dense(f"blocks.{i}.attn.qkv", D, 3 * D, xavier_uniform(D, D))
@@ -238,11 +301,16 @@ class BlockInput(NamedTuple):
 
 
 class ViTCache(NamedTuple):
-    """What `ViT.backward` reads: the caches of the embedding, of its dropout, of each block and of the head."""
+    """What `ViT.backward` reads: the caches of the embedding, of its dropout, of each block and of the head.
+
+    ``positions`` are those of the positions that were added before each block; None where none was, or where the patch
+    embedding did it.
+    """
 
     embed: PatchEmbedCache
     registers: RegistersCache | None
     dropout: DropoutCache
+    positions: tuple[PositionCache | Position2dCache | None, ...]
     blocks: tuple[BlockCache | BlockInput, ...]
     head: HeadCache
 
@@ -251,7 +319,7 @@ class Intermediates(NamedTuple):
     """What `ViT.intermediates` saw on the way."""
 
     logits: Any  # (B, K)
-    attention: tuple  # L arrays (B, h, N, N): the attention maps of each block
+    attention: tuple  # L arrays (B, h, N, N): the attention maps of each block; zero where an axial one does not look
     features: tuple  # 1 + L arrays (B, N, D): the embedded tokens, then the output of each block
 
 
@@ -270,16 +338,20 @@ class ViT:
         self.params = parameters.views(self.flat, self.table)
         self._block_names = block_parameters(config)
         self._blocks = [self._of_block(self.params, i) for i in range(config.depth)]
-        self._position = self.params.get("pos_embed")
+        self._position_names = position_parameters(config)
+        self._positions = [tuple(self.params[name] for name in names) for names in self._position_names]
         if config.pos_embed == "sincos2d":
             fixed = sincos2d(config.grid_size, config.width, prefix_tokens=int(config.pooling == "cls"))
-            self._position = array_module(self.flat).asarray(fixed, dtype=self.flat.dtype)
+            fixed = (array_module(self.flat).asarray(fixed, dtype=self.flat.dtype),)
+            self._positions = [fixed] + [fixed if config.pos_at == "shared" else ()] * (config.depth - 1)
 
     def __repr__(self):
         return f"ViT({self.config}, {self.flat.size:,} parameters, {self.flat.dtype})"
 
     def _of_block(self, named, i):
-        return {name: named[f"blocks.{i}.{name}"] for name in self._block_names}
+        """A block's own by their names in it; a table of relative positions may be that of all blocks."""
+        shared = {"attn.rel_pos": named["rel_pos"]} if "rel_pos" in named else {}
+        return {name: named[f"blocks.{i}.{name}"] for name in self._block_names if name not in shared} | shared
 
     def drop_path_rate(self, i):
         """Stochastic depth's rate of block i: it rises linearly from 0 to the configuration's."""
@@ -309,14 +381,35 @@ class ViT:
             p["patch_embed.proj.weight"],
             p["patch_embed.proj.bias"],
             p.get("cls_token"),
-            self._position,
+            self._positions[0][0] if len(self._positions[0]) == 1 else None,
             patch_size=c.patch_size,
         )
-        registers = None
+        position = registers = None
+        if len(self._positions[0]) == 2:
+            z, position = position2d_forward(z, *self._positions[0])
         if c.registers:
             z, registers = registers_forward(z, p["reg_token"], at=int(c.pooling == "cls"))
         z, dropout = dropout_forward(z, rate=c.dropout, rng=rng)
-        return z, embed, registers, dropout
+        return z, embed, position, registers, dropout
+
+    def _position(self, i, z):
+        """The input of block i, from the output of the one before: with a position added, where there is one."""
+        c, position = self.config, self._positions[i]
+        if i == 0 or not position:  # the embedding has added that of the first block
+            return z, None
+        if len(position) == 2:
+            return position2d_forward(z, *position)
+        return position_forward(z, *position, at=int(c.pooling == "cls"), registers=c.registers)
+
+    def _position_backward(self, i, dz, cache, grads):
+        """Backward of the position added before block i; its gradients are added into ``grads``."""
+        if cache is None:
+            return dz
+        back = position_backward if isinstance(cache, PositionCache) else position2d_backward
+        dz, *gradients = back(dz, cache)
+        for name, gradient in zip(self._position_names[i], gradients, strict=False):  # fixed positions have no name
+            grads[name] += gradient
+        return dz
 
     def _head(self, z):
         c = self.config
@@ -329,15 +422,15 @@ class ViT:
         Raises  InputError: positions are learned, or the patches of a side cannot be halved.
         """
         c = self.config
-        if c.pos_embed == "learned":
+        if c.pos_embed not in ("sincos2d", "none"):
             raise InputError('pictures of half the size need fixed positions: pos_embed "sincos2d" or "none"')
         if c.grid_size % 2:
             raise InputError(f"pictures of half the size need an even number of patches on a side, not {c.grid_size}")
         small = ViT(replace(c, image_size=c.image_size // 2), flat=self.flat)
-        if self._position is not None:
+        for position, own in zip(self._positions[0], small._positions[0], strict=True):  # one array for all blocks
             g, D = c.grid_size, c.width
-            grid = self._position[:, -g * g :].reshape(g // 2, 2, g // 2, 2, D).mean(axis=(1, 3))
-            small._position[:, -((g // 2) ** 2) :] = grid.reshape(1, -1, D)
+            grid = position[:, -g * g :].reshape(g // 2, 2, g // 2, 2, D).mean(axis=(1, 3))
+            own[:, -((g // 2) ** 2) :] = grid.reshape(1, -1, D)
         return small
 
     def gradient_buffer(self):
@@ -345,8 +438,14 @@ class ViT:
         flat = array_module(self.flat).zeros_like(self.flat)
         return flat, parameters.views(flat, self.table)
 
-    def _block(self, i, z, rng):
-        return block_forward(z, self._blocks[i], **self._block_settings(i), rng=rng)
+    def _axis(self, i, move, array):
+        """`to_axis` or `from_axis` for block i: even ones attend along rows, odd ones along columns."""
+        return move(array, self.config.grid_size, columns=i % 2 == 1) if self.config.attention == "axial" else array
+
+    def _block(self, i, z, rng, **changes):
+        settings = self._block_settings(i) | changes
+        z, cache = block_forward(self._axis(i, to_axis, z), self._blocks[i], **settings, rng=rng)
+        return self._axis(i, from_axis, z), cache
 
     def forward(self, images, *, rng=None, recompute=False):
         """Logits, and the cache for `backward`.
@@ -358,14 +457,17 @@ class ViT:
         more, with the same dropout masks (Chen et al. 2016, arXiv:1604.06174).
         Raises  InputError: pictures of another shape, or with NaN pixels.
         """
-        z, embed, registers, dropout = self._embed(images, rng)  # (B, N, D)
-        blocks = []
+        z, embed, position, registers, dropout = self._embed(images, rng)  # (B, N, D)
+        positions, blocks = [position], []
         for i in range(self.config.depth):
+            if i:
+                z, position = self._position(i, z)
+                positions.append(position)
             block_input = BlockInput(z, deepcopy(rng)) if recompute else None
             z, cache = self._block(i, z, rng)  # (B, N, D); (B, 1, D) at the end
             blocks.append(block_input or cache)
         logits, head = self._head(z)  # (B, K)
-        return logits, ViTCache(embed, registers, dropout, tuple(blocks), head)
+        return logits, ViTCache(embed, registers, dropout, tuple(positions), tuple(blocks), head)
 
     def backward(self, dlogits, cache, grads, *, need_dimages=False):
         """Backward of `forward`: every parameter's gradient is *added* into ``grads`` (see `gradient_buffer`).
@@ -374,24 +476,28 @@ class ViT:
         """
         # logits = head(z_L)
         dz = head_backward(dlogits, cache.head, grads)  # (B, N, D) or (B, 1, D)
-        # z_l = block(z_{l-1})
+        # z_l = block(position(z_{l-1})), in rows or columns where attention is axial
         for i in reversed(range(self.config.depth)):
             block = cache.blocks[i]
             if isinstance(block, BlockInput):
                 _, block = self._block(i, block.z, deepcopy(block.rng))
-            dz = block_backward(dz, block, self._of_block(grads, i))  # (B, N, D)
-        # z_0 = dropout(registers(embed(images)))
+            dz = block_backward(self._axis(i, to_axis, dz), block, self._of_block(grads, i))
+            dz = self._axis(i, from_axis, dz)  # (B, N, D)
+            if i:
+                dz = self._position_backward(i, dz, cache.positions[i], grads)
+        # z_0 = dropout(registers(position2d(embed(images))))
         dz = dropout_backward(dz, cache.dropout)
         if cache.registers is not None:
             dz, dreg_token = registers_backward(dz, cache.registers)
             grads["reg_token"] += dreg_token
+        dz = self._position_backward(0, dz, cache.positions[0], grads)
         dimages, dW, db, dcls_token, dpos_embed = patch_embed_backward(dz, cache.embed, need_dimages=need_dimages)
         grads["patch_embed.proj.weight"] += dW
         grads["patch_embed.proj.bias"] += db
         if "cls_token" in grads:
             grads["cls_token"] += dcls_token
-        if "pos_embed" in grads:  # a fixed sine-cosine embedding has no gradient to keep
-            grads["pos_embed"] += dpos_embed
+        if len(self._position_names[0]) == 1:  # a fixed sine-cosine embedding has no gradient to keep
+            grads[self._position_names[0][0]] += dpos_embed
         return dimages
 
     def jvp(self, imagesdot, flatdot, cache):
@@ -402,19 +508,26 @@ class ViT:
         if any(isinstance(block, BlockInput) for block in cache.blocks):
             raise ValueError("the cache of a forward with recompute=True holds no intermediate values to differentiate")
         tangents = parameters.views(flatdot, self.table)
+        positions = [[tangents[name] for name in names] for names in self._position_names]
         zdot = patch_embed_jvp(
             imagesdot,
             tangents["patch_embed.proj.weight"],
             tangents["patch_embed.proj.bias"],
             tangents.get("cls_token"),
-            tangents.get("pos_embed", 0.0),  # a fixed sine-cosine embedding does not move
+            positions[0][0] if positions[0] else 0.0,  # a fixed sine-cosine embedding does not move
             cache.embed,
         )
+        if cache.positions[0] is not None:
+            zdot = position2d_jvp(zdot, *positions[0], cache.positions[0])
         if cache.registers is not None:
             zdot = registers_jvp(zdot, tangents["reg_token"], cache.registers)
         zdot = dropout_jvp(zdot, cache.dropout)
         for i in range(self.config.depth):
-            zdot = block_jvp(zdot, self._of_block(tangents, i), cache.blocks[i])  # (B, N, D); (B, 1, D) at the end
+            if i and positions[i]:
+                move = position_jvp if isinstance(cache.positions[i], PositionCache) else position2d_jvp
+                zdot = move(zdot, *positions[i], cache.positions[i])
+            zdot = block_jvp(self._axis(i, to_axis, zdot), self._of_block(tangents, i), cache.blocks[i])
+            zdot = self._axis(i, from_axis, zdot)  # (B, N, D); (B, 1, D) at the end
         return head_jvp(zdot, tangents, cache.head)  # (B, K)
 
     def predict(self, images):
@@ -424,7 +537,7 @@ class ViT:
         """
         z, *_ = self._embed(images, None)
         for i in range(self.config.depth):
-            z, _ = self._block(i, z, None)
+            z, _ = self._block(i, self._position(i, z)[0], None)
         return self._head(z)[0]
 
     def intermediates(self, images):
@@ -435,8 +548,11 @@ class ViT:
         with plain():  # kernels keep no attention maps
             z, *_ = self._embed(images, None)
             attention, features = [], [z]
-            for i, params in enumerate(self._blocks):
-                z, cache = block_forward(z, params, **(self._block_settings(i) | {"queries": None}))  # every token
-                attention.append(attention_map(cache.msa))
+            for i in range(self.config.depth):
+                z, cache = self._block(i, self._position(i, z)[0], None, queries=None)  # every token
+                seen = attention_map(cache.msa)
+                if self.config.attention == "axial":
+                    seen = self._axis(i, axial_map, seen)
+                attention.append(seen)
                 features.append(z)
             return Intermediates(self._head(z)[0], tuple(attention), tuple(features))

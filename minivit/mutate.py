@@ -480,7 +480,7 @@ def units_of(path, *, root=ROOT):
 
 
 # Of files that do much else, what computes derivatives.
-CHOSEN = {"model": ("ViT.gradient_buffer", "ViT.backward", "ViT.jvp"), "backend": ("matmul",)}
+CHOSEN = {"model": ("ViT.gradient_buffer", "ViT._position_backward", "ViT.backward", "ViT.jvp"), "backend": ("matmul",)}
 
 
 def all_units(root=ROOT):

@@ -573,9 +573,9 @@ def save_trace(file, trace, *, title=""):
 
     # the whole network
     c, L, y = trace.config, trace.config.depth, 7.75
-    embed = ["patch_embed", "registers", "dropout"]
+    embed = ["patch_embed", "position2d", "registers", "dropout"]
     xs = [3.3, 6.6, 9.9, 13.2]
-    blocks = [f"blocks.{i}" for i in range(L)]
+    blocks = [f"blocks.{i}{part}" for part in ("", ".position", ".position2d") for i in range(L)]
     for x, name, paths in zip(
         xs, ("embedding", f"{L} blocks" if L > 1 else "1 block", "head", "loss"), (embed, blocks, ["head"], ["loss"]),
         strict=True,
@@ -586,7 +586,7 @@ def save_trace(file, trace, *, title=""):
     backward = ("loss", "backward") in records
     arrows(xs[0] - 3.3 + half, xs[0] - half, y, "images", pictures, "no gradient\nneeded" if backward else None)
     arrows(xs[0] + half, xs[1] - half, y, "z_0", shape_of("dropout"), norm_of("blocks.0", "z_0"))
-    arrows(xs[1] + half, xs[2] - half, y, f"z_{L}", shape_of(blocks[-1]), norm_of("head", f"z_{L}"))
+    arrows(xs[1] + half, xs[2] - half, y, f"z_{L}", shape_of(f"blocks.{L - 1}"), norm_of("head", f"z_{L}"))
     arrows(xs[2] + half, xs[3] - half, y, "logits", shape_of("head"), norm_of("loss", "logits"))
     loss = f"loss {float(trace.loss):.4g}"
     arrows(xs[3] + half, 15.7, y, loss, (), norm_of("loss", "loss", incoming=True))

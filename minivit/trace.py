@@ -22,6 +22,7 @@ q, k and v are three views of one buffer; a linear layer's cache holds the outpu
 
     linear     forward   2 n d m for n rows          backward  4 n d m, or 2 n d m without the input's gradient
     attention  forward   4 B h Q N Dh                backward  8 B h Q N Dh, where Q of the N tokens ask
+    relative_attention   the same and, for queries and offsets, forward 2 B h Q (N + Q - 1) Dh, backward twice that
     sequence_pool   the scores are a linear layer; the mixture: forward 2 B N D, backward 4 B N D
 
 Everything else by operations per element, exp, tanh, erf and comparisons being one each, figures of a row none:
@@ -31,10 +32,13 @@ Everything else by operations per element, exp, tanh, erf and comparisons being 
     layer_scale       1                              3
     softmax           5                              4
     attention scores  1 (the scale)                  1
+    relative scores   2 (extra logits, scale)        1, and 1 per entry of q (the sum of two gradients)
     gelu              8 "tanh", 5 "erf"              11 "tanh", 7 "erf"
     dropout           2 where there is a mask        2
     block             2 (two additions)              2, and 1 per parameter (adding into its gradient)
     registers         0                              1 per register's gradient entry
+    position          1 per token with a position    1
+    position2d        1 per patch's entry            1, and 1 per entry of half a patch sum, of each axis
     patch_embed       1 with a position embedding    1, and 1 per class token's gradient entry
     sequence_pool     0                              1 (the sum of two gradients)
     head              mean: 1 per token's entry; tanh: 1 forward, 3 backward per entry; 1 per parameter
@@ -68,9 +72,12 @@ from minivit.model import ViT, ViTConfig
 TENSORS = {
     "patch_embed": ("1", "images", "z_0"),
     "patch_embed.proj": ("1", "patches", "tokens"),
+    "position2d": ("1", "z_0", "z_0"),
     "registers": ("1", "z_0", "z_0"),
     "dropout": ("1", "z_0", "z_0"),
     "blocks": ("2-3", "z_{}", "z_{+}"),
+    "blocks.position": ("", "z_{}", "z_{}"),
+    "blocks.position2d": ("", "z_{}", "z_{}"),
     "blocks.norm1": ("2", "z_{}", "u"),
     "blocks.msa": ("5-8", "u", "msa"),
     "blocks.msa.qkv": ("5", "u", "qkv"),
@@ -112,6 +119,7 @@ NAMES = {
     ("msa", "linear"): ("qkv", "proj"),
     ("msa", "layernorm"): ("q_norm", "k_norm"),
     ("msa", "flash_attention"): ("attention",),
+    ("msa", "relative_attention"): ("attention",),
     ("mlp", "linear"): ("fc1", "fc2"),
     ("head", "layernorm"): ("norm",),
     ("head", "sequence_pool"): ("pool",),
@@ -195,6 +203,12 @@ def work(function, arguments, result):
         scores = q.size // q.shape[-1] * (a["k"] if forward else a["cache"].k).shape[-2]
         again = 2 if stem == "flash_attention" else 0  # its backward makes the scores again
         return (4 if forward else 8 + again) * scores * q.shape[-1], scores
+    if stem == "relative_attention":
+        q, k = (a["q"], a["k"]) if forward else (a["cache"].q, a["cache"].k)
+        queries, keys = q.shape[-2], k.shape[-2]
+        products = q.size * (2 * keys + keys + queries - 1)  # of contents, of the map and values, of offsets
+        scores = q.size // q.shape[-1] * keys
+        return (2 if forward else 4) * products, 2 * scores if forward else scores + q.size
     if stem == "gelu":
         cache = result[1] if forward else a["cache"]
         return 0, GELU_PER_ELEMENT[direction, cache.kind] * first.size
@@ -212,6 +226,12 @@ def work(function, arguments, result):
         return 0, len(first) * per_picture
     if stem == "registers":
         return 0, 0 if forward else len(first) * a["cache"].count * first.shape[2]
+    if stem == "position":
+        added = len(first) * first.shape[2] * (first.shape[1] - (result[1] if forward else a["cache"]).registers)
+        return 0, added
+    if stem == "position2d":
+        g = (result[1] if forward else a["cache"]).grid_size
+        return 0, (len(first) if forward else len(first) + 1) * first.shape[2] * g * g
     if stem == "sequence_pool":
         tokens = first.size if forward else a["cache"].scores.x.size
         return (2 if forward else 4) * tokens, 0 if forward else tokens
@@ -296,6 +316,8 @@ class Recorder:
         if stem == "block":
             self._blocks += 1
             return f"blocks.{self._blocks - 1}"
+        if stem in ("position", "position2d") and self._blocks:
+            return f"blocks.{self._blocks}.{stem}"  # of the block to come
         names = NAMES.get((call.stem, stem), (stem,))
         if (call.stem, stem) == ("head", "linear") and "pre_logits.weight" in call.arguments["params"]:
             names = ("pre_logits", *names)
@@ -398,7 +420,7 @@ class Recorder:
     def _is_forward_again(self, call):
         """Is it attention's backward, which has dropout's backward make the dropped map again from the map?"""
         parent = self._calls[-1]
-        if (parent.stem, call.stem) != ("attention", "dropout"):
+        if parent.stem not in ("attention", "relative_attention") or call.stem != "dropout":
             return False
         return call.arguments["dy"] is parent.arguments["cache"].softmax.y
 
@@ -416,11 +438,14 @@ ARGUMENTS = {  # of the forwards, where there are others than x
     "layer_scale": ("x", "gamma"),
     "attention": ("q", "k", "v"),
     "flash_attention": ("q", "k", "v"),
-    "msa": ("x", "Wqkv", "bqkv", "Wproj", "bproj", "wq", "bq", "wk", "bk"),
+    "relative_attention": ("q", "k", "v", "r"),
+    "msa": ("x", "Wqkv", "bqkv", "Wproj", "bproj", "wq", "bq", "wk", "bk", "r"),
     "mlp": ("x", "W1", "b1", "W2", "b2"),
     "block": ("z",),
     "patch_embed": ("images", "W", "b", "cls_token", "pos_embed"),
     "registers": ("z", "reg_token"),
+    "position": ("z", "pos_embed"),
+    "position2d": ("z", "X", "Y"),
     "sequence_pool": ("x", "W", "b"),
     "head": ("z",),
     "softmax_cross_entropy": ("logits",),
@@ -534,7 +559,9 @@ def _asking_tokens(config, every_token=False):
     N = config.num_tokens
     last = 1 if config.pooling == "cls" and not every_token else N
     asking = (config.depth - 1) * N + last
-    return asking, (asking if last >= LONG else asking - last) if N >= LONG else 0
+    if config.sequence_length < LONG or config.pos_embed == "relative":
+        return asking, 0
+    return asking, asking if last >= LONG else asking - last
 
 
 def expected_flops(config, batch, *, every_token=False):
@@ -544,6 +571,8 @@ def expected_flops(config, batch, *, every_token=False):
             the last term without a pre-logits layer, and 4 n D for sequence pooling; n patches, N tokens, of which Q
             ask: 1 in the last block if the head reads the class token alone, else N; ``every_token`` counts N, as
             published figures do
+            axial attention: 4 Q g D in place of 4 Q N D, for g patches in a row; relative positions, with S tokens in a
+            sequence (N, or g): 2 Q (S + Q - 1) D more in each block, 2 N (2 g - 1) D with axial attention
             backward = 2 forward - 2 B n P^2 C D: two products for each one, but no gradient of the images; and
             2 B Q N D for each block of Q >= `msa.LONG`, which makes its attention map again
     Returns  ExpectedFLOPs
@@ -551,20 +580,25 @@ def expected_flops(config, batch, *, every_token=False):
     c, D = config, config.width
     embed = 2 * c.grid_size**2 * c.patch_size**2 * c.channels * D
     N, (asking, again) = c.num_tokens, _asking_tokens(c, every_token)
-    blocks = c.depth * 6 * N * D**2 + asking * (4 * N * D + 2 * (D**2 + 2 * D * c.mlp_dim))
+    S = c.sequence_length
+    blocks = c.depth * 6 * N * D**2 + asking * (4 * S * D + 2 * (D**2 + 2 * D * c.mlp_dim))
+    if c.pos_embed == "relative":
+        last = asking - (c.depth - 1) * N  # tokens that ask in the last block
+        blocks += 2 * D * ((c.depth - 1) * N * (2 * S - 1) + last * (S + min(S, last) - 1))
     pool = 4 * c.grid_size**2 * D if c.pooling == "seq" else 0
     head = pool + 2 * (D * c.pre_logits + (c.pre_logits or D) * c.num_classes)
     forward = embed + blocks + head
-    return ExpectedFLOPs(batch * forward, batch * (2 * forward - embed + 2 * again * N * D))
+    return ExpectedFLOPs(batch * forward, batch * (2 * forward - embed + 2 * again * S * D))
 
 
 def attention_flops(config, batch):
-    """Those of `expected_flops`, forward and backward together, that grow with N^2.
+    """Those of `expected_flops`, forward and backward together, that grow with N^2, without those of offsets.
 
-    Math    sum_blocks B (12 Q N D + 2 [Q >= `msa.LONG`] Q N D): two products forward and four backward, q k^T again
+    Math    sum_blocks B (12 Q N D + 2 [Q >= `msa.LONG`] Q N D): two products forward and four backward, q k^T again;
+            g in place of N with axial attention
     """
     asking, again = _asking_tokens(config)
-    return batch * (12 * asking + 2 * again) * config.num_tokens * config.width
+    return batch * (12 * asking + 2 * again) * config.sequence_length * config.width
 
 
 def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
@@ -572,13 +606,14 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
 
     Math    numbers / B = n P^2 C + sum_blocks (N (5 D + 1) + Q (3 D + 3 M + 1 + h N)) + rows (D + 1) + D + R + 2 K + 1
             Q = 1 in the last block if the head reads the class token alone, else N
-            where Q >= `msa.LONG`, h Q takes the place of h Q N, and there is no mask of attention
+            where Q >= `msa.LONG`, h Q takes the place of h Q N, and there is no mask of attention, unless positions are
+            relative; axial attention has h Q g in its place; positions keep nothing
             rows = 1 normalised by the head for the class token, n for mean pooling and sequence pooling, which keeps
             n (D + 1) more
             LayerScale: 2 Q D more in each block; QK-norm: (Q + N) (D + h)
             masks / B, one byte per entry, each only with its rate above 0 and ``dropout`` (a Generator was given):
             N D for the embedding;  Q (2 D + M) in each block;  h Q N of its attention;  1 per branch of the blocks
-            whose drop path has a rate above 0: all but the first, or the only one
+            whose drop path has a rate above 0: all but the first, or the only one (axial attention: g)
     """
     c, n, N, D, M = config, config.grid_size**2, config.num_tokens, config.width, config.mlp_dim
     patches = n * c.patch_size**2 * c.channels
@@ -589,7 +624,7 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
     blocks += asking * (D + (D + 1) + D + 3 * M)
     blocks += (c.layer_scale > 0) * asking * 2 * D  # what it scales, in both branches
     blocks += c.qk_norm * (asking + c.depth * N) * (D + c.num_heads)  # xhat and rstd of queries and keys
-    maps = c.num_heads * N * (asking - again)
+    maps = c.num_heads * c.sequence_length * (asking - again)
     blocks += maps + c.num_heads * again  # the attention maps, or the logarithms of their rows' sums
     rows = 1 if c.pooling == "cls" else n
     pool = n * (D + 1) if c.pooling == "seq" else 0
@@ -598,7 +633,8 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
     if dropout:
         masks += (c.dropout > 0) * (N * D + asking * (2 * D + M))
         masks += (c.attention_dropout > 0) * maps
-        masks += (c.drop_path > 0) * 2 * max(c.depth - 1, 1)  # of several blocks, the first has rate 0
+        sequences = c.num_tokens // c.sequence_length
+        masks += (c.drop_path > 0) * 2 * max(c.depth - 1, 1) * sequences  # of several blocks, the first has rate 0
     return batch * (numbers * np.dtype(dtype).itemsize + masks)
 
 

@@ -203,6 +203,7 @@ def main(argv=None):
         config, loading = use_recipe(arguments)
     else:
         config = config_of(arguments)
+    bench.check_config(config)
     bench.check_contenders(arguments.against)
     engine = {name: getattr(arguments, name) for name in ("workers", "micro_batch") if getattr(arguments, name)}
     common = {

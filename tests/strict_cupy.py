@@ -15,8 +15,8 @@ import numpy as np
 
 _LINES = (Path(__file__).parent / "data" / "cupy-14.2-names.txt").read_text().splitlines()
 NAMES, METHODS = set(_LINES[1].split()), set(_LINES[3].split())
-VIEWS = {
-    "sliding_window_view",
+STRIDE_TRICKS = {"sliding_window_view", "as_strided"}
+VIEWS = STRIDE_TRICKS | {
     "broadcast_to",
     "expand_dims",
     "swapaxes",
@@ -172,7 +172,7 @@ class Module(ModuleType):
     def __init__(self):
         super().__init__("cupy")
         self.ndarray, self.lib = ndarray, SimpleNamespace(stride_tricks=self)
-        NAMES.add("sliding_window_view")  # of cupy.lib.stride_tricks
+        NAMES.update(STRIDE_TRICKS)  # of cupy.lib.stride_tricks
         chosen = SimpleNamespace(use=lambda: None)
         runtime = SimpleNamespace(
             getDeviceCount=lambda: 1, getDeviceProperties=lambda number: {"name": b"stand-in"},
@@ -183,7 +183,7 @@ class Module(ModuleType):
     def __getattr__(self, name):
         if name not in NAMES:
             raise AttributeError(f"module 'cupy' has no attribute {name!r}")
-        function = np.lib.stride_tricks.sliding_window_view if name == "sliding_window_view" else getattr(np, name)
+        function = getattr(np.lib.stride_tricks if name in STRIDE_TRICKS else np, name)
         if isinstance(function, (type, np.ufunc)):
             return function
 

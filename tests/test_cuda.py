@@ -30,6 +30,10 @@ CONFIGS = {
     "qk_norm": replace(SMALL, qk_norm=True),
     "seq": replace(SMALL, pooling="seq", registers=2),
     "registers": replace(SMALL, registers=3, drop_path=0.5),
+    "learned2d": replace(SMALL, pos_embed="learned2d", pos_at="every", registers=1),
+    "shared": replace(SMALL, pos_at="shared", registers=3),
+    "relative": replace(SMALL, pos_embed="relative", pos_at="shared", drop_path=0.5),
+    "axial": replace(SMALL, attention="axial", pooling="mean", image_size=12, drop_path=0.5, depth=3),
     "long": replace(LONG, drop_path=0.3),  # one block: it has the full rate
 }
 
@@ -342,6 +346,38 @@ def test_steps_are_the_plain_ones(xp, optimizer):
         assert_close(average, expected[2], 2e-4)
         assert step.fused == (optimizer is not SGD)
         assert step.optimizer.steps == step.average.steps == 4
+
+
+@pytest.mark.parametrize("name", ["learned2d", "shared", "relative", "axial"])
+def test_steps_with_positions_in_the_blocks_and_axial_attention(xp, name):
+    config = CONFIGS[name]
+    with plain():
+        expected = steps_of(np, AdamW, config, graph=False, count=2)
+    for graph in (False, True) if xp is not np else (False,):
+        figures, flat, _, step = steps_of(xp, AdamW, config, graph=graph, count=2)
+        assert step.fused and step._sequences == (3 if name == "axial" else 1)
+        np.testing.assert_allclose(figures, expected[0], rtol=2e-4)
+        assert_close(flat, expected[1], 2e-4)
+
+
+def test_a_block_with_relative_positions_is_left_to_the_plain_function(xp, monkeypatch):
+    """The others with the options of positions and axial attention run their kernels."""
+    covered = {}
+    original = cuda.block_forward
+    for name in ("relative", "learned2d", "shared", "axial"):
+        kinds = covered[name] = []
+
+        def seen(*arguments, kinds=kinds, **settings):
+            result = original(*arguments, **settings)
+            kinds.append(result is not NotImplemented)
+            return result
+
+        monkeypatch.setattr(cuda, "block_forward", seen)
+        images, _ = batch_of(CONFIGS[name])
+        ViT(CONFIGS[name], flat=xp.asarray(parameters_of(CONFIGS[name]))).forward(xp.asarray(images))
+    assert {name: set(kinds) for name, kinds in covered.items()} == {
+        "relative": {False}, "learned2d": {True}, "shared": {True}, "axial": {True}
+    }  # fmt: skip
 
 
 def test_micro_batches_add_up(xp):

@@ -39,6 +39,8 @@ EXPOSED_BY = {
     "flash_attention: dq dk": "flash-no-row-sum",
     "flash_attention: dk": "flash-keys-not-scaled",
     "attention-dropout: dv": "attention-dropout-not-redone",
+    "relative_attention: dq": "relative-offsets-reversed relative-queries-forget-offsets",
+    "relative_attention: dr": "relative-table-first-picture relative-table-without-heads",
     "msa: dx dWqkv dbqkv": "msa-heads-not-transposed msa-value-gradient-first-head",
     "msa: dx dWqkv": "msa-key-gradient-dropped",  # the keys' bias has none
     "msa-qk_norm: dx dWqkv dbqkv": "msa-key-norm-skipped",
@@ -56,6 +58,15 @@ EXPOSED_BY = {
     "patch_embed: dimages": "patch-not-transposed",
     "registers: dreg_token": "registers-first-rows registers-mean",
     "registers: dz": "registers-last-rows",
+    "position-registers: dpos_embed": "position-last-rows position-mean",
+    "position2d: dX": "position2d-rows-for-columns",
+    "position2d: dY": "position2d-one-column",
+    "axial-columns: dz": "axial-columns-not-transposed",
+    "vit-every: dblocks.1.pos_embed": "model-positions-of-blocks-not-trained",
+    "vit-learned2d: dpos_embed_*": "model-shared-position-one-block",
+    "vit-axial: dimages dpos_embed dpatch_embed.* dblocks.0.[an]* dblocks.0.mlp.fc1.* dblocks.0.mlp.fc2.weight": (
+        "model-axial-columns-go-back-as-rows"  # a sum over all tokens does not mind their order
+    ),
     "head-registers: dz dnorm.*": "head-registers-counted",
     "vit-registers: dreg_token": "model-registers-not-trained",
     "sequence_pool: dx": "sequence-pool-weights-constant sequence-pool-mean",
@@ -71,6 +82,7 @@ EXPOSED_BY = {
     "fact: layernorm_rows_have_mean_0_and_variance_1": "layernorm-unbiased",
     "fact: attention_is_equations_6_and_7": "attention-scale-forward",
     "fact: flash_attention_is_attention": "flash-mixture-not-shrunk",
+    "fact: relative_attention_is_its_definition": "relative-not-scaled",
     "fact: large_logits_are_no_trouble": "loss-no-shift",
     "fact: targets_are_probabilities": "loss-smoothing-wrong-share",
     "fact: sgd_by_scalars": "sgd-momentum-forgets sgd-decays-everything",

@@ -18,8 +18,9 @@ from minivit import (
 )
 from minivit.gradcheck_cases import MODEL_BATCH, MODELS
 from minivit.layers import msa
+from minivit.layers.head import POOLINGS
 from minivit.layers.patch_embed import patchify, unpatchify
-from minivit.model import parameter_table, pixels
+from minivit.model import ATTENTIONS, POSITIONS, parameter_table, pixels
 
 TINY = MODELS["vit"]
 
@@ -87,6 +88,15 @@ def test_every_preset_is_a_model():
         ({"dropout": 1.0}, "dropout must be at least 0.0 and below 1.0, got 1.0"),
         ({"drop_path": -0.1}, "drop_path must be at least"),
         ({"attention_dropout": float("nan")}, "attention_dropout must be a finite number"),
+        ({"pos_at": "blocks"}, "pos_at must be one of input, every, shared; got 'blocks'"),
+        ({"attention": "local"}, "attention must be one of full, axial; got 'local'"),
+        ({"pos_embed": "relative"}, 'with pos_embed "relative", pos_at must be "every" or "shared", got "input"'),
+        ({"pos_embed": "none", "pos_at": "every"}, 'with pos_embed "none", pos_at must be "input", got "every"'),
+        ({"pos_embed": "sincos2d", "pos_at": "every"}, 'pos_at must be "input" or "shared", got "every"'),
+        ({"pos_embed": "relative", "pos_at": "every", "registers": 1}, "registers have no place: take 0 of them"),
+        ({"pos_embed": "learned2d", "width": 9}, '"learned2d" halves the width, which must be even, got 9'),
+        ({"attention": "axial"}, 'set pooling to "mean" or "seq", and registers to 0'),
+        ({"attention": "axial", "pooling": "mean", "registers": 2}, "and registers to 0"),
         ({"pooling": "max"}, "pooling must be one of cls, mean, seq; got 'max'"),
         ({"pos_embed": "rope"}, "pos_embed must be one of"),
         ({"gelu": "relu"}, "gelu must be one of"),
@@ -238,6 +248,90 @@ def test_registers_stand_behind_the_class_token_and_have_no_position(pooling, po
     assert not np.allclose(model.predict(images), plain.predict(images), rtol=1e-3)
     cache = model.forward(images)[1]
     assert cache.blocks[-1].mlp.gelu.x.shape[1] == (1 if pooling == "cls" else 7)
+
+
+REFUSED = ("cls", "axial")
+PLACES = [(kind, place) for kind, places in POSITIONS.items() for place in places]
+WHOLE = [(pooling, attention) for pooling in POOLINGS for attention in ATTENTIONS if (pooling, attention) != REFUSED]
+
+
+@pytest.mark.parametrize("pre_logits", [0, 5])
+@pytest.mark.parametrize(("pooling", "attention"), WHOLE)
+@pytest.mark.parametrize(("pos_embed", "pos_at"), PLACES)
+def test_every_position_with_every_head(pos_embed, pos_at, pooling, attention, pre_logits):
+    """Right gradients, the same bits with recomputation, right forward-mode derivatives, the right logits."""
+    changes = {"registers": 2} if pos_embed != "relative" and attention == "full" else {}
+    model = random_model(
+        pos_embed=pos_embed, pos_at=pos_at, pooling=pooling, pre_logits=pre_logits, attention=attention, depth=3,
+        image_size=6, dropout=0.1, attention_dropout=0.1, drop_path=0.2, **changes,
+    )  # fmt: skip
+    images, labels = batch(model, 3)
+    model_of = lambda flat: ViT(model.config, flat=flat)  # noqa: E731
+    for result in gradcheck.check_model(model_of, images, labels, model.flat, method="complex"):
+        assert result.passed, result
+    found = []
+    for recompute in (False, True):
+        logits, cache = model.forward(images, rng=np.random.default_rng(5), recompute=recompute)
+        flat, grads = model.gradient_buffer()
+        dimages = model.backward(logits, cache, grads, need_dimages=True)
+        found.append((logits.tobytes(), flat.tobytes(), dimages.tobytes()))
+    assert found[0] == found[1]
+    logits, cache = model.forward(images, rng=np.random.default_rng(5))
+    rng = np.random.default_rng(2)
+    imagesdot, flatdot = rng.standard_normal(images.shape), rng.standard_normal(model.flat.shape)
+    difference = (logits * model.jvp(imagesdot, flatdot, cache)).sum() - (flat @ flatdot + (dimages * imagesdot).sum())
+    assert abs(difference) < 1e-11
+    np.testing.assert_array_equal(model.predict(images), model.forward(images)[0])
+
+
+@pytest.mark.parametrize("pos_embed", ["learned", "learned2d"])
+def test_with_one_block_a_position_is_the_same_everywhere(pos_embed):
+    models = [random_model(pos_embed=pos_embed, pos_at=pos_at, depth=1) for pos_at in ("input", "every", "shared")]
+    for name, value in models[1].params.items():
+        value[...] = models[0].params[name.removeprefix("blocks.0.") if "pos_embed" in name else name]
+    images, labels = batch(models[0])
+    losses = {gradient(model, images, labels)[0] for model in models}
+    assert len(losses) == 1
+
+
+def test_a_row_of_the_table_of_relative_positions_has_no_gradient_where_its_offset_does_not_occur():
+    """In the last block the class token, the first of the sequence, asks alone: every key stands behind it."""
+    model = random_model(pos_embed="relative", pos_at="every")
+    _, _, grads = gradient(model, *batch(model))
+    first, last = (grads[f"blocks.{i}.attn.rel_pos"] for i in (0, 1))
+    assert first.shape == (1, 9, 4) and (first != 0).all() and not last[:, :4].any() and (last[:, 4:] != 0).all()
+
+
+@pytest.mark.parametrize("kind", ["learned", "learned2d", "relative"])
+def test_positions_do_not_decay_and_learn_at_the_rate_of_their_block(kind):
+    config = ViTConfig(**{**TINY, "pos_embed": kind, "pos_at": "every"})
+    table = parameter_table(config)
+    assert not any(spec.decay for spec in table if "pos" in spec.name)
+    assert all(len(spec.shape) == 3 for spec in table if "pos" in spec.name), "Muon takes matrices, of two axes"
+    rates = params.views(params.layer_scale(table, 0.5, np.float64), table)
+    positions = [name for name in rates if "pos" in name]
+    assert len({name.split(".")[1] for name in positions}) == config.depth
+    for name in positions:
+        assert (rates[name] == rates[f"blocks.{name.split('.')[1]}.norm1.bias"][0]).all()
+    if kind != "relative":
+        table = parameter_table(dataclasses.replace(config, pos_at="shared"))
+        rates = params.views(params.layer_scale(table, 0.5, np.float64), table)
+        assert all((rate == 0.5**3).all() for name, rate in rates.items() if "pos" in name)
+
+
+def test_axial_attention_sees_all_in_two_blocks():
+    """One changed pixel changes its row of patches in the first block, and every patch in the second."""
+    model = random_model(attention="axial", pooling="mean", image_size=6, pos_embed="none")
+    images, _ = batch(model, 1)
+    changed = images.copy()
+    changed[0, 2, 5] += 1.0  # of the patch in row 1 and column 2
+    before, after = (model.intermediates(x).features for x in (images, changed))
+    moved = [np.abs(b - a)[0].max(axis=-1).reshape(3, 3) > 1e-9 for b, a in zip(before, after, strict=True)]
+    rows = np.zeros((3, 3), bool)
+    rows[1] = True
+    assert moved[0].sum() == 1 and moved[0][1, 2]
+    np.testing.assert_array_equal(moved[1], rows)
+    assert moved[2].all()
 
 
 OPTIONS = {"layer_scale": 0.5, "qk_norm": True, "registers": 2, "pooling": "seq"}
@@ -456,11 +550,11 @@ def test_the_model_wraps_a_buffer_without_copying():
         ViT(ViTConfig(**TINY), flat=flat[1:])
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("pos_embed", ["sincos2d", "none"])
-def test_the_model_of_pictures_of_half_the_size(pooling, pos_embed):
+@pytest.mark.parametrize(("pooling", "attention"), [("cls", "full"), ("mean", "full"), ("mean", "axial")])
+@pytest.mark.parametrize(("pos_embed", "pos_at"), [("sincos2d", "input"), ("sincos2d", "shared"), ("none", "input")])
+def test_the_model_of_pictures_of_half_the_size(pooling, attention, pos_embed, pos_at):
     config = ViTConfig(image_size=16, patch_size=4, width=12, depth=2, num_heads=3, mlp_dim=20, pooling=pooling,
-                       pos_embed=pos_embed)  # fmt: skip
+                       pos_embed=pos_embed, pos_at=pos_at, attention=attention)  # fmt: skip
     model = ViT(config, dtype=np.float64)
     small = model.at_half_size()
     assert small.flat is model.flat and small.config.image_size == 8
@@ -472,13 +566,17 @@ def test_the_model_of_pictures_of_half_the_size(pooling, pos_embed):
     if pos_embed == "none":
         return
     prefix = pooling == "cls"
-    full, half = model._position[0, prefix:].reshape(4, 4, 12), small._position[0, prefix:].reshape(2, 2, 12)
-    np.testing.assert_allclose(half[1, 0], full[2:, :2].reshape(4, 12).mean(axis=0), rtol=1e-12)
-    assert not prefix or not small._position[0, 0].any()
+    for own, of_half in zip(model._positions, small._positions, strict=True):
+        assert len(own) == len(of_half) == (own is model._positions[0] or pos_at == "shared")
+        for position, halved in zip(own, of_half, strict=True):
+            full, half = position[0, prefix:].reshape(4, 4, 12), halved[0, prefix:].reshape(2, 2, 12)
+            np.testing.assert_allclose(half[1, 0], full[2:, :2].reshape(4, 12).mean(axis=0), rtol=1e-12)
+            assert not prefix or not halved[0, 0].any()
 
 
 def test_what_cannot_be_halved_is_refused():
-    with pytest.raises(InputError, match="need fixed positions"):
-        ViT(ViTConfig(image_size=16, width=12, depth=1)).at_half_size()
+    for positions in ({}, {"pos_embed": "learned2d"}, {"pos_embed": "relative", "pos_at": "shared"}):
+        with pytest.raises(InputError, match="need fixed positions"):
+            ViT(ViTConfig(image_size=16, width=12, depth=1, **positions)).at_half_size()
     with pytest.raises(InputError, match="need an even number of patches on a side, not 3"):
         ViT(ViTConfig(image_size=12, width=12, depth=1, pos_embed="sincos2d")).at_half_size()

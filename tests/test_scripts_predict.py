@@ -92,6 +92,41 @@ def test_a_model_without_a_class_token_or_with_registers(tmp_path, call, no_figu
     assert len(predictions(call, tmp_path / "run", tmp_path, "--test", 0)) == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--pos-embed", "learned2d", "--pos-at", "every", "--registers", 1, "--layer-decay", 0.8],
+        ["--pos-at", "shared", "--init", "mimetic", "--whiten"],
+        ["--pos-embed", "relative", "--pos-at", "every", "--optimizer", "muon"],
+        ["--pos-embed", "relative", "--pos-at", "shared", "--recompute", "--check-finite"],
+        ["--attention", "axial", "--pooling", "seq", "--drop-path", 0.1, "--init", "mimetic"],
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_a_model_with_other_positions_or_axial_attention(tmp_path, call, no_figures, options):
+    """It trains, and shows what it looks at."""
+    flags = [*TINY, "--depth", 2, "--patch-size", 2, *options]
+    ended = call("train", *flags, "--epochs", 1, "--out", tmp_path / "run")
+    assert ended.status == 0, ended.err
+    assert len(predictions(call, tmp_path / "run", tmp_path, "--test", 0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pos-embed", "relative"], 'with pos_embed "relative", pos_at must be "every" or "shared", got "input"'),
+        (["--pos-at", "blocks"], "pos_at must be one of input, every, shared; got 'blocks'"),
+        (["--attention", "axial"], 'attention "axial" is between patches alone: set pooling to "mean" or "seq"'),
+        (["--pos-embed", "learned2d", "--half-size", 1], "pictures of half the size need fixed positions"),
+    ],
+    ids=lambda options: " ".join(map(str, options)) if isinstance(options, list) else "",
+)
+def test_positions_that_cannot_be_are_one_line(tmp_path, call, options, message):
+    ended = call("train", *TINY, "--epochs", 1, "--out", tmp_path / "run", *options)
+    assert ended.status == 2 and ended.err.startswith("error: ") and message in ended.err
+    assert ended.err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 def test_figures_go_beside_the_checkpoint(run_copy, call):
     ended = call("predict", run_copy / LAST, "--test", 1)
     assert ended.status == 0 and (run_copy / "prediction-test-1.png").exists()

@@ -111,6 +111,30 @@ def test_dropout_never_waits_and_draws_nothing_on_the_host(cupy):
     assert machine.launches["dropout"] == 2 * 2 * (1 + 4 * 9) + 2 * 9  # forward and backward; the map's once more
 
 
+OPTIONS = {
+    "learned2d": {"pos_embed": "learned2d", "pos_at": "every", "registers": 1},
+    "shared": {"pos_at": "shared", "registers": 1},
+    "relative": {"pos_embed": "relative", "pos_at": "every", "attention_dropout": 0.1},
+    "axial": {"attention": "axial", "pooling": "mean", "drop_path": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_positions_and_axial_attention_never_wait_and_give_the_numbers_of_numpy(cupy, name):
+    config = replace(NINE, depth=3, **OPTIONS[name])
+    with cuda.using(Emulator()):
+        step = step_of(cupy, config)
+        strict_cupy.clear()
+        step(1)
+        assert not waits and not doubles
+    with plain():
+        results = [float(result) for result in step_of(cupy, config)(1)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cupy, "asarray", np.asarray, raising=False)
+            expected = [float(result) for result in step_of(cupy, config)(1)]
+    assert results == expected
+
+
 def test_it_gives_the_numbers_of_numpy(cupy):
     with plain():
         results = [float(result) for result in step_of(cupy, NINE)(1)]

@@ -36,6 +36,14 @@ CONFIGS = {
     "registers": {"registers": 2, **DROPS},
     "registers-mean": {"registers": 3, "pooling": "mean", "pos_embed": "sincos2d"},
     "registers-seq": {"registers": 1, "pooling": "seq", "qk_norm": True},
+    "learned2d": {"pos_embed": "learned2d", "pos_at": "every", "registers": 2, **DROPS},
+    "learned2d-input": {"pos_embed": "learned2d"},
+    "every": {"pos_at": "every", "depth": 3, **DROPS},
+    "shared": {"pos_embed": "sincos2d", "pos_at": "shared", "pooling": "mean", "registers": 2},
+    "relative": {"pos_embed": "relative", "pos_at": "every", "qk_norm": True, **DROPS},
+    "relative-mean": {"pos_embed": "relative", "pos_at": "shared", "pooling": "mean", "image_size": 12},
+    "axial": {"attention": "axial", "pooling": "mean", "image_size": 12, "depth": 3, **DROPS},
+    "axial-relative": {"attention": "axial", "pooling": "seq", "pos_embed": "relative", "pos_at": "shared", "depth": 1},
     "layer-scale-dropout": {"layer_scale": 0.1, **DROPS, "pooling": "mean"},
     "one-pixel-patches": {"patch_size": 1, "image_size": 3, "pos_embed": "none"},
     "one-patch": {"patch_size": 8, "pos_embed": "sincos2d"},
@@ -125,6 +133,26 @@ def test_options_are_recorded_where_they_act():
     assert shapes["blocks.1.msa.q_norm"] == (3, 3, 1, 4) and shapes["blocks.1.msa.k_norm"] == (3, 3, 7, 4)
 
 
+def test_positions_are_recorded_where_they_act():
+    """At the input behind the patch embedding, else before each block but the first, and back in the reverse order."""
+    every = {"pos_embed": "learned2d", "pos_at": "every", "registers": 2, "depth": 3}
+    records = [r for r in traced(**every).records if r.depth == 0]
+    expected = "patch_embed position2d registers dropout blocks.0".split()
+    expected += "blocks.1.position2d blocks.1 blocks.2.position2d blocks.2 head loss".split()
+    assert [r.path for r in records] == [*expected, *reversed(expected)]
+    back = next(r for r in records if (r.path, r.direction) == ("blocks.1.position2d", "backward"))
+    assert (back.input, back.output, set(back.norms)) == ("dz_1", "dz_1", {"dz", "dX", "dY"})
+    assert back.flops == (3 + 1) * 4 * 12 and back.cached == 0
+    records = {(r.path, r.direction): r for r in traced(pos_at="shared", registers=2).records}
+    assert records["blocks.1.position", "forward"].flops == 3 * 5 * 12
+    records = traced(pos_embed="relative", pos_at="shared", **DROPS).records
+    found = {(r.path, r.direction): r for r in records}
+    assert found["blocks.1.msa.attention", "forward"].function == "relative_attention_forward"
+    assert set(found["blocks.0.msa.attention", "backward"].norms) == {"dq", "dk", "dv", "dr"}
+    assert found["blocks.0.msa.attention", "backward"].equation == "6-7"
+    assert [r.path for r in records if r.output == "dropped"][-1] == "blocks.0.msa.attention.dropout"
+
+
 def ends(records):
     return [r for event, r, _ in trace.events(records) if event == "out"]
 
@@ -193,6 +221,21 @@ def test_totals_of_long_sequences(name, monkeypatch):
     assert found["blocks.0.msa.attention"] == "flash_attention_backward"
     last = "flash_attention_backward" if name == "mean" else "attention_backward"
     assert found["blocks.1.msa.attention"] == last
+    assert (t.totals.forward_matmul_flops, t.totals.backward_matmul_flops) == trace.expected_flops(t.config, 3)
+    assert t.totals.cached == trace.expected_cache_bytes(t.config, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"), [("relative-mean", "relative_attention_backward"), ("axial", "attention_backward")]
+)
+def test_long_sequences_that_keep_their_maps(name, function, monkeypatch):
+    monkeypatch.setattr(msa, "LONG", 4)
+    monkeypatch.setattr(trace, "LONG", 4)
+    t = traced(**CONFIGS[name])
+    assert t.config.num_tokens > 4
+    assert {r.function for r in t.records if r.path.endswith("msa.attention") and r.direction == "backward"} == {
+        function
+    }
     assert (t.totals.forward_matmul_flops, t.totals.backward_matmul_flops) == trace.expected_flops(t.config, 3)
     assert t.totals.cached == trace.expected_cache_bytes(t.config, 3)
 

@@ -39,6 +39,7 @@ NORM2 = ("norm2.weight", "norm2.bias")
 MLP = ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
 BLOCK_PARAMETERS = NORM1 + ATTN + NORM2 + MLP
 QK_NORM = ("attn.q_norm.weight", "attn.q_norm.bias", "attn.k_norm.weight", "attn.k_norm.bias")  # only with QK-norm
+RELATIVE = ("attn.rel_pos",)  # only with relative positions
 LS1, LS2 = ("ls1.gamma",), ("ls2.gamma",)  # only with LayerScale
 
 
@@ -66,7 +67,7 @@ def block_forward(
 
     Math    z' = MSA(LN(z)) + z;  z'' = MLP(LN(z')) + z'                                               (Eq. 2-3)
     Shapes  z (B, N, D)  ->  z'' (B, N, D);  params maps BLOCK_PARAMETERS to arrays
-            and, where the model has them, QK_NORM, LS1 and LS2
+            and, where the model has them, QK_NORM, RELATIVE, LS1 and LS2
     Cache   of each step
     With ``queries`` = Q, z'' (B, Q, D) is made for the first Q tokens alone: the same numbers as their rows of all.
     """
@@ -78,7 +79,7 @@ def block_forward(
     # Eq. 2
     u, norm1 = layernorm_forward(z, *take(NORM1), eps=eps)
     u, msa = msa_forward(
-        u, *take(ATTN), *map(params.get, QK_NORM), num_heads=num_heads, queries=queries, eps=eps,
+        u, *take(ATTN), *map(params.get, QK_NORM + RELATIVE), num_heads=num_heads, queries=queries, eps=eps,
         attention_dropout=attention_dropout, rng=rng,
     )  # (B, Q, D)  # fmt: skip
     u, dropout1 = dropout_forward(u, rate=dropout, rng=rng)
@@ -128,7 +129,7 @@ def block_backward(dz, cache, grads):
         add(LS1, dgamma)
     du = dropout_backward(du, cache.dropout1)
     du, *dmsa = msa_backward(du, cache.msa)
-    add(ATTN + QK_NORM, dmsa)
+    add(ATTN + QK_NORM + RELATIVE, dmsa)
     du, *dnorm1 = layernorm_backward(du, cache.norm1)  # (B, N, D)
     add(NORM1, dnorm1)
     du[:, : dz.shape[1]] += dz
@@ -147,7 +148,7 @@ def block_jvp(zdot, paramsdot, cache):
 
     # Eq. 2
     udot = layernorm_jvp(zdot, *take(NORM1), cache.norm1)
-    udot = msa_jvp(udot, *take(ATTN), *map(paramsdot.get, QK_NORM), cache.msa)
+    udot = msa_jvp(udot, *take(ATTN), *map(paramsdot.get, QK_NORM + RELATIVE), cache.msa)
     udot = dropout_jvp(udot, cache.dropout1)
     if cache.ls1 is not None:
         udot = layer_scale_jvp(udot, *take(LS1), cache.ls1)

@@ -25,7 +25,8 @@ QK-norm (Henry et al. 2020, arXiv:2010.04245; as here: Dehghani et al. 2023, arX
     A common factor of the columns of U_qkv that make q_i, or k_i, then changes nothing (but for eps); the bias that
     never matters is now that of the keys' LayerNorm. The gradients of q and k go back through LayerNorm's own.
 
-Long sequences take `flash_attention` in place of `attention`: the same function of q, k and v, in linear memory.
+Long sequences take `flash_attention` in place of `attention`: the same function of q, k and v, in linear memory. Where
+there is a table of relative positions, sequences of any length take `relative_attention`, which keeps its map.
 """
 
 from typing import NamedTuple
@@ -40,6 +41,12 @@ from minivit.layers.flash_attention import (
 )
 from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward, layernorm_jvp
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
+from minivit.layers.relative_attention import (
+    RelativeAttentionCache,
+    relative_attention_backward,
+    relative_attention_forward,
+    relative_attention_jvp,
+)
 
 # Queries of a picture from which on the attention map is not kept. About there (at D / h = 64) the map would outweigh
 # all else that a block keeps, and making it twice costs little: 1.09 of `attention` at 1,025 tokens, 0.97 at 2,049.
@@ -52,7 +59,7 @@ class MSACache(NamedTuple):
     qkv: LinearCache
     q_norm: LayerNormCache | None
     k_norm: LayerNormCache | None
-    attention: AttentionCache | FlashAttentionCache
+    attention: AttentionCache | FlashAttentionCache | RelativeAttentionCache
     proj: LinearCache
 
 
@@ -63,7 +70,7 @@ def split_heads(qkv, num_heads):
 
 
 def msa_forward(
-    x, Wqkv, bqkv, Wproj, bproj, wq=None, bq=None, wk=None, bk=None, *, num_heads, queries=None, eps=1e-6,
+    x, Wqkv, bqkv, Wproj, bproj, wq=None, bq=None, wk=None, bk=None, r=None, *, num_heads, queries=None, eps=1e-6,
     attention_dropout=0.0, rng=None,
 ):  # fmt: skip
     """Multi-head self-attention over the tokens of each picture.
@@ -73,6 +80,7 @@ def msa_forward(
     Cache   of the two linear maps, of the attention, and of QK-norm
     With ``queries`` = Q, only the first Q tokens ask, each among all N, and y is (B, Q, D).
     With wq, bq, wk, bk (Dh,), SA_i takes q_i = LN(q_i; wq, bq) and k_i = LN(k_i; wk, bk): QK-norm, with ``eps``.
+    With r (1, 2N - 1, Dh), the scores count relative positions too: see `relative_attention`.
     """
     B, N, D = x.shape
     xp = array_module(x)
@@ -85,10 +93,13 @@ def msa_forward(
         k[...], k_norm = layernorm_forward(k, wk, bk, eps=eps)
     Q = q.shape[2]
     heads = xp.empty((B, Q, num_heads, D // num_heads), x.dtype)
-    attend = flash_attention_forward if Q >= LONG else attention_forward
-    _, attention_cache = attend(
-        q, k, v, dropout=attention_dropout, rng=rng, out=heads.transpose(0, 2, 1, 3)
-    )  # written as (B, Q, h, Dh), so that joining the heads is a reshape
+    settings = {"dropout": attention_dropout, "rng": rng}
+    settings["out"] = heads.transpose(0, 2, 1, 3)  # written as (B, Q, h, Dh), so that joining the heads is a reshape
+    if r is not None:
+        _, attention_cache = relative_attention_forward(q, k, v, r, **settings)
+    else:
+        attend = flash_attention_forward if Q >= LONG else attention_forward
+        _, attention_cache = attend(q, k, v, **settings)
     y, proj_cache = linear_forward(heads.reshape(B, Q, D), Wproj, bproj)  # (B, Q, D)
     return y, MSACache(qkv_cache, q_norm, k_norm, attention_cache, proj_cache)
 
@@ -98,7 +109,7 @@ def msa_backward(dy, cache):
 
     Math    Eq. 8, then Eq. 7-6 per head, then Eq. 5, each by its own backward
     Shapes  dy (B, Q, D)  ->  dx (B, N, D), dWqkv (D, 3D), dbqkv (3D,), dWproj (D, D), dbproj (D,), dwq, dbq, dwk, dbk
-            (Dh,), the last four None without QK-norm
+            (Dh,), these four None without QK-norm, dr (1, 2N - 1, Dh), None without relative positions
     """
     B, N, D = cache.qkv.x.shape
     Q = dy.shape[1]
@@ -110,8 +121,13 @@ def msa_backward(dy, cache):
     # heads = attention(q, k, v)
     dqkv = xp.empty((B, N, 3 * D), dy.dtype)
     dq, dk, dv = split_heads(dqkv, num_heads)  # (B, h, N, Dh) each, views
-    attend_backward = attention_backward if isinstance(cache.attention, AttentionCache) else flash_attention_backward
-    attend_backward(dheads, cache.attention, out=(dq[:, :, :Q], dk, dv))
+    dr, out = None, (dq[:, :, :Q], dk, dv)
+    if isinstance(cache.attention, RelativeAttentionCache):
+        *_, dr = relative_attention_backward(dheads, cache.attention, out=out)
+    elif isinstance(cache.attention, FlashAttentionCache):
+        flash_attention_backward(dheads, cache.attention, out=out)
+    else:
+        attention_backward(dheads, cache.attention, out=out)
     # q = LN(q), k = LN(k)
     dwq = dbq = dwk = dbk = None
     if cache.q_norm is not None:
@@ -120,7 +136,7 @@ def msa_backward(dy, cache):
     dq[:, :, Q:] = 0.0  # what the other tokens would have asked, nobody read
     # qkv = x Wqkv + bqkv
     dx, dWqkv, dbqkv = linear_backward(dqkv, cache.qkv)
-    return dx, dWqkv, dbqkv, dWproj, dbproj, dwq, dbq, dwk, dbk
+    return dx, dWqkv, dbqkv, dWproj, dbproj, dwq, dbq, dwk, dbk, dr
 
 
 def attention_map(cache):
@@ -131,7 +147,7 @@ def attention_map(cache):
     return attention.softmax.y
 
 
-def msa_jvp(xdot, Wqkvdot, bqkvdot, Wprojdot, bprojdot, wqdot, bqdot, wkdot, bkdot, cache):
+def msa_jvp(xdot, Wqkvdot, bqkvdot, Wprojdot, bprojdot, wqdot, bqdot, wkdot, bkdot, rdot, cache):
     """Forward-mode derivative of `msa_forward`.
 
     Math    Eq. 5, then Eq. 6-7 per head, then Eq. 8, each by its own derivative
@@ -147,7 +163,10 @@ def msa_jvp(xdot, Wqkvdot, bqkvdot, Wprojdot, bprojdot, wqdot, bqdot, wkdot, bkd
         qdot = layernorm_jvp(qdot, wqdot, bqdot, cache.q_norm)
         kdot = layernorm_jvp(kdot, wkdot, bkdot, cache.k_norm)
     # heads = attention(q, k, v)
-    attend_jvp = attention_jvp if isinstance(cache.attention, AttentionCache) else flash_attention_jvp
-    headsdot = attend_jvp(qdot, kdot, vdot, cache.attention)  # (B, h, Q, Dh)
+    if isinstance(cache.attention, RelativeAttentionCache):
+        headsdot = relative_attention_jvp(qdot, kdot, vdot, rdot, cache.attention)  # (B, h, Q, Dh)
+    else:
+        attend_jvp = attention_jvp if isinstance(cache.attention, AttentionCache) else flash_attention_jvp
+        headsdot = attend_jvp(qdot, kdot, vdot, cache.attention)  # (B, h, Q, Dh)
     # y = heads Wproj + bproj
     return linear_jvp(headsdot.transpose(0, 2, 1, 3).reshape(cache.proj.x.shape), Wprojdot, bprojdot, cache.proj)
