@@ -16,8 +16,9 @@ Who takes which for positions: the official code (scipy.ndimage.zoom, order=1) a
 files bilinear, timm otherwise bicubic-antialias; Hugging Face bicubic.
 
 Patch embeddings (Beyer et al. 2022, "FlexiViT", arXiv:2212.08013)
-    A patch x of p x p pixels, resized to B x, B the Kronecker product of M and M, is to give the token that x gave: <B x, w*> = <x, w> for
-    every x, hence B^T w* = w. Plainly resized weights, B w, do not do it. The pseudo-inverse does,
+    A patch x of p x p pixels, resized to B x (B: the Kronecker product of M and M), is to give the token that x gave:
+    <B x, w*> = <x, w> for every x, hence B^T w* = w. Weights that are resized plainly, B w, do not do it. The
+    pseudo-inverse does,
 
         w* = (B^T)^+ w,    for a grid of weights  W* = (M^T)^+ W M^+,
 

@@ -316,7 +316,7 @@ def test_the_command_asks_for_the_same(flags):
     fitted = {"image_size": 8, "channels": 1, "num_classes": 10}
 
     def asked(words):
-        _, model, settings = recipe_of_flags(train.parse(words), "digits")
+        _, model, settings, _ = recipe_of_flags(train.parse(words), "digits")
         return ViTConfig(**fitted | model), TrainConfig(**settings)
 
     run = asked(shlex.split(flags))

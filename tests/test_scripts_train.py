@@ -23,7 +23,8 @@ def test_what_a_run_leaves(trained):
     settings = json.loads((trained / SETTINGS).read_text())
     assert settings == summary["settings"]
     assert settings["model"]["width"] == 16 and settings["train"]["label_smoothing"] == 0.1  # of the file
-    assert settings["data"] == {"data": "digits", "data_dir": "data", "image_size": None}
+    assert settings["data"] == {"data": "digits", "data_dir": "data", "image_size": None, "classes": None}
+    assert "start" not in settings
     tests = [r for r in read_metrics(trained / METRICS) if r["kind"] == "test"]
     assert [r["epoch"] for r in tests] == [1, 2, 3] and tests[-1]["accuracy"] == summary["test_accuracy"]
     for name in ("curves.png", "predictions.png"):
