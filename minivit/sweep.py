@@ -13,6 +13,7 @@ A sweep is a TOML file:
     name = "AdamW"
     train.optimizer = "adamw"         # what this row changes; also model.KEY, data.KEY, start.KEY
 
+In ``start.checkpoint`` "{seed}" stands for the run's seed: runs of another sweep, seed by seed.
 Every run has a folder of its own, OUT/ROW-seedS, and is an ordinary run. One that is finished is left alone, one that
 stopped goes on. The figure of a run is its test accuracy after the last epoch, never its best.
 """
@@ -126,7 +127,10 @@ def runs_of(sweep, out):
 
 def recipe_of(run):
     """The recipe of a run, with its seed."""
-    return run.row.recipe._replace(train=run.row.recipe.train | {"seed": run.seed})
+    recipe, start = run.row.recipe, dict(run.row.recipe.start)
+    if isinstance(start.get("checkpoint"), str):
+        start["checkpoint"] = start["checkpoint"].replace("{seed}", str(run.seed))
+    return recipe._replace(train=recipe.train | {"seed": run.seed}, start=start)
 
 
 def result_of(run):

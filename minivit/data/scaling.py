@@ -35,7 +35,6 @@ def scaled(images, image_size):
         return images
     _check_memory(n * image_size**2 * C, image_size)
     M = np.rint(interpolation(image_size, H, "bilinear-antialias") * ONE)
-    M[np.arange(image_size), M.argmax(axis=1)] += ONE - M.sum(axis=1)  # what is white stays white
     out = np.empty((n, image_size, image_size, C), np.uint8)
     step = max(1, CHUNK // (image_size**2 * C))
     for i in range(0, n, step):
