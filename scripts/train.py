@@ -121,7 +121,7 @@ def main(argv=None):
         f"{trainer.model.flat.size:,} parameters; writing to {trainer.out}"
     )
     if trainer.origin:
-        print(f"it begins with {trainer.origin['checkpoint']} ({trainer.origin['weights']})")
+        print(f"it begins with {trainer.origin.get('checkpoint')} ({trainer.origin.get('weights')})")
     if trainer.frozen:
         frozen = count([spec for spec in trainer.model.table if spec.name in trainer.frozen])
         print(f"{frozen:,} of the parameters stay as they are")

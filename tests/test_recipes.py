@@ -58,6 +58,16 @@ def test_epochs_that_are_asked_for_win_over_the_steps_of_a_file(tmp_path):
     assert read_recipe(file, train={"epochs": 3, "steps": 7}).train == {"epochs": 3, "steps": 7, "lr": 1.0}
 
 
+def test_classes_are_a_text(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text("[data]\nclasses = [0, 1]\n")
+    with pytest.raises(InputError, match=r"x.toml: classes must be a text, got \[0, 1\]"):
+        read_recipe(file)
+    file.write_text('[data]\nclasses = "0-4"\n[start]\nhead = true\n')
+    with pytest.raises(InputError, match=r"unknown setting 'head' in .*x.toml \[start\]"):
+        read_recipe(file)
+
+
 def test_settings_files_are_known_by_name(tmp_path):
     assert find_config("digits").name == "digits.toml"
     assert find_config(tmp_path / "x.toml") == tmp_path / "x.toml"
