@@ -652,8 +652,8 @@ class Trainer:
         since, seen_since = time.monotonic(), 0
         loss, correct = 0.0, 0
         unread = []  # (loss, correct, gradient norm, pictures) of the steps whose figures are still on the device
-        per_epoch, last_batch = (-(-len(rows) // c.batch_size) for rows in (self.order, order))
-        last_batch -= 1
+        per_epoch = -(-len(self.order) // c.batch_size)  # batches
+        last_batch = -(-len(order) // c.batch_size) - 1
         try:
             for index, images, labels in stream:
                 first = index // c.accumulate * group  # the step's first picture, in the order of the epoch

@@ -92,8 +92,8 @@ def resume(arguments):
     for key, value in asked_start.items():
         if (found := (origin or {}).get(key)) != value:
             raise InputError(f"{path} began with {key} {found}, not {value}; start a new run with another --out")
-    if (found := describe["classes"]) != asked_data.get("classes", found):
-        raise InputError(f"{path} was trained on the classes {found}, not {asked_data['classes']}")
+    if (asked := asked_data.get("classes")) not in (None, found := describe["classes"]):
+        raise InputError(f"{path} was trained on {f'the classes {found}' if found else 'all classes'}, not {asked}")
     name = arguments.data or asked_data.get("data", describe["data"])
     if name != describe["data"]:
         raise InputError(f"{path} was trained on {describe['data']}, not on {name}")

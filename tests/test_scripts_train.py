@@ -155,3 +155,8 @@ def test_a_folder_of_pictures(tmp_path, call):
     ended = call("evaluate", tmp_path / "a" / LAST)
     assert ended.status == 0 and ended.err.startswith("warning: these are not the pictures of its training run")
     assert ended.err.count("\n") == 1
+
+
+def test_a_run_of_all_classes_is_not_resumed_with_some(run_copy, call):
+    ended = call("train", "--resume", "--classes", "0-4", "--out", run_copy)
+    assert ended.status == 2 and "was trained on all classes, not 0-4" in ended.err

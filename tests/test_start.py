@@ -227,6 +227,7 @@ def test_it_resumes_exactly_also_when_the_start_is_gone(tmp_path, run_copy, call
     assert origin_of(metas[0]) == origin_of(metas[1]) == start.origin
     for flags, said in [
         (["--classes", "0-4"], "was trained on the classes 5-9, not 0-4"),
+        (["--classes", "5-9", "--config", TINY[1], "--label-smoothing", 0.1], "was trained with other settings"),
         (["--from", "other.npz"], f"began with checkpoint {run_copy / LAST}, not other.npz"),
         (["--keep-head"], "began with keep_head False, not True"),
     ]:
