@@ -38,7 +38,7 @@ def seconds_of_training(dataset, model, config, steps):
         train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count],
         test_images=dataset.test_images[:1], test_labels=dataset.test_labels[:1],
     )  # fmt: skip
-    config = replace(config, epochs=1, checkpoint_seconds=1e9)
+    config = replace(config, epochs=1, steps=0, checkpoint_seconds=1e9)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(few, model, config, Path(folder) / "run", progress=False)
         trainer.on_epoch = lambda trainer: trainer.stop("measured")

@@ -86,13 +86,16 @@ class Engine:
     keeping them (see `ViT.forward`): a third more work, the same bits, little memory.
     Inside the ``with`` block BLAS is limited to one thread per call; the caller's setting is restored at its end.
     ``grad`` is the flat gradient of the last `gradient` call.
+    ``trained`` (n,), if given, is 0 for frozen parameters and 1 for the others: the gradient is multiplied by it.
     Raises  ValueError: workers or micro_batch is negative; (from `gradient`) the batch is empty.
     """
 
-    def __init__(self, model, *, workers=0, micro_batch=0, label_smoothing=0.0, seed=0, recompute=False):
+    def __init__(
+        self, model, *, workers=0, micro_batch=0, label_smoothing=0.0, seed=0, recompute=False, trained=None
+    ):  # fmt: skip
         if workers < 0 or micro_batch < 0:
             raise ValueError(f"workers and micro_batch must be at least 0, got {workers} and {micro_batch}")
-        self.model, self.recompute = model, recompute
+        self.model, self.recompute, self.trained = model, recompute, trained
         self.micro_batch = micro_batch or default_micro_batch(model.config)
         self.workers = workers or available_cores()
         self.label_smoothing, self.seed = label_smoothing, seed
@@ -149,7 +152,12 @@ class Engine:
         results = [result for worker in self._pool.map(work, range(self.workers)) for result in worker]
         for flat, _ in self._buffers[1:]:
             self.grad += flat
+        self._freeze()
         return StepResult(sum(r.loss for r in results), sum(r.correct for r in results))
+
+    def _freeze(self):
+        if self.trained is not None:
+            self.grad *= self.trained
 
     def generator(self, step, micro_batch):
         """The Generator of dropout for a micro-batch of a step."""

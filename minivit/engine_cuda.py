@@ -29,8 +29,10 @@ class CudaEngine(Engine):
     ``micro_batch`` pictures go through the model at a time, 0 for the whole batch.
     """
 
-    def __init__(self, model, *, micro_batch=0, label_smoothing=0.0, seed=0, recompute=False):
-        super().__init__(model, workers=1, label_smoothing=label_smoothing, seed=seed, recompute=recompute)
+    def __init__(self, model, *, micro_batch=0, label_smoothing=0.0, seed=0, recompute=False, trained=None):
+        super().__init__(
+            model, workers=1, label_smoothing=label_smoothing, seed=seed, recompute=recompute, trained=trained
+        )
         self.micro_batch = micro_batch
 
     def __enter__(self):
@@ -61,6 +63,7 @@ class CudaEngine(Engine):
                 self.forward_backward(images[part], labels[part], grads, denominator, rng)
                 for part, rng in zip(parts, generators, strict=True)
             ]
+        self._freeze()
         return StepResult(sum(r.loss for r in results), sum(r.correct for r in results))
 
     def predict(self, images, model=None):

@@ -106,17 +106,18 @@ def steepest_descent(rates, smoothed, reach):
 class _Ramp(Trainer):
     """A run at given learning rates that writes no file: it stands in for its own metrics.jsonl, and stops in time."""
 
-    def __init__(self, dataset, model_config, config, rates, *, progress):
+    def __init__(self, dataset, model_config, config, rates, *, start, progress):
         config = replace(  # a step's line in the metrics for each, and nothing that costs time and changes no loss
             config,
             epochs=len(rates),
+            steps=0,
             log_every=1,
             checkpoint_seconds=1e9,
             ema_decay=0.0,
             check_finite=False,
             half_size=0.0,
         )
-        super().__init__(dataset, model_config, config, os.devnull, progress=progress)
+        super().__init__(dataset, model_config, config, os.devnull, start=start, progress=progress)
         self.rates, self.smooth = rates, Smoothing()
         self.losses, self.smoothed = [], []
 
@@ -152,17 +153,17 @@ class _Ramp(Trainer):
         return self._stop
 
 
-def find(dataset, model_config, config, *, low=1e-6, high=1.0, steps=200, progress=True):
+def find(dataset, model_config, config, *, low=1e-6, high=1.0, steps=200, start=None, progress=True):
     """Raise the learning rate of a run step by step; nothing is written anywhere.
 
-    The run is the one of a `minivit.train.TrainConfig`, but for its learning rates and their schedule, its length and
-    its moving average. The same settings give the same bits.
+    The run is the one of a `minivit.train.TrainConfig` (and of a ``start``, see `minivit.train.Trainer`), but for its
+    learning rates and their schedule, its length and its moving average. The same settings give the same bits.
 
     Returns  `Found`
     Raises   InputError: no such rates; settings and data do not fit together; the very first step diverges.
     """
     rates = rising_rates(low, high, steps)
-    ramp = _Ramp(dataset, model_config, config, rates, progress=progress)
+    ramp = _Ramp(dataset, model_config, config, rates, start=start, progress=progress)
     ended = ramp.measure()
     n = len(ramp.losses)
     if not n:

@@ -87,7 +87,7 @@ class ViTConfig:
     Raises  InputError (a ValueError): from the constructor, for any impossible setting.
     """
 
-    image_size: int = setting(32, "height and width of the pictures, pixels")
+    image_size: int = setting(32, "height and width of the pictures, pixels; those of a data set are scaled to it")
     patch_size: int = setting(4, "height and width P of a patch, pixels")
     channels: int = setting(3, "colour channels C")
     num_classes: int = setting(10, "classes K")

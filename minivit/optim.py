@@ -12,7 +12,7 @@ for matrices, 0 for biases, LayerNorm, tokens and positions):
                                                                 (Chen et al. 2023, arXiv:2302.06675)
     Muon     for each matrix (n, k) of the blocks, AdamW for everything else:
              m <- mu m + g;  O = U V^T of the singular value decomposition U S V^T of g + mu m, nearly;
-             theta <- theta - eta (0.2 sqrt(max(n, k)) O + lambda theta)
+             theta <- theta - eta (0.2 sqrt(max(n, k)) O + lambda c theta)
                                                  (Jordan et al. 2024, kellerjordan.github.io/posts/muon; the factor,
                                  with which an entry moves as far as under AdamW: Liu et al. 2025, arXiv:2502.16982)
 
@@ -252,7 +252,7 @@ class Muon(AdamW):
         o = orthogonalise(u).swapaxes(1, 2).reshape(theta.shape)
         rate = lr if self.scale is None else lr * of(self.scale)
         if self.weight_decay:
-            theta -= rate * self.weight_decay * theta
+            theta -= rate * self.weight_decay * (of(self.decay_mask) * theta)
         o *= 0.2 * math.sqrt(max(n, width // count))
         o *= rate
         theta -= o

@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import numpy as np
+
+from minivit.errors import InputError
 
 
 class ParameterSpec(NamedTuple):
@@ -104,6 +107,35 @@ def decay_mask(table, dtype=np.float32):
     for spec, view in zip(table, views(mask, table).values(), strict=True):
         view[...] = spec.decay
     return mask
+
+
+def frozen_names(table, patterns):
+    """The names of the parameters that a list of patterns means, in the order of the table.
+
+    ``patterns`` are separated by commas, with ``*``, ``?`` and ``[0-3]`` as in file names. One that begins with ``!``
+    takes names away that those before it took: "*,!head.*" is everything but the head.
+
+    Raises  InputError: a pattern fits no name, or no parameter would be left to train.
+    """
+    taken = {}
+    for pattern in (pattern.strip() for pattern in patterns.split(",")):
+        fits = [spec.name for spec in table if fnmatchcase(spec.name, pattern.removeprefix("!"))]
+        if not fits:
+            known = ", ".join(spec.name for spec in table[:4])
+            raise InputError(f"freeze {patterns!r}: no parameter is called {pattern!r}; names are such as {known}")
+        taken |= dict.fromkeys(fits, not pattern.startswith("!"))
+    names = [spec.name for spec in table if taken.get(spec.name)]
+    if len(names) == len(table):
+        raise InputError(f"freeze {patterns!r} leaves nothing to train; except the head with '*,!head.*'")
+    return names
+
+
+def freeze(table, names):
+    """The table with no weight decay for the named parameters, and a flat buffer: 0 for their entries, 1 for others."""
+    trained = np.empty(count(table), np.float32)
+    for spec, view in zip(table, views(trained, table).values(), strict=True):
+        view[...] = spec.name not in names
+    return tuple(spec._replace(decay=spec.decay and spec.name not in names) for spec in table), trained
 
 
 def layer_scale(table, decay, dtype=np.float32):

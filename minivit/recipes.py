@@ -1,11 +1,13 @@
 """Settings files and flags, and the runs that are made of them: whatever trains takes the same ones.
 
-A settings file is TOML with the tables [data], [model] (and ``preset`` in it) and [train]; its keys are the fields of
-`ViTConfig` and `TrainConfig`. Those that come with minivit lie in configs/ and are known by their names.
+A settings file is TOML with the tables [data], [model] (and ``preset`` in it), [train] and [start]; its keys are the
+fields of `ViTConfig`, `TrainConfig` and `StartConfig`. Those that come with minivit lie in configs/ and are known by
+their names.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,23 +16,33 @@ from minivit.data import DATASETS, load
 from minivit.errors import InputError
 from minivit.model import ViTConfig, preset_fields
 from minivit.settings import field_names
+from minivit.start import StartConfig, prepare_start
 from minivit.train import TrainConfig, Trainer, check_data
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-DATA_KEYS = {"data": "digits", "data_dir": "data", "image_size": None}
-SECTIONS = {"data": DATA_KEYS, "model": ["preset", *field_names(ViTConfig)], "train": field_names(TrainConfig)}
+FINETUNE = "finetune"  # the settings file of runs that begin with a trained model, unless they name another
+DATA_KEYS = {"data": "digits", "data_dir": "data", "image_size": None, "classes": None}
+SECTIONS = {
+    "data": DATA_KEYS,
+    "model": ["preset", *field_names(ViTConfig)],
+    "train": field_names(TrainConfig),
+    "start": field_names(StartConfig),
+}
 
 
 class Recipe(NamedTuple):
     """Settings that were asked for; those that are absent have their defaults."""
 
-    data: dict  # data, data_dir, image_size
+    data: dict  # data, data_dir, image_size, classes
     model: dict  # of `ViTConfig`
     train: dict  # of `TrainConfig`
+    start: dict = {}  # of `StartConfig`
 
 
-def add_recipe(parser):
+def add_recipe(parser, *, skip=()):
     """Add the flags of data, model and training; returns the first group of them, for the script's own.
+
+    ``skip`` names settings of the training whose flags the script uses for something else.
 
     Settings that are not given are absent from the namespace; see `recipe_of_flags`.
     """
@@ -38,12 +50,23 @@ def add_recipe(parser):
     where.add_argument("--data", choices=DATASETS, default=None, help="data set [digits]")
     where.add_argument("--data-dir", metavar="DIR", default=None, help="where the data lie [data]")
     where.add_argument(
-        "--config", metavar="FILE", help="settings file, or the name of one in configs/ [that of the data]"
+        "--classes", metavar="LIST", default=None, help="classes to keep: numbers, ranges, names, as 0-4,cat [all]"
     )
+    where.add_argument(
+        "--config", metavar="FILE",
+        help=f"settings file, or the name of one in configs/ [that of the data; with --from, {FINETUNE}]",
+    )  # fmt: skip
+    start = parser.add_argument_group("start, in place of a model from nothing")
+    start.add_argument(
+        "--from", dest="checkpoint", metavar="FILE", default=argparse.SUPPRESS,
+        help="begin with this checkpoint's model (its moving average if it has one) and its width, depth, ...; "
+        "size of pictures and patches, classes, dropout rates may differ, and sincos2d positions be learned on",
+    )  # fmt: skip
+    add_settings(start, StartConfig, skip=("checkpoint",))
     model = parser.add_argument_group("model")
     model.add_argument("--preset", metavar="NAME", default=None, help="a named size, such as Micro/4 or Ti/16")
     add_settings(model, ViTConfig)
-    add_settings(parser.add_argument_group("training"), TrainConfig)
+    add_settings(parser.add_argument_group("training"), TrainConfig, skip=skip)
     return where
 
 
@@ -53,12 +76,14 @@ def recipe_of_flags(arguments, name=None):
     ``name`` is the data set whose settings file is read unless a file is named; by default the one asked for.
     Raises  InputError: see `read_recipe`.
     """
-    own = CONFIGS / f"{name or arguments.data or DATA_KEYS['data']}.toml"
+    start = given(arguments, StartConfig)
+    own = CONFIGS / f"{FINETUNE if start else name or arguments.data or DATA_KEYS['data']}.toml"
     file = find_config(arguments.config) if arguments.config else own if own.exists() else None
-    data = {key: value for key in ("data", "data_dir") if (value := getattr(arguments, key)) is not None}
+    data = {key: value for key in ("data", "data_dir", "classes") if (value := getattr(arguments, key)) is not None}
     return read_recipe(
-        file, data=data, preset=arguments.preset, model=given(arguments, ViTConfig), train=given(arguments, TrainConfig)
-    )
+        file, data=data, preset=arguments.preset, model=given(arguments, ViTConfig),
+        train=given(arguments, TrainConfig), start=start,
+    )  # fmt: skip
 
 
 def find_config(name):
@@ -81,9 +106,10 @@ def sizes_of(preset):
     return {name: value for name, value in fields.items() if name not in ("image_size", "channels", "num_classes")}
 
 
-def read_recipe(file, *, data=None, preset=None, model=None, train=None):
+def read_recipe(file, *, data=None, preset=None, model=None, train=None, start=None):
     """A settings file, or None for none, with settings that win over it: a `Recipe`.
 
+    Epochs that are asked for also win over the file's steps.
     Raises  InputError: no such file, an unknown or impossible setting of the data.
     """
     content = read_toml(file, SECTIONS) if file else {section: {} for section in SECTIONS}
@@ -93,22 +119,32 @@ def read_recipe(file, *, data=None, preset=None, model=None, train=None):
     if merged["data"] not in DATASETS:
         raise InputError(f"{where}: unknown data set {merged['data']!r}; choose one of {', '.join(DATASETS)}")
     sizes = sizes_of(content["model"].pop("preset", None)) | content["model"]
-    return Recipe(merged, sizes | sizes_of(preset) | (model or {}), content["train"] | (train or {}))
+    train = train or {}
+    if "epochs" in train and "steps" not in train:
+        content["train"].pop("steps", None)
+    return Recipe(
+        merged, sizes | sizes_of(preset) | (model or {}), content["train"] | train, content["start"] | (start or {})
+    )
 
 
 def prepare(recipe):
-    """Data and settings of a run: (Dataset, ViTConfig that fits it, TrainConfig, what a checkpoint says of the data).
+    """Data and settings of a run: (Dataset, ViTConfig that fits it, TrainConfig, how it begins).
 
-    Raises  InputError: impossible settings, or the data are missing or damaged.
+    The last are keyword arguments of `Trainer`: ``describe``, what a checkpoint says of the data, and ``start``.
+
+    Raises  InputError: impossible settings, or the data or the checkpoint to start from are missing or damaged.
     """
-    data, model, train = recipe
-    config = TrainConfig(**train)
-    image_size = data["image_size"] or (model.get("image_size") if data["data"] == "folder" else None)
-    dataset = load(data["data"], data["data_dir"], image_size=image_size)
+    data, model, train, start = recipe
+    config, start = TrainConfig(**train), StartConfig(**start)
+    image_size = model.get("image_size") or data["image_size"]
+    dataset = load(data["data"], data["data_dir"], image_size=image_size, classes=data["classes"])
     _, size, _, channels = dataset.train_images.shape
-    fitted = {"image_size": size, "channels": channels, "num_classes": len(dataset.class_names)}
-    describe = {"data": data["data"], "data_dir": str(data["data_dir"]), "image_size": image_size}
-    return dataset, ViTConfig(**{**fitted, **model}), config, describe
+    asked = {"image_size": size, "channels": channels, "num_classes": len(dataset.class_names), **model}
+    describe = {**data, "data_dir": str(data["data_dir"]), "image_size": image_size}
+    if not start.checkpoint:
+        return dataset, ViTConfig(**asked), config, {"describe": describe, "start": None}
+    fitted, begins = prepare_start(start, asked, dataset.class_names)
+    return dataset, fitted, config, {"describe": describe, "start": begins}
 
 
 def trainer_of(recipe, out, *, progress=True):
@@ -116,5 +152,5 @@ def trainer_of(recipe, out, *, progress=True):
 
     Raises  InputError
     """
-    dataset, model, config, describe = prepare(recipe)
-    return Trainer(dataset, model, config, out, describe=describe, progress=progress)
+    dataset, model, config, begins = prepare(recipe)
+    return Trainer(dataset, model, config, out, progress=progress, **begins)

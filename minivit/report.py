@@ -24,7 +24,8 @@ from minivit.loss import softmax_cross_entropy_forward
 from minivit.metrics import BINS, best_temperature, calibration, measure
 from minivit.model import ViT, ViTConfig, preset_fields
 from minivit.settings import field_names
-from minivit.train import LAST, METRICS, SUMMARY, TrainConfig, read_metrics, versions
+from minivit.start import MAY_CHANGE, StartConfig
+from minivit.train import LAST, METRICS, SUMMARY, TrainConfig, origin_of, read_metrics, versions
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1e293b; --soft: #475569; --page: #ffffff; --card: #f1f5f9; --line: #cbd5e1;
@@ -163,14 +164,20 @@ def defaults_of(config):
     return defaults | ({"mlp_dim": 4 * config.width} if isinstance(config, ViTConfig) else {})
 
 
+START_FLAGS = {
+    f.name: ("--from" if f.name == "checkpoint" else "--" + f.name.replace("_", "-"), f.default)
+    for f in dataclasses.fields(StartConfig)
+}
+BY_START = set(field_names(ViTConfig)) - {*MAY_CHANGE, "pos_embed"}
 FITTED = ("image_size", "channels", "num_classes")  # settings of a model that follow the data
 
 
-def command(config, train, data, own):
+def command(config, train, data, own, start=None):
     """The command that trains the same model again, as a list of its words, a list for each flag.
 
     Every setting that is not the default is a flag, and so is one that ``own``, the tables of the data set's settings
-    file (which `scripts/train.py` reads by itself), would change. ``data`` is the checkpoint's description of the data.
+    file (which `scripts/train.py` reads by itself), would change. ``data`` is the checkpoint's description of the data,
+    ``start`` that of where its first parameters came from (see `minivit.start.Start`), or None.
     """
     name, place = data.get("data") or "digits", data.get("data_dir") or "data"
     parts = [["python", "scripts/train.py"]]
@@ -178,14 +185,23 @@ def command(config, train, data, own):
         parts.append(["--data", name])
         if place != own.get("data", {}).get("data_dir", "data"):
             parts.append(["--data-dir", place])
-    if name == "folder":
+    if name == "folder" or data.get("image_size"):
         parts.append(["--image-size", str(config.image_size)])
+    if data.get("classes"):
+        parts.append(["--classes", str(data["classes"])])
+    for key, value in (start or {}).items():
+        if key in START_FLAGS and value != START_FLAGS[key][1]:
+            flag = START_FLAGS[key][0]
+            parts.append([flag] if value is True else [flag, str(value)])
     for settings, section in ((config, "model"), (train, "train")):
         asked, defaults = own.get(section, {}), defaults_of(settings)
         by_preset = preset_fields("Ti/16") if "preset" in asked else {}  # the sizes that any preset sets
         for key in field_names(type(settings)):
             value = getattr(settings, key)
-            if key in FITTED or (value == defaults[key] and asked.get(key, value) == value and key not in by_preset):
+            known = value == defaults[key] and asked.get(key, value) == value and key not in by_preset
+            if start and settings is config:  # what is not asked for is the start's
+                known = key in BY_START or asked.get(key) == value
+            if key in FITTED or known:
                 continue
             flag = "--" + key.replace("_", "-")
             parts.append([flag if value else f"--no-{flag[2:]}"] if type(value) is bool else [flag, str(value)])
@@ -263,8 +279,12 @@ def _settings(run):
         groups.append(group(title, [(name, values[name], defaults[name], about[name]) for name in values]))
     data = run.meta["data"]
     what = (("data", "digits", "data set"), ("data_dir", "data", "where the data lie"),
-            ("image_size", None, "size that the pictures of a folder are brought to, pixels"))  # fmt: skip
+            ("image_size", None, "size that the pictures are brought to, pixels"),
+            ("classes", None, "classes that are kept"))  # fmt: skip
     groups.append(group("Data", [(name, data.get(name), default, about) for name, default, about in what]))
+    if origin := origin_of(run.meta):
+        fields = [(f.name, origin.get(f.name), f.default, f.metadata["help"]) for f in dataclasses.fields(StartConfig)]
+        groups.append(group("Start", fields))
     said = tag("p", tag("span", "●", class_="mark"), " differs from the default of minivit (not of a settings file).")
     return tag("section", tag("h2", "Settings"), said, *groups, id="settings")
 
@@ -422,7 +442,7 @@ def _speed(run):
 
 
 def _again(run):
-    parts = command(run.model.config, run.train, run.meta["data"], run.own)
+    parts = command(run.model.config, run.train, run.meta["data"], run.own, origin_of(run.meta))
     stored = run.meta.get("versions")
     rows = [(name, version) for name, version in (stored if isinstance(stored, dict) else {}).items()]
     rows += [(name, run.summary[name]) for name in ("device", "cores", "workers") if name in run.summary]

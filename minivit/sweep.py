@@ -11,8 +11,9 @@ A sweep is a TOML file:
 
     [[row]]
     name = "AdamW"
-    train.optimizer = "adamw"         # what this row changes; also model.KEY
+    train.optimizer = "adamw"         # what this row changes; also model.KEY, data.KEY, start.KEY
 
+In ``start.checkpoint`` "{seed}" stands for the run's seed: runs of another sweep, seed by seed.
 Every run has a folder of its own, OUT/ROW-seedS, and is an ordinary run. One that is finished is left alone, one that
 stopped goes on. The figure of a run is its test accuracy after the last epoch, never its best.
 """
@@ -101,9 +102,9 @@ def read_sweep(path):
 
 
 def _sections(content, where):
-    """The tables data, model and train of a part of the file, each perhaps empty."""
+    """The tables of settings of a part of the file, each perhaps empty."""
     if not isinstance(content, dict):
-        raise InputError(f"{where} must have the tables data, model, train")
+        raise InputError(f"{where} must have the tables {', '.join(SECTIONS)}")
     refuse_unknown(content, SECTIONS, where)
     for section, values in content.items():
         if not isinstance(values, dict):
@@ -126,7 +127,10 @@ def runs_of(sweep, out):
 
 def recipe_of(run):
     """The recipe of a run, with its seed."""
-    return run.row.recipe._replace(train=run.row.recipe.train | {"seed": run.seed})
+    recipe, start = run.row.recipe, dict(run.row.recipe.start)
+    if isinstance(start.get("checkpoint"), str):
+        start["checkpoint"] = start["checkpoint"].replace("{seed}", str(run.seed))
+    return recipe._replace(train=recipe.train | {"seed": run.seed}, start=start)
 
 
 def result_of(run):
@@ -141,9 +145,11 @@ def result_of(run):
     except (OSError, ValueError, KeyError, TypeError):
         return None
     recipe = recipe_of(run)
-    for section, asked in (("model", recipe.model), ("train", recipe.train), ("data", recipe.data)):
+    for section, asked in recipe._asdict().items():
         for key, value in asked.items():
             found = settings.get(section, {}).get(key)
+            if key == "epochs" and recipe.train.get("steps"):
+                continue  # they follow the steps
             # 0 workers, 0 for the micro-batch, ... : the run writes what it chose
             if found != value and value not in (0, None) and key not in ("data_dir", "mlp_dim"):
                 raise InputError(
@@ -168,7 +174,7 @@ def known_results(out):
     try:
         rows = json.loads((Path(out) / TABLE).read_text(encoding="utf-8"))["rows"]
         return {
-            (row["name"], json.dumps(row["recipe"], sort_keys=True), int(seed)): result
+            (row["name"], _written(row["recipe"]), int(seed)): result
             for row in rows
             for seed, result in row["runs"].items()
         }
@@ -180,14 +186,16 @@ def results_of(sweep, out):
     """The results of all finished runs: {(row's name, seed): {"accuracy", "seconds", "epochs", "parameters"}}."""
     known, found = known_results(out), {}
     for run in runs_of(sweep, out):
-        result = result_of(run) or known.get((run.row.name, _written(run.row.recipe), run.seed))
+        result = result_of(run) or known.get((run.row.name, _written(run.row.recipe._asdict()), run.seed))
         if result:
             found[run.row.name, run.seed] = result
     return found
 
 
 def _written(recipe):
-    return json.dumps(recipe._asdict(), sort_keys=True)
+    """A recipe as text, the same whether or not it names what is not asked for."""
+    asked = {name: {k: v for k, v in section.items() if v is not None} for name, section in recipe.items()}
+    return json.dumps({name: section for name, section in asked.items() if section}, sort_keys=True)
 
 
 def table_of(sweep, out):

@@ -66,6 +66,7 @@ class TrainConfig:
     """
 
     epochs: int = setting(20, "passes over the training pictures")
+    steps: int = setting(0, "optimiser steps in place of epochs, the last pass perhaps cut short; 0 for epochs")
     batch_size: int = setting(128, "pictures per batch")
     half_size: float = setting(
         0.0, "share of the epochs, the first, on pictures of half the height and width: a quarter of the patches"
@@ -76,6 +77,10 @@ class TrainConfig:
     accumulate: int = setting(1, "batches per optimiser step (gradient accumulation)")
     init: str = setting("official", "initial parameters: official, or mimetic (attention that begins as it ends)")
     whiten: bool = setting(False, "begin with a patch embedding that whitens the training patches")
+    freeze: str = setting(
+        "",
+        "parameters that stay as they are, by name: 'patch_embed*,blocks.[0-3].*', or '*,!head.*' for all but the head",
+    )
     optimizer: str = setting("adamw", "adamw, adam, sgd, lion or muon (the matrices of the blocks; adamw the rest)")
     lr: float = setting(1e-3, "peak learning rate")
     layer_decay: float = setting(1.0, "factor of the learning rate from each block to the one before it")
@@ -88,6 +93,7 @@ class TrainConfig:
     schedule: str = setting("cosine", "cosine, linear, constant, trapezoid (each after warmup_epochs) or onecycle")
     cooldown: float = setting(0.2, "share of the steps over which a trapezoid falls to final_lr")
     warmup_epochs: float = setting(1.0, "epochs over which the learning rate rises linearly; at most half of the run")
+    warmup_steps: int = setting(0, "optimiser steps in place of warmup_epochs; 0 for warmup_epochs")
     final_lr: float = setting(0.0, "learning rate at the end of the schedule")
     clip_norm: float = setting(1.0, "largest global norm of the gradient; 0 for no clipping")
     ema_decay: float = setting(0.0, "decay of the moving average of the weights, tested in their place; 0 for none")
@@ -138,7 +144,7 @@ class TrainConfig:
         check_range(self, 1, None, "epochs", "batch_size", "repeats", "accumulate", "log_every", "evaluate_every")
         if self.batch_size % self.repeats:
             raise InputError(f"batch_size {self.batch_size} is not a multiple of repeats {self.repeats}")
-        check_range(self, 0, None, "crop_padding", "cutout", "seed", "micro_batch")
+        check_range(self, 0, None, "crop_padding", "cutout", "seed", "micro_batch", "steps", "warmup_steps")
         check_choice(self, "crop_mode", CROP_MODES)
         check_range(self, 0.0, 180.0, "rotate")
         check_range(self, 0.0, None, "shear", "shift")
@@ -221,14 +227,20 @@ def dataset_of(meta, path, *, name=None, data_dir=None):
     name = name or stored.get("data")
     if name is None:
         raise InputError(f"{path} does not say which data set it was trained on; name one with --data")
-    size = stored.get("image_size") if name == stored.get("data") else None
+    same = {key: stored.get(key) for key in ("image_size", "classes")} if name == stored.get("data") else {}
     try:
-        dataset = load_data(name, data_dir or stored.get("data_dir", "data"), image_size=size)
+        dataset = load_data(name, data_dir or stored.get("data_dir", "data"), **same)
     except InputError as error:
         raise InputError(f"{error}; if the data lie elsewhere now, name the place with --data-dir") from None
     if list(dataset.class_names) != meta.get("class_names"):
         raise InputError(f"{path} was trained for other classes than those of {dataset.name} ({dataset.source})")
     return dataset
+
+
+def origin_of(meta):
+    """What a checkpoint's meta says of where its first parameters came from (see `minivit.start.Start`), or None."""
+    origin = meta.get("start")
+    return origin if isinstance(origin, dict) else None
 
 
 def check_workers(workers):
@@ -247,7 +259,7 @@ def check_data(data, where):
     Raises  InputError: one has another type.
     """
     texts = {str: "a text", int: "a whole number above 0"}
-    for key, kind in (("data", str), ("data_dir", str), ("image_size", int)):
+    for key, kind in (("data", str), ("data_dir", str), ("image_size", int), ("classes", str)):
         value = data.get(key)
         if value is not None and (type(value) is not kind or (kind is int and value < 1)):
             raise InputError(f"{where}: {key} must be {texts[kind]}, got {value!r}")
@@ -305,16 +317,27 @@ class Trainer:
     """One run: a model, an optimiser, where they stand, and the folder they write to.
 
     ``describe`` is stored in checkpoints beside the model's configuration and the settings: how to find the data again.
+    ``start``, a `minivit.start.Start`, holds the first parameters if another model gives them, and their origin, which
+    is stored too.
     ``on_epoch(trainer)``, if given, is called after each epoch, to look at the run; it must not change it.
     Raises  InputError: settings, data and folder do not fit together; nothing has been written then.
     """
 
-    def __init__(self, dataset, model_config, config, out, *, describe=None, progress=True, on_epoch=None):
+    def __init__(
+        self, dataset, model_config, config, out, *, describe=None, start=None, progress=True, on_epoch=None
+    ):  # fmt: skip
         self.device = find_device(config.device)
         if config.check_finite and self.device != "cpu":
             raise InputError("check_finite looks at every tensor on the CPU; leave it out, or take --device cpu")
         micro_batch = config.micro_batch or default_micro_batch(model_config)
         config = replace(config, workers=check_workers(config.workers), micro_batch=micro_batch)
+        n = len(dataset.train_images)
+        self.steps_per_epoch = -(-n // (config.batch_size * config.accumulate))
+        if config.steps:
+            config = replace(config, epochs=-(-config.steps // self.steps_per_epoch))
+        self.total_steps = config.steps or config.epochs * self.steps_per_epoch
+        if start and (config.init != "official" or config.whiten):
+            raise InputError("a run that begins with another model's parameters takes no --init and no --whiten")
         self.dataset, self.config, self.out, self.progress = dataset, config, Path(out), progress
         self.describe, self.on_epoch = describe or {}, on_epoch
         height, width, channels = dataset.train_images.shape[1:]
@@ -336,17 +359,21 @@ class Trainer:
         _check_memory(model_config, config)
         if model_config.gelu == "erf":
             erf(np.zeros(1))  # SciPy is optional: say so before anything is written
-        n = len(dataset.train_images)
-        self.steps_per_epoch = -(-n // (config.batch_size * config.accumulate))
-        self.total_steps = config.epochs * self.steps_per_epoch
         self.fingerprint = fingerprint(dataset)
         use_device(self.device)
         self._train_data, self._test_data = (
             [to_device(array, self.device) for array in split]
             for split in ((dataset.train_images, dataset.train_labels), (dataset.test_images, dataset.test_labels))
         )
-        self.model = ViT(model_config, flat=to_device(self._initial(model_config), self.device))
-        mask = to_device(parameters.decay_mask(self.model.table), self.device)
+        self.origin = start.origin if start else None
+        first = self._initial(model_config) if not start or start.flat is None else start.flat.copy()
+        self.model = ViT(model_config, flat=to_device(first, self.device))
+        table, self.trained = self.model.table, None
+        self.frozen = parameters.frozen_names(table, config.freeze) if config.freeze else []
+        if self.frozen:
+            table, trained = parameters.freeze(table, self.frozen)
+            self.trained = to_device(trained, self.device)
+        mask = to_device(parameters.decay_mask(table), self.device)
         scale = None
         if config.layer_decay < 1.0:
             scale = to_device(parameters.layer_scale(self.model.table, config.layer_decay), self.device)
@@ -383,7 +410,7 @@ class Trainer:
     def learning_rate(self, step):
         """The learning rate of a step, counted from 0."""
         c = self.config
-        warmup = min(round(c.warmup_epochs * self.steps_per_epoch), self.total_steps // 2)
+        warmup = min(c.warmup_steps or round(c.warmup_epochs * self.steps_per_epoch), self.total_steps // 2)
         return learning_rate(
             step, self.total_steps, lr=c.lr, schedule=c.schedule, final_lr=c.final_lr, warmup_steps=warmup,
             cooldown=c.cooldown,
@@ -415,6 +442,7 @@ class Trainer:
             "settings": asdict(self.config),
             "data": {**self.describe, "name": self.dataset.name, "fingerprint": self.fingerprint},
             "class_names": list(self.dataset.class_names),
+            "start": self.origin,
             "progress": {
                 "step": self.step,
                 "epoch": self.epoch,
@@ -445,6 +473,8 @@ class Trainer:
             raise InputError(
                 f"{path} was trained with other settings: {difference}; start a new run with another --out"
             )
+        if difference := self._other_start(origin_of(meta)):
+            raise InputError(f"{path} began with other parameters: {difference}; start a new run with another --out")
         data = meta.get("data")
         if not isinstance(data, dict) or data.get("fingerprint") != self.fingerprint:
             raise InputError(f"{path} was trained on other pictures than those of {self.dataset.name} found now")
@@ -475,6 +505,11 @@ class Trainer:
         self.order, self.running, self.best, self.seconds = order, running, best, seconds
         self._restored = True
 
+    def _other_start(self, stored):
+        """How a checkpoint's start differs from this run's, in words; the file itself may have moved."""
+        stored, own = ({"crc": None, **(origin or {})} for origin in (stored, self.origin))
+        return _difference(stored, own, ("checkpoint",))
+
     def _check_progress(self, step, epoch, batch, optimizer_steps, ema_steps, order, figures):
         n, c = len(self.dataset.train_images), self.config
         if not all(type(number) is int for number in (step, epoch, batch, optimizer_steps, ema_steps)):
@@ -486,7 +521,8 @@ class Trainer:
             raise ValueError(f"batch {batch} is in the middle of an optimiser step")
         in_epoch += bool(rest)
         fits = 0 <= epoch <= c.epochs and 0 <= in_epoch <= self.steps_per_epoch
-        if not fits or step != epoch * self.steps_per_epoch + in_epoch or step > self.total_steps:
+        before = min(epoch * self.steps_per_epoch, self.total_steps)
+        if not fits or step != before + in_epoch or step > self.total_steps:
             raise ValueError(f"step {step}, epoch {epoch} and batch {batch} contradict each other")
         if optimizer_steps != step or ema_steps != (step if self.ema else 0):
             raise ValueError("the optimiser or the moving average has made another number of steps")
@@ -539,8 +575,7 @@ class Trainer:
             else:
                 refuse_used(self.out)
                 self.save()  # from here on there is always something to resume from
-            settings = {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe}
-            write_json(self.out / SETTINGS, settings)
+            write_json(self.out / SETTINGS, self._settings())
             with (engine := self._engine()):
                 if not self.finished:
                     self._train(engine)
@@ -551,6 +586,11 @@ class Trainer:
         )
         return None
 
+    def _settings(self):
+        """What was asked for, for settings.json and summary.json."""
+        start = {"start": self.origin} if self.origin else {}
+        return {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe, **start}
+
     def _engine(self, *, half_size=False):
         """The engine that the settings ask for, a context manager; on a GPU also what makes a whole step.
 
@@ -558,7 +598,12 @@ class Trainer:
         """
         c = self.config
         model, times = (self.model.at_half_size(), 4) if half_size else (self.model, 1)
-        shared = {"label_smoothing": c.label_smoothing, "seed": c.seed, "recompute": c.recompute}
+        shared = {
+            "label_smoothing": c.label_smoothing,
+            "seed": c.seed,
+            "recompute": c.recompute,
+            "trained": self.trained,
+        }
         if self.device == "cpu":
             engine = Engine(model, workers=c.workers, micro_batch=times * c.micro_batch, **shared)
         else:
@@ -597,22 +642,24 @@ class Trainer:
             self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch, repeats=c.repeats)
             self.running = {"loss": 0.0, "correct": 0, "seen": 0}
         on_gpu, whole_step = self.device != "cpu", self._whole_steps.get(engine)
+        group = c.batch_size * c.accumulate  # pictures per optimiser step
+        order = self.order[: (self.total_steps - self.epoch * self.steps_per_epoch) * group]  # all, but at a run's end
         stream = batches(
-            *self._train_data, self.order, c.batch_size, seed=c.seed, epoch=self.epoch, start=self.batch,
+            *self._train_data, order, c.batch_size, seed=c.seed, epoch=self.epoch, start=self.batch,
             prefetch=0 if on_gpu else 2, half_size=engine.model.config.image_size < self.model.config.image_size,
             **loading_settings(c, self.model.config.num_classes),
         )  # fmt: skip
-        group = c.batch_size * c.accumulate  # pictures per optimiser step
         since, seen_since = time.monotonic(), 0
         loss, correct = 0.0, 0
         unread = []  # (loss, correct, gradient norm, pictures) of the steps whose figures are still on the device
-        last_batch = -(-len(self.order) // c.batch_size) - 1
+        per_epoch = -(-len(self.order) // c.batch_size)  # batches
+        last_batch = -(-len(order) // c.batch_size) - 1
         try:
             for index, images, labels in stream:
                 first = index // c.accumulate * group  # the step's first picture, in the order of the epoch
-                size = min(group, len(self.order) - first)
+                size = min(group, len(order) - first)
                 position = index % c.accumulate
-                number = self.epoch * (last_batch + 1) + index
+                number = self.epoch * per_epoch + index
                 if c.check_finite and (origin := self._origin(engine, images, labels, number, size)):
                     raise self._diverged(f"a number is not finite{origin}")
                 lr = self.learning_rate(self.step)
@@ -721,7 +768,7 @@ class Trainer:
             "best_test_accuracy": self.best["accuracy"],
             "best_epoch": self.best["epoch"],
             "train_seconds": round(self.seconds, 2),  # with the evaluations, and of all the processes that took part
-            "images_per_second": round(self.config.epochs * len(data.train_images) / max(self.seconds, 1e-9), 1),
+            "images_per_second": round(self._pictures() / max(self.seconds, 1e-9), 1),
             "epochs": self.config.epochs,
             "steps": self.step,
             "parameters": int(self.model.flat.size),
@@ -730,13 +777,19 @@ class Trainer:
             "workers": engine.workers,
             "cores": available_cores(),
             "device": device_name(self.device),
-            "settings": {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe},
+            "settings": self._settings(),
             "versions": versions(),
         }
         plots.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
         plots.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
         write_json(self.out / SUMMARY, summary)
         return summary
+
+    def _pictures(self):
+        """How many pictures all epochs hold."""
+        c, n = self.config, len(self.dataset.train_images)
+        last = self.total_steps - (c.epochs - 1) * self.steps_per_epoch  # steps
+        return (c.epochs - 1) * n + min(n, last * c.batch_size * c.accumulate)
 
     def _elapsed(self):
         return self.seconds + (0.0 if self._started is None else time.monotonic() - self._started)

@@ -88,7 +88,7 @@ def parser():
     info.add_argument("name", choices=DATASETS)
     for command in (get, info):
         command.add_argument("--data-dir", default="data", metavar="DIR", help="default: %(default)s")
-    info.add_argument("--image-size", type=int, metavar="N", help="for folder: scale to N x N (default: 32)")
+    info.add_argument("--image-size", type=int, metavar="N", help="scale to N x N [as they are; for folder, 32]")
     info.add_argument("--json", type=output_file, metavar="FILE", help="also write the facts to FILE")
     return main_parser
 

@@ -53,11 +53,16 @@ The file ``torchvision_operations`` is of another kind: the picture operations o
 what ``torchvision.transforms.functional`` makes of them, with bilinear interpolation, ``magnitude/OPERATION`` and the
 ``cifar10`` policy of AutoAugment, as JSON text.
 
+The file ``resize`` holds ``grid/O`` (O, O, 2) and ``KIND/O-N`` (N, N, 2), what SciPy (``align-corners``:
+``scipy.ndimage.zoom`` with ``order=1``) or PyTorch (the others: ``torch.nn.functional.interpolate``) makes of it;
+``patch/O`` (O, O, 3, 2) and ``pi/O-N`` (N, N, 3, 2): those weights for larger and smaller patches by the
+pseudo-inverse of PyTorch's bilinear resizing of all O * O pixels at once, antialiased.
+
 Requirements
 ------------
 ::
 
-    pip install numpy torch torchvision timm "jax[cpu]" flax optax
+    pip install numpy scipy torch torchvision timm "jax[cpu]" flax optax
 
 The files were written with Python 3.11, numpy 2.4.6, torch 2.14.1 and timm 1.0.31; jax 0.10.2, flax 0.12.8
 and optax 0.2.8 (every file names its own versions in ``settings``). Another version, or another processor,
@@ -73,7 +78,7 @@ from pathlib import Path
 
 import numpy as np
 
-REQUIREMENTS = 'numpy torch torchvision timm "jax[cpu]" flax optax'
+REQUIREMENTS = 'numpy scipy torch torchvision timm "jax[cpu]" flax optax'
 STEPS = 10
 ADAMW = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 REFERENCES = {
@@ -654,7 +659,8 @@ def check_training(reference, params, losses, after):
 # --------------------------------------------------------------------------------------- picture operations
 
 OPERATIONS_FILE = "torchvision_operations"
-FILES = [*REFERENCES, OPERATIONS_FILE]
+RESIZE_FILE = "resize"
+FILES = [*REFERENCES, OPERATIONS_FILE, RESIZE_FILE]
 MAGNITUDES = {
     "identity": [0],
     "shear_x": [-0.7, 0.05, 0.99],
@@ -701,6 +707,38 @@ def picture_operations():
     policy = policies.AutoAugment(AutoAugmentPolicy.CIFAR10).policies
     arrays["cifar10"] = np.array(json.dumps(policy))
     versions = {package: version(package) for package in ("torch", "torchvision", "numpy")}
+    arrays["settings"] = np.array(json.dumps({"versions": versions}))
+    return arrays
+
+
+def resizing():
+    """Grids and patch embeddings resized by SciPy and PyTorch, in float64: a dict of arrays."""
+    import scipy.ndimage
+    import torch
+    from torch.nn.functional import interpolate
+
+    def resized(grid, size, kind):  # (O, O, ...) -> (size, size, ...)
+        planes = torch.from_numpy(grid.reshape(*grid.shape[:2], -1)).permute(2, 0, 1)[None]
+        mode, *antialias = kind.split("-")
+        planes = interpolate(planes, size=(size, size), mode=mode, align_corners=False, antialias=bool(antialias))
+        return planes[0].permute(1, 2, 0).numpy().reshape(size, size, *grid.shape[2:])
+
+    rng, arrays = np.random.default_rng(12), {}
+    for old, sizes in {1: (3,), 2: (3, 5), 3: (2, 3, 7), 8: (1, 3, 4, 12), 14: (5, 24)}.items():
+        arrays[f"grid/{old}"] = grid = rng.standard_normal((old, old, 2))
+        for new in sizes:
+            arrays[f"align-corners/{old}-{new}"] = scipy.ndimage.zoom(grid, (new / old, new / old, 1), order=1)
+            for kind in ("bilinear", "bilinear-antialias", "bicubic", "bicubic-antialias"):
+                arrays[f"{kind}/{old}-{new}"] = resized(grid, new, kind)
+    for old, sizes in {4: (2, 3, 6, 8), 5: (7,)}.items():
+        arrays[f"patch/{old}"] = weights = rng.standard_normal((old, old, 3, 2))
+        for new in sizes:
+            one_pixel = np.eye(old * old).reshape(old, old, -1)
+            B = resized(one_pixel, new, "bilinear-antialias").reshape(new * new, -1)  # what becomes of each pixel
+            inverse = torch.linalg.pinv(torch.from_numpy(B).T)
+            made = inverse @ torch.from_numpy(weights.reshape(old * old, -1))
+            arrays[f"pi/{old}-{new}"] = made.numpy().reshape(new, new, 3, 2)
+    versions = {package: version(package) for package in ("torch", "scipy", "numpy")}
     arrays["settings"] = np.array(json.dumps({"versions": versions}))
     return arrays
 
@@ -786,7 +824,8 @@ def main(argv=None):
         return fail(f"cannot write to {arguments.out} ({error.strerror}): choose another --out")
     for name in [arguments.only] if arguments.only else FILES:
         try:
-            arrays, differences = (picture_operations(), {}) if name == OPERATIONS_FILE else make_reference(name)
+            others = {OPERATIONS_FILE: picture_operations, RESIZE_FILE: resizing}
+            arrays, differences = (others[name](), {}) if name in others else make_reference(name)
         except ImportError as error:
             return fail(f"{name}: {error}: pip install {REQUIREMENTS}")
         path = arguments.out / f"{name}.npz"

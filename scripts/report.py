@@ -9,8 +9,8 @@ from minivit.checkpoint import write_atomically
 from minivit.cli import Parser, output_file, run
 from minivit.errors import InputError
 from minivit.inference import check_finite, load_with_data, predict_all
-from minivit.recipes import CONFIGS
-from minivit.train import LAST, check_workers, config_from, fingerprint
+from minivit.recipes import CONFIGS, FINETUNE
+from minivit.train import LAST, check_workers, config_from, fingerprint, origin_of
 
 EXAMPLES = """
 examples:
@@ -76,7 +76,7 @@ def main(argv=None):
             logits,
             report.records_of(folder),
             report.summary_of(folder),
-            own_settings(described.get("data")),
+            own_settings(FINETUNE if origin_of(meta) else described.get("data")),
         ),
         mistakes=arguments.mistakes,
     ).encode("utf-8", errors="backslashreplace")  # names of files need not be valid text

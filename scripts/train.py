@@ -8,8 +8,10 @@ from minivit import ViTConfig, checkpoint
 from minivit.budget import epochs_within, seconds_of
 from minivit.cli import Parser, given, run
 from minivit.errors import InputError
+from minivit.params import count
 from minivit.recipes import DATA_KEYS, add_recipe, prepare, recipe_of_flags, trainer_of
-from minivit.train import LAST, TrainConfig, Trainer, config_from, dataset_of, refuse_used
+from minivit.start import Start, StartConfig
+from minivit.train import LAST, TrainConfig, Trainer, config_from, dataset_of, origin_of, refuse_used
 
 EXAMPLES = """
 examples:
@@ -20,9 +22,14 @@ examples:
   python scripts/train.py --resume --out runs/digits              go on where a run stopped
   python scripts/train.py --config my.toml --lr 5e-4 --seed 1     a settings file, two of its values changed
   python scripts/train.py --data folder --data-dir pictures --preset Micro/4 --image-size 48
+  python scripts/train.py --data cifar10 --classes 0-4            five of the classes
+  python scripts/train.py --data cifar10 --classes 5-9 --from runs/cifar10/last.npz --image-size 48
+                                                                  fine-tunes that model on the others, at a larger size
+                                                                  --freeze '*,!head.*' would train its new head alone
 
 Settings come from, in rising order: their defaults, the settings file (its preset, then its keys), --preset, the flags.
-A settings file has the tables [model] (and preset = "..." in it), [train] and [data]; the keys are the flags' names.
+A settings file has the tables [model] (and preset = "..." in it), [train], [data] and [start]; the keys are the flags'
+names, and checkpoint for --from.
 """
 
 
@@ -54,14 +61,14 @@ def start(arguments):
     refuse_used(out)
     if arguments.budget is None:
         return trainer_of(recipe, out, progress=not arguments.quiet)
-    if "epochs" in given(arguments, TrainConfig):
-        raise InputError("--budget finds the number of epochs: leave --epochs out")
+    if asked := {"epochs", "steps"} & set(given(arguments, TrainConfig)):
+        raise InputError(f"--budget finds the number of epochs: leave --{asked.pop()} out")
     seconds = seconds_of(arguments.budget)
-    dataset, model, config, describe = prepare(recipe)
+    dataset, model, config, begins = prepare(recipe)
     epochs, each = epochs_within(seconds, dataset, model, config)
     print(f"an epoch takes about {each:.3g} s on this machine: {epochs} fit into {arguments.budget}", flush=True)
-    config = replace(config, epochs=epochs)
-    return Trainer(dataset, model, config, out, describe=describe, progress=not arguments.quiet)
+    config = replace(config, epochs=epochs, steps=0)
+    return Trainer(dataset, model, config, out, progress=not arguments.quiet, **begins)
 
 
 def resume(arguments):
@@ -76,14 +83,25 @@ def resume(arguments):
     dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
     describe = {key: meta["data"].get(key) for key in DATA_KEYS}
     describe["data_dir"] = arguments.data_dir or describe["data_dir"]
+    origin, asked_start = origin_of(meta), given(arguments, StartConfig)
     asked_data, asked_model, asked_train = {}, given(arguments, ViTConfig), given(arguments, TrainConfig)
+    if arguments.classes is not None:
+        asked_data["classes"] = arguments.classes
     if arguments.preset or arguments.config:
-        asked_data, asked_model, asked_train = recipe_of_flags(arguments, describe["data"])
+        asked_data, asked_model, asked_train, asked_start = recipe_of_flags(arguments, describe["data"])
+    for key, value in asked_start.items():
+        if (found := (origin or {}).get(key)) != value:
+            raise InputError(f"{path} began with {key} {found}, not {value}; start a new run with another --out")
+    if (asked := asked_data.get("classes")) not in (None, found := describe["classes"]):
+        raise InputError(f"{path} was trained on {f'the classes {found}' if found else 'all classes'}, not {asked}")
     name = arguments.data or asked_data.get("data", describe["data"])
     if name != describe["data"]:
         raise InputError(f"{path} was trained on {describe['data']}, not on {name}")
     model, train = replace(model, **asked_model), replace(train, **asked_train)
-    trainer = Trainer(dataset, model, train, arguments.out, describe=describe, progress=not arguments.quiet)
+    start = Start(None, origin) if origin else None
+    trainer = Trainer(
+        dataset, model, train, arguments.out, describe=describe, start=start, progress=not arguments.quiet
+    )  # fmt: skip
     trainer.restore(path)
     return trainer
 
@@ -102,6 +120,11 @@ def main(argv=None):
         f"ViT: patch {c.patch_size}, {c.num_tokens} tokens, width {c.width}, {c.depth} blocks, {c.num_heads} heads, "
         f"{trainer.model.flat.size:,} parameters; writing to {trainer.out}"
     )
+    if trainer.origin:
+        print(f"it begins with {trainer.origin.get('checkpoint')} ({trainer.origin.get('weights')})")
+    if trainer.frozen:
+        frozen = count([spec for spec in trainer.model.table if spec.name in trainer.frozen])
+        print(f"{frozen:,} of the parameters stay as they are")
     if arguments.resume:
         if trainer.finished:
             print(f"this run has made all of its {trainer.total_steps} steps: its figures are drawn again")
@@ -110,8 +133,10 @@ def main(argv=None):
     summary = trainer.run()
     if summary is None:
         return 130
+    steps = trainer.config.steps
+    after = f"{steps:,} steps" if steps else f"{summary['epochs']} epochs"
     print(
-        f"test accuracy {summary['test_accuracy']:.2%} after {summary['epochs']} epochs in "
+        f"test accuracy {summary['test_accuracy']:.2%} after {after} in "
         f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} pictures/s); "
         f"figures and checkpoints in {trainer.out}"
     )

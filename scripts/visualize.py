@@ -24,7 +24,7 @@ from minivit.data.mixing import one_hot
 from minivit.data.operations import OPERATIONS, wide_space
 from minivit.errors import InputError
 from minivit.recipes import add_recipe, prepare, recipe_of_flags
-from minivit.train import Trainer, config_from, dataset_of, versions, write_json
+from minivit.train import Trainer, config_from, dataset_of, origin_of, versions, write_json
 
 EXAMPLES = """
 examples:
@@ -116,7 +116,12 @@ def draw_curvature(arguments):
     model, meta = checkpoint.load_model(path, weights="params")
     settings = config_from(meta, path)
     changes = {key: value for key in ("optimizer", "lr", "epochs") if (value := getattr(arguments, key)) is not None}
-    settings = dataclasses.replace(settings, **changes)
+    settings = dataclasses.replace(settings, **changes, **({"steps": 0} if "epochs" in changes else {}))
+    if origin := origin_of(meta):
+        raise InputError(
+            f"{path} began with {origin.get('checkpoint')}; this trains a run again from the beginning, and can do so "
+            "for runs that began with nothing"
+        )
     for name in ("every", "count", "steps", "pictures", "points"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
@@ -216,21 +221,27 @@ def draw_lr(arguments):
     """The subcommand ``lr``; returns the exit status."""
     from minivit import plots  # matplotlib is slow to import
 
-    ramp = {"low": arguments.lr_min, "high": arguments.lr_max, "steps": arguments.steps}
+    ramp = {"low": arguments.lr_min, "high": arguments.lr_max, "steps": arguments.ramp_steps}
     lr_finder.rising_rates(**ramp)  # bad ones are refused before the data are read
-    dataset, model_config, config, describe = prepare(recipe_of_flags(arguments))
+    dataset, model_config, config, begins = prepare(recipe_of_flags(arguments))
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    found = lr_finder.find(dataset, model_config, config, **ramp, progress=not arguments.quiet)
+    found = lr_finder.find(
+        dataset, model_config, config, **ramp, start=begins["start"], progress=not arguments.quiet
+    )  # fmt: skip
     least, lowest = found.rates[found.least], found.smoothed[found.least]
     figure = out / "lr.png"
     title = f"{dataset.name}: {config.optimizer}, batches of {config.batch_size * config.accumulate}"
     plots.save_lr_curve(figure, found, chosen=config.lr, title=title)
     report = {
-        "settings": {"model": dataclasses.asdict(model_config), "train": dataclasses.asdict(config), "data": describe},
+        "settings": {
+            "model": dataclasses.asdict(model_config),
+            "train": dataclasses.asdict(config),
+            "data": begins["describe"],
+        },
         "lr_min": arguments.lr_min,
         "lr_max": arguments.lr_max,
-        "steps": arguments.steps,
+        "steps": arguments.ramp_steps,
         "smoothing": lr_finder.SMOOTHING,
         "ended": found.ended,
         "least": {"lr": float(least), "smoothed": float(lowest)},
@@ -282,13 +293,15 @@ def main(argv=None):
     parts.set_defaults(draw=draw_augment)
     about = "the loss while the learning rate rises, and the rates that it suggests"
     parts = commands.add_parser("lr", help=about, description=about, epilog=EXAMPLES)
-    where = add_recipe(parts)
+    where = add_recipe(parts, skip=("steps",))
     where.add_argument("--out", default="runs", metavar="DIR", help="folder for lr.png and lr.json [runs]")
     where.add_argument("--quiet", action="store_true", help="no progress bar")
     rates = parts.add_argument_group("learning rates")
     rates.add_argument("--lr-min", type=float, default=1e-6, metavar="X", help="the first one [1e-06]")
     rates.add_argument("--lr-max", type=float, default=1.0, metavar="X", help="the last one [1.0]")
-    rates.add_argument("--steps", type=int, default=200, metavar="N", help="how many training steps [200]")
+    rates.add_argument(
+        "--steps", type=int, default=200, dest="ramp_steps", metavar="N", help="how many training steps [200]"
+    )
     parts.set_defaults(draw=draw_lr)
     arguments = parser.parse_args(argv)
     return arguments.draw(arguments)

@@ -253,7 +253,7 @@ CASES = {
             "--num-classes 5": "the data have 10 classes, the model has 5",
             "--num-classes 50": "the data have 10 classes, the model has 50",
             "--channels 3": "the pictures are 8x8x1, the model takes 8x8x3",
-            "--image-size 16": "the pictures are 8x8x1, the model takes 16x16x1",
+            "--image-size 10": "image_size 10 is not a multiple of patch_size 4",
             "--pooling max": "pooling must be one of cls, mean",
             "--pos-embed random": "pos_embed must be one of",
             "--gelu relu": "gelu must be one of",
@@ -325,7 +325,7 @@ CASES = {
     # data
     "data: unknown": ("data info mnist", "invalid choice: 'mnist'"),
     "data: missing": ("data info cifar10 --data-dir nowhere", "scripts/data.py fetch cifar10"),
-    "data: size": ("data info digits --image-size 9", "digits pictures are 8x8, not 9x9"),
+    "data: size": ("data info digits --image-size 0", "image size 0 is out of range; choose 1 to 4096"),
     "data: no command": ("data", "required: command"),
     # the others
     "gradcheck: unknown": ("gradcheck nothing", "nothing called 'nothing' to check"),

@@ -16,12 +16,14 @@ from minivit.cli import Parser, add_settings, given, read_toml
 from minivit.errors import InputError
 from minivit.recipes import recipe_of_flags
 from minivit.settings import field_names
+from minivit.start import StartConfig
 from minivit.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 FIELDS = [(cls, f) for cls in (ViTConfig, TrainConfig) for f in dataclasses.fields(cls)]
-SECTION = {ViTConfig: "model", TrainConfig: "train"}
+SECTION = {ViTConfig: "model", TrainConfig: "train", StartConfig: "start"}
+STARTS = {"--pos-resize": "bicubic", "--patch-resize": "bilinear", "--keep-head": True, "--from": "a.npz"}
 
 
 def another(field):
@@ -51,13 +53,22 @@ def test_every_field_is_a_flag_and_a_key(tmp_path, cls, field):
         assert given(parsed(flag, value), cls) == {field.name: value}
     written = str(value).lower() if type(value) is bool else repr(value).replace("'", '"')
     (tmp_path / "x.toml").write_text(f"[{SECTION[cls]}]\n{field.name} = {written}\n")
-    _, model, train = settings("--config", tmp_path / "x.toml")
+    _, model, train, _ = settings("--config", tmp_path / "x.toml")
     found = {ViTConfig: model, TrainConfig: train}[cls]
     assert found == {field.name: value} and type(found[field.name]) is type(value)
 
 
+@pytest.mark.parametrize("flag", STARTS)
+def test_every_setting_of_a_start_is_a_flag_and_a_key(tmp_path, flag):
+    value, key = STARTS[flag], {"--from": "checkpoint"}.get(flag, flag[2:].replace("-", "_"))
+    assert given(parsed(flag) if value is True else parsed(flag, value), StartConfig) == {key: value}
+    assert {f.name for f in dataclasses.fields(StartConfig)} >= {key} and len(STARTS) == 4
+    (tmp_path / "x.toml").write_text(f"[start]\n{key} = {'true' if value is True else repr(value)}\n")
+    assert settings("--config", tmp_path / "x.toml").start == {key: value}
+
+
 def test_no_name_is_shared_by_two_settings():
-    names = [f.name for _, f in FIELDS]
+    names = [f.name for _, f in FIELDS] + field_names(StartConfig)
     assert len(names) == len(set(names))
 
 
@@ -86,24 +97,26 @@ def test_flags_that_are_not_given_leave_no_trace():
 def test_defaults_then_file_then_preset_then_flags(tmp_path):
     file = tmp_path / "x.toml"
     file.write_text('[model]\npreset = "Nano/4"\nwidth = 96\n[train]\nlr = 0.5\nepochs = 7\n')
-    _, model, train = settings("--config", file, "--epochs", 9, "--depth", 2)
+    _, model, train, _ = settings("--config", file, "--epochs", 9, "--depth", 2)
     assert model == {"patch_size": 4, "width": 96, "depth": 2, "num_heads": 4, "mlp_dim": 128}  # depth: a flag
     assert train == {"lr": 0.5, "epochs": 9}
     assert TrainConfig(**train).batch_size == TrainConfig.batch_size  # a default
-    _, model, _ = settings("--config", file, "--preset", "Micro/8", "--depth", 3)
+    _, model, *_ = settings("--config", file, "--preset", "Micro/8", "--depth", 3)
     assert model == {"patch_size": 8, "width": 128, "depth": 3, "num_heads": 4, "mlp_dim": 256}  # what is typed wins
-    _, model, _ = settings("--preset", "Nano/8")  # over the data set's own file, too
+    _, model, *_ = settings("--preset", "Nano/8")  # over the data set's own file, too
     assert {key: model[key] for key in ("patch_size", "width", "depth")} == {"patch_size": 8, "width": 64, "depth": 4}
 
 
 def test_the_data_sets_own_file_is_read():
-    data, model, train = settings()
+    data, model, train, _ = settings()
     file = read_toml(ROOT / "configs" / "digits.toml", {k: _Anything() for k in ("data", "model", "train")})
     assert (data["data"], model, train) == ("digits", file["model"], file["train"]) and len(train) > 5
-    data, _, train = settings("--data", "cifar10", data="cifar10")
+    data, _, train, _ = settings("--data", "cifar10", data="cifar10")
     assert data["data"] == "cifar10" and train["flip"] is True
-    data, model, train = settings("--data", "folder", "--data-dir", "there", data="folder")  # has no file
-    assert (data, model, train) == ({"data": "folder", "data_dir": "there", "image_size": None}, {}, {})
+    data, model, train, _ = settings("--data", "folder", "--data-dir", "there", data="folder")  # has no file
+    assert (data, model, train) == (
+        {"data": "folder", "data_dir": "there", "image_size": None, "classes": None}, {}, {}
+    )  # fmt: skip
 
 
 class _Anything(tuple):
@@ -113,9 +126,9 @@ class _Anything(tuple):
 
 def test_data_settings_come_from_flag_over_file(tmp_path):
     (tmp_path / "x.toml").write_text('[data]\ndata = "folder"\ndata_dir = "here"\nimage_size = 48\n')
-    data, _, _ = settings("--config", tmp_path / "x.toml")
-    assert data == {"data": "folder", "data_dir": "here", "image_size": 48}
-    data, _, _ = settings("--config", tmp_path / "x.toml", "--data-dir", "there")
+    data, *_ = settings("--config", tmp_path / "x.toml")
+    assert data == {"data": "folder", "data_dir": "here", "image_size": 48, "classes": None}
+    data, *_ = settings("--config", tmp_path / "x.toml", "--data-dir", "there")
     assert data["data_dir"] == "there"
 
 

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from minivit.data import cifar, fetch, load
+from minivit.data import cifar, fetch, load, scaled
 from minivit.errors import InputError
 
 COUNTS = {"cifar10": (3, 1, 2, 3, 2, 4), "cifar100": (7, 5)}  # records of each file, the test file last
@@ -243,8 +243,10 @@ def test_no_records(tmp_path):
 
 def test_another_image_size(tmp_path):
     write_folder(tmp_path / BINARY["cifar100"], contents("cifar100", "binary"))
-    with pytest.raises(InputError, match="32x32, not 64x64"):
-        load("cifar100", tmp_path, image_size=64)
+    plain, larger = load("cifar100", tmp_path), load("cifar100", tmp_path, image_size=40)
+    assert larger.test_images.shape == (len(plain.test_images), 40, 40, 3)
+    np.testing.assert_array_equal(larger.train_images, scaled(plain.train_images, 40))
+    assert larger.source == plain.source + "; scaled from 32x32"
 
 
 # --- Archives that are not what they seem ---

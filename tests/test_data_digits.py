@@ -45,10 +45,11 @@ def test_a_zero_is_round(digits):
     assert zero[3:5, 3:5].max() < 60 < zero[3:5, 1:3].max()  # a hole with a rim: rows and columns are in order
 
 
-def test_the_size_is_fixed():
-    assert len(load("digits", image_size=8).train_labels) == 1437
-    with pytest.raises(InputError, match="8x8, not 32x32"):
-        load("digits", image_size=32)
+def test_other_sizes():
+    assert load("digits", image_size=8).train_images.shape == (1437, 8, 8, 1)
+    assert load("digits", image_size=20).train_images.shape == (1437, 20, 20, 1)
+    with pytest.raises(InputError, match="image size 0 is out of range"):
+        load("digits", image_size=0)
 
 
 def test_unknown_name_lists_the_names():

@@ -3,11 +3,17 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 
 from minivit import sweep
 from minivit.errors import InputError
+from minivit.recipes import CONFIGS
+from minivit.start import StartConfig
+from minivit.train import TrainConfig
+
+BEFORE = "runs/sweep-pretraining"  # where scripts/sweep.py writes the sweep of that name
 
 TINY = """
 title = "tiny"
@@ -122,6 +128,42 @@ def test_finished_runs_of_other_settings_are_not_mixed_in(file, tmp_path, call, 
     assert ended.status == 2 and "adamw-seed0 holds a run with epochs 1, the sweep asks for 2" in ended.err
 
 
+def test_rows_may_begin_with_the_runs_of_another_sweep(file, tmp_path, call, no_figures):
+    """Seed by seed; and runs of steps are found again."""
+    file.write_text(file.read_text().split("[[row]]")[0] + '[base.data]\nclasses = "0-4"\n[[row]]\nname = "before"\n')
+    assert call("sweep", file, "--out", tmp_path / "o", "--quiet").status == 0
+    second = tmp_path / "t.toml"
+    second.write_text(
+        file.read_text().replace('"0-4"', '"5-9"').replace('name = "before"', 'name = "after"')
+        + f'train.steps = 3\nstart.checkpoint = "{tmp_path}/o/before-seed{{seed}}/last.npz"\n'
+    )
+    for _ in range(2):
+        ended = call("sweep", second, "--out", tmp_path / "p", "--quiet")
+        assert ended.status == 0, ended.err
+    assert "2 runs are finished" in ended.out
+    for seed in (0, 1):
+        settings = json.loads((tmp_path / "p" / f"after-seed{seed}" / "summary.json").read_text())["settings"]
+        assert settings["start"]["checkpoint"] == f"{tmp_path}/o/before-seed{seed}/last.npz"
+        assert settings["data"]["classes"] == "5-9" and settings["train"]["steps"] == 3
+    shutil.rmtree(tmp_path / "o" / "before-seed0")
+    ended = call("sweep", second, "--out", tmp_path / "q", "--quiet")
+    assert ended.status == 2 and f"there is no checkpoint at {tmp_path}/o/before-seed0/last.npz" in ended.err
+
+
+def test_tables_of_earlier_versions_count(file, tmp_path, call, no_figures):
+    """Their recipes do not name what came later."""
+    assert call("sweep", file, "--out", tmp_path / "o", "--quiet", "--seeds", 0).status == 0
+    path = tmp_path / "o" / "table.json"
+    table = json.loads(path.read_text())
+    for row in table["rows"]:
+        del row["recipe"]["start"], row["recipe"]["data"]["classes"]
+    path.write_text(json.dumps(table))
+    for row in ("adamw", "sgd-quick"):
+        shutil.rmtree(tmp_path / "o" / f"{row}-seed0")
+    ended = call("sweep", file, "--out", tmp_path / "o", "--table", "--seeds", 0)
+    assert ended.status == 0 and "2 runs are finished" in ended.out
+
+
 def test_impossible_settings_are_found_before_any_run(file, tmp_path, call):
     file.write_text(file.read_text().replace("model.depth = 1", "model.width = 7"))
     ended = call("sweep", file, "--out", tmp_path / "o", "--quiet")
@@ -166,3 +208,15 @@ def test_bad_arguments(file, tmp_path, call):
     ):  # fmt: skip
         ended = call("sweep", *arguments)
         assert ended.status == 2 and said in ended.err, said
+
+
+def test_the_sweeps_that_come_with_minivit_are_possible():
+    """Fine-tuning begins with the runs that pre-training writes."""
+    folder = CONFIGS / "sweeps"
+    for path in folder.glob("*.toml"):
+        for row in sweep.read_sweep(path).rows:
+            TrainConfig(**row.recipe.train)
+            StartConfig(**row.recipe.start)
+    begins = {run.folder / "last.npz" for run in sweep.runs_of(sweep.read_sweep(folder / "pretraining.toml"), BEFORE)}
+    recipes = map(sweep.recipe_of, sweep.runs_of(sweep.read_sweep(folder / "finetuning.toml"), "out"))
+    assert {Path(recipe.start["checkpoint"]) for recipe in recipes if recipe.start} == begins

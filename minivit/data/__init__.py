@@ -19,12 +19,14 @@ from minivit.data.augment import (
     random_flip,
 )
 from minivit.data.cifar import fetch, load_cifar
+from minivit.data.classes import parse_classes, with_classes
 from minivit.data.dataset import Dataset, validated
 from minivit.data.digits import load_digits
 from minivit.data.folder import load_folder, read_image
 from minivit.data.loader import batches, epoch_order, is_epoch_order
 from minivit.data.mixing import cutmix, mix, mixup
 from minivit.data.operations import POLICIES, auto_augment, operate, rand_augment, trivial_augment
+from minivit.data.scaling import scaled
 from minivit.errors import InputError
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
@@ -45,6 +47,7 @@ __all__ = [
     "mix",
     "mixup",
     "operate",
+    "parse_classes",
     "rand_augment",
     "random_affine",
     "random_crop",
@@ -52,28 +55,38 @@ __all__ = [
     "random_erasing",
     "random_flip",
     "read_image",
+    "scaled",
     "trivial_augment",
+    "with_classes",
 ]
 
 
-def load(name, data_dir="data", *, image_size=None):
+def load(name, data_dir="data", *, image_size=None, classes=None):
     """Load one of the ``DATASETS`` into memory.
 
     ``data_dir`` is where the data lie; the digits ship with the package and ignore it. ``image_size`` is the height and
-    width that pictures of a folder are brought to (default 32); the other sets have one size each.
+    width that pictures are brought to: those of a folder as they are read (default 32, see `read_image`), others, which
+    have one size each, by `scaled`. ``classes`` are those that are kept, such as "0-4" or "cat,dog" (see
+    `parse_classes`).
 
     Returns  Dataset
-    Raises   InputError: unknown name; data that are missing or damaged; an ``image_size`` that is not the set's own.
+    Raises   InputError: unknown name; data that are missing or damaged; an impossible size; unknown classes.
     """
     if name == "folder":
-        return validated(load_folder(data_dir, 32 if image_size is None else image_size))
-    if name == "digits":
+        dataset = load_folder(data_dir, 32 if image_size is None else image_size)
+    elif name == "digits":
         dataset = load_digits()
     elif name in ("cifar10", "cifar100"):
         dataset = load_cifar(name, data_dir)
     else:
         raise InputError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
+    validated(dataset)
+    if classes is not None:
+        dataset = validated(with_classes(dataset, classes))
     size = dataset.train_images.shape[1]
-    if image_size not in (None, size):
-        raise InputError(f"{name} pictures are {size}x{size}, not {image_size}x{image_size}; leave the image size out")
-    return validated(dataset)
+    if image_size in (None, size):
+        return dataset
+    return dataset._replace(
+        train_images=scaled(dataset.train_images, image_size), test_images=scaled(dataset.test_images, image_size),
+        source=f"{dataset.source}; scaled from {size}x{size}",
+    )  # fmt: skip

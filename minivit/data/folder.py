@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minivit.data.dataset import Dataset
+from minivit.data.scaling import check_size
 from minivit.errors import InputError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -80,8 +81,7 @@ def _decoded(path, image_size, Image, ImageOps):
 
 
 def _read_all(paths, image_size):
-    if not 1 <= image_size <= 4096:
-        raise InputError(f"image size {image_size} is out of range; choose 1 to 4096")
+    check_size(image_size)
     images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
     # Pillow decodes and scales without holding the interpreter's lock.
     with _pillow() as pillow, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
