@@ -37,10 +37,10 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None):
     return model, meta, dataset
 
 
-def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=False):
+def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=False, features=False):
     """Logits of all pictures on the host, with a progress bar if it takes over a second.
 
-    Shapes  images (n, H, W, C)  ->  logits (n, K)
+    Shapes  images (n, H, W, C)  ->  logits (n, K); with ``features`` what the head reads instead, see `ViT.features`
     With ``flip``, a picture's logits are the mean of its own and of its mirror image's.
     """
     views = [images, images[:, :, ::-1]] if flip else [images]
@@ -50,15 +50,16 @@ def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=F
     else:
         use_device(device)
         engine = CudaEngine(ViT(model.config, flat=to_device(model.flat, device)))
-    logits = []  # of each view
+    results = []  # of each view
     with engine, bar, quiet_overflow():
         for view in views:
             parts = []
             for i in range(0, len(view), CHUNK):
-                parts.append(to_host(engine.predict(to_device(view[i : i + CHUNK], device))))
+                chunk = to_device(view[i : i + CHUNK], device)
+                parts.append(to_host(engine.predict(chunk, features=features)))
                 bar.update(len(parts[-1]))
-            logits.append(np.concatenate(parts))
-    return (logits[0] + logits[1]) / 2 if flip else logits[0]
+            results.append(np.concatenate(parts))
+    return (results[0] + results[1]) / 2 if flip else results[0]
 
 
 def check_finite(logits, path):
