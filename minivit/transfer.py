@@ -227,17 +227,22 @@ def unit_length(x):
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), TINY)
 
 
+def check_neighbours(n, k, temperature):
+    """Raises InputError if k is not in 1 .. n, or the temperature is not above 0."""
+    if not 1 <= k <= n:
+        raise InputError(f"k must be at least 1 and at most {n}, the number of training pictures; got {k}")
+    if not temperature > 0.0:
+        raise InputError(f"the temperature must be above 0, got {temperature:g}")
+
+
 def nearest_neighbours(train, labels, test, num_classes, *, k=NEIGHBOURS, temperature=TEMPERATURE, chunk=256):
     """Votes of the k nearest training pictures for their classes.
 
     Math    votes_c = sum of exp(s_j / T) over the k largest cosines s_j whose picture is of class c, scaled to sum to 1
     Shapes  train (n, d), labels (n,), test (m, d)  ->  (m, K) float64
-    Raises  InputError: k is not in 1 .. n, or the temperature is not above 0.
+    Raises  InputError: see `check_neighbours`.
     """
-    if not 1 <= k <= len(train):
-        raise InputError(f"k must be at least 1 and at most {len(train)}, the number of training pictures; got {k}")
-    if not temperature > 0.0:
-        raise InputError(f"the temperature must be above 0, got {temperature:g}")
+    check_neighbours(len(train), k, temperature)
     train, test = unit_length(train), unit_length(test)
     votes = np.zeros((len(test), num_classes))
     for i in range(0, len(test), chunk):

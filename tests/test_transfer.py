@@ -84,7 +84,9 @@ def test_examples_are_drawn_class_by_class_from_one_generator():
         np.testing.assert_array_equal(few_shot_rows(labels, 3, shots, seed=7), expected)
     assert len(few_shot_rows(labels, 3, 3, seed=7)) == 8  # class 2 has two examples alone
     assert set(few_shot_rows(labels, 3, 1, seed=7)) < set(few_shot_rows(labels, 3, 2, seed=7))
-    assert any(few_shot_rows(labels, 3, 1, seed=s).tolist() != few_shot_rows(labels, 3, 1).tolist() for s in range(1, 5))
+    assert any(
+        few_shot_rows(labels, 3, 1, seed=s).tolist() != few_shot_rows(labels, 3, 1).tolist() for s in range(1, 5)
+    )
 
 
 def test_few_shot_is_its_parts():

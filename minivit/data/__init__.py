@@ -28,10 +28,12 @@ from minivit.data.operations import POLICIES, auto_augment, operate, rand_augmen
 from minivit.errors import InputError
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
+FOLDERS = ("folder",)  # whose pictures have no size of their own
 
 __all__ = [
     "CROP_MODES",
     "DATASETS",
+    "FOLDERS",
     "POLICIES",
     "Dataset",
     "augment",
