@@ -168,7 +168,7 @@ class Engine:
     def predict(self, images, model=None, *, features=False):
         """Logits of any number of pictures, streamed through the workers without caches.
 
-        Shapes  images (n, H, W, C)  ->  logits (n, K); with ``features`` what the head reads instead, see `ViT.features`
+        Shapes  images (n, H, W, C)  ->  logits (n, K); with ``features`` what the head reads, see `ViT.features`
         ``model`` may be another one of the same configuration (averaged weights). The cuts, and hence the logits to the
         last bit, depend on ``micro_batch`` alone, not on the workers.
         """

@@ -46,7 +46,7 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_clas
 def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=False, features=False):
     """Logits of all pictures on the host, with a progress bar if it takes over a second.
 
-    Shapes  images (n, H, W, C)  ->  logits (n, K); with ``features`` what the head reads instead, see `ViT.features`
+    Shapes  images (n, H, W, C)  ->  logits (n, K); with ``features`` what the head reads, see `ViT.features`
     With ``flip``, a picture's logits are the mean of its own and of its mirror image's.
     """
     views = [images, images[:, :, ::-1]] if flip else [images]

@@ -432,7 +432,7 @@ class ViT:
     def features(self, images):
         """What the head reads, with no dropout: a picture as the model sees it, for other classifiers to start from.
 
-        Math    y of Eq. 4: after the final LayerNorm, the pooling, and the tanh of a pre-logits layer where there is one
+        Math    y of Eq. 4: after the final LayerNorm, the pooling, and the tanh of a pre-logits layer if there is one
         Shapes  images (B, H, W, C)  ->  (B, R), or (B, D) without a pre-logits layer
         """
         return self._predicted(images)[1].head.x

@@ -17,12 +17,13 @@ Linear probe
 
         J(W, b) = 1/n sum_i crossentropy(x_i W + b, label_i) + l2/2 ||W||^2.
 
-    J is convex, so that its minimum is where the gradient is zero, however it is reached; L-BFGS gets there. The penalty
-    is the one that does best on a tenth of the training pictures, which the others do not see; then all are fitted.
+    J is convex, so that its minimum is where the gradient is zero, however it is reached; L-BFGS gets there. Of several
+    penalties the one is taken that does best on a tenth of the training pictures, which are held out; then all are
+    fitted.
 
 Weighted nearest neighbours (Wu et al. 2018, arXiv:1805.01978; as DINO, arXiv:2104.14294, evaluates it)
-    Features are scaled to length 1. The k training pictures of the largest cosine s_j with a test picture vote for their
-    own classes, each with the weight exp(s_j / T), k = 20 and T = 0.07.
+    Features are scaled to length 1. The k training pictures of the largest cosine s_j with a test picture vote for
+    their own classes, each with the weight exp(s_j / T), k = 20 and T = 0.07.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def logistic_loss(theta, x, labels, num_classes, l2):
 def minimise(function, theta, *, tolerance=1e-6, steps=1000, memory=10):
     """L-BFGS: the minimum of a smooth convex function, from its values and gradients.
 
-    Math    theta <- theta - t H g, where H is what the last few steps s and changes y of the gradient say of the inverse
+    Math    theta <- theta - t H g, where H is what the last few steps s and the gradient's changes y say of the inverse
             Hessian, H y = s, and t is 1, or halved until the function falls by 1e-4 of what its slope promises
     Shapes  ``function(theta) -> value, gradient``; theta (n,)  ->  (n,)
     Ends where no entry of the gradient exceeds ``tolerance``, after ``steps``, or where rounding allows no step.

@@ -1,4 +1,4 @@
-"""What a checkpoint's features are worth: classifiers on top of the frozen model, few-shot, linear probe or neighbours."""
+"""What a checkpoint's features are worth: few-shot, linear probe or nearest neighbours on the frozen model."""
 
 import sys
 from pathlib import Path
@@ -21,9 +21,9 @@ examples:
   python scripts/transfer.py runs/cifar10/last.npz --data cifar100 --method probe    classes it was not trained for
   python scripts/transfer.py runs/digits/last.npz --method knn --k 5
 
-The features are what the head reads. fewshot: regularised least squares from a few examples of each class, the mean over
-seeds; probe: logistic regression on all training pictures, its penalty chosen on a tenth of them; knn: votes of the
-nearest training pictures by cosine. See python -m pydoc minivit.transfer.
+The features are what the head reads. fewshot: regularised least squares from a few examples of each class, the mean
+over seeds; probe: logistic regression on all training pictures, its penalty chosen on a tenth of them; knn: votes of
+the nearest training pictures by cosine. See python -m pydoc minivit.transfer.
 """
 
 
