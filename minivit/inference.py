@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from minivit import checkpoint
 from minivit.backend import to_device, to_host, use_device
-from minivit.data import FOLDERS, load
+from minivit.data import FOLDERS, load, mirrored
 from minivit.engine import Engine
 from minivit.engine_cuda import CudaEngine
 from minivit.errors import InputError
@@ -49,7 +49,7 @@ def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=F
     Shapes  images (n, H, W, C)  ->  logits (n, K); with ``features`` what the head reads, see `ViT.features`
     With ``flip``, a picture's logits are the mean of its own and of its mirror image's.
     """
-    views = [images, images[:, :, ::-1]] if flip else [images]
+    views = [images, mirrored(images)] if flip else [images]
     bar = tqdm(total=len(views) * len(images), desc="pictures", unit="", delay=1, disable=None)
     if device == "cpu":
         engine = Engine(model, workers=workers, micro_batch=micro_batch)

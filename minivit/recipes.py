@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minivit.cli import add_settings, given, read_toml
-from minivit.data import DATASETS, load
+from minivit.data import DATASETS, FOLDERS, load
 from minivit.errors import InputError
 from minivit.model import ViTConfig, preset_fields
 from minivit.settings import field_names
@@ -103,7 +103,7 @@ def prepare(recipe):
     """
     data, model, train = recipe
     config = TrainConfig(**train)
-    image_size = data["image_size"] or (model.get("image_size") if data["data"] == "folder" else None)
+    image_size = data["image_size"] or (model.get("image_size") if data["data"] in FOLDERS else None)
     dataset = load(data["data"], data["data_dir"], image_size=image_size)
     _, size, _, channels = dataset.train_images.shape
     fitted = {"image_size": size, "channels": channels, "num_classes": len(dataset.class_names)}
