@@ -1,7 +1,6 @@
 """Pictures that stay files until a batch asks for them: what is found, how it is cut out, and runs that resume."""
 
 import json
-import math
 import time
 
 import numpy as np
@@ -224,11 +223,17 @@ def test_boxes_have_the_area_and_the_shape_that_was_asked_for():
     assert 0.078 < min(shares) < 0.085 and max(shares) > 0.97
     assert 0.745 < min(ratios) < 0.76 and 1.32 < max(ratios) < 1.345
     np.testing.assert_allclose(np.mean(places, axis=0), 0.5, atol=0.03)
-    small = [math.log(r) for r, s in zip(ratios, shares, strict=True) if s < 0.5]  # these always fit
-    assert abs(np.mean(small)) < 0.02  # log-uniform: as often upright as lying
     share = np.array(shares)
     assert abs(np.mean(share[share < 0.5]) - 0.29) < 0.01  # uniform between 0.08 and 0.5
     assert inception_box(W, H, np.array([[0.5, 0.5, 0.0, 0.0]]), 0.08)[:2] == (0, 0)
+
+
+def test_boxes_of_known_numbers():
+    """A quarter of 400 x 300 pixels: square at r = 1/2, 200 x 150 at r = 1, 150 x 200 at r = 0; u is across, v down."""
+    for r, size in ((0.5, (173, 173)), (1.0, (200, 150)), (0.0, (150, 200)), (0.75, (186, 161))):
+        left, top, right, bottom = inception_box(400, 300, np.array([[0.0, r, 0.75, 0.25]]), 0.25)
+        assert (right - left, bottom - top) == size
+        assert (left, top) == (int(0.25 * (401 - size[0])), int(0.75 * (301 - size[1])))
 
 
 def test_a_box_that_never_fits_is_the_largest_at_the_centre():
@@ -279,12 +284,13 @@ def test_batches_are_functions_of_seed_epoch_and_index(shared):
     np.testing.assert_array_equal(np.concatenate(labels), data.train_labels[::-1])
 
 
-def test_a_picture_that_is_repeated_in_a_batch_is_cut_anew(shared):
+def test_a_picture_is_cut_anew_each_time(shared):
+    """Twice in a batch, as repeated augmentation has it, and once more in the next batch."""
     data = load("imagefolder", shared, image_size=14)
-    ((_, images, _),) = batches(
-        data.train_images, data.train_labels, np.array([3, 3]), 2, seed=0, epoch=0, crop_area=0.1
-    )
-    assert not np.array_equal(images[0], images[1])
+    order = np.array([3, 3, 3])
+    stream = batches(data.train_images, data.train_labels, order, 2, seed=0, epoch=0, crop_area=0.1)
+    (first_, second), (third,) = (images for _, images, _ in stream)
+    assert not np.array_equal(first_, second) and not np.array_equal(first_, third)
 
 
 def test_crops_have_a_stream_of_their_own():
