@@ -86,7 +86,7 @@ def main(argv=None):
     parser.add_argument("--k", type=int, default=transfer.NEIGHBOURS, metavar="N", help="knn: neighbours [20]")
     parser.add_argument("--temperature", type=float, default=transfer.TEMPERATURE, metavar="X",
                         help="knn: a neighbour of cosine s has the weight exp(s / X) [0.07]")  # fmt: skip
-    parser.add_argument("--untrained", action="store_true", help="compare with the model as it was initialised")
+    parser.add_argument("--untrained", action="store_true", help="compare with the same model, initialised at random")
     parser.add_argument("--pixels", action="store_true", help="compare with the pixels themselves")
     parser.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
                         help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip

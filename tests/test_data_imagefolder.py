@@ -398,7 +398,10 @@ def test_the_scripts(root, tmp_path, call, no_figures):
     assert ended.status == 0 and ended.err == "", ended.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert json.loads((tmp_path / "e.json").read_text())["accuracy"] == summary["test_accuracy"]
-    assert call("predict", tmp_path / "run" / LAST, "--test", 0, 5).status == 0
+    file = root / "val" / CLASSES[0] / "ILSVRC2012_val_00000001.JPEG"
+    ended = call("predict", tmp_path / "run" / LAST, file, "--test", 0, "--json", tmp_path / "p.json")
+    from_file, from_set = json.loads((tmp_path / "p.json").read_text())["predictions"]
+    assert ended.status == 0 and from_file["top"] == from_set["top"]
     assert call("transfer", tmp_path / "run" / LAST, "--shots", 1, "--pixels").status == 0
     ended = call("data", "info", "imagefolder", "--data-dir", root, "--image-size", 8, "--json", tmp_path / "i.json")
     facts = json.loads((tmp_path / "i.json").read_text())
