@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from minivit.data import chosen
 from minivit.errors import InputError
 from minivit.train import Trainer
 
@@ -35,8 +36,8 @@ def seconds_of_training(dataset, model, config, steps):
     """Wall time of a run of so many steps, which leaves nothing behind."""
     count = min(steps * config.batch_size * config.accumulate, len(dataset.train_images))
     few = dataset._replace(
-        train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count],
-        test_images=dataset.test_images[:1], test_labels=dataset.test_labels[:1],
+        train_images=chosen(dataset.train_images, slice(count)), train_labels=dataset.train_labels[:count],
+        test_images=chosen(dataset.test_images, slice(1)), test_labels=dataset.test_labels[:1],
     )  # fmt: skip
     config = replace(config, epochs=1, steps=0, checkpoint_seconds=1e9)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

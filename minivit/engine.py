@@ -173,20 +173,22 @@ class Engine:
         self.model.backward(dlogits, cache, grads)
         return StepResult(loss, correct_count(logits, labels))
 
-    def predict(self, images, model=None):
+    def predict(self, images, model=None, *, features=False):
         """Logits of any number of pictures, streamed through the workers without caches.
 
-        Shapes  images (n, H, W, C)  ->  logits (n, K)
+        Shapes  images (n, H, W, C)  ->  logits (n, K); with ``features`` what the head reads, see `ViT.features`
         ``model`` may be another one of the same configuration (averaged weights). The cuts, and hence the logits to the
         last bit, depend on ``micro_batch`` alone, not on the workers.
         """
         model = model or self.model
-        logits = array_module(model.flat).empty((len(images), model.config.num_classes), model.flat.dtype)
+        c, function = model.config, model.features if features else model.predict
+        width = c.num_features if features else c.num_classes
+        results = array_module(model.flat).empty((len(images), width), model.flat.dtype)
         parts = [slice(i, i + self.micro_batch) for i in range(0, len(images), self.micro_batch)]
 
         def work(w):
             for part in parts[w :: self.workers]:
-                logits[part] = model.predict(images[part])
+                results[part] = function(images[part])
 
         list(self._pool.map(work, range(self.workers)))
-        return logits
+        return results

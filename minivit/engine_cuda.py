@@ -66,13 +66,14 @@ class CudaEngine(Engine):
         self._freeze()
         return StepResult(sum(r.loss for r in results), sum(r.correct for r in results))
 
-    def predict(self, images, model=None):
-        """See `Engine.predict`."""
+    def predict(self, images, model=None, *, features=False):
+        """See `Engine.predict`; pictures that lie on the host are fetched a part at a time."""
         model = model or self.model
-        size = self.micro_batch or PREDICT
+        function = model.features if features else model.predict
+        xp, size = array_module(model.flat), self.micro_batch or PREDICT
         with cuda.rounded(model.flat):
-            parts = [model.predict(images[i : i + size]) for i in range(0, len(images), size)]
-        return array_module(model.flat).concatenate(parts)
+            parts = [function(xp.asarray(images[i : i + size])) for i in range(0, len(images), size)]
+        return xp.concatenate(parts)
 
 
 def _free_memory(array):

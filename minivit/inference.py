@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from minivit import checkpoint
 from minivit.backend import to_device, to_host, use_device
+from minivit.data import FOLDERS, load, mirrored
 from minivit.engine import Engine
 from minivit.engine_cuda import CudaEngine
 from minivit.errors import InputError
@@ -18,18 +19,23 @@ from minivit.train import dataset_of, quiet_overflow
 CHUNK = 512  # pictures between two steps of the progress bar
 
 
-def load_with_data(path, *, weights="auto", name=None, data_dir=None):
+def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_classes=False):
     """A checkpoint's model and meta (see `checkpoint.load_model`), and the data set that it is to be tested on.
 
+    ``other_classes``: the data set that is named may have others than the model.
     Returns  (ViT, meta, Dataset)
     Raises  InputError: the checkpoint or the data are missing or damaged, or the pictures or classes are not the
     model's.
     """
     path = Path(path)
     model, meta = checkpoint.load_model(path, weights=weights)
-    dataset = dataset_of(meta, path, name=name, data_dir=data_dir)
-    shape, classes, c = dataset.test_images.shape[1:], len(dataset.class_names), model.config
-    if shape != (c.image_size, c.image_size, c.channels) or classes != c.num_classes:
+    c = model.config
+    if name is not None and other_classes:
+        dataset = load(name, data_dir or "data", image_size=c.image_size if name in FOLDERS else None)
+    else:
+        dataset = dataset_of(meta, path, name=name, data_dir=data_dir)
+    shape, classes = dataset.test_images.shape[1:], len(dataset.class_names)
+    if shape != (c.image_size, c.image_size, c.channels) or (classes != c.num_classes and not other_classes):
         raise InputError(
             f"{path} takes {c.image_size}x{c.image_size}x{c.channels} pictures of {c.num_classes} "
             f"classes; {dataset.name} has {'x'.join(map(str, shape))} pictures of {classes}"
@@ -37,34 +43,35 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None):
     return model, meta, dataset
 
 
-def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=False):
+def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=False, features=False):
     """Logits of all pictures on the host, with a progress bar if it takes over a second.
 
-    Shapes  images (n, H, W, C)  ->  logits (n, K)
+    Shapes  images (n, H, W, C)  ->  logits (n, K); with ``features`` what the head reads, see `ViT.features`
     With ``flip``, a picture's logits are the mean of its own and of its mirror image's.
     """
-    views = [images, images[:, :, ::-1]] if flip else [images]
+    views = [images, mirrored(images)] if flip else [images]
     bar = tqdm(total=len(views) * len(images), desc="pictures", unit="", delay=1, disable=None)
     if device == "cpu":
         engine = Engine(model, workers=workers, micro_batch=micro_batch)
     else:
         use_device(device)
         engine = CudaEngine(ViT(model.config, flat=to_device(model.flat, device)))
-    logits = []  # of each view
+    results = []  # of each view
     with engine, bar, quiet_overflow():
         for view in views:
             parts = []
             for i in range(0, len(view), CHUNK):
-                parts.append(to_host(engine.predict(to_device(view[i : i + CHUNK], device))))
+                chunk = to_device(view[i : i + CHUNK], device)
+                parts.append(to_host(engine.predict(chunk, features=features)))
                 bar.update(len(parts[-1]))
-            logits.append(np.concatenate(parts))
-    return (logits[0] + logits[1]) / 2 if flip else logits[0]
+            results.append(np.concatenate(parts))
+    return (results[0] + results[1]) / 2 if flip else results[0]
 
 
-def check_finite(logits, path):
+def check_finite(numbers, path, what="logits"):
     """Raises InputError if a checkpoint's logits hold a number that is not finite."""
-    if not np.isfinite(logits).all():
-        raise InputError(f"{path} gives logits that are not finite numbers: its parameters are far too large")
+    if not np.isfinite(numbers).all():
+        raise InputError(f"{path} gives {what} that are not finite numbers: its parameters are far too large")
 
 
 def attention_map(attention, pooling, registers=0):

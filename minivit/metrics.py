@@ -19,15 +19,23 @@ Temperature (the same paper, section 4.2)
     logsumexp is convex, hence so is NLL(b): NLL' rises, and the b where it is 0 is found by bisection. There is none
     if NLL'(0) >= 0, when no b > 0 beats equal probabilities (T is infinite), or if every prediction is right, when
     NLL falls for ever as b grows (T is 0).
+
+ReaL (Beyer, Henaff, Kolesnikov, Zhai and van den Oord 2020, "Are we done with ImageNet?", arXiv:2006.07159)
+    ImageNet's validation pictures were labelled again, each with all the classes that are to be seen. A prediction is
+    right if it is one of them; pictures of which people found no class are left out.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from minivit.errors import InputError
 from minivit.layers.softmax import softmax_forward
 from minivit.loss import softmax_cross_entropy_forward
 
@@ -64,6 +72,55 @@ def measure(logits, labels, class_names):
     ]
     figures["confusion"] = confusion.tolist()
     return figures, confusion
+
+
+def read_real(path, names, num_classes):
+    """The reassessed labels of ImageNet validation pictures, from the official ``real.json``.
+
+    The file is a list with a list of classes for each picture, ILSVRC2012_val_00000001.JPEG first.
+
+    Shapes  names (n,), of files, in any order  ->  n lists of classes; those of unknown pictures are empty there
+    Raises  InputError: no such file, it is another one, a name is none of an ImageNet validation picture, or no picture
+    has a label.
+    """
+    try:
+        listed = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"there is no file {path}; real.json is at github.com/google-research/reassessed-imagenet"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a JSON file: {error}") from None
+    if not isinstance(listed, list) or not all(
+        isinstance(classes, list) and all(type(k) is int and 0 <= k < num_classes for k in classes)
+        for classes in listed
+    ):
+        raise InputError(f"{path} must hold a list with a list of classes, 0 to {num_classes - 1}, for each picture")
+    if not names:
+        raise InputError(
+            f"{path} is about the files of ImageNet's validation pictures: use --data folder or imagefolder"
+        )
+    found = []
+    for name in names:
+        match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.\w+", name)
+        if not match or not 1 <= int(match[1]) <= len(listed):
+            raise InputError(
+                f"{name} is none of the {len(listed):,} pictures of {path}, ILSVRC2012_val_00000001.JPEG, ..."
+            )
+        found.append(listed[int(match[1]) - 1])
+    if not any(found):
+        raise InputError(f"{path} has no label of any of the {len(names)} test pictures: there is nothing to count")
+    return found
+
+
+def real_accuracy(guesses, real):
+    """The share of predictions that are among a picture's reassessed labels, of pictures that have any.
+
+    Math    mean of [guess_i in real_i] over the i with real_i not empty
+    Shapes  guesses (n,) classes, real n lists of classes, not all empty  ->  accuracy, and how many were counted
+    """
+    right = [guess in classes for guess, classes in zip(guesses.tolist(), real, strict=True) if classes]
+    return sum(right) / len(right), len(right)
 
 
 class Calibration(NamedTuple):

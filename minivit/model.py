@@ -171,6 +171,11 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
     @property
+    def num_features(self):
+        """How many numbers the head reads: R with a pre-logits layer, else D."""
+        return self.pre_logits or self.width
+
+    @property
     def num_tokens(self):
         """N: the patches, the registers, and the class token if there is one."""
         return self.grid_size**2 + self.registers + (self.pooling == "cls")
@@ -270,7 +275,7 @@ def parameter_table(config):
         dense("attention_pool", D, 1, normal(0.02))
     if c.pre_logits:
         dense("pre_logits", D, c.pre_logits, lecun_normal(D))
-    dense("head", c.pre_logits or D, c.num_classes, zeros)
+    dense("head", c.num_features, c.num_classes, zeros)
     return tuple(table)
 
 
@@ -535,10 +540,21 @@ class ViT:
 
         Shapes  images (B, H, W, C)  ->  logits (B, K)
         """
+        return self._predicted(images)[0]
+
+    def features(self, images):
+        """What the head reads, with no dropout: a picture as the model sees it, for other classifiers to start from.
+
+        Math    y of Eq. 4: after the final LayerNorm, the pooling, and the tanh of a pre-logits layer if there is one
+        Shapes  images (B, H, W, C)  ->  (B, R), or (B, D) without a pre-logits layer
+        """
+        return self._predicted(images)[1].head.x
+
+    def _predicted(self, images):
         z, *_ = self._embed(images, None)
         for i in range(self.config.depth):
             z, _ = self._block(i, self._position(i, z)[0], None)
-        return self._head(z)[0]
+        return self._head(z)
 
     def intermediates(self, images):
         """Logits, attention maps and token features of every block, with no dropout.

@@ -816,3 +816,26 @@ def save_sweep(path, table):
     _style(axes, "test accuracy after the last epoch, % (dots: seeds, line: mean)", "", label(table["title"], 90))
     axes.grid(axis="y", visible=False)
     _save(figure, path)
+
+
+def save_few_shot(path, results, *, title=""):
+    """Accuracy against examples of each class: a line for each row of ``results``, a band of one deviation over seeds.
+
+    ``results``: as `scripts/transfer.py` writes them, rows with mean and spread for each number of ``shots``
+    """
+    figure = _figure(6.4, 4.2)
+    axes = figure.subplots()
+    for row, color in zip(results["rows"], (OURS, BAD, THEIRS), strict=False):
+        shots = [each["shots"] for each in row["accuracies"]]
+        mean = 100 * np.array([each["mean"] for each in row["accuracies"]])
+        spread = 100 * np.array([each["spread"] or 0.0 for each in row["accuracies"]])
+        axes.plot(shots, mean, "o-", color=color, lw=1.8, ms=5, label=label(row["features"], 40))
+        axes.fill_between(shots, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
+    axes.set_xscale("log")
+    axes.set_xticks(shots, [str(count) for count in shots])
+    axes.minorticks_off()
+    axes.axhline(100 / results["classes"], color=INK, ls=":", lw=1, zorder=0, label="chance")
+    axes.set_ylim(bottom=0)
+    _style(axes, "training pictures of each class", "test accuracy, %", label(title, 60))
+    axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)

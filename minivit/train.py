@@ -40,6 +40,7 @@ from minivit import __version__, checkpoint
 from minivit import params as parameters
 from minivit.backend import device_name, erf, find_device, to_device, to_host, use_device
 from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
+from minivit.data import is_lazy, mirrored
 from minivit.data import load as load_data
 from minivit.data.augment import CROP_MODES
 from minivit.data.loader import batches, epoch_order, is_epoch_order
@@ -101,6 +102,9 @@ class TrainConfig:
     policy: str = setting("none", "an operation or two on each picture: none, trivial, rand or auto(Augment)")
     rand_count: int = setting(2, "operations on a picture with the policy rand")
     rand_magnitude: int = setting(9, "their strength, 0 to 30")
+    crop_area: float = setting(
+        0.0, "of data imagefolder: train on random parts of at least this share of a picture's area; 0 for its centre"
+    )
     crop_padding: int = setting(0, "random crops after padding by so many pixels")
     crop_mode: str = setting("zero", "what the padding shows: zero (black) or reflect (the picture mirrored)")
     flip: bool = setting(False, "random horizontal flips")
@@ -160,7 +164,7 @@ class TrainConfig:
         )
         check_range(self, 0.0, 100.0, "sam")
         check_range(self, 1e-3, 1.0, "layer_decay")
-        check_range(self, 0.0, 1.0, "cooldown", "half_size")
+        check_range(self, 0.0, 1.0, "cooldown", "half_size", "crop_area")
         check_choice(self, "init", INITS)
         if self.sam and self.accumulate > 1:
             raise InputError("sam takes each batch's gradient twice; leave accumulate at 1")
@@ -198,7 +202,7 @@ def loading_settings(config, num_classes):
             "num_classes": num_classes, "mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix,
             "probability": config.mix_probability,
         }  # fmt: skip
-    return {"mixing": mixing, **{name: getattr(config, name) for name in AUGMENTATION}}
+    return {"mixing": mixing, "crop_area": config.crop_area, **{name: getattr(config, name) for name in AUGMENTATION}}
 
 
 def refuse_used(folder):
@@ -210,10 +214,13 @@ def refuse_used(folder):
 
 
 def fingerprint(dataset):
-    """A number that tells whether two data sets hold the same training pictures, labels and test pictures."""
+    """A number that tells whether two data sets hold the same training pictures, labels and test pictures.
+
+    Of pictures that are files it sees names and lengths.
+    """
     crc = 0
     for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
-        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+        crc = zlib.crc32(array.identity if is_lazy(array) else np.ascontiguousarray(array), crc)
     return crc
 
 
@@ -278,7 +285,7 @@ def evaluate(engine, model, images, labels, *, flip=False):
     """
     logits, labels = to_host(engine.predict(images, model)), to_host(labels)
     if flip:
-        logits = (logits + to_host(engine.predict(images[:, :, ::-1], model))) / 2
+        logits = (logits + to_host(engine.predict(mirrored(images), model))) / 2
     loss, _ = softmax_cross_entropy_forward(logits.astype(np.float64), labels)
     return float(loss), float((logits.argmax(axis=1) == labels).mean()), logits
 
@@ -356,13 +363,15 @@ class Trainer:
             )
         if config.cutout >= height:
             raise InputError(f"cutout {config.cutout} may hide whole pictures; they have {height} pixels")
+        if config.crop_area and not is_lazy(dataset.train_images):
+            raise InputError(f"crop_area cuts pictures out of larger files; {dataset.name} has none: leave it 0")
         _check_memory(model_config, config)
         if model_config.gelu == "erf":
             erf(np.zeros(1))  # SciPy is optional: say so before anything is written
         self.fingerprint = fingerprint(dataset)
         use_device(self.device)
         self._train_data, self._test_data = (
-            [to_device(array, self.device) for array in split]
+            [array if is_lazy(array) else to_device(array, self.device) for array in split]
             for split in ((dataset.train_images, dataset.train_labels), (dataset.test_images, dataset.test_labels))
         )
         self.origin = start.origin if start else None

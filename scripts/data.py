@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   python scripts/data.py info digits
   python scripts/data.py info cifar100 --data-dir ~/datasets --json cifar100.json
   python scripts/data.py info folder --data-dir my_pictures --image-size 64
+  python scripts/data.py info imagefolder --data-dir imagenet     reads every training picture: finds the broken ones
 """
 
 
@@ -23,12 +24,12 @@ def channel_statistics(images):
     ------
     images (n, H, W, C) uint8 -> two lists of C floats.
     """
-    total = squares = 0
+    total = squares = count = 0
     for i in range(0, len(images), 1000):  # in pieces: the wider integers take 8 bytes a pixel
         pixels = images[i : i + 1000].reshape(-1, images.shape[-1]).astype(np.int64)
         total += pixels.sum(axis=0)
         squares += np.einsum("pc,pc->c", pixels, pixels)
-    count = images[..., 0].size
+        count += len(pixels)
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))  # rounding may go below 0
     return (mean / 255).tolist(), (std / 255).tolist()
@@ -88,7 +89,9 @@ def parser():
     info.add_argument("name", choices=DATASETS)
     for command in (get, info):
         command.add_argument("--data-dir", default="data", metavar="DIR", help="default: %(default)s")
-    info.add_argument("--image-size", type=int, metavar="N", help="scale to N x N [as they are; for folder, 32]")
+    info.add_argument(
+        "--image-size", type=int, metavar="N", help="scale to N x N [as they are; folder: 32, imagefolder: 224]"
+    )
     info.add_argument("--json", type=output_file, metavar="FILE", help="also write the facts to FILE")
     return main_parser
 

@@ -10,7 +10,7 @@ from minivit.backend import device_name, find_device
 from minivit.cli import Parser, output_file, run
 from minivit.data import DATASETS
 from minivit.inference import check_finite, load_with_data, predict_all
-from minivit.metrics import measure
+from minivit.metrics import measure, read_real, real_accuracy
 from minivit.train import check_workers, fingerprint, write_json
 
 EXAMPLES = """
@@ -18,6 +18,7 @@ examples:
   python scripts/evaluate.py runs/digits/last.npz
   python scripts/evaluate.py runs/cifar10/last.npz --data-dir ~/datasets --json result.json
   python scripts/evaluate.py runs/pets/last.npz --data-dir more_pets --weights params --out more_pets_result
+  python scripts/evaluate.py runs/imagefolder/last.npz --real real.json             ImageNet, and ImageNet-ReaL
 """
 
 
@@ -26,6 +27,8 @@ def show(facts):
     print(f"accuracy   {facts['accuracy']:.2%}")
     if "top5_accuracy" in facts:
         print(f"top 5      {facts['top5_accuracy']:.2%}")
+    if "real_accuracy" in facts:
+        print(f"ReaL       {facts['real_accuracy']:.2%} of the {facts['real_images']:,} pictures that have its labels")
     print(f"loss       {facts['loss']:.4f}")
     print(f"speed      {facts['images_per_second']:,.0f} pictures/s "
           + (f"with {facts['workers']} workers" if facts["device"] == "cpu" else f"on {facts['device']}"))  # fmt: skip
@@ -50,6 +53,7 @@ def main(argv=None):
     parser.add_argument("--out", metavar="DIR", help="folder for confusion-NAME.png [the checkpoint's]")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction,
                         help="test with the mean over each picture and its mirror image [as the run did]")  # fmt: skip
+    parser.add_argument("--real", metavar="FILE", help="ImageNet's reassessed labels, real.json: accuracy by them too")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every figure as JSON")
     arguments = parser.parse_args(argv)
     workers, device = check_workers(arguments.workers), find_device(arguments.device)
@@ -65,6 +69,7 @@ def main(argv=None):
         print(
             "warning: these are not the pictures of its training run, perhaps another version of them", file=sys.stderr
         )
+    real = read_real(arguments.real, dataset.test_names, len(names)) if arguments.real else None
     out = Path(arguments.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -76,6 +81,8 @@ def main(argv=None):
     seconds = time.perf_counter() - started
     check_finite(logits, path)
     figures, confusion = measure(logits, labels, names)
+    if real is not None:
+        figures["real_accuracy"], figures["real_images"] = real_accuracy(logits.argmax(axis=1), real)
     facts = {
         "checkpoint": str(path),
         "weights": meta["weights"],

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from minivit import ViT, checkpoint, plots
 from minivit.backend import find_device, to_device, to_host, use_device
 from minivit.cli import Parser, output_file, run
-from minivit.data import read_image
+from minivit.data import LazyPictures, read_image
 from minivit.errors import InputError
 from minivit.inference import attention_map, check_finite
 from minivit.layers.softmax import softmax_forward
@@ -59,9 +59,15 @@ def array_picture(path, size, channels):
     return image.astype(np.float32)
 
 
-def file_picture(path, size, channels):
-    """A picture file as the model takes it: (size, size, channels) uint8; one channel is the luminance."""
-    image = read_image(path, size)  # (size, size, 3)
+def file_picture(path, size, channels, trained_on=None):
+    """A picture file as the model takes it: (size, size, channels) uint8; one channel is the luminance.
+
+    It is cut out as the test pictures of the data that the model was ``trained_on`` are.
+    """
+    lazily = trained_on == "imagefolder"
+    image = (
+        LazyPictures(path.parent, [path.name], [0], size)[0] if lazily else read_image(path, size)
+    )  # (size, size, 3)
     if channels == 3:
         return image
     if channels == 1:
@@ -87,14 +93,17 @@ def free_name(stem, taken):
 def gather(arguments, model, meta):
     """Every picture that was named: a list of (name, picture, true class or None)."""
     size, channels = model.config.image_size, model.config.channels
+    described = meta["data"] if isinstance(meta.get("data"), dict) else {}
     pictures = []
     for path in map(Path, arguments.images):
         if not path.exists():
             raise InputError(f"there is no picture {path}")
         if path.is_dir():
             raise InputError(f"{path} is a folder; name the pictures in it")
-        read = array_picture if path.suffix.lower() == ".npy" else file_picture
-        image = read(path, size, channels)
+        if path.suffix.lower() == ".npy":
+            image = array_picture(path, size, channels)
+        else:
+            image = file_picture(path, size, channels, described.get("data"))
         if arguments.invert:
             image = 255 - image if image.dtype == np.uint8 else -image
         pictures.append((path.stem, image, None))

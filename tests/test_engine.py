@@ -125,6 +125,14 @@ def test_predict_streams_every_picture(data):
         np.testing.assert_allclose(engine.predict(data[0], other), other.predict(data[0]), rtol=1e-10)
 
 
+def test_features_are_streamed_too(data):
+    model = model_of(pre_logits=7)
+    with Engine(model, workers=3, micro_batch=5) as engine:
+        features = engine.predict(data[0], features=True)
+    assert features.shape == (23, 7)
+    np.testing.assert_allclose(features, model.features(data[0]), rtol=1e-10)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("count", [0, 1, 23, 24, 25])
 def test_predict_cuts_by_the_micro_batch_alone_and_does_each_part_once(monkeypatch, workers, count):

@@ -1,13 +1,15 @@
 """Figures of predictions against values worked out by hand."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
+from minivit.errors import InputError
 from minivit.layers.softmax import softmax_forward
 from minivit.loss import softmax_cross_entropy_forward
-from minivit.metrics import best_temperature, calibration, measure
+from minivit.metrics import best_temperature, calibration, measure, read_real, real_accuracy
 
 
 def test_few_classes_have_no_top_five():
@@ -122,3 +124,40 @@ def test_where_no_temperature_is_best():
 def test_temperature_of_what_has_none(logits):
     with pytest.raises(ValueError, match="finite"):
         best_temperature(logits, np.zeros(len(logits), int))
+
+
+NAMES = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (4, 1, 3, 2)]  # in another order than the file's
+REAL = [[2], [0, 1], [], [1, 2], [0]]
+
+
+def test_real_accuracy_by_hand(tmp_path):
+    """Pictures 4, 1, 3, 2 have the labels {1, 2}, {2}, none and {0, 1}."""
+    (path := tmp_path / "real.json").write_text(json.dumps(REAL))
+    real = read_real(path, NAMES, 3)
+    assert real == [[1, 2], [2], [], [0, 1]]
+    assert real_accuracy(np.array([2, 2, 0, 2]), real) == (2 / 3, 3)
+    assert real_accuracy(np.array([1, 0, 0, 1]), real) == (2 / 3, 3)
+    assert real_accuracy(np.array([0, 0, 0, 2]), real) == (0.0, 3)
+    predictions = np.random.default_rng(0).integers(0, 3, 4)
+    official = [pred in real[i] for i, pred in enumerate(predictions) if real[i]]  # the authors' two lines
+    assert real_accuracy(predictions, real)[0] == np.mean(official)
+
+
+@pytest.mark.parametrize("content, names, message", [
+    (None, NAMES, "there is no file .*real.json"),
+    ("[[1], [2", NAMES, "is not a JSON file"),
+    ('{"a": [1]}', NAMES, "must hold a list with a list of classes, 0 to 2"),
+    ("[1, 2, 3, 4]", NAMES, "must hold a list with a list of classes"),
+    ("[[1], [2], [3], [0]]", NAMES, "must hold a list with a list of classes, 0 to 2"),
+    ("[[true], [2], [1], [0]]", NAMES, "must hold a list with a list of classes"),
+    ("[[1], [2], [0]]", NAMES, "ILSVRC2012_val_00000004.JPEG is none of the 3 pictures"),
+    (json.dumps(REAL), ["cat.png"], "cat.png is none of the 5 pictures"),
+    (json.dumps(REAL), ["ILSVRC2012_val_00000000.JPEG"], "is none of the 5 pictures"),
+    (json.dumps(REAL), (), "use --data folder or imagefolder"),
+    ("[[], [], [], []]", NAMES, "no label of any of the 4 test pictures"),
+])  # fmt: skip
+def test_real_labels_that_do_not_fit(tmp_path, content, names, message):
+    if content is not None:
+        (tmp_path / "real.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_real(tmp_path / "real.json", names, 3)

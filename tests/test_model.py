@@ -226,6 +226,38 @@ def test_predict_and_intermediates_are_the_forward_without_dropout(name):
     np.testing.assert_allclose(seen.attention[0].sum(axis=-1), 1.0)
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean", "seq"])
+@pytest.mark.parametrize("pre_logits", [0, 7])
+def test_features_are_what_the_head_reads(pooling, pre_logits):
+    """By hand from the tokens of the last block, in float64; and the head's product with them is the logits."""
+    config = ViTConfig(
+        image_size=8, patch_size=4, width=12, depth=2, num_heads=3, num_classes=5, pooling=pooling, registers=2,
+        pre_logits=pre_logits, dropout=0.3,
+    )  # fmt: skip
+    model = ViT(config, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    model.flat += 0.3 * rng.standard_normal(model.flat.shape)
+    images = rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    features, p = model.features(images), model.params
+    assert features.shape == (6, config.num_features) == (6, pre_logits or 12)
+    np.testing.assert_allclose(
+        features @ p["head.weight"] + p["head.bias"], model.predict(images), rtol=1e-12, atol=1e-12
+    )
+    z = model.intermediates(images).features[-1]
+    z = (z - z.mean(axis=-1, keepdims=True)) / np.sqrt(z.var(axis=-1, keepdims=True) + config.layernorm_eps)
+    z = z * p["norm.weight"] + p["norm.bias"]
+    if pooling == "cls":
+        y = z[:, 0]
+    else:
+        patches = z[:, 2:]
+        scores = 0.0 if pooling == "mean" else patches @ p["attention_pool.weight"]
+        weights = np.exp(scores) * np.ones((6, 4, 1))
+        y = (weights / weights.sum(axis=1, keepdims=True) * patches).sum(axis=1)
+    if pre_logits:
+        y = np.tanh(y @ p["pre_logits.weight"] + p["pre_logits.bias"])
+    np.testing.assert_allclose(features, y, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("pos_embed", ["learned", "sincos2d", "none"])
 @pytest.mark.parametrize("pooling", ["cls", "mean", "seq"])
 def test_registers_stand_behind_the_class_token_and_have_no_position(pooling, pos_embed):

@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pytest
+from PIL import Image
 
 from minivit import checkpoint, train
 from minivit.data import load
@@ -88,3 +90,35 @@ def test_pictures_of_another_size_are_refused(trained, tmp_path, call, monkeypat
     ended = call("evaluate", trained / LAST, "--out", tmp_path / "new")
     assert ended.status == 2 and "takes 8x8x1 pictures of 10 classes; digits has 16x8x1 pictures of 10" in ended.err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("data", ["folder", "imagefolder"])
+def test_reassessed_labels(tmp_path, call, no_figures, data):
+    """Validation pictures lie by class, not by number: their names say which labels are theirs."""
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("n01440764", "n01443537")):
+        for split in ("train", "test"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(3):
+                file = f"ILSVRC2012_val_{2 * i + 2 - k:08d}.PNG"
+                Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(
+                    tmp_path / "data" / split / name / file
+                )
+    run = tmp_path / "run"
+    flags = ["--data", data, "--data-dir", tmp_path / "data", "--config", "tests/tiny.toml", "--quiet", "--epochs", 1]
+    assert call("train", *flags, "--image-size", 8, "--out", run).status == 0
+    model, _ = checkpoint.load_model(run / LAST)
+    guesses = model.predict(load(data, tmp_path / "data", image_size=8).test_images[:]).argmax(axis=1)
+    truth = dict(zip([2, 4, 6, 1, 3, 5], guesses.tolist(), strict=True))  # by the numbers of the files
+    real = [[truth[1]], [], [1 - truth[3]], [0, 1], [truth[5]], [1 - truth[6]]]
+    (tmp_path / "real.json").write_text(json.dumps(real))
+    ended = call("evaluate", run / LAST, "--real", tmp_path / "real.json", "--json", tmp_path / "e.json")
+    facts = json.loads((tmp_path / "e.json").read_text())
+    assert ended.status == 0 and facts["real_accuracy"] == 0.6 and facts["real_images"] == 5
+    assert "ReaL       60.00% of the 5 pictures" in ended.out
+
+
+def test_reassessed_labels_are_imagenets(trained, tmp_path, call):
+    (tmp_path / "real.json").write_text("[[1]]")
+    ended = call("evaluate", trained / LAST, "--real", tmp_path / "real.json", "--out", tmp_path / "new")
+    assert ended.status == 2 and "ImageNet's validation pictures" in ended.err and not (tmp_path / "new").exists()

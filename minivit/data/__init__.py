@@ -6,6 +6,7 @@ name                  pictures                                             where
 digits                1,797 handwritten digits, 8 x 8 x 1                  shipped
 cifar10, cifar100     60,000 photographs, 32 x 32 x 3                      ``data_dir``
 folder                your own, ``data_dir/{train,test}/CLASS/*.png``      ``data_dir``
+imagefolder           the same or ImageNet, read as they are needed        ``data_dir``
 ====================  ===================================================  ============
 """
 
@@ -20,30 +21,37 @@ from minivit.data.augment import (
 )
 from minivit.data.cifar import fetch, load_cifar
 from minivit.data.classes import parse_classes, with_classes
-from minivit.data.dataset import Dataset, validated
+from minivit.data.dataset import Dataset, chosen, is_lazy, mirrored, validated
 from minivit.data.digits import load_digits
 from minivit.data.folder import load_folder, read_image
+from minivit.data.imagefolder import LazyPictures, load_imagefolder
 from minivit.data.loader import batches, epoch_order, is_epoch_order
 from minivit.data.mixing import cutmix, mix, mixup
 from minivit.data.operations import POLICIES, auto_augment, operate, rand_augment, trivial_augment
 from minivit.data.scaling import scaled
 from minivit.errors import InputError
 
-DATASETS = ("digits", "cifar10", "cifar100", "folder")
+DATASETS = ("digits", "cifar10", "cifar100", "folder", "imagefolder")
+FOLDERS = ("folder", "imagefolder")  # whose pictures have no size of their own
 
 __all__ = [
     "CROP_MODES",
     "DATASETS",
-    "POLICIES",
     "Dataset",
+    "FOLDERS",
+    "LazyPictures",
+    "POLICIES",
     "augment",
     "auto_augment",
     "batches",
+    "chosen",
     "cutmix",
     "epoch_order",
     "fetch",
     "is_epoch_order",
+    "is_lazy",
     "load",
+    "mirrored",
     "mix",
     "mixup",
     "operate",
@@ -62,11 +70,11 @@ __all__ = [
 
 
 def load(name, data_dir="data", *, image_size=None, classes=None):
-    """Load one of the ``DATASETS`` into memory.
+    """Load one of the ``DATASETS`` into memory; of "imagefolder" the names alone.
 
     ``data_dir`` is where the data lie; the digits ship with the package and ignore it. ``image_size`` is the height and
-    width that pictures are brought to: those of a folder as they are read (default 32, see `read_image`), others, which
-    have one size each, by `scaled`. ``classes`` are those that are kept, such as "0-4" or "cat,dog" (see
+    width that pictures are brought to: those of folders as they are read (default 32, of an imagefolder 224), others,
+    which have one size each, by `scaled`. ``classes`` are those that are kept, such as "0-4" or "cat,dog" (see
     `parse_classes`).
 
     Returns  Dataset
@@ -74,6 +82,8 @@ def load(name, data_dir="data", *, image_size=None, classes=None):
     """
     if name == "folder":
         dataset = load_folder(data_dir, 32 if image_size is None else image_size)
+    elif name == "imagefolder":
+        dataset = load_imagefolder(data_dir, 224 if image_size is None else image_size)
     elif name == "digits":
         dataset = load_digits()
     elif name in ("cifar10", "cifar100"):

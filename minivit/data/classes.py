@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 
+from minivit.data.dataset import chosen
 from minivit.errors import InputError
 
 
@@ -15,10 +16,10 @@ def parse_classes(text, class_names):
 
     Raises  InputError: an unknown class, one that is named twice, or none.
     """
-    chosen = []
+    kept = []
     for part in (part.strip() for part in text.split(",")):
         if part in class_names:
-            chosen.append(class_names.index(part))
+            kept.append(class_names.index(part))
             continue
         numbers = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         first, last = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (0, -1)
@@ -26,10 +27,10 @@ def parse_classes(text, class_names):
             near = difflib.get_close_matches(part, class_names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has 0-{len(class_names) - 1}, {_few(class_names)}"
             raise InputError(f"classes {text!r}: the data have no class {part!r}; {hint}")
-        chosen += range(first, last + 1)
-    if twice := [class_names[k] for k in dict.fromkeys(chosen) if chosen.count(k) > 1]:
+        kept += range(first, last + 1)
+    if twice := [class_names[k] for k in dict.fromkeys(kept) if kept.count(k) > 1]:
         raise InputError(f"classes {text!r}: {twice[0]} is named twice")
-    return chosen
+    return kept
 
 
 def _few(names):
@@ -41,18 +42,14 @@ def with_classes(dataset, text):
 
     Raises  InputError: see `parse_classes`.
     """
-    chosen = parse_classes(text, dataset.class_names)
+    kept = parse_classes(text, dataset.class_names)
     number = np.full(len(dataset.class_names), -1)
-    number[chosen] = np.arange(len(chosen))
-    parts = []
-    for images, labels in (
-        (dataset.train_images, dataset.train_labels),
-        (dataset.test_images, dataset.test_labels),
-    ):
-        new = number[labels]
-        parts += [images[new >= 0], new[new >= 0]]
-    names = tuple(dataset.class_names[k] for k in chosen)
+    number[kept] = np.arange(len(kept))
+    train, test = number[dataset.train_labels], number[dataset.test_labels]
     return dataset._replace(
-        train_images=parts[0], train_labels=parts[1], test_images=parts[2], test_labels=parts[3], class_names=names,
-        source=f"{dataset.source}; {len(chosen)} of {len(dataset.class_names)} classes",
+        train_images=chosen(dataset.train_images, np.flatnonzero(train >= 0)), train_labels=train[train >= 0],
+        test_images=chosen(dataset.test_images, np.flatnonzero(test >= 0)), test_labels=test[test >= 0],
+        class_names=tuple(dataset.class_names[k] for k in kept),
+        source=f"{dataset.source}; {len(kept)} of {len(dataset.class_names)} classes",
+        test_names=tuple(dataset.test_names[i] for i in np.flatnonzero(test >= 0)) if dataset.test_names else (),
     )  # fmt: skip

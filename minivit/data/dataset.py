@@ -20,6 +20,22 @@ class Dataset(NamedTuple):
     test_labels: np.ndarray  # (m,) int64
     class_names: tuple[str, ...]  # K names
     source: str  # one line: where the data came from
+    test_names: tuple[str, ...] = ()  # m names of files, where the test pictures were files
+
+
+def is_lazy(images):
+    """Are they pictures that stay files until they are asked for (`minivit.data.imagefolder`), rather than an array?"""
+    return hasattr(images, "read")
+
+
+def mirrored(images):
+    """Pictures (n, H, W, C), left and right exchanged."""
+    return images.mirrored() if is_lazy(images) else images[:, :, ::-1]
+
+
+def chosen(images, rows):
+    """Some of the pictures, by their numbers or a slice; those that are files stay files."""
+    return images.chosen(rows) if is_lazy(images) else images[rows]
 
 
 def validated(dataset):

@@ -14,7 +14,7 @@ from minivit.data.dataset import Dataset
 from minivit.data.scaling import check_size
 from minivit.errors import InputError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 # Pillow goes by a file's content, not its name, and some other formats start programs (EPS: Ghostscript).
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
 
@@ -28,19 +28,19 @@ def load_folder(data_dir, image_size=32):
     Raises  InputError: folders or pictures are missing, a test class has no training pictures, or a picture is broken.
     """
     root = Path(data_dir)
-    class_names = _classes(root / "train")
-    unknown = sorted(set(_classes(root / "test")) - set(class_names))
-    if unknown:
-        raise InputError(f"{root / 'test' / unknown[0]} has no folder of that name in {root / 'train'}; add it")
-    splits = []
+    class_names = class_folders(root / "train")
+    refuse_unknown_classes(root / "test", class_names, root / "train")
+    splits, names = [], ()
     for split in ("train", "test"):
         paths = [_pictures(root / split / name) for name in class_names]
         for name, found in zip(class_names, paths, strict=True):
             if split == "train" and not found:
-                raise InputError(f"{root / split / name} has no pictures ({', '.join(_SUFFIXES)}); add some")
+                raise InputError(f"{root / split / name} has no pictures ({', '.join(SUFFIXES)}); add some")
         labels = np.repeat(np.arange(len(paths)), [len(found) for found in paths])
-        splits += [_read_all(list(chain.from_iterable(paths)), image_size), labels]
-    return Dataset("folder", *splits, tuple(class_names), str(root))
+        paths = list(chain.from_iterable(paths))
+        splits += [_read_all(paths, image_size), labels]
+        names = tuple(path.name for path in paths)
+    return Dataset("folder", *splits, tuple(class_names), str(root), names)
 
 
 def read_image(path, image_size):
@@ -52,30 +52,48 @@ def read_image(path, image_size):
     Raises  InputError: Pillow is missing, or the picture cannot be read, is huge, or has more than 8 bits a channel.
     """
     with _pillow() as pillow:
-        return _decoded(path, image_size, *pillow)
+        return read_upright(path, _fitted(image_size, *pillow), *pillow)
 
 
-@contextmanager
-def _pillow():
+def pillow_modules():
+    """Pillow's (Image, ImageOps).
+
+    Raises  InputError: it is not installed.
+    """
     try:
         from PIL import Image, ImageOps
     except ImportError:
         raise InputError('reading pictures needs Pillow; run: pip install "minivit[interop]"') from None
+    return Image, ImageOps
+
+
+@contextmanager
+def _pillow():
+    Image, ImageOps = pillow_modules()
     with warnings.catch_warnings():  # not in the threads below: the filters belong to the whole process
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield Image, ImageOps
 
 
-def _decoded(path, image_size, Image, ImageOps):
+def _fitted(image_size, Image, ImageOps):
+    return lambda image: ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+
+
+def read_upright(path, cut, Image, ImageOps):
+    """Read one picture, upright and as RGB, and what ``cut`` makes of it as an array.
+
+    Raises  InputError: the picture cannot be read, is huge, or has more than 8 bits a channel.
+    """
     try:
         with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # of which Pillow itself may only warn
+                raise ValueError(f"{image.width} x {image.height} pixels could be a decompression bomb")
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel")  # Pillow would cut these off, not scale them
             ImageOps.exif_transpose(image, in_place=True)
             if "transparency" in image.info:  # Pillow warns of going to RGB at once
                 image = image.convert("RGBA")
-            square = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BICUBIC)
-            return np.asarray(square)
+            return np.asarray(cut(image.convert("RGB")))
     except Exception as error:  # Pillow raises nearly anything for a broken file
         raise InputError(f"{path} cannot be read as a picture ({error}); replace or remove it") from error
 
@@ -85,7 +103,7 @@ def _read_all(paths, image_size):
     images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
     # Pillow decodes and scales without holding the interpreter's lock.
     with _pillow() as pillow, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        decoded = pool.map(lambda path: _decoded(path, image_size, *pillow), paths)
+        decoded = pool.map(lambda path: read_upright(path, _fitted(image_size, *pillow), *pillow), paths)
         for i, image in enumerate(tqdm(decoded, "pictures", len(paths), disable=len(paths) <= 200)):
             images[i] = image
     return images
@@ -95,7 +113,11 @@ def _visible(folder):
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _classes(folder):
+def class_folders(folder):
+    """The names of the folders in a folder, sorted: the classes.
+
+    Raises  InputError: there is no such folder, or there are none in it.
+    """
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; put pictures in {folder / 'CLASS'}, one folder a class")
     names = [path.name for path in _visible(folder) if path.is_dir()]
@@ -104,7 +126,14 @@ def _classes(folder):
     return names
 
 
+def refuse_unknown_classes(folder, class_names, train):
+    """Raises InputError if a folder's classes are not all among those of the training pictures, in ``train``."""
+    unknown = sorted(set(class_folders(folder)) - set(class_names))
+    if unknown:
+        raise InputError(f"{folder / unknown[0]} has no folder of that name in {train}; add it")
+
+
 def _pictures(folder):
     if not folder.is_dir():
         return []
-    return [path for path in _visible(folder) if path.suffix.lower() in _SUFFIXES and path.is_file()]
+    return [path for path in _visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file()]

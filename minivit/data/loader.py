@@ -11,10 +11,12 @@ import numpy as np
 
 from minivit.backend import accelerated, array_module
 from minivit.data.augment import augment
+from minivit.data.dataset import is_lazy
+from minivit.data.imagefolder import ATTEMPTS
 from minivit.data.mixing import mix
 
 # Each use of the seed draws from a stream of its own; the numbers are part of what "the same seed" means.
-_SHUFFLE, _AUGMENT, _MIX = 1, 2, 4  # 3 is dropout's
+_SHUFFLE, _AUGMENT, _MIX, _CROP = 1, 2, 4, 7  # 3 is dropout's
 
 
 def _generator(seed, *key):
@@ -74,7 +76,7 @@ def augmented(images, rows, rng, **augmentation):
 
 def batches(
     images, labels, order, batch_size, *, seed, epoch, start=0, prefetch=2, drop_last=False, half_size=False,
-    mixing=None, **augmentation,
+    crop_area=0.0, mixing=None, **augmentation,
 ):  # fmt: skip
     """Yield ``(index, images, labels)`` for batch ``start``, ``start + 1``, ... of an epoch.
 
@@ -83,12 +85,13 @@ def batches(
 
     Shapes  images (n, H, W, C) uint8, labels (n,) int64, order (m,) int64: the rows to visit, as from `epoch_order`
             ->  index, images (B, H, W, C) uint8, labels (B,) int64, or (B, K) float32 with ``mixing``: copies
-    ``augmentation`` are keyword settings of `augment`; ``mixing`` is a dict of those of `mix`, or None; with
-    ``half_size`` the pictures that come of it are made half as high and wide (see `halved`). One background
-    thread prepares ``prefetch`` batches ahead; with 0 each is prepared when asked for: the same batches. An error there
-    is raised here; closing the generator ends the thread. ``drop_last`` leaves out a last batch that is smaller than
-    ``batch_size``.
-    Raises  ValueError: batch_size is below 1.
+    Pictures that are files (`minivit.data.imagefolder`) are read, with a ``crop_area`` as Inception crops of at least
+    that share of the area, seeded as the augmentation is. ``augmentation`` are keyword settings of `augment`;
+    ``mixing`` is a dict of those of `mix`, or None; with ``half_size`` the pictures that come of it are made half as
+    high and wide (see `halved`). One background thread prepares ``prefetch`` batches ahead; with 0 each is prepared
+    when asked for: the same batches. An error there is raised here; closing the generator ends the thread.
+    ``drop_last`` leaves out a last batch that is smaller than ``batch_size``.
+    Raises  ValueError: batch_size is below 1.  InputError: a picture's file cannot be read.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -96,9 +99,13 @@ def batches(
     xp = array_module(labels)
 
     def prepare(index):
-        rows = xp.asarray(order[index * batch_size : (index + 1) * batch_size])
+        chosen = order[index * batch_size : (index + 1) * batch_size]
+        source, rows = images, xp.asarray(chosen)
+        if is_lazy(images):
+            draws = _generator(seed, _CROP, epoch, index).random((len(chosen), ATTEMPTS, 4)) if crop_area else None
+            source, rows = xp.asarray(images.read(chosen, draws=draws, smallest=crop_area)), xp.arange(len(chosen))
         rng = _generator(seed, _AUGMENT, epoch, index)
-        batch = augmented(images, rows, rng, **augmentation), labels[rows]
+        batch = augmented(source, rows, rng, **augmentation), labels[xp.asarray(chosen)]
         if mixing:
             batch = mix(*batch, _generator(seed, _MIX, epoch, index), **mixing)
         return index, halved(batch[0]) if half_size else batch[0], batch[1]

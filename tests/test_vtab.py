@@ -1,0 +1,219 @@
+"""The benchmark's protocol and its command line, on small stand-ins for the tasks."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minivit import ViT, ViTConfig, checkpoint, transfer
+from minivit.errors import InputError
+from minivit.train import LAST
+from minivit.vtab import (
+    ARRAYS,
+    FINE_TUNING,
+    GROUPS,
+    TASKS,
+    FineTuning,
+    TrainConfig,
+    find_tasks,
+    fine_tune,
+    fit_features,
+    load_task,
+    summary_of,
+)
+
+MODEL = ViTConfig(image_size=8, patch_size=4, width=8, depth=1, num_heads=2, num_classes=3, pre_logits=6)
+
+
+def stand_in(n=50, m=20, K=3, size=(8, 8), channels=3, seed=0):
+    """Noise whose brightness tells the class: train_images, train_labels, test_images, test_labels."""
+    rng = np.random.default_rng(seed)
+    arrays = []
+    for count in (n, m):
+        labels = rng.permutation(np.arange(count) % K)
+        level = 30 + 60 * labels[:, None, None, None]
+        arrays += [(level + rng.integers(0, 80, (count, *size, channels))).astype(np.uint8), labels]
+    return dict(zip(ARRAYS, arrays, strict=True))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "vtab").mkdir()
+    np.savez(tmp_path / "vtab" / "svhn.npz", **stand_in(seed=1))
+    np.savez(tmp_path / "vtab" / "dmlab.npz", **stand_in(K=2, seed=2))
+    pets = stand_in(K=2, seed=3)
+    for split in ("train", "test"):
+        for i, (image, k) in enumerate(zip(pets[f"{split}_images"], pets[f"{split}_labels"], strict=True)):
+            path = tmp_path / "vtab" / "pets" / split / f"breed{k}" / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return tmp_path / "vtab"
+
+
+def refused(message, *arguments, **settings):
+    with pytest.raises(InputError, match=message) as caught:
+        load_task(*arguments, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_nineteen_tasks_in_three_groups():
+    assert [len(names) for names in GROUPS.values()] == [7, 4, 8] and len(set(TASKS)) == 19
+    assert GROUPS["specialized"] == ("camelyon", "eurosat", "resisc45", "retinopathy")
+    assert {"svhn", "pets", "caltech101"} < set(GROUPS["natural"]) and "kitti-dist" in GROUPS["structured"]
+
+
+def test_tasks_are_found(folder, tmp_path):
+    assert find_tasks(folder) == ["pets", "svhn", "dmlab"]
+    for empty in (tmp_path / "nowhere", folder / "pets"):
+        with pytest.raises(InputError, match="there is no folder|has none of the tasks"):
+            find_tasks(empty)
+
+
+def test_exactly_as_many_examples_stay_in_their_order(folder):
+    given, data = stand_in(seed=1), load_task(folder, "svhn", MODEL, examples=50)
+    for array, key in zip(data[1:5], ARRAYS, strict=True):
+        np.testing.assert_array_equal(array, given[key])
+    assert data.name == "svhn" and len(data.class_names) == 3
+
+
+def test_of_more_examples_some_are_drawn(folder):
+    given = stand_in(seed=1)
+    drawn = [load_task(folder, "svhn", MODEL, examples=40, seed=seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0].train_images, drawn[1].train_images)
+    assert not np.array_equal(drawn[0].train_labels, drawn[2].train_labels)
+    pairs = {image.tobytes(): label for image, label in zip(given["train_images"], given["train_labels"], strict=True)}
+    found = [pairs[image.tobytes()] for image in drawn[0].train_images]
+    assert found == drawn[0].train_labels.tolist() and len({i.tobytes() for i in drawn[0].train_images}) == 40
+    np.testing.assert_array_equal(drawn[0].test_images, given["test_images"])  # all of them count
+    refused("svhn .* has 50 training examples, the protocol takes 1000", folder, "svhn", MODEL)
+
+
+def test_folders_and_other_sizes(folder):
+    assert load_task(folder, "pets", MODEL, examples=50).train_images.shape == (50, 8, 8, 3)
+    arrays = stand_in(size=(12, 20), channels=1)
+    np.savez(folder / "dspr-loc.npz", **arrays)
+    data = load_task(folder, "dspr-loc", MODEL, examples=50)
+    assert data.train_images.shape == (50, 8, 8, 3) and data.test_images.shape == (20, 8, 8, 3)
+    expected = Image.fromarray(arrays["test_images"][7, :, :, 0]).resize((8, 8), Image.Resampling.BILINEAR)
+    for channel in range(3):
+        np.testing.assert_array_equal(data.test_images[7, :, :, channel], expected)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"train_labels": None}, "lacks an array: it must hold train_images, train_labels, test_images, test_labels"),
+    ({"test_labels": np.zeros(20)}, "test_labels must be whole numbers"),
+    ({"train_labels": np.zeros((50, 1), int)}, "train_labels must be whole numbers"),
+    ({"train_images": np.zeros((50, 8, 8, 3))}, "holds float64"),
+    ({"test_images": np.zeros((7, 8, 8, 3), np.uint8)}, r"holds \(20,\) labels for \(7, 8, 8, 3\) pictures"),
+    ({"train_labels": np.full(50, -1)}, "has labels from -1"),
+    ({"train_labels": np.zeros(0, int), "train_images": np.zeros((0, 8, 8, 3), np.uint8)}, "is empty"),
+])  # fmt: skip
+def test_arrays_that_do_not_fit(folder, change, message):
+    arrays = {key: value for key, value in (stand_in() | change).items() if value is not None}
+    np.savez(folder / "svhn.npz", **arrays)
+    refused(message, folder, "svhn", MODEL, examples=50)
+
+
+def test_what_cannot_be_read(folder):
+    refused("there is no task eurosat in .*: neither eurosat.npz nor a folder", folder, "eurosat", MODEL)
+    content = (folder / "svhn.npz").read_bytes()
+    for damaged in (b"", b"hello", content[:-100], content[:3000] + b"x" + content[3001:]):
+        (folder / "svhn.npz").write_bytes(damaged)
+        refused("svhn.npz cannot be read as arrays", folder, "svhn", MODEL)
+    np.savez(folder / "svhn.npz", **stand_in(channels=2))
+    refused("has pictures of 2 channels, the model takes 3", folder, "svhn", MODEL, examples=50)
+
+
+def test_penalties_are_chosen_on_the_last_fifth(folder):
+    data = load_task(folder, "svhn", MODEL, examples=50)
+    rng = np.random.default_rng(0)
+    train, test = (
+        labels[:, None] * np.ones(4) + 1.2 * rng.standard_normal((len(labels), 4))
+        for labels in (data.train_labels, data.test_labels)
+    )
+    for method, fit in (("probe", transfer.logistic), ("fewshot", transfer.least_squares)):
+        score, l2 = fit_features(method, train, test, data)
+        penalties = transfer.PENALTIES if method == "probe" else [4.0**k for k in range(11)]
+        held_out = {}
+        for penalty in penalties:
+            fitted = fit(train[:40], data.train_labels[:40], 3, l2=penalty)
+            held_out[penalty] = np.mean(fitted.scores(train[40:]).argmax(axis=1) == data.train_labels[40:])
+        assert l2 == max(p for p in penalties if held_out[p] == max(held_out.values()))
+        all_of_them = fit(train, data.train_labels, 3, l2=l2)
+        assert score == np.mean(all_of_them.scores(test).argmax(axis=1) == data.test_labels) > 0.4
+
+
+def test_fine_tuning_starts_where_the_model_is(folder, tmp_path):
+    model = ViT(MODEL)
+    model.flat += 0.3 * np.random.default_rng(0).standard_normal(model.flat.shape).astype(np.float32)
+    data = load_task(folder, "dmlab", MODEL, examples=50)
+    begun = FineTuning(model, data, TrainConfig(epochs=1), tmp_path / "run", progress=False).model
+    assert begun.config.num_classes == 2 and begun.config.pre_logits == 0
+    for name, value in begun.params.items():
+        np.testing.assert_array_equal(value, 0.0 if name.startswith("head.") else model.params[name])
+
+
+def test_fine_tuning_learns_and_goes_on_where_it_stopped(folder, tmp_path, no_figures):
+    model, data = ViT(MODEL, seed=3), load_task(folder, "svhn", MODEL, examples=50)
+    settings = {"steps": 40, "batch_size": 20, "lr": 0.1, "progress": False, "checkpoint_seconds": 0.0}
+    whole = fine_tune(model, data, tmp_path / "whole", **settings)
+    assert whole["steps"] == 42 and whole["epochs"] == 14  # whole epochs of three steps
+    assert whole["test_accuracy"] > 0.8
+    train = whole["settings"]["train"]
+    assert {key: train[key] for key in FINE_TUNING} == FINE_TUNING | {"lr": 0.1}
+    assert train["warmup_epochs"] == pytest.approx(8 / 3)  # a fifth, as 500 of 2,500
+    again = fine_tune(model, data, tmp_path / "whole", **settings)
+    assert again["test_accuracy"] == whole["test_accuracy"] and again["train_seconds"] == whole["train_seconds"]
+
+
+def test_means_by_hand():
+    summary = summary_of({"svhn": 0.5, "pets": 0.7, "eurosat": 0.9, "dmlab": 0.1})
+    assert summary["mean"] == pytest.approx(0.55)
+    assert summary["groups"]["natural"] == {"mean": pytest.approx(0.6), "tasks": 2, "of": 7}
+    assert summary["groups"]["specialized"]["mean"] == 0.9 and summary["groups"]["structured"]["mean"] == 0.1
+    assert list(summary["tasks"]) == ["pets", "svhn", "eurosat", "dmlab"]
+    assert len(summary["missing"]) == 15 and "caltech101" in summary["missing"] and "svhn" not in summary["missing"]
+    assert summary_of({"svhn": 0.5})["groups"]["structured"] == {"mean": None, "tasks": 0, "of": 8}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A checkpoint of a model that was not trained."""
+    model = ViT(MODEL)
+    arrays = checkpoint.named_arrays("params", model.flat, model.table)
+    checkpoint.save(tmp_path / LAST, arrays, checkpoint.model_meta(MODEL))
+    return tmp_path / LAST
+
+
+@pytest.mark.parametrize("method", ["probe", "fewshot", "finetune"])
+def test_the_script(folder, start, tmp_path, call, method, no_figures):
+    flags = ["--data-dir", folder, "--examples", 50, "--method", method, "--workers", 1]
+    ended = call("vtab", start, *flags, "--steps", 30, "--batch-size", 25, "--lr", 0.1)
+    assert ended.status == 0 and ended.err == "", ended.err
+    found = json.loads((tmp_path / "vtab" / f"vtab-{method}.json").read_text())
+    assert list(found["tasks"]) == ["pets", "svhn", "dmlab"] and len(found["missing"]) == 16
+    scores = [each["accuracy"] for each in found["tasks"].values()]
+    assert found["mean"] == pytest.approx(np.mean(scores)) and min(scores) > 0.6
+    assert "natural" in ended.out and "2 of 7 tasks" in ended.out and "missing: caltech101, cifar100" in ended.out
+    if method == "finetune":
+        assert found["tasks"]["svhn"]["steps"] == 30 and (tmp_path / "vtab" / "svhn" / LAST).exists()
+    else:
+        model, _ = checkpoint.load_model(start)
+        data = load_task(folder, "svhn", MODEL, examples=50)
+        features = (model.features(images) for images in (data.train_images, data.test_images))
+        assert found["tasks"]["svhn"]["accuracy"] == pytest.approx(fit_features(method, *features, data)[0], abs=0.06)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--tasks", "svhn", "eurosat"], "there is no task eurosat in"),
+    (["--tasks", "mnist"], "invalid choice: 'mnist'"),
+    (["--examples", "51"], "has 50 training examples, the protocol takes 51"),
+    (["--examples", "4"], "--examples must be at least 5"),
+    (["--steps", "0"], "--steps at least 1"),
+    (["--data-dir", "nowhere"], "there is no folder nowhere"),
+])  # fmt: skip
+def test_what_the_script_refuses(folder, start, tmp_path, call, flags, message):
+    ended = call("vtab", start, "--data-dir", folder, "--examples", 50, *flags)
+    assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1
+    assert message in ended.err and not (tmp_path / "vtab" / "vtab-probe.json").exists()
