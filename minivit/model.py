@@ -83,7 +83,9 @@ class ViTConfig:
     num_heads: int = setting(3, "attention heads h; the width must be a multiple")
     mlp_dim: int = setting(0, "hidden width M of the MLPs; 0 means 4 x width")
     pooling: str = setting(
-        "cls", 'what is classified: "cls" (class token), "mean" or "seq" (plain or learned mean of patches)'
+        "cls",
+        'what is classified: "cls" (class token), "mean" or "seq" (plain or learned mean of patches), "avg" (the plain '
+        "mean before the last LayerNorm, as timm has it)",
     )
     pos_embed: str = setting("learned", 'position embedding: "learned", "sincos2d" or "none"')
     pre_logits: int = setting(0, "width R of the tanh layer before the head; 0 for none")

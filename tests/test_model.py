@@ -87,7 +87,7 @@ def test_every_preset_is_a_model():
         ({"dropout": 1.0}, "dropout must be at least 0.0 and below 1.0, got 1.0"),
         ({"drop_path": -0.1}, "drop_path must be at least"),
         ({"attention_dropout": float("nan")}, "attention_dropout must be a finite number"),
-        ({"pooling": "max"}, "pooling must be one of cls, mean, seq; got 'max'"),
+        ({"pooling": "max"}, "pooling must be one of cls, mean, avg, seq; got 'max'"),
         ({"pos_embed": "rope"}, "pos_embed must be one of"),
         ({"gelu": "relu"}, "gelu must be one of"),
         ({"width": 66, "pos_embed": "sincos2d"}, "multiple of 4"),
@@ -217,7 +217,7 @@ def test_predict_and_intermediates_are_the_forward_without_dropout(name):
 
 
 @pytest.mark.parametrize("pos_embed", ["learned", "sincos2d", "none"])
-@pytest.mark.parametrize("pooling", ["cls", "mean", "seq"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "avg", "seq"])
 def test_registers_stand_behind_the_class_token_and_have_no_position(pooling, pos_embed):
     model = random_model(pooling=pooling, pos_embed=pos_embed, registers=3)
     plain = random_model(pooling=pooling, pos_embed=pos_embed)
