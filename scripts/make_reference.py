@@ -334,47 +334,64 @@ class TimmReference:
 # ------------------------------------------------------------------------------------------------ JAX / Flax
 
 
-def make_flax_model(config):
-    """Return a Flax module with the layers and the order of the official JAX ViT.
+def make_flax_model(config, dtype="float64"):
+    """Return a Flax module with the layers, the order and the parameter names of the official JAX ViT.
 
     Its call gives the logits and the list of the blocks' outputs; the attention weights are "intermediates".
     """
     import flax.linen as nn
     import jax.numpy as jnp
 
+    dtypes = {"dtype": dtype, "param_dtype": dtype}
+    zeros = nn.initializers.zeros
+
     def layernorm(name):
-        return nn.LayerNorm(epsilon=config["layernorm_eps"], param_dtype=jnp.float64, name=name)
+        return nn.LayerNorm(epsilon=config["layernorm_eps"], name=name, **dtypes)
 
     def dense(features, name):
-        return nn.Dense(features, param_dtype=jnp.float64, name=name)
+        return nn.Dense(features, name=name, **dtypes)
+
+    class MlpBlock(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.gelu(dense(config["mlp_dim"], "Dense_0")(x))  # tanh GELU
+            return dense(config["width"], "Dense_1")(y)
 
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x):
-            y = layernorm("norm1")(x)
+            y = layernorm("LayerNorm_0")(x)
             attention = nn.MultiHeadDotProductAttention(
-                num_heads=config["num_heads"], deterministic=True, param_dtype=jnp.float64, name="attn"
+                num_heads=config["num_heads"], deterministic=True, name="MultiHeadDotProductAttention_0", **dtypes
             )
             x = x + attention(y, y, sow_weights=True)
-            y = nn.gelu(dense(config["mlp_dim"], "fc1")(layernorm("norm2")(x)))  # tanh GELU
-            return x + dense(config["width"], "fc2")(y)
+            return x + MlpBlock(name="MlpBlock_0")(layernorm("LayerNorm_1")(x))
+
+    class AddPositions(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x + self.param("pos_embedding", zeros, (1, *x.shape[1:]), dtype)
+
+    class Encoder(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = AddPositions(name="posembed_input")(x)
+            features = []
+            for i in range(config["depth"]):
+                x = Block(name=f"encoderblock_{i}")(x)
+                features.append(x)
+            return layernorm("encoder_norm")(x), features
 
     class VisionTransformer(nn.Module):
         @nn.compact
         def __call__(self, images):
-            D, zeros = config["width"], nn.initializers.zeros
-            patch = (config["patch_size"], config["patch_size"])
-            x = nn.Conv(D, patch, patch, padding="VALID", param_dtype=jnp.float64, name="embedding")(images)
+            D, patch = config["width"], (config["patch_size"], config["patch_size"])
+            x = nn.Conv(D, patch, patch, padding="VALID", name="embedding", **dtypes)(images)
             x = x.reshape(x.shape[0], -1, D)
             if config["pooling"] == "cls":
-                cls = self.param("cls", zeros, (1, 1, D), jnp.float64)
+                cls = self.param("cls", zeros, (1, 1, D), dtype)
                 x = jnp.concatenate([jnp.tile(cls, (x.shape[0], 1, 1)), x], axis=1)
-            x = x + self.param("pos_embedding", zeros, (1, x.shape[1], D), jnp.float64)
-            features = []
-            for i in range(config["depth"]):
-                x = Block(name=f"block{i}")(x)
-                features.append(x)
-            x = layernorm("encoder_norm")(x)
+            x, features = Encoder(name="Transformer")(x)
             x = x[:, 0] if config["pooling"] == "cls" else x.mean(axis=1)
             if config["pre_logits"]:
                 x = nn.tanh(dense(config["pre_logits"], "pre_logits")(x))
@@ -423,7 +440,8 @@ class FlaxReference:
 
         kernel = params["patch_embed.proj.weight"].reshape(P, P, C, D)
         tree = {"embedding": {"kernel": kernel, "bias": params["patch_embed.proj.bias"]}}
-        tree |= {"pos_embedding": params["pos_embed"], "encoder_norm": norm("norm"), "head": dense("head")}
+        encoder = {"posembed_input": {"pos_embedding": params["pos_embed"]}, "encoder_norm": norm("norm")}
+        tree |= {"Transformer": encoder, "head": dense("head")}
         if self.config["pooling"] == "cls":
             tree["cls"] = params["cls_token"]
         if self.config["pre_logits"]:
@@ -437,12 +455,11 @@ class FlaxReference:
                 attention[part] = {"kernel": weight.reshape(D, h, D // h), "bias": bias.reshape(h, D // h)}
             out = params[block + "attn.proj.weight"].reshape(h, D // h, D)
             attention["out"] = {"kernel": out, "bias": params[block + "attn.proj.bias"]}
-            tree[f"block{i}"] = {
-                "norm1": norm(block + "norm1"),
-                "attn": attention,
-                "norm2": norm(block + "norm2"),
-                "fc1": dense(block + "mlp.fc1"),
-                "fc2": dense(block + "mlp.fc2"),
+            encoder[f"encoderblock_{i}"] = {
+                "LayerNorm_0": norm(block + "norm1"),
+                "MultiHeadDotProductAttention_0": attention,
+                "LayerNorm_1": norm(block + "norm2"),
+                "MlpBlock_0": {"Dense_0": dense(block + "mlp.fc1"), "Dense_1": dense(block + "mlp.fc2")},
             }
         return tree
 
@@ -457,23 +474,25 @@ class FlaxReference:
             arrays[name + ".bias"] = leaves["bias"]
 
         layer("patch_embed.proj", tree["embedding"])
-        layer("norm", tree["encoder_norm"])
+        encoder = tree["Transformer"]
+        layer("norm", encoder["encoder_norm"])
         layer("head", tree["head"])
-        arrays["pos_embed"] = tree["pos_embedding"]
+        arrays["pos_embed"] = encoder["posembed_input"]["pos_embedding"]
         if "cls" in tree:
             arrays["cls_token"] = tree["cls"]
         if "pre_logits" in tree:
             layer("pre_logits", tree["pre_logits"])
         for i in range(self.config["depth"]):
-            name, block = f"blocks.{i}.", tree[f"block{i}"]
-            parts = [block["attn"][part] for part in ("query", "key", "value")]
+            name, block = f"blocks.{i}.", encoder[f"encoderblock_{i}"]
+            attention, mlp = block["MultiHeadDotProductAttention_0"], block["MlpBlock_0"]
+            parts = [attention[part] for part in ("query", "key", "value")]
             arrays[name + "attn.qkv.weight"] = np.hstack([part["kernel"].reshape(D, D) for part in parts])
             arrays[name + "attn.qkv.bias"] = np.hstack([part["bias"].reshape(D) for part in parts])
-            layer(name + "attn.proj", block["attn"]["out"])
-            layer(name + "norm1", block["norm1"])
-            layer(name + "norm2", block["norm2"])
-            layer(name + "mlp.fc1", block["fc1"])
-            layer(name + "mlp.fc2", block["fc2"])
+            layer(name + "attn.proj", attention["out"])
+            layer(name + "norm1", block["LayerNorm_0"])
+            layer(name + "norm2", block["LayerNorm_1"])
+            layer(name + "mlp.fc1", mlp["Dense_0"])
+            layer(name + "mlp.fc2", mlp["Dense_1"])
         # the embedding's (P, P, C, D) and the attention output's (h, Dh, D) kernels become matrices
         shapes = parameter_shapes(self.config)
         return {name: arrays[name].reshape(shape) for name, shape in shapes.items()}
@@ -491,8 +510,9 @@ class FlaxReference:
         """Return the logits, and lists of the blocks' outputs and attention weights."""
         variables = {"params": self.load(params)}
         (logits, features), state = self.model.apply(variables, self.images, mutable=["intermediates"])
-        blocks = [state["intermediates"][f"block{i}"] for i in range(self.config["depth"])]
-        attn = [np.asarray(block["attn"]["attention_weights"][0]) for block in blocks]
+        seen = state["intermediates"]["Transformer"]
+        blocks = [seen[f"encoderblock_{i}"] for i in range(self.config["depth"])]
+        attn = [np.asarray(block["MultiHeadDotProductAttention_0"]["attention_weights"][0]) for block in blocks]
         return np.asarray(logits), [np.asarray(x) for x in features], attn
 
     def train(self, params):
