@@ -661,7 +661,7 @@ def _timm_config(config, names):
     }
 
 
-def _hf_config(config, names):
+def hf_config(config, names):
     """The config.json of transformers' ViTForImageClassification."""
     return {
         "model_type": "vit",
@@ -711,7 +711,7 @@ def write(path, model, layout, *, class_names, naming="published", overwrite=Fal
     if layout == "timm":
         texts = {"config.json": _timm_config(config, class_names)}
     elif layout == "hf":
-        texts = {"config.json": _hf_config(config, class_names), "preprocessor_config.json": _hf_preprocessor(config)}
+        texts = {"config.json": hf_config(config, class_names), "preprocessor_config.json": _hf_preprocessor(config)}
     paths = [path / name for name in (*texts, MODEL_FILE)] if texts else [path]
     if texts and path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; {layout} needs a folder for {' and '.join(p.name for p in paths)}")
