@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from minivit import checkpoint
+from minivit import checkpoint, pretrained
 from minivit.backend import to_device, to_host, use_device
 from minivit.engine import Engine
 from minivit.engine_cuda import CudaEngine
@@ -18,6 +19,22 @@ from minivit.train import dataset_of, quiet_overflow
 CHUNK = 512  # pictures between two steps of the progress bar
 
 
+def load_any(path, *, weights="auto", changes=None, **options):
+    """A model from a checkpoint, or from a file of another program: see `checkpoint.load_model`, `pretrained.read`.
+
+    Returns  (ViT, meta, notes): meta has class names and which weights were taken; notes say what had to be assumed
+    Raises  InputError: the file is missing, damaged, or of no kind known here.
+    """
+    path = Path(path)
+    if checkpoint.is_checkpoint(path) or not path.exists():
+        model, meta = checkpoint.load_model(path, weights=weights)
+        checkpoint.class_names_of(meta, path)
+        return ViT(replace(model.config, **(changes or {})), flat=model.flat), meta, []
+    model, found = pretrained.read(path, changes=changes, **options)
+    names = found.class_names or [f"class {k}" for k in range(model.config.num_classes)]
+    return model, {"class_names": names, "weights": "params"}, found.notes
+
+
 def load_with_data(path, *, weights="auto", name=None, data_dir=None):
     """A checkpoint's model and meta (see `checkpoint.load_model`), and the data set that it is to be tested on.
 
@@ -26,7 +43,7 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None):
     model's.
     """
     path = Path(path)
-    model, meta = checkpoint.load_model(path, weights=weights)
+    model, meta, _ = load_any(path, weights=weights)
     dataset = dataset_of(meta, path, name=name, data_dir=data_dir)
     shape, classes, c = dataset.test_images.shape[1:], len(dataset.class_names), model.config
     if shape != (c.image_size, c.image_size, c.channels) or classes != c.num_classes:

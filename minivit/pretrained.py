@@ -113,6 +113,10 @@ class Found(NamedTuple):
     notes: list  # sentences
     where: str  # for messages
 
+    def keys(self, name):
+        """The keys of one of our parameters in this file."""
+        return _keys_in(self.tensors, name, self.layout) or ()
+
 
 # ---- names and shapes ------------------------------------------------------------------------------------------------
 
@@ -132,6 +136,14 @@ def keys_of(name, layout):
         ending = f"/{official[leaf]}" if layout == "official" else f".{leaf}"
     modules = theirs if isinstance(theirs, tuple) else (theirs,)
     return tuple(each.format(i=number and number[0]) + ending for each in modules)
+
+
+def _keys_in(tensors, name, layout):
+    """`keys_of` in a file: timm calls the last LayerNorm fc_norm where it comes after the pooling."""
+    keys = keys_of(name, layout)
+    if layout == "timm" and name.startswith("norm.") and f"fc_{keys[0]}" in tensors:
+        return (f"fc_{keys[0]}",)
+    return keys
 
 
 def _their_shape(name, shape, config, layout):
@@ -162,10 +174,9 @@ def _to_theirs(array, shape, layout):
     return array.T
 
 
-def _parts(name, shape, layout):
-    """The keys of a parameter in a layout, and the shape of ours that each stands for."""
-    keys = keys_of(name, layout)
-    return keys, (*shape[:-1], shape[-1] // len(keys))
+def _part_shape(name, shape, layout):
+    """The shape of what one key holds of a parameter of ours: a third of ``attn.qkv``, where it has three keys."""
+    return (*shape[:-1], shape[-1] // len(keys_of(name, layout)))
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -177,7 +188,6 @@ class _Source:
     def __init__(self, tensors, where):
         self.where, self.notes = where, []
         self.layout, tensors = self._recognise(tensors)
-        # timm calls the last LayerNorm fc_norm where it comes after the pooling
         self.norm_is_last = self.layout == "timm" and "fc_norm.weight" in tensors
         self.tensors = {}
         for key, tensor in tensors.items():
@@ -238,8 +248,7 @@ class _Source:
 
     def key(self, name):
         """The first key of a parameter."""
-        key = keys_of(name, self.layout)[0]
-        return f"fc_{key}" if self.norm_is_last and key.startswith("norm.") else key
+        return _keys_in(self.tensors, name, self.layout)[0]
 
     def has(self, name):
         return keys_of(name, self.layout) is not None and self.key(name) in self.tensors
@@ -451,9 +460,7 @@ def _check(found, source):
     for spec in parameter_table(config):
         if spec.name in prefix_names:
             continue
-        keys, shape = _parts(spec.name, spec.shape, found.layout)
-        if source.norm_is_last and spec.name.startswith("norm."):
-            keys = (f"fc_{keys[0]}",)
+        keys, shape = found.keys(spec.name), _part_shape(spec.name, spec.shape, found.layout)
         expected = _their_shape(spec.name, shape, config, found.layout)
         for key in keys:
             if (tensor := left.pop(key, None)) is None:
@@ -492,16 +499,17 @@ def build(found, *, dtype=np.float32):
     table = parameter_table(found.config)
     flat = np.zeros(parameters.count(table), dtype)
     views = parameters.views(flat, table)
-    special = _tokens(found)
+    tokens = _tokens(found)
     for name, view in views.items():
-        keys, shape = _parts(name, view.shape, found.layout)
-        if name in special:
-            view[...] = special[name]
+        keys = found.keys(name)
+        if name in tokens:
+            view[...] = tokens[name]
         else:
+            shape = _part_shape(name, view.shape, found.layout)
             for k, key in enumerate(keys):
-                tensor = found.tensors.get(key) or found.tensors.get(f"fc_{key}")  # None: zeros
-                if tensor is not None:
-                    view[..., k * shape[-1] : (k + 1) * shape[-1]] = _from_theirs(tensor.read(), shape, found.layout)
+                if key in found.tensors:  # else zeros
+                    part = _from_theirs(found.tensors[key].read(), shape, found.layout)
+                    view[..., k * shape[-1] : (k + 1) * shape[-1]] = part
         if not is_finite(view):
             raise InputError(f"{found.where}: {keys[0]} holds values that are not finite numbers")
     return ViT(found.config, flat=flat)
@@ -611,8 +619,8 @@ def tensors_of(model, layout, *, naming="published"):
         empty = np.zeros((1, config.registers, config.width), table.dtype)
         table = np.concatenate([table[:, :c], empty, table[:, c:]], axis=1)
     for name, array in ({"pos_embed": table} | {n: a for n, a in model.params.items() if n != "pos_embed"}).items():
-        keys, shape = _parts(name, array.shape, layout)
-        for k, key in enumerate(keys):
+        shape = _part_shape(name, array.shape, layout)
+        for k, key in enumerate(keys_of(name, layout)):
             part = array[..., k * shape[-1] : (k + 1) * shape[-1]]
             arrays[key] = _to_theirs(part, _their_shape(name, shape, config, layout), layout)
     if layout == "timm" and config.pooling == "avg":
