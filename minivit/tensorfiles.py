@@ -209,8 +209,8 @@ def write_safetensors(path, arrays):
     Raises  OSError: see `write_atomically`; ImportError: the library is not installed.
     """
     save = _safetensors().numpy.save
-    # PyTorch's programs ask who wrote it
-    content = save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata={"format": "pt"})
+    arrays = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}  # () would become (1,)
+    content = save(arrays, metadata={"format": "pt"})  # transformers asks for whom it was written
     write_atomically(path, lambda file: file.write(content))
 
 

@@ -53,14 +53,18 @@ The file ``torchvision_operations`` is of another kind: the picture operations o
 what ``torchvision.transforms.functional`` makes of them, with bilinear interpolation, ``magnitude/OPERATION`` and the
 ``cifar10`` policy of AutoAugment, as JSON text.
 
+The files ``layout_*`` hold small models as other programs store them: ``weights/KEY`` and ``grads/KEY`` with the
+library's own names and shapes, ``images`` (4, H, W, C), ``dlogits`` (4, K), the ``logits``, and the gradients of
+sum(dlogits logits), all in float64; ``settings`` names library, arguments and versions.
+
 Requirements
 ------------
 ::
 
-    pip install numpy torch torchvision timm "jax[cpu]" flax optax
+    pip install numpy torch torchvision timm transformers safetensors "jax[cpu]" flax optax
 
-The files were written with Python 3.11, numpy 2.4.6, torch 2.14.1 and timm 1.0.31; jax 0.10.2, flax 0.12.8
-and optax 0.2.8 (every file names its own versions in ``settings``). Another version, or another processor,
+The files were written with Python 3.11, numpy 2.4.6, torch 2.14.1, timm 1.0.31 and transformers 5.23.0; jax 0.10.2,
+flax 0.12.8 and optax 0.2.8 (every file names its own versions in ``settings``). Another version, or another processor,
 should change the last digits only.
 """
 
@@ -68,12 +72,14 @@ import argparse
 import json
 import math
 import sys
+import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-REQUIREMENTS = 'numpy torch torchvision timm "jax[cpu]" flax optax'
+REQUIREMENTS = 'numpy torch torchvision timm transformers safetensors "jax[cpu]" flax optax'
 STEPS = 10
 ADAMW = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 REFERENCES = {
@@ -674,7 +680,6 @@ def check_training(reference, params, losses, after):
 # --------------------------------------------------------------------------------------- picture operations
 
 OPERATIONS_FILE = "torchvision_operations"
-FILES = [*REFERENCES, OPERATIONS_FILE]
 MAGNITUDES = {
     "identity": [0],
     "shear_x": [-0.7, 0.05, 0.99],
@@ -725,7 +730,104 @@ def picture_operations():
     return arrays
 
 
+# --------------------------------------------------------------------------------- models as others store them
+
+SMALL = {"image_size": 6, "patch_size": 2, "num_classes": 5, "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 11}
+TIMM_SMALL = {"img_size": 6, "patch_size": 2, "num_classes": 5, "embed_dim": 8, "depth": 2, "num_heads": 2}
+LAYOUTS = {
+    "layout_official": (
+        "flax",
+        SMALL | {"channels": 3, "pooling": "cls", "pre_logits": 7, "layernorm_eps": 1e-6},
+    ),
+    "layout_timm_registers": (
+        "timm",
+        TIMM_SMALL | {"mlp_ratio": 1.5, "reg_tokens": 2, "qk_norm": True, "init_values": 0.1},
+    ),
+    "layout_timm_average": ("timm", TIMM_SMALL | {"mlp_ratio": 1.5, "global_pool": "avg", "in_chans": 1}),
+    "layout_timm_deit3": ("timm", TIMM_SMALL | {"mlp_ratio": 1.5, "no_embed_class": True, "init_values": 1e-6}),
+    "layout_hf": (
+        "transformers",
+        {"image_size": 6, "patch_size": 2, "num_labels": 5, "hidden_size": 8, "num_hidden_layers": 2}
+        | {"num_attention_heads": 2, "intermediate_size": 11},
+    ),
+}
+
+
+def draw_like(key, array, rng):
+    """Draw a parameter of another program: far from zero, the scales of LayerNorm around one."""
+    scale = key.endswith("scale") or ("norm" in key and key.endswith("weight"))
+    return scale + (0.1 if scale else 0.5) * rng.standard_normal(array.shape)
+
+
+def flax_layout(config, images, dlogits, rng):
+    """Return weights, gradients and logits of the official model."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_x64", True)
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    model = make_flax_model(config)
+    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"], sep="/")
+    weights = {key: draw_like(key, shape, rng) for key, shape in shapes.items()}
+    tree = unflatten_dict(weights, sep="/")
+    grads = jax.grad(lambda tree: (model.apply({"params": tree}, images)[0] * dlogits).sum())(tree)
+    logits = model.apply({"params": tree}, images)[0]
+    return weights, {key: np.asarray(g) for key, g in flatten_dict(grads, sep="/").items()}, np.asarray(logits)
+
+
+def torch_layout(library, arguments, images, dlogits, rng):
+    """Return weights, gradients and logits of a model of timm or transformers, under the names of its files."""
+    import torch
+    from safetensors.numpy import load_file
+
+    if library == "timm":
+        from timm.models import VisionTransformer
+
+        model = VisionTransformer(**arguments).double()
+    else:
+        from transformers import ViTConfig, ViTForImageClassification
+
+        model = ViTForImageClassification(ViTConfig(**arguments)).double()
+
+    def stored():
+        if library == "timm":
+            return {key: tensor.numpy().copy() for key, tensor in model.state_dict().items()}
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return load_file(Path(folder) / "model.safetensors")
+
+    model.load_state_dict({k: torch.from_numpy(draw_like(k, a, rng)) for k, a in model.state_dict().items()})
+    weights = stored()
+    logits = model.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    logits = logits if library == "timm" else logits.logits
+    (logits * torch.from_numpy(dlogits)).sum().backward()
+    with torch.no_grad():
+        model.load_state_dict({key: parameter.grad for key, parameter in model.named_parameters()})
+    return weights, stored(), logits.detach().numpy()
+
+
+def make_layout(name):
+    """Compute one of the files ``layout_*``."""
+    library, arguments = LAYOUTS[name]
+    rng = np.random.default_rng(31 + list(LAYOUTS).index(name))
+    images = rng.standard_normal((4, 6, 6, arguments.get("in_chans", 3)))
+    dlogits = rng.standard_normal((4, 5))
+    make = flax_layout if library == "flax" else partial(torch_layout, library)
+    weights, grads, logits = make(arguments, images, dlogits, rng)
+    packages = ("numpy", library, "jax" if library == "flax" else "torch")
+    settings = {"library": library, "arguments": arguments, "versions": {each: version(each) for each in packages}}
+    arrays = {"settings": np.array(json.dumps(settings)), "images": images, "dlogits": dlogits, "logits": logits}
+    for key, array in weights.items():
+        assert grads[key].shape == array.shape and array.dtype == grads[key].dtype == np.float64, key
+        arrays |= {f"weights/{key}": array, f"grads/{key}": grads[key]}
+    return arrays
+
+
 # ------------------------------------------------------------------------------------------ the command line
+
+
+FILES = [*REFERENCES, *LAYOUTS, OPERATIONS_FILE]
 
 
 def make_reference(name):
@@ -780,7 +882,7 @@ def make_reference(name):
 def parse_arguments(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Write the reference files of the tests from PyTorch/timm, JAX/Flax and torchvision.",
+        description="Write the reference files of the tests from PyTorch/timm, transformers, JAX/Flax and torchvision.",
         epilog=f"files: {', '.join(FILES)}. requirements: pip install {REQUIREMENTS}",
     )
     default = Path(__file__).resolve().parent.parent / "tests" / "data"
@@ -806,7 +908,10 @@ def main(argv=None):
         return fail(f"cannot write to {arguments.out} ({error.strerror}): choose another --out")
     for name in [arguments.only] if arguments.only else FILES:
         try:
-            arrays, differences = (picture_operations(), {}) if name == OPERATIONS_FILE else make_reference(name)
+            if name in REFERENCES:
+                arrays, differences = make_reference(name)
+            else:
+                arrays, differences = picture_operations() if name == OPERATIONS_FILE else make_layout(name), {}
         except ImportError as error:
             return fail(f"{name}: {error}: pip install {REQUIREMENTS}")
         path = arguments.out / f"{name}.npz"

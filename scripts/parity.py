@@ -26,7 +26,7 @@ examples:
   python scripts/parity.py --only timm --models Ti/16            one of them
   python scripts/parity.py --out docs/parity.md                  the table as a page
 
-needs: pip install torch timm transformers "jax[cpu]" flax, and "minivit[interop]"
+needs: pip install -e ".[parity]"
 """
 MODELS = ("Ti/16", "S/16", "B/32")
 LIMITS = {"float32": 1e-5, "float64": 1e-10}
