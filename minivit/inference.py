@@ -29,6 +29,8 @@ def load_any(path, *, weights="auto", changes=None, **options):
     if checkpoint.is_checkpoint(path) or not path.exists():
         model, meta = checkpoint.load_model(path, weights=weights)
         checkpoint.class_names_of(meta, path)
+        if given := [name for name, value in options.items() if value]:
+            raise InputError(f"{path} is a checkpoint, which says itself what {given[0]} is")
         return ViT(replace(model.config, **(changes or {})), flat=model.flat), meta, []
     model, found = pretrained.read(path, changes=changes, **options)
     names = found.class_names or [f"class {k}" for k in range(model.config.num_classes)]

@@ -98,7 +98,8 @@ CURRENT = (("MultiHeadDotProductAttention_1/", "MultiHeadDotProductAttention_0/"
            ("MlpBlock_3/", "MlpBlock_0/"))  # fmt: skip
 PREFIXES = ("", "params/", "params/img/", "opt/target/")  # of official files; what lies outside is not the model's
 GELU_NAMES = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_tanh": "tanh"}
-# timm's and big_vision's models whose heads are not 64 wide
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of its pixels, red, green, blue, in 0..1
+# timm's models whose heads are not 64 wide
 WIDE_HEADS = {"huge": 16, "giant": 16, "gigantic": 16, "so400m": 16}
 
 
@@ -112,6 +113,7 @@ class Found(NamedTuple):
     class_names: list | None  # if the file's config.json has them
     notes: list  # sentences
     where: str  # for messages
+    normalisation: tuple = ()  # mean and std that its pictures were normalised by, (C,) each, if not 0.5 and 0.5
 
     def keys(self, name):
         """The keys of one of our parameters in this file."""
@@ -281,6 +283,7 @@ def _listed(names):
 
 def _hf_says(extra, where):
     """What a config.json of transformers says."""
+    pictures = read_json(Path(where).with_name("preprocessor_config.json"))
     if extra.get("model_type", "vit") != "vit":
         raise InputError(f"{where}: its config.json is of a {extra['model_type']!r}, not of a ViT")
     if extra.get("pooler_act", "tanh") != "tanh":
@@ -292,6 +295,7 @@ def _hf_says(extra, where):
         "gelu": extra.get("hidden_act", "gelu"),
         "layernorm_eps": extra.get("layer_norm_eps", 1e-12),
         "image_size": extra.get("image_size"),
+        "normalisation": (pictures.get("image_mean"), pictures.get("image_std")),
         "class_names": None if names == [f"LABEL_{k}" for k in range(len(names))] else names,
     }
 
@@ -299,12 +303,14 @@ def _hf_says(extra, where):
 def _timm_says(extra, where):
     """What a config.json of timm says."""
     arguments = extra.get("model_args") or {}
+    pictures = extra.get("pretrained_cfg") or {}
     return {
         "heads": arguments.get("num_heads"),
         "gelu": arguments.get("act_layer", "gelu"),
         "layernorm_eps": 1e-6,
         "image_size": arguments.get("img_size"),
         "class_names": extra.get("label_names"),
+        "normalisation": (pictures.get("mean"), pictures.get("std")),
         "pooling": arguments.get("global_pool", extra.get("global_pool")),
         "no_embed_class": arguments.get("no_embed_class"),
         "layer_scale": arguments.get("init_values"),
@@ -380,8 +386,9 @@ def _side(size, P, where):
 
 
 def describe_tensors(
-    tensors, extra, where, *, heads=0, pooling="", image_size=0, num_classes=0, changes=None, need_head=True
-):
+    tensors, extra, where, *, heads=0, pooling="", image_size=0, num_classes=0, imagenet_pixels=False, changes=None,
+    need_head=True,
+):  # fmt: skip
     """What `describe` finds, of tensors by name and the content of their ``config.json``."""
     source = _Source(tensors, where)
     layout, notes = source.layout, source.notes
@@ -448,9 +455,23 @@ def describe_tensors(
     names = said.get("class_names")
     if not (isinstance(names, list) and len(names) == config.num_classes and all(isinstance(n, str) for n in names)):
         names = None
-    found = Found(layout, source.tensors, config, embedded, names, notes, where)
+    normalisation = _normalisation(IMAGENET if imagenet_pixels else said.get("normalisation"), config, source)
+    found = Found(layout, source.tensors, config, embedded, names, notes, where, normalisation)
     _check(found, source)
     return found
+
+
+def _normalisation(said, config, source):
+    """Mean and std of a channel that pictures are normalised by, if they are not ours; (), if they are."""
+    if not said or None in said:
+        return ()
+    mean, std = (np.broadcast_to(np.asarray(each, np.float64), config.channels) for each in said)
+    if not (np.isfinite(mean) & (std > 0)).all():
+        raise InputError(f"{source.where}: its pictures are normalised by mean {mean}, std {std}, which cannot be")
+    if (mean == 0.5).all() and (std == 0.5).all():
+        return ()
+    source.notes.append(f"pictures normalised by mean {mean}, std {std}: made part of the patch embedding")
+    return mean, std
 
 
 def _check(found, source):
@@ -512,7 +533,22 @@ def build(found, *, dtype=np.float32):
                     view[..., k * shape[-1] : (k + 1) * shape[-1]] = part
         if not is_finite(view):
             raise InputError(f"{found.where}: {keys[0]} holds values that are not finite numbers")
+    if found.normalisation:
+        _fold(views["patch_embed.proj.weight"], views["patch_embed.proj.bias"], *found.normalisation)
     return ViT(found.config, flat=flat)
+
+
+def _fold(W, b, mean, std):
+    """Make a patch embedding of pixels (x / 255 - mean) / std one of our pixels, in place.
+
+    Math    ours v = 2 x / 255 - 1, theirs u = (v / 2 + 1/2 - mean) / std = a v + c for each channel:
+            u W + b = v (a W) + (c W + b)
+    Shapes  W (P*P*C, D), b (D,), mean and std (C,)
+    """
+    a, c = 0.5 / std, (0.5 - mean) / std
+    repeats = len(W) // len(mean)
+    b += np.tile(c, repeats) @ W
+    W *= np.tile(a, repeats)[:, None]
 
 
 def _tokens(found):
@@ -545,7 +581,9 @@ def describe(path, **options):
     """What is in a file, or in ``model.safetensors`` of a folder, without reading its tensors: a `Found`.
 
     ``heads``, ``pooling`` ("cls", "mean") and ``image_size`` say what the file does not; ``num_classes`` gives a file
-    without a head one of zeros; ``changes`` are fields of the `ViTConfig` to be set whatever the file says.
+    without a head one of zeros; ``imagenet_pixels`` says that pictures were normalised by ImageNet's mean and std, as
+    for DeiT, where no file beside it does: the patch embedding then takes them our way; ``changes`` are fields of the
+    `ViTConfig` to be set whatever the file says.
     Raises  InputError: there is no such file, it is broken, of no layout known here, or of a model that ours is not.
     """
     path = Path(path)

@@ -87,6 +87,11 @@ def main(argv=None):
     add("--image-size", type=int, default=0, metavar="N", help="pixels, where IN does not tell")
     add("--pooling", choices=("cls", "mean"), default="", help="what is classified, where IN does not tell")
     add("--num-classes", type=int, default=0, metavar="K", help="give a file without a head one of zeros")
+    add(
+        "--imagenet-pixels",
+        action="store_true",
+        help="IN was trained on pixels normalised by ImageNet's mean and std, as DeiT [if its config.json says so]",
+    )
     add("--class-names", metavar="FILE", help="a name on each line [those in config.json, or class 0, ...]")
     add(
         "--weights",
@@ -97,7 +102,9 @@ def main(argv=None):
     add("--overwrite", action="store_true", help="OUT may be there already")  # fmt: skip
     arguments = parser.parse_args(argv)
     changes = {name: value for name in ("gelu", "layernorm_eps") if (value := getattr(arguments, name)) is not None}
-    options = {name: getattr(arguments, name) for name in ("heads", "image_size", "pooling", "num_classes")}
+    options = {
+        name: getattr(arguments, name) for name in ("heads", "image_size", "pooling", "num_classes", "imagenet_pixels")
+    }
     if min(arguments.heads, arguments.image_size, arguments.num_classes) < 0:
         raise InputError("--heads, --image-size and --num-classes cannot be negative")
     path = Path(arguments.input)

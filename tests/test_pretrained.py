@@ -533,3 +533,32 @@ def test_options_that_contradict_the_file(tmp_path):
     (tmp_path / "config.json").write_text('{"model_args": 3}')
     with pytest.raises(InputError):
         load(put(tmp_path, stored("layout_timm_deit3")[0]))
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_normalised_in_another_way_come_to_the_same_logits(tmp_path):
+    mean, std = np.array(pretrained.IMAGENET)
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), dtype=np.uint8)
+    theirs = (pictures / 255 - mean) / std
+    for name, beside in (("layout_timm_deit3", None), ("layout_hf", "preprocessor_config.json")):
+        weights, _, _ = stored(name)
+        path = put(tmp_path, weights, num_attention_heads=2)
+        expected = load(path)[0].predict(theirs)
+        model, found = load(path, imagenet_pixels=True)
+        close(model.predict(pictures), expected)
+        assert "made part of the patch embedding" in found.notes[-1]
+        if beside is None:
+            put(tmp_path, weights, pretrained_cfg={"mean": list(mean), "std": list(std)}, model_args={"num_heads": 2})
+        else:
+            (tmp_path / beside).write_text(json.dumps({"image_mean": list(mean), "image_std": list(std)}))
+        close(load(path)[0].predict(pictures), expected)
+    for bad in ([0.2, 0.2], [0.2, 0.2, 0.0], [0.2, 0.2, "x"]):
+        (tmp_path / beside).write_text(json.dumps({"image_mean": 0.5, "image_std": bad}))
+        with pytest.raises(InputError):
+            load(path)
+    (tmp_path / beside).write_text(json.dumps({"image_mean": 0.5, "image_std": [0.5, 0.5, 0.5]}))
+    np.testing.assert_array_equal(
+        load(path)[0].params["patch_embed.proj.bias"], weights["vit.embeddings.patch_embeddings.projection.bias"]
+    )

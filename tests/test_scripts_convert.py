@@ -109,6 +109,8 @@ def test_mistakes_are_one_line_and_nothing_is_lost(call, digits, tmp_path):
     fails(call("convert", tmp_path / "none.npz", out, "--to", "timm"), "there is no")
     fails(call("convert", digits, tmp_path / "x", "--to", "timm", "--heads", 4), "has 2 heads, not 4")
     fails(call("convert", digits, tmp_path / "x", "--to", "timm", "--heads", -1), "cannot be negative")
+    call("convert", digits, tmp_path / "mine.npz", "--to", "minivit")
+    fails(call("convert", tmp_path / "mine.npz", tmp_path / "x", "--to", "timm", "--heads", 4), "is a checkpoint")
     fails(call("convert", digits, tmp_path / "x", "--to", "pytorch"), "invalid choice")
     (tmp_path / "x.pt").write_bytes(b"\x80\x02}q\x00.")
     fails(call("convert", tmp_path / "x.pt", tmp_path / "x", "--to", "timm"), "is a pickle")
