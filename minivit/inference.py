@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None):
     model's.
     """
     path = Path(path)
-    model, meta, _ = load_any(path, weights=weights)
+    model, meta, notes = load_any(path, weights=weights)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     dataset = dataset_of(meta, path, name=name, data_dir=data_dir)
     shape, classes, c = dataset.test_images.shape[1:], len(dataset.class_names), model.config
     if shape != (c.image_size, c.image_size, c.channels) or classes != c.num_classes:

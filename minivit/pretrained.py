@@ -341,8 +341,6 @@ def _heads(said, D, depth, source):
 
 def _pooling(said, wanted, has_cls, source):
     """Our name of the pooling: what the user says, what config.json says, or what the tensors' names suggest."""
-    if source.layout != "timm":
-        return "cls" if has_cls else "mean"
     averaged = "avg" if source.norm_is_last else "mean"
     if said.get("pooling") is not None and not wanted:
         if said["pooling"] not in ("token", "avg"):
@@ -383,6 +381,31 @@ def _side(size, P, where):
     if type(size) is not int or size < 0 or size % P:
         raise InputError(f"{where}: pictures of {size} pixels are no multiple of the patches' {P}")
     return size // P
+
+
+def _token_fields(source, said, P, pooling, image_size):
+    """The settings that tell which tokens there are, and whether those before the patches have positions."""
+    has_cls = source.has("cls_token")
+    registers = source.shape("reg_token", 3)[1] if source.has("reg_token") else 0
+    fields = {"pooling": _pooling(said, pooling, has_cls, source)}
+    fields["registers"] = registers + (has_cls and fields["pooling"] != "cls")
+    if has_cls and fields["pooling"] != "cls":
+        source.notes.append("the class token is not classified: here it is the first register")
+    elif not has_cls and fields["pooling"] == "cls":
+        raise InputError(f"{source.where} has no class token to classify (--pooling)")
+    side, embedded = _side(image_size or said.get("image_size"), P, source.where), False
+    if source.has("pos_embed"):
+        rows, no_embed = source.shape("pos_embed", 3)[1], said.get("no_embed_class")
+        no_embed = None if no_embed is None else not no_embed
+        side, embedded = _grid(rows, has_cls + registers, side, no_embed, source.where)
+    else:
+        side, official = side or max(1, 224 // P), source.layout == "official"
+        fields["pos_embed"] = "sincos2d" if official else "none"
+        source.notes.append(
+            f"the file has no positions: {'the fixed ones of big_vision' if official else 'none'}, for pictures of "
+            f"{side * P} pixels (--image-size)"
+        )
+    return fields | {"image_size": side * P}, embedded
 
 
 def describe_tensors(
@@ -427,27 +450,8 @@ def describe_tensors(
         notes.append(f"the file has no head: one of zeros, for {fields['num_classes']} classes (--num-classes)")
     else:
         raise InputError(f"{where} has no head; say how many classes a new one, of zeros, shall have (--num-classes)")
-    # tokens and positions
-    has_cls = source.has("cls_token")
-    registers = source.shape("reg_token", 3)[1] if source.has("reg_token") else 0
-    fields["pooling"] = _pooling(said, pooling, has_cls, source)
-    fields["registers"] = registers + (has_cls and fields["pooling"] != "cls")
-    if has_cls and fields["pooling"] != "cls":
-        notes.append("the class token is not classified: here it is the first register")
-    elif not has_cls and pooling == "cls":
-        raise InputError(f"{where} has no class token to classify (--pooling)")
-    side, embedded = _side(image_size or said.get("image_size"), P, where), False
-    if source.has("pos_embed"):
-        rows, no_embed = source.shape("pos_embed", 3)[1], said.get("no_embed_class")
-        side, embedded = _grid(rows, has_cls + registers, side, None if no_embed is None else not no_embed, where)
-    else:
-        side = side or max(1, 224 // P)
-        fields["pos_embed"] = "sincos2d" if layout == "official" else "none"
-        notes.append(
-            "the file has no positions: " + ("big_vision's fixed ones" if layout == "official" else "none are added")
-            + f", pictures of {side * P} pixels (--image-size)"
-        )  # fmt: skip
-    fields["image_size"] = side * P
+    more, embedded = _token_fields(source, said, P, pooling, image_size)
+    fields |= more
     try:
         config = ViTConfig(**(fields | (changes or {})))
     except InputError as error:
@@ -522,20 +526,26 @@ def build(found, *, dtype=np.float32):
     views = parameters.views(flat, table)
     tokens = _tokens(found)
     for name, view in views.items():
-        keys = found.keys(name)
-        if name in tokens:
-            view[...] = tokens[name]
-        else:
-            shape = _part_shape(name, view.shape, found.layout)
-            for k, key in enumerate(keys):
-                if key in found.tensors:  # else zeros
-                    part = _from_theirs(found.tensors[key].read(), shape, found.layout)
-                    view[..., k * shape[-1] : (k + 1) * shape[-1]] = part
+        with np.errstate(over="ignore"):  # what is too large for float32 is infinite, and refused
+            if name in tokens:
+                view[...] = tokens[name]
+            else:
+                _fill(view, name, found)
         if not is_finite(view):
-            raise InputError(f"{found.where}: {keys[0]} holds values that are not finite numbers")
+            key = (found.keys(name) or (name,))[0]
+            raise InputError(f"{found.where}: {key} holds values that are not finite numbers")
     if found.normalisation:
         _fold(views["patch_embed.proj.weight"], views["patch_embed.proj.bias"], *found.normalisation)
     return ViT(found.config, flat=flat)
+
+
+def _fill(view, name, found):
+    """Copy a parameter from the file; what the file does not have stays zero."""
+    shape = _part_shape(name, view.shape, found.layout)
+    for k, key in enumerate(found.keys(name)):
+        if key in found.tensors:
+            part = _from_theirs(found.tensors[key].read(), shape, found.layout)
+            view[..., k * shape[-1] : (k + 1) * shape[-1]] = part
 
 
 def _fold(W, b, mean, std):
@@ -565,9 +575,8 @@ def _tokens(found):
         if keys and keys[0] in found.tensors:
             theirs[name] = found.tensors[keys[0]].read()[0]  # (rows, D)
     tokens = {}
-    prefix = np.concatenate(
-        [np.zeros((0, D)), *(theirs[n] for n in ("cls_token", "reg_token") if n in theirs)]
-    )  # (p, D)
+    prefix = [theirs[name] for name in ("cls_token", "reg_token") if name in theirs]
+    prefix = np.concatenate([np.zeros((0, D)), *prefix])  # (p, D)
     if "pos_embed" in theirs:
         p = len(prefix) if found.has_prefix_positions else 0
         own, patches = np.zeros_like(prefix), theirs["pos_embed"][p:]
