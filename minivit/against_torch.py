@@ -184,6 +184,8 @@ class _Torch:
         z = self.read("head", "z", z)
         if self.config.pooling == "cls":
             y = self.layernorm("head.norm", "norm", z[:, 0])
+        elif self.config.pooling == "avg":
+            y = self.layernorm("head.norm", "norm", z[:, self.config.registers :].mean(dim=1))
         else:
             y = self.layernorm("head.norm", "norm", z[:, self.config.registers :])
             y = self.sequence_pool("head.pool", y) if self.config.pooling == "seq" else y.mean(dim=1)

@@ -325,6 +325,7 @@ LAYERS = {
     "position-registers": _position(1, 2),
     "position2d": _position2d,
     "sequence_pool": _sequence_pool,
+    "head-avg": _head("avg", False, registers=1),
     "head-seq": _head("seq", False),
     "head-registers": _head("mean", False, registers=2),
     "head-pre_logits": _head("cls", True),
@@ -380,6 +381,7 @@ _TINY = {
 MODELS = {
     "vit": _TINY,
     "vit-mean": {**_TINY, "image_size": 6, "pooling": "mean", "num_heads": 1},
+    "vit-avg": {**_TINY, "image_size": 6, "pooling": "avg", "registers": 1},
     "vit-seq": {**_TINY, "image_size": 6, "pooling": "seq", "registers": 2},
     "vit-registers": {**_TINY, "registers": 3, "dropout": 0.2},
     "vit-erf": {**_TINY, "gelu": "erf"},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from minivit import checkpoint
+from minivit import checkpoint, pretrained
 from minivit.backend import to_device, to_host, use_device
 from minivit.data import FOLDERS, load, mirrored
 from minivit.engine import Engine
@@ -19,6 +21,24 @@ from minivit.train import dataset_of, quiet_overflow
 CHUNK = 512  # pictures between two steps of the progress bar
 
 
+def load_any(path, *, weights="auto", changes=None, **options):
+    """A model from a checkpoint, or from a file of another program: see `checkpoint.load_model`, `pretrained.read`.
+
+    Returns  (ViT, meta, notes): meta has class names and which weights were taken; notes say what had to be assumed
+    Raises  InputError: the file is missing, damaged, or of no kind known here.
+    """
+    path = Path(path)
+    if checkpoint.is_checkpoint(path) or not path.exists():
+        model, meta = checkpoint.load_model(path, weights=weights)
+        checkpoint.class_names_of(meta, path)
+        if given := [name for name, value in options.items() if value]:
+            raise InputError(f"{path} is a checkpoint, which says itself what {given[0]} is")
+        return ViT(replace(model.config, **(changes or {})), flat=model.flat), meta, []
+    model, found = pretrained.read(path, changes=changes, **options)
+    names = found.class_names or [f"class {k}" for k in range(model.config.num_classes)]
+    return model, {"class_names": names, "weights": "params"}, found.notes
+
+
 def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_classes=False):
     """A checkpoint's model and meta (see `checkpoint.load_model`), and the data set that it is to be tested on.
 
@@ -28,7 +48,9 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_clas
     model's.
     """
     path = Path(path)
-    model, meta = checkpoint.load_model(path, weights=weights)
+    model, meta, notes = load_any(path, weights=weights)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     c = model.config
     if name is not None and other_classes:
         dataset = load(name, data_dir or "data", image_size=c.image_size if name in FOLDERS else None)

@@ -96,7 +96,9 @@ class ViTConfig:
     num_heads: int = setting(3, "attention heads h; the width must be a multiple")
     mlp_dim: int = setting(0, "hidden width M of the MLPs; 0 means 4 x width")
     pooling: str = setting(
-        "cls", 'what is classified: "cls" (class token), "mean" or "seq" (plain or learned mean of patches)'
+        "cls",
+        'what is classified: "cls" (class token), "mean" or "seq" (plain or learned mean of patches), "avg" (the plain '
+        "mean before the last LayerNorm, as timm has it)",
     )
     pos_embed: str = setting(
         "learned",
@@ -153,7 +155,7 @@ class ViTConfig:
             )
         if self.attention == "axial" and (self.pooling == "cls" or self.registers):
             raise InputError(
-                'attention "axial" is between patches alone: set pooling to "mean" or "seq", and registers to 0'
+                'attention "axial" is between patches alone: set pooling to "mean", "avg" or "seq", and registers to 0'
             )
 
     @classmethod

@@ -237,7 +237,7 @@ def work(function, arguments, result):
         return (2 if forward else 4) * tokens, 0 if forward else tokens
     if stem == "head":
         cache = result[1] if forward else a["cache"]
-        pooled = cache.norm.xhat.size if cache.pooling == "mean" and forward else 0
+        pooled = first[:, cache.read].size if cache.pooling in ("mean", "avg") and forward else 0
         squashed = 0 if cache.tanh is None else (1 if forward else 3) * cache.tanh.size
         own = (
             []
@@ -608,8 +608,8 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
             Q = 1 in the last block if the head reads the class token alone, else N
             where Q >= `msa.LONG`, h Q takes the place of h Q N, and there is no mask of attention, unless positions are
             relative; axial attention has h Q g in its place; positions keep nothing
-            rows = 1 normalised by the head for the class token, n for mean pooling and sequence pooling, which keeps
-            n (D + 1) more
+            rows = 1 normalised by the head for the class token or the mean "avg", n for "mean" and sequence pooling,
+            which keeps n (D + 1) more
             LayerScale: 2 Q D more in each block; QK-norm: (Q + N) (D + h)
             masks / B, one byte per entry, each only with its rate above 0 and ``dropout`` (a Generator was given):
             N D for the embedding;  Q (2 D + M) in each block;  h Q N of its attention;  1 per branch of the blocks
@@ -626,7 +626,7 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
     blocks += c.qk_norm * (asking + c.depth * N) * (D + c.num_heads)  # xhat and rstd of queries and keys
     maps = c.num_heads * c.sequence_length * (asking - again)
     blocks += maps + c.num_heads * again  # the attention maps, or the logarithms of their rows' sums
-    rows = 1 if c.pooling == "cls" else n
+    rows = 1 if c.pooling in ("cls", "avg") else n
     pool = n * (D + 1) if c.pooling == "seq" else 0
     numbers = patches + blocks + rows * (D + 1) + pool + D + c.pre_logits + 2 * c.num_classes + 1
     masks = 0

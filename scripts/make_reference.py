@@ -58,14 +58,18 @@ The file ``resize`` holds ``grid/O`` (O, O, 2) and ``KIND/O-N`` (N, N, 2), what 
 ``patch/O`` (O, O, 3, 2) and ``pi/O-N`` (N, N, 3, 2): those weights for larger and smaller patches by the
 pseudo-inverse of PyTorch's bilinear resizing of all O * O pixels at once, antialiased.
 
+The files ``layout_*`` hold small models as other programs store them: ``weights/KEY`` and ``grads/KEY`` with the
+library's own names and shapes, ``images`` (4, H, W, C), ``dlogits`` (4, K), the ``logits``, and the gradients of
+sum(dlogits logits), all in float64; ``settings`` names library, arguments and versions.
+
 Requirements
 ------------
 ::
 
-    pip install numpy scipy torch torchvision timm "jax[cpu]" flax optax
+    pip install numpy scipy torch torchvision timm transformers safetensors "jax[cpu]" flax optax
 
-The files were written with Python 3.11, numpy 2.4.6, torch 2.14.1 and timm 1.0.31; jax 0.10.2, flax 0.12.8
-and optax 0.2.8 (every file names its own versions in ``settings``). Another version, or another processor,
+The files were written with Python 3.11, numpy 2.4.6, torch 2.14.1, timm 1.0.31 and transformers 5.23.0; jax 0.10.2,
+flax 0.12.8 and optax 0.2.8 (every file names its own versions in ``settings``). Another version, or another processor,
 should change the last digits only.
 """
 
@@ -73,12 +77,14 @@ import argparse
 import json
 import math
 import sys
+import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-REQUIREMENTS = 'numpy scipy torch torchvision timm "jax[cpu]" flax optax'
+REQUIREMENTS = 'numpy scipy torch torchvision timm transformers safetensors "jax[cpu]" flax optax'
 STEPS = 10
 ADAMW = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 REFERENCES = {
@@ -339,47 +345,64 @@ class TimmReference:
 # ------------------------------------------------------------------------------------------------ JAX / Flax
 
 
-def make_flax_model(config):
-    """Return a Flax module with the layers and the order of the official JAX ViT.
+def make_flax_model(config, dtype="float64"):
+    """Return a Flax module with the layers, the order and the parameter names of the official JAX ViT.
 
     Its call gives the logits and the list of the blocks' outputs; the attention weights are "intermediates".
     """
     import flax.linen as nn
     import jax.numpy as jnp
 
+    dtypes = {"dtype": dtype, "param_dtype": dtype}
+    zeros = nn.initializers.zeros
+
     def layernorm(name):
-        return nn.LayerNorm(epsilon=config["layernorm_eps"], param_dtype=jnp.float64, name=name)
+        return nn.LayerNorm(epsilon=config["layernorm_eps"], name=name, **dtypes)
 
     def dense(features, name):
-        return nn.Dense(features, param_dtype=jnp.float64, name=name)
+        return nn.Dense(features, name=name, **dtypes)
+
+    class MlpBlock(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.gelu(dense(config["mlp_dim"], "Dense_0")(x))  # tanh GELU
+            return dense(config["width"], "Dense_1")(y)
 
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x):
-            y = layernorm("norm1")(x)
+            y = layernorm("LayerNorm_0")(x)
             attention = nn.MultiHeadDotProductAttention(
-                num_heads=config["num_heads"], deterministic=True, param_dtype=jnp.float64, name="attn"
+                num_heads=config["num_heads"], deterministic=True, name="MultiHeadDotProductAttention_0", **dtypes
             )
             x = x + attention(y, y, sow_weights=True)
-            y = nn.gelu(dense(config["mlp_dim"], "fc1")(layernorm("norm2")(x)))  # tanh GELU
-            return x + dense(config["width"], "fc2")(y)
+            return x + MlpBlock(name="MlpBlock_0")(layernorm("LayerNorm_1")(x))
+
+    class AddPositions(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x + self.param("pos_embedding", zeros, (1, *x.shape[1:]), dtype)
+
+    class Encoder(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = AddPositions(name="posembed_input")(x)
+            features = []
+            for i in range(config["depth"]):
+                x = Block(name=f"encoderblock_{i}")(x)
+                features.append(x)
+            return layernorm("encoder_norm")(x), features
 
     class VisionTransformer(nn.Module):
         @nn.compact
         def __call__(self, images):
-            D, zeros = config["width"], nn.initializers.zeros
-            patch = (config["patch_size"], config["patch_size"])
-            x = nn.Conv(D, patch, patch, padding="VALID", param_dtype=jnp.float64, name="embedding")(images)
+            D, patch = config["width"], (config["patch_size"], config["patch_size"])
+            x = nn.Conv(D, patch, patch, padding="VALID", name="embedding", **dtypes)(images)
             x = x.reshape(x.shape[0], -1, D)
             if config["pooling"] == "cls":
-                cls = self.param("cls", zeros, (1, 1, D), jnp.float64)
+                cls = self.param("cls", zeros, (1, 1, D), dtype)
                 x = jnp.concatenate([jnp.tile(cls, (x.shape[0], 1, 1)), x], axis=1)
-            x = x + self.param("pos_embedding", zeros, (1, x.shape[1], D), jnp.float64)
-            features = []
-            for i in range(config["depth"]):
-                x = Block(name=f"block{i}")(x)
-                features.append(x)
-            x = layernorm("encoder_norm")(x)
+            x, features = Encoder(name="Transformer")(x)
             x = x[:, 0] if config["pooling"] == "cls" else x.mean(axis=1)
             if config["pre_logits"]:
                 x = nn.tanh(dense(config["pre_logits"], "pre_logits")(x))
@@ -428,7 +451,8 @@ class FlaxReference:
 
         kernel = params["patch_embed.proj.weight"].reshape(P, P, C, D)
         tree = {"embedding": {"kernel": kernel, "bias": params["patch_embed.proj.bias"]}}
-        tree |= {"pos_embedding": params["pos_embed"], "encoder_norm": norm("norm"), "head": dense("head")}
+        encoder = {"posembed_input": {"pos_embedding": params["pos_embed"]}, "encoder_norm": norm("norm")}
+        tree |= {"Transformer": encoder, "head": dense("head")}
         if self.config["pooling"] == "cls":
             tree["cls"] = params["cls_token"]
         if self.config["pre_logits"]:
@@ -442,12 +466,11 @@ class FlaxReference:
                 attention[part] = {"kernel": weight.reshape(D, h, D // h), "bias": bias.reshape(h, D // h)}
             out = params[block + "attn.proj.weight"].reshape(h, D // h, D)
             attention["out"] = {"kernel": out, "bias": params[block + "attn.proj.bias"]}
-            tree[f"block{i}"] = {
-                "norm1": norm(block + "norm1"),
-                "attn": attention,
-                "norm2": norm(block + "norm2"),
-                "fc1": dense(block + "mlp.fc1"),
-                "fc2": dense(block + "mlp.fc2"),
+            encoder[f"encoderblock_{i}"] = {
+                "LayerNorm_0": norm(block + "norm1"),
+                "MultiHeadDotProductAttention_0": attention,
+                "LayerNorm_1": norm(block + "norm2"),
+                "MlpBlock_0": {"Dense_0": dense(block + "mlp.fc1"), "Dense_1": dense(block + "mlp.fc2")},
             }
         return tree
 
@@ -462,23 +485,25 @@ class FlaxReference:
             arrays[name + ".bias"] = leaves["bias"]
 
         layer("patch_embed.proj", tree["embedding"])
-        layer("norm", tree["encoder_norm"])
+        encoder = tree["Transformer"]
+        layer("norm", encoder["encoder_norm"])
         layer("head", tree["head"])
-        arrays["pos_embed"] = tree["pos_embedding"]
+        arrays["pos_embed"] = encoder["posembed_input"]["pos_embedding"]
         if "cls" in tree:
             arrays["cls_token"] = tree["cls"]
         if "pre_logits" in tree:
             layer("pre_logits", tree["pre_logits"])
         for i in range(self.config["depth"]):
-            name, block = f"blocks.{i}.", tree[f"block{i}"]
-            parts = [block["attn"][part] for part in ("query", "key", "value")]
+            name, block = f"blocks.{i}.", encoder[f"encoderblock_{i}"]
+            attention, mlp = block["MultiHeadDotProductAttention_0"], block["MlpBlock_0"]
+            parts = [attention[part] for part in ("query", "key", "value")]
             arrays[name + "attn.qkv.weight"] = np.hstack([part["kernel"].reshape(D, D) for part in parts])
             arrays[name + "attn.qkv.bias"] = np.hstack([part["bias"].reshape(D) for part in parts])
-            layer(name + "attn.proj", block["attn"]["out"])
-            layer(name + "norm1", block["norm1"])
-            layer(name + "norm2", block["norm2"])
-            layer(name + "mlp.fc1", block["fc1"])
-            layer(name + "mlp.fc2", block["fc2"])
+            layer(name + "attn.proj", attention["out"])
+            layer(name + "norm1", block["LayerNorm_0"])
+            layer(name + "norm2", block["LayerNorm_1"])
+            layer(name + "mlp.fc1", mlp["Dense_0"])
+            layer(name + "mlp.fc2", mlp["Dense_1"])
         # the embedding's (P, P, C, D) and the attention output's (h, Dh, D) kernels become matrices
         shapes = parameter_shapes(self.config)
         return {name: arrays[name].reshape(shape) for name, shape in shapes.items()}
@@ -496,8 +521,9 @@ class FlaxReference:
         """Return the logits, and lists of the blocks' outputs and attention weights."""
         variables = {"params": self.load(params)}
         (logits, features), state = self.model.apply(variables, self.images, mutable=["intermediates"])
-        blocks = [state["intermediates"][f"block{i}"] for i in range(self.config["depth"])]
-        attn = [np.asarray(block["attn"]["attention_weights"][0]) for block in blocks]
+        seen = state["intermediates"]["Transformer"]
+        blocks = [seen[f"encoderblock_{i}"] for i in range(self.config["depth"])]
+        attn = [np.asarray(block["MultiHeadDotProductAttention_0"]["attention_weights"][0]) for block in blocks]
         return np.asarray(logits), [np.asarray(x) for x in features], attn
 
     def train(self, params):
@@ -660,7 +686,6 @@ def check_training(reference, params, losses, after):
 
 OPERATIONS_FILE = "torchvision_operations"
 RESIZE_FILE = "resize"
-FILES = [*REFERENCES, OPERATIONS_FILE, RESIZE_FILE]
 MAGNITUDES = {
     "identity": [0],
     "shear_x": [-0.7, 0.05, 0.99],
@@ -743,7 +768,104 @@ def resizing():
     return arrays
 
 
+# --------------------------------------------------------------------------------- models as others store them
+
+SMALL = {"image_size": 6, "patch_size": 2, "num_classes": 5, "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 11}
+TIMM_SMALL = {"img_size": 6, "patch_size": 2, "num_classes": 5, "embed_dim": 8, "depth": 2, "num_heads": 2}
+LAYOUTS = {
+    "layout_official": (
+        "flax",
+        SMALL | {"channels": 3, "pooling": "cls", "pre_logits": 7, "layernorm_eps": 1e-6},
+    ),
+    "layout_timm_registers": (
+        "timm",
+        TIMM_SMALL | {"mlp_ratio": 1.5, "reg_tokens": 2, "qk_norm": True, "init_values": 0.1},
+    ),
+    "layout_timm_average": ("timm", TIMM_SMALL | {"mlp_ratio": 1.5, "global_pool": "avg", "in_chans": 1}),
+    "layout_timm_deit3": ("timm", TIMM_SMALL | {"mlp_ratio": 1.5, "no_embed_class": True, "init_values": 1e-6}),
+    "layout_hf": (
+        "transformers",
+        {"image_size": 6, "patch_size": 2, "num_labels": 5, "hidden_size": 8, "num_hidden_layers": 2}
+        | {"num_attention_heads": 2, "intermediate_size": 11},
+    ),
+}
+
+
+def draw_like(key, array, rng):
+    """Draw a parameter of another program: far from zero, the scales of LayerNorm around one."""
+    scale = key.endswith("scale") or ("norm" in key and key.endswith("weight"))
+    return scale + (0.1 if scale else 0.5) * rng.standard_normal(array.shape)
+
+
+def flax_layout(config, images, dlogits, rng):
+    """Return weights, gradients and logits of the official model."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_x64", True)
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    model = make_flax_model(config)
+    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images)["params"], sep="/")
+    weights = {key: draw_like(key, shape, rng) for key, shape in shapes.items()}
+    tree = unflatten_dict(weights, sep="/")
+    grads = jax.grad(lambda tree: (model.apply({"params": tree}, images)[0] * dlogits).sum())(tree)
+    logits = model.apply({"params": tree}, images)[0]
+    return weights, {key: np.asarray(g) for key, g in flatten_dict(grads, sep="/").items()}, np.asarray(logits)
+
+
+def torch_layout(library, arguments, images, dlogits, rng):
+    """Return weights, gradients and logits of a model of timm or transformers, under the names of its files."""
+    import torch
+    from safetensors.numpy import load_file
+
+    if library == "timm":
+        from timm.models import VisionTransformer
+
+        model = VisionTransformer(**arguments).double()
+    else:
+        from transformers import ViTConfig, ViTForImageClassification
+
+        model = ViTForImageClassification(ViTConfig(**arguments)).double()
+
+    def stored():
+        if library == "timm":
+            return {key: tensor.numpy().copy() for key, tensor in model.state_dict().items()}
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return load_file(Path(folder) / "model.safetensors")
+
+    model.load_state_dict({k: torch.from_numpy(draw_like(k, a, rng)) for k, a in model.state_dict().items()})
+    weights = stored()
+    logits = model.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    logits = logits if library == "timm" else logits.logits
+    (logits * torch.from_numpy(dlogits)).sum().backward()
+    with torch.no_grad():
+        model.load_state_dict({key: parameter.grad for key, parameter in model.named_parameters()})
+    return weights, stored(), logits.detach().numpy()
+
+
+def make_layout(name):
+    """Compute one of the files ``layout_*``."""
+    library, arguments = LAYOUTS[name]
+    rng = np.random.default_rng(31 + list(LAYOUTS).index(name))
+    images = rng.standard_normal((4, 6, 6, arguments.get("in_chans", 3)))
+    dlogits = rng.standard_normal((4, 5))
+    make = flax_layout if library == "flax" else partial(torch_layout, library)
+    weights, grads, logits = make(arguments, images, dlogits, rng)
+    packages = ("numpy", library, "jax" if library == "flax" else "torch")
+    settings = {"library": library, "arguments": arguments, "versions": {each: version(each) for each in packages}}
+    arrays = {"settings": np.array(json.dumps(settings)), "images": images, "dlogits": dlogits, "logits": logits}
+    for key, array in weights.items():
+        assert grads[key].shape == array.shape and array.dtype == grads[key].dtype == np.float64, key
+        arrays |= {f"weights/{key}": array, f"grads/{key}": grads[key]}
+    return arrays
+
+
 # ------------------------------------------------------------------------------------------ the command line
+
+
+FILES = [*REFERENCES, *LAYOUTS, OPERATIONS_FILE, RESIZE_FILE]
 
 
 def make_reference(name):
@@ -798,7 +920,7 @@ def make_reference(name):
 def parse_arguments(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Write the reference files of the tests from PyTorch/timm, JAX/Flax and torchvision.",
+        description="Write the reference files of the tests from PyTorch/timm, transformers, JAX/Flax and torchvision.",
         epilog=f"files: {', '.join(FILES)}. requirements: pip install {REQUIREMENTS}",
     )
     default = Path(__file__).resolve().parent.parent / "tests" / "data"
@@ -825,7 +947,10 @@ def main(argv=None):
     for name in [arguments.only] if arguments.only else FILES:
         try:
             others = {OPERATIONS_FILE: picture_operations, RESIZE_FILE: resizing}
-            arrays, differences = (others[name](), {}) if name in others else make_reference(name)
+            if name in REFERENCES:
+                arrays, differences = make_reference(name)
+            else:
+                arrays, differences = others[name]() if name in others else make_layout(name), {}
         except ImportError as error:
             return fail(f"{name}: {error}: pip install {REQUIREMENTS}")
         path = arguments.out / f"{name}.npz"

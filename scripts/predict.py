@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minivit import ViT, checkpoint, plots
+from minivit import ViT, plots
 from minivit.backend import find_device, to_device, to_host, use_device
 from minivit.cli import Parser, output_file, run
 from minivit.data import LazyPictures, read_image
 from minivit.errors import InputError
-from minivit.inference import attention_map, check_finite
+from minivit.inference import attention_map, check_finite, load_any
 from minivit.layers.softmax import softmax_forward
 from minivit.train import dataset_of, quiet_overflow, write_json
 
@@ -120,7 +120,11 @@ def gather(arguments, model, meta):
 def main(argv=None):
     """Entry point; returns the exit status."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="predict.py")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a checkpoint, such as runs/digits/last.npz, or official, timm or Hugging Face weights",
+    )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files or .npy arrays")
     parser.add_argument(
         "--test", nargs="+", type=int, default=[], metavar="INDEX", help="pictures of the run's own test set"
@@ -138,8 +142,10 @@ def main(argv=None):
     if not arguments.images and not arguments.test:
         raise InputError("no picture is named; name files, or --test 0 for the first picture of the test set")
     device = find_device(arguments.device)
-    model, meta = checkpoint.load_model(arguments.checkpoint, weights=arguments.weights)
-    names = checkpoint.class_names_of(meta, arguments.checkpoint)
+    model, meta, notes = load_any(arguments.checkpoint, weights=arguments.weights)
+    names = meta["class_names"]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     use_device(device)
     model = ViT(model.config, flat=to_device(model.flat, device))
     pictures = gather(arguments, model, meta)

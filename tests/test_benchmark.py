@@ -25,6 +25,7 @@ FLAGS = [
 MORE = [  # what the models elsewhere must follow
     {}, {"pooling": "mean", "pos_embed": "sincos2d"}, {"pre_logits": 7, "pos_embed": "none"}, {"gelu": "erf"},
     {"layer_scale": 0.1, "qk_norm": True}, {"pooling": "seq", "registers": 2}, {"registers": 3},
+    {"pooling": "avg", "registers": 1},
 ]  # fmt: skip
 
 

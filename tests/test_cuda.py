@@ -28,6 +28,7 @@ CONFIGS = {
     "wide": replace(SMALL, width=260, num_heads=5, patch_size=2, pre_logits=7),  # rows end in the middle of a warp
     "layer_scale": replace(SMALL, layer_scale=0.1, drop_path=0.5),
     "qk_norm": replace(SMALL, qk_norm=True),
+    "avg": replace(SMALL, pooling="avg", registers=2),
     "seq": replace(SMALL, pooling="seq", registers=2),
     "registers": replace(SMALL, registers=3, drop_path=0.5),
     "learned2d": replace(SMALL, pos_embed="learned2d", pos_at="every", registers=1),

@@ -28,7 +28,7 @@ def test_flipped_pictures_count_as_much(trained):
 
 
 @pytest.mark.parametrize("registers", [0, 3])
-@pytest.mark.parametrize("pooling", ["cls", "mean", "seq"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "avg", "seq"])
 def test_attention_of_a_known_map(pooling, registers):
     first = registers + (pooling == "cls")
     N = first + 4

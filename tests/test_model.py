@@ -95,9 +95,9 @@ def test_every_preset_is_a_model():
         ({"pos_embed": "sincos2d", "pos_at": "every"}, 'pos_at must be "input" or "shared", got "every"'),
         ({"pos_embed": "relative", "pos_at": "every", "registers": 1}, "registers have no place: take 0 of them"),
         ({"pos_embed": "learned2d", "width": 9}, '"learned2d" halves the width, which must be even, got 9'),
-        ({"attention": "axial"}, 'set pooling to "mean" or "seq", and registers to 0'),
+        ({"attention": "axial"}, 'set pooling to "mean", "avg" or "seq", and registers to 0'),
         ({"attention": "axial", "pooling": "mean", "registers": 2}, "and registers to 0"),
-        ({"pooling": "max"}, "pooling must be one of cls, mean, seq; got 'max'"),
+        ({"pooling": "max"}, "pooling must be one of cls, mean, avg, seq; got 'max'"),
         ({"pos_embed": "rope"}, "pos_embed must be one of"),
         ({"gelu": "relu"}, "gelu must be one of"),
         ({"width": 66, "pos_embed": "sincos2d"}, "multiple of 4"),
@@ -259,7 +259,7 @@ def test_features_are_what_the_head_reads(pooling, pre_logits):
 
 
 @pytest.mark.parametrize("pos_embed", ["learned", "sincos2d", "none"])
-@pytest.mark.parametrize("pooling", ["cls", "mean", "seq"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "avg", "seq"])
 def test_registers_stand_behind_the_class_token_and_have_no_position(pooling, pos_embed):
     model = random_model(pooling=pooling, pos_embed=pos_embed, registers=3)
     plain = random_model(pooling=pooling, pos_embed=pos_embed)

@@ -21,6 +21,7 @@ DROPS = {"dropout": 0.1, "attention_dropout": 0.2, "drop_path": 0.3}
 CONFIGS = {
     "cls": {},
     "mean": {"pooling": "mean"},
+    "avg": {"pooling": "avg", "registers": 2},
     "pre-logits": {"pre_logits": 7},
     "one-head": {"num_heads": 1, "pooling": "mean", "pre_logits": 3},
     "dropout": DROPS,
@@ -285,7 +286,7 @@ def test_operations_per_element():
     assert cached == [8 * (60 + 10 + 6), 8 * (60 + 60), 8 * 18, 8 * 50]  # x was counted with gelu; here w and W count
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "seq"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "avg", "seq"])
 def test_operations_of_the_glue(pooling):
     t = traced(pooling=pooling, pre_logits=7, **DROPS)
     own, parents = {}, []  # operations without those of the calls inside
@@ -303,7 +304,7 @@ def test_operations_of_the_glue(pooling):
         "patch_embed": (tokens, tokens + 36 * cls), "dropout": (2 * tokens, 2 * tokens),
         "blocks.1": (2 * last, 2 * last + of_block), "blocks.1.msa": (0, 0), "blocks.1.mlp": (0, 0),
         "blocks.1.path1": (0, 0), "blocks.1.path1.dropout": (2 * last, 2 * last), "blocks.0.path1.dropout": (0, 0),
-        "head": ((tokens if pooling == "mean" else 0) + 21, 3 * 21 + of_head), "loss": (8 * 15, 3 * 15),
+        "head": ((tokens if pooling in ("mean", "avg") else 0) + 21, 3 * 21 + of_head), "loss": (8 * 15, 3 * 15),
     }  # fmt: skip
     if pooling == "seq":
         expected["head.pool"] = (2 * tokens, 4 * tokens + tokens)

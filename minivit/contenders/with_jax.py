@@ -68,7 +68,8 @@ def vit(config, p, images):
         u = linear(p, f"{block}.mlp.fc1", layernorm(p, f"{block}.norm2", z, c.layernorm_eps))
         u = linear(p, f"{block}.mlp.fc2", jax.nn.gelu(u, approximate=c.gelu == "tanh"))
         z = z + layer_scale(p, f"{block}.ls2", u)
-    y = layernorm(p, "norm", z[:, 0] if c.pooling == "cls" else z[:, c.registers :], c.layernorm_eps)
+    y = z[:, 0] if c.pooling == "cls" else z[:, c.registers :]
+    y = layernorm(p, "norm", y.mean(axis=1) if c.pooling == "avg" else y, c.layernorm_eps)
     if c.pooling == "mean":
         y = y.mean(axis=1)
     elif c.pooling == "seq":

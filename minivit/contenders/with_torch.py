@@ -127,7 +127,8 @@ class ViT(nn.Module):
             at = int(c.pooling == "cls")
             z = torch.cat([z[:, :at], self.reg_token.expand(len(z), -1, -1), z[:, at:]], dim=1)
         z = self.blocks(z)
-        y = self.norm(z[:, 0] if c.pooling == "cls" else z[:, c.registers :])
+        y = z[:, 0] if c.pooling == "cls" else z[:, c.registers :]
+        y = self.norm(y.mean(dim=1) if c.pooling == "avg" else y)
         if c.pooling == "mean":
             y = y.mean(dim=1)
         elif c.pooling == "seq":

@@ -3,12 +3,14 @@ r"""From tokens to class scores: final LayerNorm, pooling, the optional pre-logi
 Forward
         y      = LN(z_L)[:, 0]             pooling "cls": the class token                              (Eq. 4)
         y      = mean_N LN(z_L)            pooling "mean": the average over tokens                     (appendix D.3)
+        y      = LN(mean_N z_L)            pooling "avg": the same two the other way round               (timm)
         y      = pool(LN(z_L))             pooling "seq": a learned weighted mean, see `sequence_pool`
         y      = tanh(y W_pre + b_pre)     only with a pre-logits layer (the paper's pre-training head)
         logits = y W_head + b_head
 
     LayerNorm works token by token, so that only the tokens that are read are normalised: with "cls" the class token
-    alone, the same numbers for 1/N of the work; with the others the patches, without registers in front of them.
+    alone, the same numbers for 1/N of the work; with the others the patches, without registers in front of them. Mean
+    and LayerNorm do not commute: the norms of the tokens weigh with "avg", and do not with "mean".
 
 Backward
         y = tanh(u)          =>   du = dy (1 - y^2)
@@ -30,7 +32,7 @@ from minivit.layers.sequence_pool import (
     sequence_pool_jvp,
 )
 
-POOLINGS = ("cls", "mean", "seq")
+POOLINGS = ("cls", "mean", "avg", "seq")
 
 
 class HeadCache(NamedTuple):
@@ -57,7 +59,10 @@ def head_forward(z, params, *, pooling="cls", registers=0, eps=1e-6):
     xp = array_module(z)
     pool = pre_logits = tanh = None
     read = 0 if pooling == "cls" else slice(registers, None)
-    y, norm = layernorm_forward(z[:, read], params["norm.weight"], params["norm.bias"], eps=eps)  # (B, D) or (B, n, D)
+    y = z[:, read]  # (B, D) or (B, n, D)
+    if pooling == "avg":
+        y = y.mean(axis=1)  # (B, D)
+    y, norm = layernorm_forward(y, params["norm.weight"], params["norm.bias"], eps=eps)
     if pooling == "mean":
         y = y.mean(axis=1)  # (B, D)
     elif pooling == "seq":
@@ -81,6 +86,13 @@ def head_backward(dlogits, cache, grads):
         grads[f"{name}.weight"] += dW
         grads[f"{name}.bias"] += db
 
+    def spread(dy):
+        # y = mean_n x
+        n = N - cache.read.start
+        dx = xp.empty((B, n, D), dy.dtype)
+        dx[...] = dy[:, None] / n
+        return dx
+
     # logits = y W_head + b_head
     dy, dW, db = linear_backward(dlogits, cache.head)  # (B, D), or (B, R) with pre-logits
     add("head", dW, db)
@@ -91,10 +103,7 @@ def head_backward(dlogits, cache, grads):
         add("pre_logits", dW, db)
     if cache.pooling == "mean":
         # y = mean_n x
-        n = N - cache.read.start
-        dx = xp.empty((B, n, D), dy.dtype)
-        dx[...] = dy[:, None] / n
-        dy = dx
+        dy = spread(dy)
     elif cache.pooling == "seq":
         # y = pool(x)
         dy, dW, db = sequence_pool_backward(dy, cache.pool)  # (B, n, D)
@@ -102,6 +111,9 @@ def head_backward(dlogits, cache, grads):
     # x = LN(z[:, read])
     dread, dw, db = layernorm_backward(dy, cache.norm)
     add("norm", dw, db)
+    if cache.pooling == "avg":
+        # the x of LN is mean_n z[:, read]
+        dread = spread(dread)
     if dread.shape == cache.shape:  # every token was read
         return dread
     dz = xp.zeros((B, N, D), dy.dtype)
@@ -118,8 +130,10 @@ def head_jvp(zdot, paramsdot, cache):
     def take(name):
         return paramsdot[f"{name}.weight"], paramsdot[f"{name}.bias"]
 
-    # x = LN(z[:, read])
-    ydot = layernorm_jvp(zdot[:, cache.read], *take("norm"), cache.norm)
+    # x = LN(z[:, read]), or LN(mean_n z[:, read])
+    xdot = zdot[:, cache.read]
+    xdot = xdot.mean(axis=1) if cache.pooling == "avg" else xdot
+    ydot = layernorm_jvp(xdot, *take("norm"), cache.norm)
     if cache.pooling == "mean":
         # y = mean_n x
         ydot = ydot.mean(axis=1)

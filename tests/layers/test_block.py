@@ -86,6 +86,10 @@ def test_normalising_the_class_token_alone_is_normalising_all_and_taking_it():
     np.testing.assert_allclose(logits, normed[:, 0] @ p["head.weight"] + p["head.bias"], rtol=1e-12)
     mean_logits, _ = head_forward(z, p, pooling="mean")
     np.testing.assert_allclose(mean_logits, normed.mean(axis=1) @ p["head.weight"] + p["head.bias"], rtol=1e-12)
+    avg_logits, _ = head_forward(z, p, pooling="avg")
+    normed, _ = layernorm_forward(z.mean(axis=1), p["norm.weight"], p["norm.bias"])
+    np.testing.assert_allclose(avg_logits, normed @ p["head.weight"] + p["head.bias"], rtol=1e-12)
+    assert np.abs(avg_logits - mean_logits).max() > 0.01
     dz = head_backward(np.ones((2, 3)), cache, {name: np.zeros_like(value) for name, value in p.items()})
     assert not dz[:, 1:].any() and dz[:, 0].any()
 
