@@ -61,11 +61,14 @@ _block = _in("layers.block", "block_backward")
 _patch = _in("layers.patch_embed", "patch_embed_backward")
 _unpatchify = _in("layers.patch_embed", "unpatchify")
 _registers = _in("layers.registers", "registers_backward")
+_corrupt = _in("layers.corrupt", "corrupt_backward")
+_gather = _in("layers.gather", "gather_backward")
 _sequence_pool = _in("layers.sequence_pool", "sequence_pool_backward")
 _head = _in("layers.head", "head_backward")
 _forward_of_loss = _in("loss", "softmax_cross_entropy_forward")
 _loss = _in("loss", "softmax_cross_entropy_backward")
 _targets = _in("loss", "soft_targets")
+_squared_error = _in("loss", "squared_error_backward")
 _model = _in("model", "ViT.backward")
 _sgd = _in("optim", "SGD.step")
 _adam = _in("optim", "Adam._update")
@@ -372,6 +375,22 @@ MISTAKES = (
         "registers-last-rows", "[dz[:, :at], dz[:, end:]]", "[dz[:, : dz.shape[1] - cache.count]]",
         "the last tokens are cut off instead of the registers", "which rows came from z?",
     ),
+    _corrupt(
+        "corrupt-not-undone", "return dshown[:, :N]", "return dy",
+        "every patch gets the gradient of its own place, whatever was shown there", "where was an embedding shown?",
+    ),
+    _corrupt(
+        "corrupt-mask-first-picture", "dshown[:, N:].sum(axis=0, keepdims=True)", "dshown[:1, N:]",
+        "the mask gets the gradient of the first picture alone", "how many pictures share it?",
+    ),
+    _corrupt(
+        "corrupt-mask-mean", "dshown[:, N:].sum(", "dshown[:, N:].mean(",
+        "the mask's gradient is averaged over the batch instead of summed", "how many pictures share it?",
+    ),
+    _gather(
+        "gather-first-rows", "dz[xp.arange(B)[:, None], cache.index] = dy", "dz[:, : dy.shape[1]] = dy",
+        "the gradients go to the first rows instead of where the tokens came from", "which rows were taken?",
+    ),
     _sequence_pool(
         "sequence-pool-weights-constant", "dx += dx_of_scores", "pass",
         "the tokens get no gradient through their weights", "where does x enter?",
@@ -429,6 +448,10 @@ MISTAKES = (
     _targets(
         "loss-smoothing-wrong-share", "label_smoothing / num_classes", "label_smoothing / (num_classes - 1)",
         "the smoothed targets of a row do not sum to one", "add up a row of targets",
+    ),
+    _squared_error(
+        "squared-error-half", "2.0 * dloss", "dloss",
+        "the derivative of a square without its factor 2", "differentiate d^2",
     ),
     _model(
         "model-embedding-dropout-skipped", "dz = dropout_backward(dz, cache.dropout)", "pass",
