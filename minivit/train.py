@@ -178,7 +178,7 @@ MAY_MOVE = ("device", "gpu_micro_batch", "precision", "graph")  # they change ro
 
 LAST, BEST, METRICS, SUMMARY, SETTINGS = "last.npz", "best.npz", "metrics.jsonl", "summary.json", "settings.json"
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"  # images/s is in the postfix
-CURVES, PREDICTIONS = "curves.png", "predictions.png"
+CURVES, PREDICTIONS, RECONSTRUCTIONS = "curves.png", "predictions.png", "reconstructions.png"
 
 
 def loading_settings(config, num_classes):
@@ -197,7 +197,7 @@ def loading_settings(config, num_classes):
 
 def refuse_used(folder):
     """Raises InputError if a new run in the folder would overwrite something."""
-    for name in (LAST, BEST, METRICS, SUMMARY, SETTINGS, CURVES, PREDICTIONS):
+    for name in (LAST, BEST, METRICS, SUMMARY, SETTINGS, CURVES, PREDICTIONS, RECONSTRUCTIONS):
         if os.path.lexists(Path(folder) / name):
             other = "go on with --resume, or choose" if name == LAST else "choose"
             raise InputError(f"{folder} already holds a run's {name}; {other} another --out")
@@ -306,8 +306,12 @@ class Trainer:
 
     ``describe`` is stored in checkpoints beside the model's configuration and the settings: how to find the data again.
     ``on_epoch(trainer)``, if given, is called after each epoch, to look at the run; it must not change it.
+    What is learned is classification; `minivit.pretrain.Pretrainer` changes the methods under "the task".
     Raises  InputError: settings, data and folder do not fit together; nothing has been written then.
     """
+
+    engines = (Engine, CudaEngine)  # of the CPU, of a GPU
+    task = {}  # what checkpoints and settings.json say beside model, settings and data
 
     def __init__(self, dataset, model_config, config, out, *, describe=None, progress=True, on_epoch=None):
         self.device = find_device(config.device)
@@ -345,7 +349,8 @@ class Trainer:
             [to_device(array, self.device) for array in split]
             for split in ((dataset.train_images, dataset.train_labels), (dataset.test_images, dataset.test_labels))
         )
-        self.model = ViT(model_config, flat=to_device(self._initial(model_config), self.device))
+        self.model_config = model_config
+        self.model = self._model(to_device(self._initial(), self.device))
         mask = to_device(parameters.decay_mask(self.model.table), self.device)
         scale = None
         if config.layer_decay < 1.0:
@@ -355,7 +360,7 @@ class Trainer:
             beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay, scale=scale,
         )  # fmt: skip
         self.ema = EMA(self.model.flat, config.ema_decay) if config.ema_decay else None
-        self.tested_model = ViT(model_config, flat=self.ema.flat) if self.ema else self.model
+        self.tested_model = self._model(self.ema.flat) if self.ema else self.model
         self.small_epochs = round(config.half_size * config.epochs)
         if self.small_epochs:
             self.model.at_half_size()  # refuses what cannot be halved
@@ -370,10 +375,10 @@ class Trainer:
         self._whole_steps = {}  # on a GPU, what makes all of a step at once, for each engine
         self._stop = None
 
-    def _initial(self, model_config):
+    def _initial(self):
         """The flat parameters at the start, on the host."""
         c = self.config
-        model = ViT(model_config, seed=c.seed)
+        model = self._model()
         if c.init == "mimetic":
             mimetic(model, seed=c.seed)
         if c.whiten:
@@ -393,6 +398,32 @@ class Trainer:
     def finished(self):
         """Whether every epoch is done and evaluated."""
         return self.epoch == self.config.epochs
+
+    # ---- the task ----------------------------------------------------------------------------------------------------
+
+    def _model(self, flat=None):
+        """The model around a flat buffer, or a new one with its initial parameters on the host."""
+        return ViT(self.model_config, seed=self.config.seed, flat=flat)
+
+    def _targets(self, labels, number):
+        """What the engine takes beside the pictures of a batch, of which the labels and the number are given."""
+        return labels
+
+    def _accuracy(self, loss, correct, pictures):
+        """The figure of merit of so many pictures, from their mean loss and how many guesses were right."""
+        return correct / pictures
+
+    def _evaluate(self, engine):
+        """Loss, accuracy and outputs of the test pictures."""
+        return evaluate(engine, self.tested_model, *self._test_data, flip=self.config.test_flip)
+
+    def _draw(self, logits):
+        """The figures at the end, from what `_evaluate` gave."""
+        from minivit import plots  # matplotlib is slow to import, and only the end needs it
+
+        data = self.dataset
+        plots.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
+        plots.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -415,6 +446,7 @@ class Trainer:
             "settings": asdict(self.config),
             "data": {**self.describe, "name": self.dataset.name, "fingerprint": self.fingerprint},
             "class_names": list(self.dataset.class_names),
+            **self.task,
             "progress": {
                 "step": self.step,
                 "epoch": self.epoch,
@@ -440,6 +472,12 @@ class Trainer:
         arrays, meta = checkpoint.load(path)
         if (stored := checkpoint.config_of(meta, path)) != self.model.config:
             raise InputError(f"{path} holds another model: {_difference(asdict(stored), asdict(self.model.config))}")
+        for key, other in (("pretraining", "pretrain.py"),):
+            if (stored := meta.get(key)) != (asked := self.task.get(key)):
+                if stored is None or asked is None:
+                    script = other if asked is None else "train.py"
+                    raise InputError(f"{path} is of another kind of run; go on with scripts/{script} --resume")
+                raise InputError(f"{path} was trained for another task: {_difference(stored, asked)}")
         settings = asdict(config_from(meta, path))
         if difference := _difference(settings, asdict(self.config), FREE_ON_RESUME + MAY_MOVE):
             raise InputError(
@@ -539,8 +577,7 @@ class Trainer:
             else:
                 refuse_used(self.out)
                 self.save()  # from here on there is always something to resume from
-            settings = {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe}
-            write_json(self.out / SETTINGS, settings)
+            write_json(self.out / SETTINGS, self._settings())
             with (engine := self._engine()):
                 if not self.finished:
                     self._train(engine)
@@ -560,10 +597,10 @@ class Trainer:
         model, times = (self.model.at_half_size(), 4) if half_size else (self.model, 1)
         shared = {"label_smoothing": c.label_smoothing, "seed": c.seed, "recompute": c.recompute}
         if self.device == "cpu":
-            engine = Engine(model, workers=c.workers, micro_batch=times * c.micro_batch, **shared)
+            engine = self.engines[0](model, workers=c.workers, micro_batch=times * c.micro_batch, **shared)
         else:
             cuda.machine().precision = c.precision
-            engine = CudaEngine(model, micro_batch=times * c.gpu_micro_batch, **shared)
+            engine = self.engines[1](model, micro_batch=times * c.gpu_micro_batch, **shared)
             if c.accumulate == 1 and not c.sam:
                 self._whole_steps[engine] = CudaStep(
                     engine, self.optimizer, self.ema, clip_norm=c.clip_norm, graph=c.graph
@@ -613,6 +650,7 @@ class Trainer:
                 size = min(group, len(self.order) - first)
                 position = index % c.accumulate
                 number = self.epoch * (last_batch + 1) + index
+                labels = self._targets(labels, number)
                 if c.check_finite and (origin := self._origin(engine, images, labels, number, size)):
                     raise self._diverged(f"a number is not finite{origin}")
                 lr = self.learning_rate(self.step)
@@ -644,17 +682,16 @@ class Trainer:
                 seen_since += size
                 bar.update()
                 if log:
-                    running, now = self.running, time.monotonic()
+                    now = time.monotonic()
                     rate = seen_since / max(now - since, 1e-9)
                     since, seen_since = now, 0
+                    accuracy = self._accuracy(figures[0], figures[1], size)
                     _log(
                         metrics, kind="train", step=self.step, epoch=self.epoch + 1, lr=lr, loss=figures[0],
-                        accuracy=figures[1] / size, grad_norm=figures[2], images_per_second=round(rate, 1),
+                        accuracy=accuracy, grad_norm=figures[2], images_per_second=round(rate, 1),
                     )  # fmt: skip
-                    bar.set_postfix_str(
-                        f"loss {running['loss'] / running['seen']:.3f} acc {running['correct'] / running['seen']:.1%} "
-                        f"{rate:,.0f} img/s"
-                    )
+                    loss_so_far, accuracy = self._running_figures()
+                    bar.set_postfix_str(f"loss {loss_so_far:.3f} acc {accuracy:.1%} {rate:,.0f} img/s")
                 if self._stop is not None:
                     break
                 if time.monotonic() - self._saved_at >= c.checkpoint_seconds:
@@ -685,17 +722,23 @@ class Trainer:
         unread.clear()
         return figures
 
+    def _running_figures(self):
+        """Mean loss and accuracy over the epoch so far."""
+        seen = self.running["seen"]
+        loss = self.running["loss"] / seen
+        return loss, self._accuracy(loss, self.running["correct"], seen)
+
     def _end_epoch(self, engine, metrics):
-        c, running = self.config, self.running
+        c = self.config
         self.epoch, self.batch = self.epoch + 1, 0
         if self.on_epoch:
             self.on_epoch(self)
         if self.epoch % c.evaluate_every and self.epoch < c.epochs:
             return
-        loss, accuracy, _ = evaluate(engine, self.tested_model, *self._test_data, flip=c.test_flip)
+        loss, accuracy, _ = self._evaluate(engine)
         if not math.isfinite(loss):
             raise self._diverged(f"the test loss is {loss}")
-        train_loss, train_accuracy = running["loss"] / running["seen"], running["correct"] / running["seen"]
+        train_loss, train_accuracy = self._running_figures()
         _log(
             metrics, kind="test", step=self.step, epoch=self.epoch, loss=loss, accuracy=accuracy,
             train_loss=train_loss, train_accuracy=train_accuracy, seconds=round(self._elapsed(), 2),
@@ -711,10 +754,8 @@ class Trainer:
             self.save(BEST)
 
     def _finish(self, engine):
-        from minivit import plots  # matplotlib is slow to import, and only the end needs it
-
         data = self.dataset
-        loss, accuracy, logits = evaluate(engine, self.tested_model, *self._test_data, flip=self.config.test_flip)
+        loss, accuracy, outputs = self._evaluate(engine)
         summary = {
             "test_accuracy": accuracy,
             "test_loss": loss,
@@ -730,13 +771,18 @@ class Trainer:
             "workers": engine.workers,
             "cores": available_cores(),
             "device": device_name(self.device),
-            "settings": {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe},
+            "settings": self._settings(),
             "versions": versions(),
         }
-        plots.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
-        plots.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
+        self._draw(outputs)
         write_json(self.out / SUMMARY, summary)
         return summary
+
+    def _settings(self):
+        """What was asked for, ready for JSON."""
+        return {
+            "model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe, **self.task
+        }  # fmt: skip
 
     def _elapsed(self):
         return self.seconds + (0.0 if self._started is None else time.monotonic() - self._started)
