@@ -47,18 +47,35 @@ def add_recipe(parser):
     return where
 
 
-def recipe_of_flags(arguments, name=None):
+def file_of_flags(arguments, name=None):
+    """The settings file that flags of `add_recipe` name, by default that of their data set, or None for none.
+
+    Raises  InputError: see `find_config`.
+    """
+    own = CONFIGS / f"{name or arguments.data or DATA_KEYS['data']}.toml"
+    return find_config(arguments.config) if arguments.config else own if own.exists() else None
+
+
+def recipe_of_flags(arguments, name=None, *, sections=SECTIONS):
     """The settings that were asked for by flags of `add_recipe`, merged with their settings file, as a `Recipe`.
 
     ``name`` is the data set whose settings file is read unless a file is named; by default the one asked for.
     Raises  InputError: see `read_recipe`.
     """
-    own = CONFIGS / f"{name or arguments.data or DATA_KEYS['data']}.toml"
-    file = find_config(arguments.config) if arguments.config else own if own.exists() else None
+    file = file_of_flags(arguments, name)
     data = {key: value for key in ("data", "data_dir") if (value := getattr(arguments, key)) is not None}
     return read_recipe(
-        file, data=data, preset=arguments.preset, model=given(arguments, ViTConfig), train=given(arguments, TrainConfig)
-    )
+        file, data=data, preset=arguments.preset, model=given(arguments, ViTConfig),
+        train=given(arguments, TrainConfig), sections=sections,
+    )  # fmt: skip
+
+
+def free_folder(name):
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that holds nothing yet."""
+    folder, number = Path("runs") / name, 2
+    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
 
 
 def find_config(name):
@@ -81,12 +98,13 @@ def sizes_of(preset):
     return {name: value for name, value in fields.items() if name not in ("image_size", "channels", "num_classes")}
 
 
-def read_recipe(file, *, data=None, preset=None, model=None, train=None):
+def read_recipe(file, *, data=None, preset=None, model=None, train=None, sections=SECTIONS):
     """A settings file, or None for none, with settings that win over it: a `Recipe`.
 
+    ``sections`` are the tables that the file may have, with their keys; others than `SECTIONS` are the caller's.
     Raises  InputError: no such file, an unknown or impossible setting of the data.
     """
-    content = read_toml(file, SECTIONS) if file else {section: {} for section in SECTIONS}
+    content = read_toml(file, sections) if file else {section: {} for section in SECTIONS}
     merged = DATA_KEYS | content["data"] | (data or {})
     where = file or "the settings"
     check_data(merged, where)

@@ -312,6 +312,7 @@ class Trainer:
 
     engines = (Engine, CudaEngine)  # of the CPU, of a GPU
     task = {}  # what checkpoints and settings.json say beside model, settings and data
+    merit = "accuracy"  # what the figure of merit is called
 
     def __init__(self, dataset, model_config, config, out, *, describe=None, progress=True, on_epoch=None):
         self.device = find_device(config.device)
@@ -405,8 +406,8 @@ class Trainer:
         """The model around a flat buffer, or a new one with its initial parameters on the host."""
         return ViT(self.model_config, seed=self.config.seed, flat=flat)
 
-    def _targets(self, labels, number):
-        """What the engine takes beside the pictures of a batch, of which the labels and the number are given."""
+    def _targets(self, images, labels, number):
+        """What the engine takes beside the pictures of a batch with this number."""
         return labels
 
     def _accuracy(self, loss, correct, pictures):
@@ -416,6 +417,10 @@ class Trainer:
     def _evaluate(self, engine):
         """Loss, accuracy and outputs of the test pictures."""
         return evaluate(engine, self.tested_model, *self._test_data, flip=self.config.test_flip)
+
+    def _summary(self):
+        """What else summary.json says."""
+        return {}
 
     def _draw(self, logits):
         """The figures at the end, from what `_evaluate` gave."""
@@ -650,7 +655,7 @@ class Trainer:
                 size = min(group, len(self.order) - first)
                 position = index % c.accumulate
                 number = self.epoch * (last_batch + 1) + index
-                labels = self._targets(labels, number)
+                labels = self._targets(images, labels, number)
                 if c.check_finite and (origin := self._origin(engine, images, labels, number, size)):
                     raise self._diverged(f"a number is not finite{origin}")
                 lr = self.learning_rate(self.step)
@@ -744,8 +749,8 @@ class Trainer:
             train_loss=train_loss, train_accuracy=train_accuracy, seconds=round(self._elapsed(), 2),
         )  # fmt: skip
         tqdm.write(
-            f"epoch {self.epoch:3d}/{c.epochs}  train loss {train_loss:.4f} accuracy {train_accuracy:6.2%}  "
-            f"test loss {loss:.4f} accuracy {accuracy:6.2%}  {self._elapsed():.0f} s",
+            f"epoch {self.epoch:3d}/{c.epochs}  train loss {train_loss:.4f} {self.merit} {train_accuracy:6.2%}  "
+            f"test loss {loss:.4f} {self.merit} {accuracy:6.2%}  {self._elapsed():.0f} s",
             file=sys.stdout,
         )
         sys.stdout.flush()
@@ -771,6 +776,7 @@ class Trainer:
             "workers": engine.workers,
             "cores": available_cores(),
             "device": device_name(self.device),
+            **self._summary(),
             "settings": self._settings(),
             "versions": versions(),
         }
