@@ -83,9 +83,9 @@ class MaskedCudaEngine(_MaskedTask, CudaEngine):
     """`CudaEngine` for a `MaskedViT`."""
 
 
-def plan_of_test(config, masked, count):
-    """What is masked of the first ``count`` test pictures: the same in all runs."""
-    return draw_plan(config, masked, count, np.random.default_rng([TEST_SEED, TEST_STREAM]))
+def plan_of_test(config, masked, count, seed=TEST_SEED):
+    """What is masked of ``count`` test pictures, the whole set: by default the same in all runs."""
+    return draw_plan(config, masked, count, np.random.default_rng([seed, TEST_STREAM]))
 
 
 def chance_of(images, config, masked, plan):
@@ -202,11 +202,14 @@ def reconstructions(model, images, plan):
     return rows
 
 
-def draw_reconstructions(path, model, dataset, *, count=PICTURES, title=""):
-    """Write the figure of `reconstructions` of test pictures, evenly spaced over the set, masked as in the tests."""
+def draw_reconstructions(path, model, dataset, *, count=PICTURES, seed=TEST_SEED, title=""):
+    """Write the figure of `reconstructions` of test pictures, evenly spaced over the set.
+
+    ``seed`` masks other patches than the tests do.
+    """
     from minivit import plots
 
     images = dataset.test_images
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
-    plan = plan_of_test(model.config, model.masked, len(images))[chosen]
+    plan = plan_of_test(model.config, model.masked, len(images), seed)[chosen]
     plots.save_contact_sheet(path, reconstructions(model, images[chosen], plan), title=title)

@@ -21,7 +21,7 @@ examples:
   python scripts/pretrain.py --method mae                         a masked autoencoder, with configs/pretrain-mae.toml
   python scripts/pretrain.py --target downsized --epochs 2        sixteen colours of every patch
   python scripts/pretrain.py --method mae --budget 10m            as many epochs as ten minutes hold on this machine
-  python scripts/pretrain.py --data digits --patch-size 2         the embedded digits: no download
+  python scripts/pretrain.py --data digits --patch-size 2 --crop-padding 1 --no-flip   the embedded digits
   python scripts/pretrain.py --resume --out runs/mae-cifar10      go on where a run stopped
   python scripts/visualize.py masked runs/mae-cifar10/last.npz    what it sees and what it guesses
 
@@ -58,9 +58,8 @@ def recipe_and_task(arguments):
     name = f"pretrain-{getattr(arguments, 'method', MaskedConfig().method)}"
     file = file_of_flags(arguments, name)
     task = read_toml(file, ALL_SECTIONS)["pretraining"] if file else {}
-    return recipe_of_flags(arguments, name, sections=ALL_SECTIONS), MaskedConfig(
-        **task | given(arguments, MaskedConfig)
-    )
+    masked = MaskedConfig(**task | given(arguments, MaskedConfig))
+    return recipe_of_flags(arguments, name, sections=ALL_SECTIONS), masked
 
 
 def start(arguments):
