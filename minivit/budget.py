@@ -31,8 +31,8 @@ def seconds_of(text):
     return seconds
 
 
-def seconds_of_training(dataset, model, config, steps, trainer_of=Trainer):
-    """Wall time of a run of so many steps, which leaves nothing behind; ``trainer_of`` makes its `Trainer`."""
+def seconds_of_training(dataset, model, config, steps, trainer_of=None):
+    """Wall time of a run of so many steps, which leaves nothing behind; ``trainer_of`` makes its trainer [Trainer]."""
     count = min(steps * config.batch_size * config.accumulate, len(dataset.train_images))
     few = dataset._replace(
         train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count],
@@ -40,13 +40,13 @@ def seconds_of_training(dataset, model, config, steps, trainer_of=Trainer):
     )  # fmt: skip
     config = replace(config, epochs=1, checkpoint_seconds=1e9)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        trainer = trainer_of(few, model, config, Path(folder) / "run", progress=False)
+        trainer = (trainer_of or Trainer)(few, model, config, Path(folder) / "run", progress=False)
         trainer.on_epoch = lambda trainer: trainer.stop("measured")
         trainer.run()
     return trainer.seconds
 
 
-def seconds_of_step(dataset, model, config, trainer_of=Trainer):
+def seconds_of_step(dataset, model, config, trainer_of=None):
     """Wall time of one optimiser step of a run, with its input pipeline and update.
 
     Two runs of different length are timed, so that what a run takes once drops out.
@@ -61,10 +61,10 @@ def seconds_of_step(dataset, model, config, trainer_of=Trainer):
     return max(long - short, 1e-6) / (steps - 2)
 
 
-def epochs_within(seconds, dataset, model, config, trainer_of=Trainer):
+def epochs_within(seconds, dataset, model, config, trainer_of=None):
     """How many epochs of a run fit into a time: (epochs, measured seconds of an epoch with its evaluation, on average).
 
-    ``trainer_of`` makes the `Trainer` of such a run.
+    ``trainer_of`` makes the trainer of such a run [Trainer].
     Raises  InputError: not even one.
     """
     batch = config.batch_size * config.accumulate

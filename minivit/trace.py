@@ -69,6 +69,8 @@ TENSORS = {
     "patch_embed": ("1", "images", "z_0"),
     "patch_embed.proj": ("1", "patches", "tokens"),
     "registers": ("1", "z_0", "z_0"),
+    "corrupt": ("1", "tokens", "shown"),
+    "gather": ("", "z_0", "seen"),
     "dropout": ("1", "z_0", "z_0"),
     "blocks": ("2-3", "z_{}", "z_{+}"),
     "blocks.norm1": ("2", "z_{}", "u"),
@@ -118,6 +120,7 @@ NAMES = {
     ("sequence_pool", "linear"): ("scores",),
     ("head", "linear"): ("head",),  # after "pre_logits", if there is one
     ("", "softmax_cross_entropy"): ("loss",),
+    ("", "squared_error"): ("loss",),
 }
 
 PER_ELEMENT = {
@@ -421,9 +424,12 @@ ARGUMENTS = {  # of the forwards, where there are others than x
     "block": ("z",),
     "patch_embed": ("images", "W", "b", "cls_token", "pos_embed"),
     "registers": ("z", "reg_token"),
+    "corrupt": ("e", "mask_token"),
+    "gather": ("z",),
     "sequence_pool": ("x", "W", "b"),
     "head": ("z",),
     "softmax_cross_entropy": ("logits",),
+    "squared_error": ("y",),
 }
 
 
