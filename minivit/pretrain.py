@@ -212,4 +212,6 @@ def draw_reconstructions(path, model, dataset, *, count=PICTURES, seed=TEST_SEED
     images = dataset.test_images
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
     plan = plan_of_test(model.config, model.masked, len(images), seed)[chosen]
+    if model.masked.target == "normalised":
+        title += "; the predicted patches with the true mean and standard deviation of each"
     plots.save_contact_sheet(path, reconstructions(model, images[chosen], plan), title=title)

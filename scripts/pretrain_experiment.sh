@@ -27,11 +27,11 @@ step() { # NAME SCRIPT FLAGS...
 
 # shellcheck disable=SC2086
 {
-    step scratch train --data cifar10 $plain --budget "$whole"
-    step recipe train --data cifar10 --budget "$whole"
+    step scratch train --data cifar10 --config cifar10 $plain --budget "$whole"
+    step recipe train --data cifar10 --config cifar10 --budget "$whole"
     for method in mpp mae; do
         step $method-pretrained pretrain --method $method --budget "$half"
-        step $method train --data cifar10 $plain --from "$out/$method-pretrained-seed$seed/last.npz" --budget "$half"
+        step $method train --data cifar10 --config cifar10 $plain --from "$out/$method-pretrained-seed$seed/last.npz" --budget "$half"
     done
 }
 python3 - "$out" <<'END'
