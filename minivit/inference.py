@@ -27,6 +27,11 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None):
     """
     path = Path(path)
     model, meta = checkpoint.load_model(path, weights=weights)
+    if "pretraining" in meta:
+        raise InputError(
+            f"{path} is of pre-training, its head knows no classes yet; scripts/train.py --from begins with it, "
+            "scripts/visualize.py masked shows it"
+        )
     dataset = dataset_of(meta, path, name=name, data_dir=data_dir)
     shape, classes, c = dataset.test_images.shape[1:], len(dataset.class_names), model.config
     if shape != (c.image_size, c.image_size, c.channels) or classes != c.num_classes:

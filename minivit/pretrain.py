@@ -122,6 +122,8 @@ class Pretrainer(Trainer):
         super().__init__(dataset, model_config, config, out, **keywords)
         test_plan = plan_of_test(model_config, masked, len(dataset.test_images))
         self.chance, self.chance_loss = chance_of(dataset.test_images, model_config, masked, test_plan)
+        if not classes(model_config, masked) and not self.chance_loss:
+            raise InputError("the test pictures are all of one colour: there is nothing to predict")
         self._test_plan = to_device(test_plan, self.device)
 
     def _model(self, flat=None):

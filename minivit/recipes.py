@@ -29,17 +29,16 @@ class Recipe(NamedTuple):
     train: dict  # of `TrainConfig`
 
 
-def add_recipe(parser):
+def add_recipe(parser, *, data=DATA_KEYS["data"], file="that of the data"):
     """Add the flags of data, model and training; returns the first group of them, for the script's own.
 
+    ``data`` and ``file`` are what the help calls the data set and the settings file that are taken by default.
     Settings that are not given are absent from the namespace; see `recipe_of_flags`.
     """
     where = parser.add_argument_group("data and output")
-    where.add_argument("--data", choices=DATASETS, default=None, help="data set [digits]")
+    where.add_argument("--data", choices=DATASETS, default=None, help=f"data set [{data}]")
     where.add_argument("--data-dir", metavar="DIR", default=None, help="where the data lie [data]")
-    where.add_argument(
-        "--config", metavar="FILE", help="settings file, or the name of one in configs/ [that of the data]"
-    )
+    where.add_argument("--config", metavar="FILE", help=f"settings file, or the name of one in configs/ [{file}]")
     model = parser.add_argument_group("model")
     model.add_argument("--preset", metavar="NAME", default=None, help="a named size, such as Micro/4 or Ti/16")
     add_settings(model, ViTConfig)

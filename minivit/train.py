@@ -477,12 +477,12 @@ class Trainer:
         arrays, meta = checkpoint.load(path)
         if (stored := checkpoint.config_of(meta, path)) != self.model.config:
             raise InputError(f"{path} holds another model: {_difference(asdict(stored), asdict(self.model.config))}")
-        for key, other in (("pretraining", "pretrain.py"),):
-            if (stored := meta.get(key)) != (asked := self.task.get(key)):
-                if stored is None or asked is None:
-                    script = other if asked is None else "train.py"
-                    raise InputError(f"{path} is of another kind of run; go on with scripts/{script} --resume")
-                raise InputError(f"{path} was trained for another task: {_difference(stored, asked)}")
+        stored, asked = meta.get("pretraining"), self.task.get("pretraining")
+        if (stored is None) != (asked is None):
+            script = "train.py" if stored is None else "pretrain.py"
+            raise InputError(f"{path} is of another kind of run; go on with scripts/{script} --resume")
+        if stored != asked:
+            raise InputError(f"{path} was trained for another task: {_difference(stored, asked)}")
         settings = asdict(config_from(meta, path))
         if difference := _difference(settings, asdict(self.config), FREE_ON_RESUME + MAY_MOVE):
             raise InputError(

@@ -40,7 +40,7 @@ def parse(argv):
     """The command line as a namespace; settings that were not given are absent from it."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="pretrain.py")
     add_settings(parser.add_argument_group("pre-training"), MaskedConfig)
-    where = add_recipe(parser)
+    where = add_recipe(parser, data="that of the settings file", file="pretrain-METHOD")
     where.add_argument(
         "--out", metavar="DIR", help="folder for the run [runs/METHOD-NAME, or the first free runs/METHOD-NAME-2, ...]"
     )
