@@ -24,9 +24,11 @@ from minivit.layers.block import (
     block_forward,
     block_jvp,
 )
+from minivit.layers.corrupt import corrupt_backward, corrupt_forward, corrupt_jvp
 from minivit.layers.drop_path import drop_path_backward, drop_path_forward, drop_path_jvp
 from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.flash_attention import flash_attention_backward, flash_attention_forward, flash_attention_jvp
+from minivit.layers.gather import gather_backward, gather_forward, gather_jvp
 from minivit.layers.gelu import gelu_backward, gelu_forward, gelu_jvp
 from minivit.layers.head import head_backward, head_forward, head_jvp
 from minivit.layers.layer_scale import layer_scale_backward, layer_scale_forward, layer_scale_jvp
@@ -45,7 +47,14 @@ from minivit.layers.relative_attention import (
 )
 from minivit.layers.sequence_pool import sequence_pool_backward, sequence_pool_forward, sequence_pool_jvp
 from minivit.layers.softmax import softmax_backward, softmax_forward, softmax_jvp
-from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward, softmax_cross_entropy_jvp
+from minivit.loss import (
+    softmax_cross_entropy_backward,
+    softmax_cross_entropy_forward,
+    softmax_cross_entropy_jvp,
+    squared_error_backward,
+    squared_error_forward,
+    squared_error_jvp,
+)
 
 B, N, D, HEADS, M, K = 2, 5, 12, 3, 7, 6  # pictures, tokens, width, heads (so Dh = 4), MLP width, classes
 
@@ -247,6 +256,21 @@ def _axial(columns):
     return case
 
 
+def _corrupt(rng):
+    # patches that stay, are masked, are copied once, twice and never, and one that is replaced and copied elsewhere
+    sources = np.array([[0, N, 0, 1, 1], [3, 1, N, N, 4]])
+
+    def forward(e, mask_token):
+        return corrupt_forward(e, mask_token, array_module(e).asarray(sources))
+
+    return forward, corrupt_backward, _arrays(rng, (B, N, D), (1, 1, D)), ("e", "mask_token")
+
+
+def _gather(rng):
+    index = np.array([[4, 0, 1], [2, 3, 0]])
+    return lambda z: gather_forward(z, array_module(z).asarray(index)), gather_backward, _arrays(rng, (B, N, D)), ("z",)
+
+
 def _sequence_pool(rng):
     x, W, b = _arrays(rng, (B, N, D), (D, 1), (1,))
     return sequence_pool_forward, sequence_pool_backward, [x, 0.3 * W, b], ("x", "W", "b")
@@ -283,6 +307,15 @@ def _loss(soft, label_smoothing):
         return forward, softmax_cross_entropy_backward, [logits], ("logits",)
 
     return case
+
+
+def _squared_error(rng):
+    y, targets = _arrays(rng, (5, K), (5, K))
+
+    def forward(y):
+        return squared_error_forward(y, array_module(y).asarray(targets, dtype=y.real.dtype), denominator=7)
+
+    return forward, squared_error_backward, [y], ("y",)
 
 
 LAYERS = {
@@ -324,6 +357,8 @@ LAYERS = {
     "position": _position(0, 0),
     "position-registers": _position(1, 2),
     "position2d": _position2d,
+    "corrupt": _corrupt,
+    "gather": _gather,
     "sequence_pool": _sequence_pool,
     "head-avg": _head("avg", False, registers=1),
     "head-seq": _head("seq", False),
@@ -331,6 +366,7 @@ LAYERS = {
     "head-pre_logits": _head("cls", True),
     "loss": _loss(False, 0.1),
     "loss-soft": _loss(True, 0.0),
+    "squared_error": _squared_error,
 }
 
 
@@ -363,9 +399,12 @@ JVPS = {
     "registers": registers_jvp,
     "position": position_jvp,
     "position2d": position2d_jvp,
+    "corrupt": corrupt_jvp,
+    "gather": gather_jvp,
     "sequence_pool": sequence_pool_jvp,
     "head": _named_jvp(head_jvp),
     "loss": softmax_cross_entropy_jvp,
+    "squared_error": squared_error_jvp,
 }  # of each case in LAYERS, by the part of its name before "-"
 
 _TINY = {

@@ -51,6 +51,11 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_clas
     model, meta, notes = load_any(path, weights=weights)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    if "pretraining" in meta and not other_classes:
+        raise InputError(
+            f"{path} is of pre-training, its head knows no classes yet; scripts/train.py --from begins with it, "
+            "scripts/visualize.py masked shows it"
+        )
     c = model.config
     if name is not None and other_classes:
         dataset = load(name, data_dir or "data", image_size=c.image_size if name in FOLDERS else None)

@@ -1,4 +1,4 @@
-r"""Softmax cross-entropy, from logits, as one pair.
+r"""Softmax cross-entropy, from logits, as one pair; and the mean squared error, for regression.
 
 Forward
     For logits x (B, K), p = softmax(x) and targets t (B, K), usually probabilities, with row sums w_i = sum_k t_ik,
@@ -15,6 +15,9 @@ Backward
 
     d logsumexp(x) / dx = softmax(x), and the second term is linear. That p - t comes out so simply is the
     reason for making softmax and cross-entropy one function; taken apart, 1/p would have to cancel against p.
+
+Squared error
+    loss = 1/(n m) sum_ij (y_ij - t_ij)^2 has the derivative 2 (y_ij - t_ij) / (n m).
 """
 
 from typing import Any, NamedTuple
@@ -107,3 +110,45 @@ def softmax_cross_entropy_jvp(logitsdot, cache):
     """
     probabilities, targets, weights, denominator = cache
     return ((weights * probabilities - targets) * logitsdot).sum() / denominator
+
+
+class SquaredErrorCache(NamedTuple):
+    """What `squared_error_backward` reads."""
+
+    difference: Any  # (n, m)
+    denominator: float  # of the sum of squares
+
+
+def squared_error_forward(y, targets, *, denominator=None):
+    """Mean squared error over all entries.
+
+    Math    loss = 1/(n m) sum_ij (y_ij - t_ij)^2; n = ``denominator`` or the number of rows
+    Shapes  y, targets (n, m)  ->  loss ()
+    Cache   y - targets, n m
+    Raises  ValueError: two different shapes.
+    """
+    if y.shape != targets.shape or y.ndim != 2:
+        raise ValueError(f"predictions {y.shape} and targets {targets.shape}: two arrays (n, m) are needed")
+    n, m = y.shape
+    denominator = float(m * (n if denominator is None else denominator))
+    difference = y - targets
+    return (difference * difference).sum() / denominator, SquaredErrorCache(difference, denominator)
+
+
+def squared_error_backward(dloss, cache):
+    """Backward of `squared_error_forward`.
+
+    Math    dy = dloss 2 (y - t) / (n m)
+    Shapes  dloss () -> dy (n, m)
+    """
+    # loss = sum_ij (y_ij - t_ij)^2 / (n m)
+    return cache.difference * (2.0 * dloss / cache.denominator)
+
+
+def squared_error_jvp(ydot, cache):
+    """Forward-mode derivative of `squared_error_forward`.
+
+    Math    lossdot = 2 sum_ij (y_ij - t_ij) ydot_ij / (n m)
+    Shapes  ydot (n, m)  ->  lossdot ()
+    """
+    return 2.0 * (cache.difference * ydot).sum() / cache.denominator

@@ -66,11 +66,14 @@ _registers = _in("layers.registers", "registers_backward")
 _position = _in("layers.position", "position_backward")
 _position2d = _in("layers.position2d", "position2d_backward")
 _axial = _in("layers.axial", "from_axis")
+_corrupt = _in("layers.corrupt", "corrupt_backward")
+_gather = _in("layers.gather", "gather_backward")
 _sequence_pool = _in("layers.sequence_pool", "sequence_pool_backward")
 _head = _in("layers.head", "head_backward")
 _forward_of_loss = _in("loss", "softmax_cross_entropy_forward")
 _loss = _in("loss", "softmax_cross_entropy_backward")
 _targets = _in("loss", "soft_targets")
+_squared_error = _in("loss", "squared_error_backward")
 _model = _in("model", "ViT.backward")
 _model_positions = _in("model", "ViT._position_backward")
 _sgd = _in("optim", "SGD.step")
@@ -421,6 +424,22 @@ MISTAKES = (
         "axial-columns-not-transposed", "grid = grid.swapaxes(1, 2)", "pass",
         "columns go back as if they were rows", "how did they become sequences?",
     ),
+    _corrupt(
+        "corrupt-not-undone", "return dshown[:, :N]", "return dy",
+        "every patch gets the gradient of its own place, whatever was shown there", "where was an embedding shown?",
+    ),
+    _corrupt(
+        "corrupt-mask-first-picture", "dshown[:, N:].sum(axis=0, keepdims=True)", "dshown[:1, N:]",
+        "the mask gets the gradient of the first picture alone", "how many pictures share it?",
+    ),
+    _corrupt(
+        "corrupt-mask-mean", "dshown[:, N:].sum(", "dshown[:, N:].mean(",
+        "the mask's gradient is averaged over the batch instead of summed", "how many pictures share it?",
+    ),
+    _gather(
+        "gather-first-rows", "dz[xp.arange(B)[:, None], cache.index] = dy", "dz[:, : dy.shape[1]] = dy",
+        "the gradients go to the first rows instead of where the tokens came from", "which rows were taken?",
+    ),
     _sequence_pool(
         "sequence-pool-weights-constant", "dx += dx_of_scores", "pass",
         "the tokens get no gradient through their weights", "where does x enter?",
@@ -478,6 +497,10 @@ MISTAKES = (
     _targets(
         "loss-smoothing-wrong-share", "label_smoothing / num_classes", "label_smoothing / (num_classes - 1)",
         "the smoothed targets of a row do not sum to one", "add up a row of targets",
+    ),
+    _squared_error(
+        "squared-error-half", "2.0 * dloss", "dloss",
+        "the derivative of a square without its factor 2", "differentiate d^2",
     ),
     _model(
         "model-embedding-dropout-skipped", "dz = dropout_backward(dz, cache.dropout)", "pass",

@@ -219,6 +219,27 @@ def save_lr_curve(path, found, *, chosen=None, title=""):
     _save(figure, path)
 
 
+def save_masked_curves(path, records, *, chance, regression=False, title=""):
+    """Loss, accuracy and learning rate of pre-training, with what a guess without looking reaches.
+
+    ``chance``: its "loss" and "accuracy"; ``regression``: the loss is a squared error, the accuracy explained variance
+    """
+    figure = _figure(11, 3.6)
+    left, middle, right = figure.subplots(1, 3)
+    test = _of_kind(records, "test")
+    epochs = [r["epoch"] for r in test]
+    units = ("squared error", "variance explained, %") if regression else ("cross-entropy, nats", "right guesses, %")
+    for axes, name, unit, factor in ((left, "loss", units[0], 1), (middle, "accuracy", units[1], 100)):
+        for key, color, who in ((f"train_{name}", TRAIN, "training"), (name, TEST, "test")):
+            axes.plot(epochs, [factor * r[key] for r in test], color=color, label=who, **_line(test))
+        axes.axhline(factor * chance[name], color=INK, lw=1, ls=":", label="without looking")
+        _style(axes, "epoch", unit, f"{title}: loss" if name == "loss" else "at the masked patches")
+        axes.legend(frameon=False, fontsize=8)
+    left.set_ylim(bottom=0)
+    _draw_lr(right, records, steps_per_epoch(records), title)
+    _save(figure, path)
+
+
 def save_curve(path, name, records, *, per_epoch=None):
     """One of the ``CURVES`` of a run alone, from the records of its metrics.jsonl; with ``path=None`` an SVG element.
 

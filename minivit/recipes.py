@@ -39,30 +39,31 @@ class Recipe(NamedTuple):
     start: dict = {}  # of `StartConfig`
 
 
-def add_recipe(parser, *, skip=()):
+def add_recipe(
+    parser, *, skip=(), data=DATA_KEYS["data"], file=f"that of the data; with --from, {FINETUNE}", start=True
+):  # fmt: skip
     """Add the flags of data, model and training; returns the first group of them, for the script's own.
 
-    ``skip`` names settings of the training whose flags the script uses for something else.
-
+    ``skip`` names settings of the training whose flags the script uses for something else, ``data`` and ``file`` are
+    what the help calls the data set and the settings file that are taken by default. Without ``start`` there are no
+    flags of a model to begin with.
     Settings that are not given are absent from the namespace; see `recipe_of_flags`.
     """
     where = parser.add_argument_group("data and output")
-    where.add_argument("--data", choices=DATASETS, default=None, help="data set [digits]")
+    where.add_argument("--data", choices=DATASETS, default=None, help=f"data set [{data}]")
     where.add_argument("--data-dir", metavar="DIR", default=None, help="where the data lie [data]")
     where.add_argument(
         "--classes", metavar="LIST", default=None, help="classes to keep: numbers, ranges, names, as 0-4,cat [all]"
     )
-    where.add_argument(
-        "--config", metavar="FILE",
-        help=f"settings file, or the name of one in configs/ [that of the data; with --from, {FINETUNE}]",
-    )  # fmt: skip
-    start = parser.add_argument_group("start, in place of a model from nothing")
-    start.add_argument(
-        "--from", dest="checkpoint", metavar="FILE", default=argparse.SUPPRESS,
-        help="begin with this checkpoint's model (its moving average if it has one) and its width, depth, ...; "
-        "size of pictures and patches, classes, dropout rates may differ, and sincos2d positions be learned on",
-    )  # fmt: skip
-    add_settings(start, StartConfig, skip=("checkpoint",))
+    where.add_argument("--config", metavar="FILE", help=f"settings file, or the name of one in configs/ [{file}]")
+    if start:
+        group = parser.add_argument_group("start, in place of a model from nothing")
+        group.add_argument(
+            "--from", dest="checkpoint", metavar="FILE", default=argparse.SUPPRESS,
+            help="begin with this checkpoint's model (its moving average if it has one) and its width, depth, ...; "
+            "size of pictures and patches, classes, dropout rates may differ, and sincos2d positions be learned on",
+        )  # fmt: skip
+        add_settings(group, StartConfig, skip=("checkpoint",))
     model = parser.add_argument_group("model")
     model.add_argument("--preset", metavar="NAME", default=None, help="a named size, such as Micro/4 or Ti/16")
     add_settings(model, ViTConfig)
@@ -70,20 +71,36 @@ def add_recipe(parser, *, skip=()):
     return where
 
 
-def recipe_of_flags(arguments, name=None):
+def file_of_flags(arguments, name=None):
+    """The settings file that flags of `add_recipe` name, by default that of their data set, or None for none.
+
+    Raises  InputError: see `find_config`.
+    """
+    own = CONFIGS / f"{name or arguments.data or DATA_KEYS['data']}.toml"
+    return find_config(arguments.config) if arguments.config else own if own.exists() else None
+
+
+def recipe_of_flags(arguments, name=None, *, sections=SECTIONS):
     """The settings that were asked for by flags of `add_recipe`, merged with their settings file, as a `Recipe`.
 
     ``name`` is the data set whose settings file is read unless a file is named; by default the one asked for.
     Raises  InputError: see `read_recipe`.
     """
     start = given(arguments, StartConfig)
-    own = CONFIGS / f"{FINETUNE if start else name or arguments.data or DATA_KEYS['data']}.toml"
-    file = find_config(arguments.config) if arguments.config else own if own.exists() else None
+    file = file_of_flags(arguments, FINETUNE if start else name)
     data = {key: value for key in ("data", "data_dir", "classes") if (value := getattr(arguments, key)) is not None}
     return read_recipe(
         file, data=data, preset=arguments.preset, model=given(arguments, ViTConfig),
-        train=given(arguments, TrainConfig), start=start,
+        train=given(arguments, TrainConfig), start=start, sections=sections,
     )  # fmt: skip
+
+
+def free_folder(name):
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that holds nothing yet."""
+    folder, number = Path("runs") / name, 2
+    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
 
 
 def find_config(name):
@@ -106,13 +123,14 @@ def sizes_of(preset):
     return {name: value for name, value in fields.items() if name not in ("image_size", "channels", "num_classes")}
 
 
-def read_recipe(file, *, data=None, preset=None, model=None, train=None, start=None):
+def read_recipe(file, *, data=None, preset=None, model=None, train=None, start=None, sections=SECTIONS):
     """A settings file, or None for none, with settings that win over it: a `Recipe`.
 
-    Epochs that are asked for also win over the file's steps.
+    Epochs that are asked for also win over the file's steps. ``sections`` are the tables that the file may have, with
+    their keys; others than `SECTIONS` are the caller's.
     Raises  InputError: no such file, an unknown or impossible setting of the data.
     """
-    content = read_toml(file, SECTIONS) if file else {section: {} for section in SECTIONS}
+    content = read_toml(file, sections) if file else {section: {} for section in SECTIONS}
     merged = DATA_KEYS | content["data"] | (data or {})
     where = file or "the settings"
     check_data(merged, where)

@@ -74,6 +74,8 @@ TENSORS = {
     "patch_embed.proj": ("1", "patches", "tokens"),
     "position2d": ("1", "z_0", "z_0"),
     "registers": ("1", "z_0", "z_0"),
+    "corrupt": ("1", "tokens", "shown"),
+    "gather": ("", "z_0", "seen"),
     "dropout": ("1", "z_0", "z_0"),
     "blocks": ("2-3", "z_{}", "z_{+}"),
     "blocks.position": ("", "z_{}", "z_{}"),
@@ -126,6 +128,7 @@ NAMES = {
     ("sequence_pool", "linear"): ("scores",),
     ("head", "linear"): ("head",),  # after "pre_logits", if there is one
     ("", "softmax_cross_entropy"): ("loss",),
+    ("", "squared_error"): ("loss",),
 }
 
 PER_ELEMENT = {
@@ -446,9 +449,12 @@ ARGUMENTS = {  # of the forwards, where there are others than x
     "registers": ("z", "reg_token"),
     "position": ("z", "pos_embed"),
     "position2d": ("z", "X", "Y"),
+    "corrupt": ("e", "mask_token"),
+    "gather": ("z",),
     "sequence_pool": ("x", "W", "b"),
     "head": ("z",),
     "softmax_cross_entropy": ("logits",),
+    "squared_error": ("y",),
 }
 
 

@@ -188,7 +188,7 @@ MAY_MOVE = ("device", "gpu_micro_batch", "precision", "graph")  # they change ro
 
 LAST, BEST, METRICS, SUMMARY, SETTINGS = "last.npz", "best.npz", "metrics.jsonl", "summary.json", "settings.json"
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"  # images/s is in the postfix
-CURVES, PREDICTIONS = "curves.png", "predictions.png"
+CURVES, PREDICTIONS, RECONSTRUCTIONS = "curves.png", "predictions.png", "reconstructions.png"
 
 
 def loading_settings(config, num_classes):
@@ -207,7 +207,7 @@ def loading_settings(config, num_classes):
 
 def refuse_used(folder):
     """Raises InputError if a new run in the folder would overwrite something."""
-    for name in (LAST, BEST, METRICS, SUMMARY, SETTINGS, CURVES, PREDICTIONS):
+    for name in (LAST, BEST, METRICS, SUMMARY, SETTINGS, CURVES, PREDICTIONS, RECONSTRUCTIONS):
         if os.path.lexists(Path(folder) / name):
             other = "go on with --resume, or choose" if name == LAST else "choose"
             raise InputError(f"{folder} already holds a run's {name}; {other} another --out")
@@ -327,8 +327,13 @@ class Trainer:
     ``start``, a `minivit.start.Start`, holds the first parameters if another model gives them, and their origin, which
     is stored too.
     ``on_epoch(trainer)``, if given, is called after each epoch, to look at the run; it must not change it.
+    What is learned is classification; `minivit.pretrain.Pretrainer` changes the methods under "the task".
     Raises  InputError: settings, data and folder do not fit together; nothing has been written then.
     """
+
+    engines = (Engine, CudaEngine)  # of the CPU, of a GPU
+    task = {}  # what checkpoints and settings.json say beside model, settings and data
+    merit = "accuracy"  # what the figure of merit is called
 
     def __init__(
         self, dataset, model_config, config, out, *, describe=None, start=None, progress=True, on_epoch=None
@@ -375,8 +380,9 @@ class Trainer:
             for split in ((dataset.train_images, dataset.train_labels), (dataset.test_images, dataset.test_labels))
         )
         self.origin = start.origin if start else None
-        first = self._initial(model_config) if not start or start.flat is None else start.flat.copy()
-        self.model = ViT(model_config, flat=to_device(first, self.device))
+        self.model_config = model_config
+        first = self._initial() if not start or start.flat is None else start.flat.copy()
+        self.model = self._model(to_device(first, self.device))
         table, self.trained = self.model.table, None
         self.frozen = parameters.frozen_names(table, config.freeze) if config.freeze else []
         if self.frozen:
@@ -391,7 +397,7 @@ class Trainer:
             beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay, scale=scale,
         )  # fmt: skip
         self.ema = EMA(self.model.flat, config.ema_decay) if config.ema_decay else None
-        self.tested_model = ViT(model_config, flat=self.ema.flat) if self.ema else self.model
+        self.tested_model = self._model(self.ema.flat) if self.ema else self.model
         self.small_epochs = round(config.half_size * config.epochs)
         if self.small_epochs:
             self.model.at_half_size()  # refuses what cannot be halved
@@ -406,10 +412,10 @@ class Trainer:
         self._whole_steps = {}  # on a GPU, what makes all of a step at once, for each engine
         self._stop = None
 
-    def _initial(self, model_config):
+    def _initial(self):
         """The flat parameters at the start, on the host."""
         c = self.config
-        model = ViT(model_config, seed=c.seed)
+        model = self._model()
         if c.init == "mimetic":
             mimetic(model, seed=c.seed)
         if c.whiten:
@@ -429,6 +435,36 @@ class Trainer:
     def finished(self):
         """Whether every epoch is done and evaluated."""
         return self.epoch == self.config.epochs
+
+    # ---- the task ----------------------------------------------------------------------------------------------------
+
+    def _model(self, flat=None):
+        """The model around a flat buffer, or a new one with its initial parameters on the host."""
+        return ViT(self.model_config, seed=self.config.seed, flat=flat)
+
+    def _targets(self, images, labels, number):
+        """What the engine takes beside the pictures of a batch with this number."""
+        return labels
+
+    def _accuracy(self, loss, correct, pictures):
+        """The figure of merit of so many pictures, from their mean loss and how many guesses were right."""
+        return correct / pictures
+
+    def _evaluate(self, engine):
+        """Loss, accuracy and outputs of the test pictures."""
+        return evaluate(engine, self.tested_model, *self._test_data, flip=self.config.test_flip)
+
+    def _summary(self):
+        """What else summary.json says."""
+        return {}
+
+    def _draw(self, logits):
+        """The figures at the end, from what `_evaluate` gave."""
+        from minivit import plots  # matplotlib is slow to import, and only the end needs it
+
+        data = self.dataset
+        plots.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
+        plots.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -452,6 +488,7 @@ class Trainer:
             "data": {**self.describe, "name": self.dataset.name, "fingerprint": self.fingerprint},
             "class_names": list(self.dataset.class_names),
             "start": self.origin,
+            **self.task,
             "progress": {
                 "step": self.step,
                 "epoch": self.epoch,
@@ -477,6 +514,12 @@ class Trainer:
         arrays, meta = checkpoint.load(path)
         if (stored := checkpoint.config_of(meta, path)) != self.model.config:
             raise InputError(f"{path} holds another model: {_difference(asdict(stored), asdict(self.model.config))}")
+        stored, asked = meta.get("pretraining"), self.task.get("pretraining")
+        if (stored is None) != (asked is None):
+            script = "train.py" if stored is None else "pretrain.py"
+            raise InputError(f"{path} is of another kind of run; go on with scripts/{script} --resume")
+        if stored != asked:
+            raise InputError(f"{path} was trained for another task: {_difference(stored, asked)}")
         settings = asdict(config_from(meta, path))
         if difference := _difference(settings, asdict(self.config), FREE_ON_RESUME + MAY_MOVE):
             raise InputError(
@@ -598,7 +641,8 @@ class Trainer:
     def _settings(self):
         """What was asked for, for settings.json and summary.json."""
         start = {"start": self.origin} if self.origin else {}
-        return {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe, **start}
+        settings = {"model": asdict(self.model.config), "train": asdict(self.config), "data": self.describe}
+        return settings | start | self.task
 
     def _engine(self, *, half_size=False):
         """The engine that the settings ask for, a context manager; on a GPU also what makes a whole step.
@@ -614,10 +658,10 @@ class Trainer:
             "trained": self.trained,
         }
         if self.device == "cpu":
-            engine = Engine(model, workers=c.workers, micro_batch=times * c.micro_batch, **shared)
+            engine = self.engines[0](model, workers=c.workers, micro_batch=times * c.micro_batch, **shared)
         else:
             cuda.machine().precision = c.precision
-            engine = CudaEngine(model, micro_batch=times * c.gpu_micro_batch, **shared)
+            engine = self.engines[1](model, micro_batch=times * c.gpu_micro_batch, **shared)
             if c.accumulate == 1 and not c.sam:
                 self._whole_steps[engine] = CudaStep(
                     engine, self.optimizer, self.ema, clip_norm=c.clip_norm, graph=c.graph
@@ -669,6 +713,7 @@ class Trainer:
                 size = min(group, len(order) - first)
                 position = index % c.accumulate
                 number = self.epoch * per_epoch + index
+                labels = self._targets(images, labels, number)
                 if c.check_finite and (origin := self._origin(engine, images, labels, number, size)):
                     raise self._diverged(f"a number is not finite{origin}")
                 lr = self.learning_rate(self.step)
@@ -700,17 +745,16 @@ class Trainer:
                 seen_since += size
                 bar.update()
                 if log:
-                    running, now = self.running, time.monotonic()
+                    now = time.monotonic()
                     rate = seen_since / max(now - since, 1e-9)
                     since, seen_since = now, 0
+                    accuracy = self._accuracy(figures[0], figures[1], size)
                     _log(
                         metrics, kind="train", step=self.step, epoch=self.epoch + 1, lr=lr, loss=figures[0],
-                        accuracy=figures[1] / size, grad_norm=figures[2], images_per_second=round(rate, 1),
+                        accuracy=accuracy, grad_norm=figures[2], images_per_second=round(rate, 1),
                     )  # fmt: skip
-                    bar.set_postfix_str(
-                        f"loss {running['loss'] / running['seen']:.3f} acc {running['correct'] / running['seen']:.1%} "
-                        f"{rate:,.0f} img/s"
-                    )
+                    loss_so_far, accuracy = self._running_figures()
+                    bar.set_postfix_str(f"loss {loss_so_far:.3f} acc {accuracy:.1%} {rate:,.0f} img/s")
                 if self._stop is not None:
                     break
                 if time.monotonic() - self._saved_at >= c.checkpoint_seconds:
@@ -741,24 +785,30 @@ class Trainer:
         unread.clear()
         return figures
 
+    def _running_figures(self):
+        """Mean loss and accuracy over the epoch so far."""
+        seen = self.running["seen"]
+        loss = self.running["loss"] / seen
+        return loss, self._accuracy(loss, self.running["correct"], seen)
+
     def _end_epoch(self, engine, metrics):
-        c, running = self.config, self.running
+        c = self.config
         self.epoch, self.batch = self.epoch + 1, 0
         if self.on_epoch:
             self.on_epoch(self)
         if self.epoch % c.evaluate_every and self.epoch < c.epochs:
             return
-        loss, accuracy, _ = evaluate(engine, self.tested_model, *self._test_data, flip=c.test_flip)
+        loss, accuracy, _ = self._evaluate(engine)
         if not math.isfinite(loss):
             raise self._diverged(f"the test loss is {loss}")
-        train_loss, train_accuracy = running["loss"] / running["seen"], running["correct"] / running["seen"]
+        train_loss, train_accuracy = self._running_figures()
         _log(
             metrics, kind="test", step=self.step, epoch=self.epoch, loss=loss, accuracy=accuracy,
             train_loss=train_loss, train_accuracy=train_accuracy, seconds=round(self._elapsed(), 2),
         )  # fmt: skip
         tqdm.write(
-            f"epoch {self.epoch:3d}/{c.epochs}  train loss {train_loss:.4f} accuracy {train_accuracy:6.2%}  "
-            f"test loss {loss:.4f} accuracy {accuracy:6.2%}  {self._elapsed():.0f} s",
+            f"epoch {self.epoch:3d}/{c.epochs}  train loss {train_loss:.4f} {self.merit} {train_accuracy:6.2%}  "
+            f"test loss {loss:.4f} {self.merit} {accuracy:6.2%}  {self._elapsed():.0f} s",
             file=sys.stdout,
         )
         sys.stdout.flush()
@@ -767,10 +817,8 @@ class Trainer:
             self.save(BEST)
 
     def _finish(self, engine):
-        from minivit import plots  # matplotlib is slow to import, and only the end needs it
-
         data = self.dataset
-        loss, accuracy, logits = evaluate(engine, self.tested_model, *self._test_data, flip=self.config.test_flip)
+        loss, accuracy, outputs = self._evaluate(engine)
         summary = {
             "test_accuracy": accuracy,
             "test_loss": loss,
@@ -786,11 +834,11 @@ class Trainer:
             "workers": engine.workers,
             "cores": available_cores(),
             "device": device_name(self.device),
+            **self._summary(),
             "settings": self._settings(),
             "versions": versions(),
         }
-        plots.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
-        plots.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
+        self._draw(outputs)
         write_json(self.out / SUMMARY, summary)
         return summary
 

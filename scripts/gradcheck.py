@@ -297,7 +297,8 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     for name in arguments.names:
         if name not in known:
-            raise InputError(f"nothing called {name!r} to check; known: {', '.join(known)}")
+            plain = dict.fromkeys(each.partition("-")[0] for each in known)
+            raise InputError(f"nothing called {name!r} to check; --help lists variants of {', '.join(plain)}")
     refuse_ignored(arguments)
     seed, out, method = arguments.seed or 0, Path(arguments.out or "."), arguments.method or "both"
     if seed < 0:

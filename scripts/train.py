@@ -9,7 +9,7 @@ from minivit.budget import epochs_within, seconds_of
 from minivit.cli import Parser, given, run
 from minivit.errors import InputError
 from minivit.params import count
-from minivit.recipes import DATA_KEYS, add_recipe, prepare, recipe_of_flags, trainer_of
+from minivit.recipes import DATA_KEYS, add_recipe, free_folder, prepare, recipe_of_flags, trainer_of
 from minivit.start import Start, StartConfig
 from minivit.train import LAST, TrainConfig, Trainer, config_from, dataset_of, origin_of, refuse_used
 
@@ -44,14 +44,6 @@ def parse(argv):
     where.add_argument("--budget", metavar="TIME", help="as many epochs as fit into 90s, 10m or 2.5h on this machine")
     where.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
-
-
-def free_folder(name):
-    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that holds nothing yet."""
-    folder, number = Path("runs") / name, 2
-    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        folder, number = Path("runs") / f"{name}-{number}", number + 1
-    return folder
 
 
 def start(arguments):

@@ -23,14 +23,16 @@ from minivit.data import (
 from minivit.data.mixing import one_hot
 from minivit.data.operations import OPERATIONS, wide_space
 from minivit.errors import InputError
+from minivit.pretrain import draw_reconstructions, load_masked
 from minivit.recipes import add_recipe, prepare, recipe_of_flags
-from minivit.train import Trainer, config_from, dataset_of, origin_of, versions, write_json
+from minivit.train import RECONSTRUCTIONS, Trainer, config_from, dataset_of, origin_of, versions, write_json
 
 EXAMPLES = """
 examples:
   python scripts/visualize.py curvature runs/digits/last.npz
   python scripts/visualize.py curvature runs/digits/last.npz --every 10 --pictures 128 --count 3
   python scripts/visualize.py curvature runs/digits/last.npz --optimizer sgd --lr 0.05 --epochs 40 --out sgd
+  python scripts/visualize.py masked runs/mae-cifar10/last.npz
   python scripts/visualize.py augment
   python scripts/visualize.py augment --data cifar10 --columns 16 --seed 1 --out figures
   python scripts/visualize.py lr --data cifar10
@@ -42,6 +44,10 @@ pictures. Gradient descent on a loss of curvature c is stable while c < 2 / lr (
 curvature counts that its scaling leaves). Training often climbs to this edge and stays there. The last panel is the
 loss around the end of this training in the plane of the two sharpest directions. An eigenvalue that --steps products
 do not find to a thousandth of the largest is drawn hollow, with a bar as long as its residual: more --steps find it.
+
+masked: what a model of scripts/pretrain.py sees of test pictures, patches masked or exchanged, and what it guesses.
+Colours are drawn in the middle of their class. Pixels that were normalised get the mean and the standard deviation that
+their patch really has: the model does not say them.
 
 augment: a sheet of training pictures, a row for each augmentation. The rows of single operations go from the weakest
 strength on the left to the strongest on the right, as TrivialAugment draws them.
@@ -174,6 +180,23 @@ def draw_curvature(arguments):
     return 0
 
 
+def draw_masked(arguments):
+    """The subcommand ``masked``; returns the exit status."""
+    for name in ("count", "seed"):
+        if (value := getattr(arguments, name)) < (low := int(name == "count")):
+            raise InputError(f"--{name} must be at least {low}, got {value}")
+    path = Path(arguments.checkpoint)
+    model, meta = load_masked(path)
+    dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
+    out = Path(arguments.out or path.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    figure = out / RECONSTRUCTIONS
+    title = f"{dataset.name}, {model.masked.method}"
+    draw_reconstructions(figure, model, dataset, count=arguments.count, seed=arguments.seed, title=title)
+    print(f"drawn in {figure}")
+    return 0
+
+
 def sheet_of(images, seed):
     """A name and the augmented pictures (n, H, W, C) for each augmentation, as a dict."""
     n, H, W, _ = images.shape
@@ -283,6 +306,14 @@ def main(argv=None):
     parts.add_argument("--out", metavar="DIR", help="folder for curvature.png and .json [the checkpoint's]")
     parts.add_argument("--json", type=output_file, metavar="FILE", help="the measurements [curvature.json in --out]")
     parts.set_defaults(draw=draw_curvature)
+    about = "test pictures, what a pre-trained model sees of them, and what it guesses"
+    parts = commands.add_parser("masked", help=about, description=about, epilog=EXAMPLES)
+    parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of scripts/pretrain.py")
+    parts.add_argument("--count", type=int, default=12, metavar="N", help="how many pictures [12]")
+    parts.add_argument("--seed", type=int, default=0, metavar="N", help="draws the masks; 0 is that of the tests [0]")
+    parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
+    parts.add_argument("--out", metavar="DIR", help="folder for reconstructions.png [the checkpoint's]")
+    parts.set_defaults(draw=draw_masked)
     about = "a sheet of training pictures, a row for each augmentation"
     parts = commands.add_parser("augment", help=about, description=about, epilog=EXAMPLES)
     parts.add_argument("--data", choices=DATASETS, default="digits", help="data set [digits]")

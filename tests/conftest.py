@@ -57,7 +57,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Training writes empty figures: drawing them takes most of a small run's time."""
-    for name in ("save_curves", "save_predictions"):
+    for name in ("save_curves", "save_predictions", "save_masked_curves", "save_contact_sheet"):
         monkeypatch.setattr(plots, name, lambda path, *arguments, **keywords: Path(path).write_bytes(b""))
 
 

@@ -30,7 +30,7 @@ def test_the_epochs_of_a_known_pace(monkeypatch):
     """0.01 s for a step after 0.5 s of a run's own; predictions take a third of it."""
     asked = []
 
-    def pace(dataset, model, config, steps):
+    def pace(dataset, model, config, steps, trainer_of):
         asked.append(steps)
         return 0.5 + 0.01 * steps
 
@@ -73,7 +73,7 @@ def test_a_probe_makes_the_steps_that_it_times_and_leaves_nothing(tmp_path, monk
 
 
 def test_a_budget_sets_the_epochs(tmp_path, call, no_figures, monkeypatch):
-    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + 0.01 * a[-1])
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + 0.01 * a[3])
     flags = ["--config", "tests/tiny.toml", "--quiet", "--out", tmp_path / "o"]
     ended = call("train", *flags, "--budget", "0.5s")
     assert ended.status == 0, ended.err

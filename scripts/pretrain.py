@@ -1,0 +1,148 @@
+"""Pre-train a Vision Transformer without labels: it guesses what is under masked patches."""
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from minivit import ViTConfig, checkpoint
+from minivit.budget import epochs_within, seconds_of
+from minivit.cli import Parser, add_settings, given, read_toml, run
+from minivit.errors import InputError
+from minivit.masked import MaskedConfig
+from minivit.pretrain import Pretrainer, masked_of
+from minivit.recipes import DATA_KEYS, SECTIONS, add_recipe, file_of_flags, free_folder, prepare, recipe_of_flags
+from minivit.settings import field_names
+from minivit.train import LAST, TrainConfig, config_from, dataset_of, refuse_used
+
+EXAMPLES = """
+examples:
+  python scripts/pretrain.py                                      masked patches of CIFAR-10, configs/pretrain-mpp.toml
+  python scripts/pretrain.py --method mae                         a masked autoencoder, with configs/pretrain-mae.toml
+  python scripts/pretrain.py --target downsized --epochs 2        sixteen colours of every patch
+  python scripts/pretrain.py --method mae --budget 10m            as many epochs as ten minutes hold on this machine
+  python scripts/pretrain.py --data digits --patch-size 2 --crop-padding 1 --no-flip   the embedded digits
+  python scripts/pretrain.py --resume --out runs/mae-cifar10      go on where a run stopped
+  python scripts/visualize.py masked runs/mae-cifar10/last.npz    what it sees and what it guesses
+
+Two methods: mpp, the masked patch prediction of the ViT paper, and mae, the masked autoencoder. Test accuracy is the
+share of right guesses at masked patches of the test pictures (of regression, the share of variance explained), to be
+compared with guessing without looking. The checkpoints hold the encoder as an ordinary ViT with a zero head: what
+begins with weights of a file can begin with them.
+
+Settings come from, in rising order: their defaults, the settings file, --preset, the flags. A settings file has the
+tables [data], [model], [train] and [pretraining]; by default it is configs/pretrain-METHOD.toml.
+"""
+ALL_SECTIONS = SECTIONS | {"pretraining": field_names(MaskedConfig)}
+
+
+def parse(argv):
+    """The command line as a namespace; settings that were not given are absent from it."""
+    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="pretrain.py")
+    add_settings(parser.add_argument_group("pre-training"), MaskedConfig)
+    where = add_recipe(parser, data="that of the settings file", file="pretrain-METHOD", start=False)
+    where.add_argument(
+        "--out", metavar="DIR", help="folder for the run [runs/METHOD-NAME, or the first free runs/METHOD-NAME-2, ...]"
+    )
+    where.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    where.add_argument("--budget", metavar="TIME", help="as many epochs as fit into 90s, 10m or 2.5h on this machine")
+    where.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def recipe_and_task(arguments):
+    """What was asked for: (Recipe, MaskedConfig).
+
+    Raises  InputError: an unknown or impossible setting.
+    """
+    name = f"pretrain-{getattr(arguments, 'method', MaskedConfig().method)}"
+    file = file_of_flags(arguments, name)
+    task = read_toml(file, ALL_SECTIONS)["pretraining"] if file else {}
+    masked = MaskedConfig(**task | given(arguments, MaskedConfig))
+    return recipe_of_flags(arguments, name, sections=ALL_SECTIONS), masked
+
+
+def start(arguments):
+    """A `Pretrainer` at the beginning of a new run."""
+    recipe, masked = recipe_and_task(arguments)
+    out = Path(arguments.out) if arguments.out else free_folder(f"{masked.method}-{recipe.data['data']}")
+    refuse_used(out)
+    dataset, model, config, begins = prepare(recipe)
+    trainer_of = partial(Pretrainer, masked=masked)
+    if arguments.budget is not None:
+        if asked := {"epochs", "steps"} & set(given(arguments, TrainConfig)):
+            raise InputError(f"--budget finds the number of epochs: leave --{asked.pop()} out")
+        seconds = seconds_of(arguments.budget)
+        epochs, each = epochs_within(seconds, dataset, model, config, trainer_of)
+        print(f"an epoch takes about {each:.3g} s on this machine: {epochs} fit into {arguments.budget}", flush=True)
+        config = replace(config, epochs=epochs, steps=0)
+    return trainer_of(dataset, model, config, out, progress=not arguments.quiet, **begins)
+
+
+def resume(arguments):
+    """A `Pretrainer` where the run in --out stopped; settings asked for again must be those of the run."""
+    if arguments.budget is not None:
+        raise InputError("--budget is for a new run; one that stopped goes on to the end that it was given")
+    if not arguments.out:
+        raise InputError("--resume needs --out, the folder of the run to go on with")
+    path = Path(arguments.out) / LAST
+    _, meta = checkpoint.load(path)
+    masked = masked_of(meta, path)
+    model, train = checkpoint.config_of(meta, path), config_from(meta, path)
+    dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
+    describe = {key: meta["data"].get(key) for key in DATA_KEYS}
+    describe["data_dir"] = arguments.data_dir or describe["data_dir"]
+    asked_data, asked_model, asked_train = {}, given(arguments, ViTConfig), given(arguments, TrainConfig)
+    asked_task = given(arguments, MaskedConfig)
+    if arguments.preset or arguments.config:
+        (asked_data, asked_model, asked_train, _), task = recipe_and_task(arguments)
+        asked_task = {name: getattr(task, name) for name in field_names(MaskedConfig)}
+    classes = arguments.classes or asked_data.get("classes")
+    if classes not in (None, found := describe["classes"]):
+        raise InputError(f"{path} was trained on {f'the classes {found}' if found else 'all classes'}, not {classes}")
+    name = arguments.data or asked_data.get("data", describe["data"])
+    if name != describe["data"]:
+        raise InputError(f"{path} was trained on {describe['data']}, not on {name}")
+    model, train, masked = replace(model, **asked_model), replace(train, **asked_train), replace(masked, **asked_task)
+    trainer = Pretrainer(
+        dataset, model, train, arguments.out, masked=masked, describe=describe, progress=not arguments.quiet
+    )
+    trainer.restore(path)
+    return trainer
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    arguments = parse(argv)
+    trainer = resume(arguments) if arguments.resume else start(arguments)
+    c, m, data = trainer.model.config, trainer.masked, trainer.dataset
+    print(f"{data.name}: {data.source}")
+    print(
+        f"{len(data.train_images):,} training and {len(data.test_images):,} test pictures of "
+        f"{c.image_size}x{c.image_size}x{c.channels}"
+    )
+    print(
+        f"{m.method}: {trainer.model.predicted} of {c.grid_size**2} patches of {c.patch_size}x{c.patch_size}, target "
+        f"{m.target}; width {c.width}, {c.depth} blocks, {trainer.model.flat.size:,} parameters, of which "
+        f"{trainer.model.encoder.flat.size:,} are the encoder's; writing to {trainer.out}"
+    )
+    if arguments.resume:
+        if trainer.finished:
+            print(f"this run has made all of its {trainer.total_steps} steps: its figures are drawn again")
+        else:
+            print(f"resuming at step {trainer.step} of {trainer.total_steps}")
+    summary = trainer.run()
+    if summary is None:
+        return 130
+    figure = "right guesses" if trainer.model.classes else "variance explained"
+    print(
+        f"test loss {summary['test_loss']:.4f}, {figure} {summary['test_accuracy']:.2%} at the masked patches (without "
+        f"looking {summary['chance_loss']:.4f}, {summary['chance_accuracy']:.2%}) after {summary['epochs']} epochs in "
+        f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} pictures/s); "
+        f"figures and checkpoints in {trainer.out}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))
