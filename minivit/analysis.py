@@ -1,4 +1,4 @@
-r"""What a trained model has learned to see, measured as the ViT paper measures it (section 4.5 and appendix D.5, D.7, D.8).
+r"""What a trained model has learned to see, measured as the ViT paper does (section 4.5, appendix D.5, D.7, D.8).
 
     filters              principal components of the patch embedding's filters                   Fig. 7, left
     position_similarity  cosine similarity of the position embeddings of two patches             Fig. 7, centre; Fig. 10
@@ -149,7 +149,7 @@ def rollout_maps(model, images):
     c, logits, maps = model.config, [], []
     for seen in _look(model, images):
         logits.append(to_host(seen.logits))
-        rollouts = [to_host(r) for r in attention_rollout([_square(a, c) for a in seen.attention])]
+        rollouts = [to_host(r) for r in attention_rollout(square_maps(seen.attention, c))]
         each = [[attention_map(r[None], c.pooling, c.registers) for r in rollout] for rollout in rollouts]
         maps.append(np.array(each))  # (L, b, grid, grid)
     return Seen(np.concatenate(logits), np.concatenate(maps, axis=1))
@@ -164,7 +164,7 @@ def head_distances(model, images):
     prefix, pixels = c.num_tokens - c.grid_size**2, c.image_size / c.grid_size
     total = 0.0
     for seen in _look(model, images):
-        found = [attention_distance(_square(a, c), pixels, prefix).sum(axis=0) for a in seen.attention]  # L of (h,)
+        found = [attention_distance(a, pixels, prefix).sum(axis=0) for a in square_maps(seen.attention, c)]
         total = total + np.array([to_host(each) for each in found])
     return total / len(images)
 
@@ -178,12 +178,12 @@ def _look(model, images):
         yield model.intermediates(xp.asarray(images[i : i + few]))
 
 
-def _square(attention, config):
-    """A block's maps themselves, if they are of all tokens (B, h, N, N).
+def square_maps(attention, config):
+    """The blocks' attention maps themselves, if they are of all tokens, (B, h, N, N).
 
     Raises  InputError: they are not.
     """
-    if attention.shape[-2:] != (config.num_tokens, config.num_tokens):
+    if any(maps.shape[-2:] != (config.num_tokens, config.num_tokens) for maps in attention):
         raise InputError("in this model not every token attends to every other; its attention is no N x N map")
     return attention
 
@@ -195,7 +195,7 @@ def cost(models, sizes, *, batch=8, rounds=3, progress=True):
     """Time of a prediction and of a training step, and the memory of each, by model and size of picture.
 
     ``models``: {name: `ViTConfig`}; ``sizes``: pixels, of which those that a model's patch divides are measured
-    Each point is measured in a process of its own (`minivit.contenders`), all cores at work, once before the clock runs.
+    Each point is measured in a process of its own (`minivit.contenders`) on all cores, after a first time for nothing.
     Returns  a list for JSON: {"model", "size", "tokens", "task", "images_per_second", "median", "q1", "q3" (seconds),
              "peak_memory" (bytes)}, task "infer" or "step"
     """

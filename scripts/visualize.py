@@ -1,4 +1,4 @@
-"""Draw what a trained model has inside, what training shows to it, and which learning rates it bears."""
+"""Draw what a trained model has inside and does to a picture, what training shows to it, and which rates it bears."""
 
 import dataclasses
 import sys
@@ -23,14 +23,16 @@ from minivit.data import (
 from minivit.data.mixing import one_hot
 from minivit.data.operations import OPERATIONS, wide_space
 from minivit.errors import InputError
+from minivit.inference import check_finite, load_with_data
 from minivit.recipes import add_recipe, prepare, recipe_of_flags
-from minivit.train import Trainer, config_from, dataset_of, versions, write_json
+from minivit.train import Trainer, config_from, dataset_of, quiet_overflow, versions, write_json
 
 EXAMPLES = """
 examples:
   python scripts/visualize.py curvature runs/digits/last.npz
   python scripts/visualize.py curvature runs/digits/last.npz --every 10 --pictures 128 --count 3
   python scripts/visualize.py curvature runs/digits/last.npz --optimizer sgd --lr 0.05 --epochs 40 --out sgd
+  python scripts/visualize.py journey runs/cifar10/last.npz --picture 409
   python scripts/visualize.py augment
   python scripts/visualize.py augment --data cifar10 --columns 16 --seed 1 --out figures
   python scripts/visualize.py lr --data cifar10
@@ -42,6 +44,9 @@ pictures. Gradient descent on a loss of curvature c is stable while c < 2 / lr (
 curvature counts that its scaling leaves). Training often climbs to this edge and stays there. The last panel is the
 loss around the end of this training in the plane of the two sharpest directions. An eigenvalue that --steps products
 do not find to a thousandth of the largest is drawn hollow, with a bar as long as its residual: more --steps find it.
+
+journey: how one test picture becomes a class, as a moving picture (journey.gif, 800 pixels wide) and a still one
+(journey.png): patches, tokens, what they are made of after each block (attention rollout), probabilities.
 
 augment: a sheet of training pictures, a row for each augmentation. The rows of single operations go from the weakest
 strength on the left to the strongest on the right, as TrivialAugment draws them.
@@ -212,6 +217,32 @@ def draw_augment(arguments):
     return 0
 
 
+def draw_journey(arguments):
+    """The subcommand ``journey``; returns the exit status."""
+    from minivit import journey  # matplotlib is slow to import
+
+    path = Path(arguments.checkpoint)
+    model, _, dataset = load_with_data(path, weights=arguments.weights, data_dir=arguments.data_dir)
+    count = len(dataset.test_images)
+    if not 0 <= arguments.picture < count:
+        raise InputError(f"there is no test picture {arguments.picture}; {dataset.name} has 0 to {count - 1}")
+    image, truth = dataset.test_images[arguments.picture], int(dataset.test_labels[arguments.picture])
+    with quiet_overflow():
+        found = journey.journey_of(model, image, dataset.class_names, truth=truth)
+    check_finite(found.probabilities, path)
+    out = Path(arguments.out or path.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    journey.save_still(out / "journey.png", found)
+    journey.save_moving(out / "journey.gif", found, progress=True)
+    k = int(found.probabilities.argmax())
+    print(
+        f"test picture {arguments.picture} of {dataset.name}: {dataset.class_names[k]} {found.probabilities[k]:.1%}, "
+        f"truly {dataset.class_names[truth]}; drawn in {out / 'journey.gif'} "
+        f"({(out / 'journey.gif').stat().st_size / 2**20:.1f} MiB) and journey.png"
+    )
+    return 0
+
+
 def draw_lr(arguments):
     """The subcommand ``lr``; returns the exit status."""
     from minivit import plots  # matplotlib is slow to import
@@ -272,6 +303,15 @@ def main(argv=None):
     parts.add_argument("--out", metavar="DIR", help="folder for curvature.png and .json [the checkpoint's]")
     parts.add_argument("--json", type=output_file, metavar="FILE", help="the measurements [curvature.json in --out]")
     parts.set_defaults(draw=draw_curvature)
+    about = "how one picture becomes a class: patches, tokens, attention, probabilities; moving and still"
+    parts = commands.add_parser("journey", help=about, description=about, epilog=EXAMPLES)
+    parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
+    parts.add_argument("--picture", type=int, default=0, metavar="N", help="number of the test picture [0]")
+    parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
+    parts.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
+                       help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
+    parts.add_argument("--out", metavar="DIR", help="folder for journey.gif and journey.png [the checkpoint's]")
+    parts.set_defaults(draw=draw_journey)
     about = "a sheet of training pictures, a row for each augmentation"
     parts = commands.add_parser("augment", help=about, description=about, epilog=EXAMPLES)
     parts.add_argument("--data", choices=DATASETS, default="digits", help="data set [digits]")
