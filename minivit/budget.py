@@ -46,29 +46,29 @@ def seconds_of_training(dataset, model, config, steps):
     return trainer.seconds
 
 
-def seconds_of_step(dataset, model, config):
+def seconds_of_step(dataset, model, config, *, probe=PROBE_SECONDS):
     """Wall time of one optimiser step of a run, with its input pipeline and update.
 
-    Two runs of different length are timed, so that what a run takes once drops out.
+    Two runs of different length are timed, so that what a run takes once drops out; the longer one takes ``probe``
+    seconds.
     """
     most = len(dataset.train_images) // (config.batch_size * config.accumulate)
     if most < 3:
         return seconds_of_training(dataset, model, config, max(most, 1)) / max(most, 1)
     seconds_of_training(dataset, model, config, 1)  # memory from the system, compiled kernels
     short = seconds_of_training(dataset, model, config, 2)
-    steps = min(most, max(3, round(2 * PROBE_SECONDS / max(short, 1e-3))))
+    steps = min(most, max(3, round(2 * probe / max(short, 1e-3))))
     long = seconds_of_training(dataset, model, config, steps)
     return max(long - short, 1e-6) / (steps - 2)
 
 
-def epochs_within(seconds, dataset, model, config):
-    """How many epochs of a run fit into a time: (epochs, measured seconds of an epoch with its evaluation, on average).
-
-    Raises  InputError: not even one.
-    """
+def time_of_epochs(dataset, model, config, *, probe=PROBE_SECONDS):
+    """Measure a run's steps; returns a function: the seconds that so many epochs take, with their evaluations."""
     batch = config.batch_size * config.accumulate
-    step = seconds_of_step(dataset, model, replace(config, half_size=0.0))
-    small = seconds_of_step(dataset, model, replace(config, half_size=1.0)) if config.half_size else 0.0
+    step = seconds_of_step(dataset, model, replace(config, half_size=0.0), probe=probe)
+    small = 0.0
+    if config.half_size:
+        small = seconds_of_step(dataset, model, replace(config, half_size=1.0), probe=probe)
     steps = -(-len(dataset.train_images) // batch)
     predictions = len(dataset.test_images) / batch * step * PREDICTION * (2 if config.test_flip else 1)
 
@@ -76,6 +76,15 @@ def epochs_within(seconds, dataset, model, config):
         halved = round(config.half_size * epochs)
         return steps * (halved * small + (epochs - halved) * step) + epochs / config.evaluate_every * predictions
 
+    return time_of
+
+
+def epochs_within(seconds, dataset, model, config):
+    """How many epochs of a run fit into a time: (epochs, measured seconds of an epoch with its evaluation, on average).
+
+    Raises  InputError: not even one.
+    """
+    time_of = time_of_epochs(dataset, model, config)
     epochs = 0
     while time_of(epochs + 1) <= (1.0 - RESERVE) * seconds:
         epochs += 1
