@@ -237,11 +237,14 @@ def test_a_figure_of_another_script(tmp_path, trained, call, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["fig7"], "there are filters, "), (["filters", "--all"], "leave it out"),
-        (["filters", "--run", "nowhere"], "nowhere"), (["filters", "--budget", "soon"], "budget"), (["filters", "--config", "nosuch"], "nosuch"),
+        (["fig7"], "there are filters, "),
+        (["filters", "--all"], "leave it out"),
+        (["filters", "--run", "nowhere"], "nowhere"),
+        (["filters", "--budget", "soon"], "budget"),
+        (["filters", "--config", "nosuch"], "nosuch"),
         (["list", "filters"], "no figure 'list'"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(call, tmp_path, arguments, says):
     ended = call("paper", *arguments, "--out", tmp_path / "p")
     assert ended.status == 2 and says in ended.err and ended.err.startswith("error: ") and ended.err.count("\n") == 1
