@@ -113,7 +113,7 @@ def attention_distance(attention, pixels, prefix_tokens=0):
     xp = array_module(attention)
     a = attention[..., prefix_tokens:, prefix_tokens:]  # (..., g*g, g*g)
     a = a / xp.maximum(a.sum(axis=-1, keepdims=True), 1e-30)
-    d = xp.asarray(patch_distances(round(a.shape[-1] ** 0.5), pixels))
+    d = xp.asarray(patch_distances(round(a.shape[-1] ** 0.5), pixels), dtype=a.dtype)
     return (a * d).sum(axis=-1).mean(axis=-1)
 
 

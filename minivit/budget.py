@@ -31,8 +31,8 @@ def seconds_of(text):
     return seconds
 
 
-def seconds_of_training(dataset, model, config, steps):
-    """Wall time of a run of so many steps, which leaves nothing behind."""
+def seconds_of_training(dataset, model, config, steps, trainer_of=None):
+    """Wall time of a run of so many steps, which leaves nothing behind; ``trainer_of`` makes its trainer [Trainer]."""
     count = min(steps * config.batch_size * config.accumulate, len(dataset.train_images))
     few = dataset._replace(
         train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count],
@@ -40,13 +40,13 @@ def seconds_of_training(dataset, model, config, steps):
     )  # fmt: skip
     config = replace(config, epochs=1, checkpoint_seconds=1e9)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(few, model, config, Path(folder) / "run", progress=False)
+        trainer = (trainer_of or Trainer)(few, model, config, Path(folder) / "run", progress=False)
         trainer.on_epoch = lambda trainer: trainer.stop("measured")
         trainer.run()
     return trainer.seconds
 
 
-def seconds_of_step(dataset, model, config, *, probe=PROBE_SECONDS):
+def seconds_of_step(dataset, model, config, trainer_of=None, *, probe=PROBE_SECONDS):
     """Wall time of one optimiser step of a run, with its input pipeline and update.
 
     Two runs of different length are timed, so that what a run takes once drops out; the longer one takes ``probe``
@@ -54,21 +54,21 @@ def seconds_of_step(dataset, model, config, *, probe=PROBE_SECONDS):
     """
     most = len(dataset.train_images) // (config.batch_size * config.accumulate)
     if most < 3:
-        return seconds_of_training(dataset, model, config, max(most, 1)) / max(most, 1)
-    seconds_of_training(dataset, model, config, 1)  # memory from the system, compiled kernels
-    short = seconds_of_training(dataset, model, config, 2)
+        return seconds_of_training(dataset, model, config, max(most, 1), trainer_of) / max(most, 1)
+    seconds_of_training(dataset, model, config, 1, trainer_of)  # memory from the system, compiled kernels
+    short = seconds_of_training(dataset, model, config, 2, trainer_of)
     steps = min(most, max(3, round(2 * probe / max(short, 1e-3))))
-    long = seconds_of_training(dataset, model, config, steps)
+    long = seconds_of_training(dataset, model, config, steps, trainer_of)
     return max(long - short, 1e-6) / (steps - 2)
 
 
-def time_of_epochs(dataset, model, config, *, probe=PROBE_SECONDS):
+def time_of_epochs(dataset, model, config, trainer_of=None, *, probe=PROBE_SECONDS):
     """Measure a run's steps; returns a function: the seconds that so many epochs take, with their evaluations."""
     batch = config.batch_size * config.accumulate
-    step = seconds_of_step(dataset, model, replace(config, half_size=0.0), probe=probe)
+    step = seconds_of_step(dataset, model, replace(config, half_size=0.0), trainer_of, probe=probe)
     small = 0.0
     if config.half_size:
-        small = seconds_of_step(dataset, model, replace(config, half_size=1.0), probe=probe)
+        small = seconds_of_step(dataset, model, replace(config, half_size=1.0), trainer_of, probe=probe)
     steps = -(-len(dataset.train_images) // batch)
     predictions = len(dataset.test_images) / batch * step * PREDICTION * (2 if config.test_flip else 1)
 
@@ -79,12 +79,13 @@ def time_of_epochs(dataset, model, config, *, probe=PROBE_SECONDS):
     return time_of
 
 
-def epochs_within(seconds, dataset, model, config):
+def epochs_within(seconds, dataset, model, config, trainer_of=None):
     """How many epochs of a run fit into a time: (epochs, measured seconds of an epoch with its evaluation, on average).
 
+    ``trainer_of`` makes the trainer of such a run [Trainer].
     Raises  InputError: not even one.
     """
-    time_of = time_of_epochs(dataset, model, config)
+    time_of = time_of_epochs(dataset, model, config, trainer_of)
     epochs = 0
     while time_of(epochs + 1) <= (1.0 - RESERVE) * seconds:
         epochs += 1

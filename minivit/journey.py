@@ -191,7 +191,7 @@ def frames_of(journey):
     shown = _shown(journey.image)
     patches = patchify(shown[None], c.image_size // g).reshape(g * g, c.image_size // g, c.image_size // g, 3)
     cell, row = SIDE / g, TOKENS[1] / N
-    small = min(row, 22.0)  # a patch beside its token
+    small = min(row, 14.0)  # a patch beside its token
     index = np.arange(g * g)
     home = np.stack([LEFT + index % g * cell, TOP + index // g * cell], axis=1)  # (g*g, 2): x, y
     apart = np.array([LEFT, TOP]) - 8 + (home - [LEFT, TOP]) * (0.92 + 26 / SIDE)

@@ -393,7 +393,8 @@ ENTRIES = (
           "this machine's processor, where the paper has a TPU core; peak memory, where the paper has the largest "
           "batch that fits: micro-batches keep ours from growing with the batch", "nothing", 150, make_cost),
     Entry("fewshot", "Fig. 4", "Few-shot accuracy of frozen features",
-          SMALL + "; against examples of each class, where the paper varies the size of the pre-training set",
+          SMALL + "; against examples of each class, where the paper varies the size of the pre-training set; and the "
+          "model was trained with all labels of the very same data, which is no transfer",
           "a model", 60, make_few_shot, without_file(SCRIPTS / "transfer.py")),
     sweep_entry("paper-optimizer", "Table 7", "SGD and Adam",
                 "a ViT " + SCRATCH + "; the paper compares them for ResNets"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from strict_cupy import clear, doubles, installed
 
 from minivit import analysis
 from minivit.errors import InputError
@@ -211,6 +212,23 @@ def test_maps_that_are_not_of_all_tokens_are_refused(monkeypatch):
     for look in (analysis.rollout_maps, analysis.head_distances):
         with pytest.raises(InputError, match="not every token"):
             look(model, pictures(1))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_model_on_a_gpu(pooling):
+    model, images = model_of(pooling=pooling, registers=1), pictures(3)
+    model = ViT(model.config, flat=model.flat.astype(np.float32))
+    expected = analysis.rollout_maps(model, images), analysis.head_distances(model, images)
+    with installed() as cupy:
+        there = ViT(model.config, flat=cupy.asarray(model.flat))
+        clear()
+        seen, distances = analysis.rollout_maps(there, images), analysis.head_distances(there, images)
+        assert not doubles  # all is float32 there
+        positions = analysis.position_embedding(there)
+    for found, wanted in ((seen.logits, expected[0].logits), (seen.maps, expected[0].maps), (distances, expected[1])):
+        assert type(found) is np.ndarray
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_allclose(positions, analysis.position_embedding(model), rtol=1e-4, atol=1e-6)
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------

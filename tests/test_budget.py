@@ -30,7 +30,7 @@ def test_the_epochs_of_a_known_pace(monkeypatch):
     """0.01 s for a step after 0.5 s of a run's own; predictions take a third of it."""
     asked = []
 
-    def pace(dataset, model, config, steps):
+    def pace(dataset, model, config, steps, trainer_of):
         asked.append(steps)
         return 0.5 + 0.01 * steps
 
@@ -41,6 +41,10 @@ def test_the_epochs_of_a_known_pace(monkeypatch):
     epochs, each = budget.epochs_within(10.0, DIGITS, MODEL, config)
     assert each == pytest.approx(0.01 * (steps + tests / 120 / 3))
     assert epochs == int(9.7 / each) and asked[0] == 1 and asked[-1] == n // 120
+    asked.clear()
+    time_of = budget.time_of_epochs(DIGITS, MODEL, replace(config, batch_size=2), probe=0.5)
+    assert time_of(6) == pytest.approx(6 * 0.01 * (-(-n // 4) + tests / 4 / 3))
+    assert asked == [1, 2, 3]  # a shorter look than the usual one, of 38 steps
     _, rare = budget.epochs_within(10.0, DIGITS, MODEL, replace(config, evaluate_every=4))
     assert rare == pytest.approx(0.01 * (steps + tests / 120 / 3 / 4))
     _, twice = budget.epochs_within(10.0, DIGITS, MODEL, replace(config, test_flip=True))
@@ -73,7 +77,7 @@ def test_a_probe_makes_the_steps_that_it_times_and_leaves_nothing(tmp_path, monk
 
 
 def test_a_budget_sets_the_epochs(tmp_path, call, no_figures, monkeypatch):
-    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + 0.01 * a[-1])
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + 0.01 * a[3])
     flags = ["--config", "tests/tiny.toml", "--quiet", "--out", tmp_path / "o"]
     ended = call("train", *flags, "--budget", "0.5s")
     assert ended.status == 0, ended.err

@@ -69,7 +69,7 @@ def test_frames(changes):
     canvas = next(canvas for (canvas, _), words in zip(frames, said, strict=True) if f"block 1 of {c.depth}" in words)
     row = journey.TOKENS[1] / c.num_tokens
     if c.channels == 3 and g > 1:
-        size = min(row, 22.0)
+        size = min(row, 14.0)
         for i, patch in enumerate(patchify(image[None], c.patch_size)[0].reshape(g * g, c.patch_size, c.patch_size, 3)):
             y = journey.TOP + (c.num_tokens - g * g + i + 0.5) * row
             x = journey.MIDDLE - 6 - size
