@@ -26,6 +26,7 @@ import numpy as np
 from minivit import analysis, checkpoint
 from minivit.budget import epochs_within, time_of_epochs
 from minivit.checkpoint import write_atomically
+from minivit.engine import available_cores
 from minivit.errors import InputError
 from minivit.inference import check_finite, load_with_data
 from minivit.layers.softmax import softmax_forward
@@ -177,8 +178,7 @@ def make_positions(context):
     g = model.config.grid_size
     near = np.mean([similarity[r, c, r, c + 1] for r in range(g) for c in range(g - 1)]) if g > 1 else 1.0
     path = context.figure("positions")
-    kind = model.config.pos_embed
-    paper_plots.save_positions(path, similarity, title=f"positions ({kind}): {context.says}")
+    paper_plots.save_positions(path, similarity, kind=model.config.pos_embed, title=context.says)
     return Made(
         (path.name,),
         "Each small map is the cosine similarity of one patch's position embedding to those of all patches. "
@@ -241,7 +241,7 @@ def make_cost(context):
     models = {name: ViTConfig.preset(name) for name in COST_MODELS}
     points = analysis.cost(models, COST_SIZES, progress=context.progress)
     path = context.figure("cost")
-    paper_plots.save_cost(path, points, title="one step after the other on this machine's cores, float32")
+    paper_plots.save_cost(path, points, title=f"{available_cores()} cores, float32")
     write_json(context.out / "cost.json", points)
     lines = ["| model | pixels | tokens | predictions/s | training pictures/s | peak memory of each, MiB |",
              "|---|---|---|---|---|---|"]  # fmt: skip
@@ -252,7 +252,8 @@ def make_cost(context):
             f"{step['images_per_second']:.3g} | {memory} |"
         )
     batch = points[0]["batch"]
-    return Made((path.name,), f"Speed and memory by size of model and picture, batches of {batch}.", "\n".join(lines))
+    caption = f"Pictures per second on {available_cores()} cores, and peak memory, in batches of {batch}, float32."
+    return Made((path.name,), caption, "\n".join(lines))
 
 
 # ---- what trains -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator
 
 from minivit.analysis import patch_distances
 from minivit.plots import OURS, TEST, THEIRS, _figure, _save, _show, _style, label, picture
@@ -38,10 +38,11 @@ def save_filters(path, filters, *, title="", columns=7):
     _save(figure, path)
 
 
-def save_positions(path, similarity, *, title=""):
+def save_positions(path, similarity, *, kind="", title=""):
     """Cosine similarity of position embeddings: for each patch a map of its similarity to all patches.
 
     Shapes  similarity (g, g, g, g), of `analysis.position_similarity`
+    ``kind``: that of the positions, in a word
     """
     g = len(similarity)
     every = -(-g // POSITIONS)
@@ -61,8 +62,9 @@ def save_positions(path, similarity, *, title=""):
     axes.spines[:].set_visible(False)
     axes.set_xlabel("column of the patch")
     axes.set_ylabel("row of the patch")
-    axes.set_title(label(title, 80), loc="left", fontsize=10)
-    figure.colorbar(shown, ax=axes, fraction=0.046, pad=0.02, label="cosine similarity")
+    axes.set_title(label(title, 90), loc="left", fontsize=9)
+    words = f"cosine similarity of {kind} positions" if kind else "cosine similarity"
+    figure.colorbar(shown, ax=axes, fraction=0.046, pad=0.02, label=words)
     _save(figure, path)
 
 
@@ -81,7 +83,8 @@ def save_distances(path, distances, *, image_size, grid, pictures=None, title=""
     uniform = patch_distances(grid, image_size / grid).mean()
     axes.axhline(uniform, color=THEIRS, ls="--", lw=1.2, label="attention to all patches alike")
     of = f" over {pictures} pictures" if pictures else ""
-    _style(axes, "block", f"mean attention distance{of}, pixels", label(title, 80))
+    _style(axes, "block", f"mean attention distance{of}, pixels", "")
+    axes.set_title(label(title, 90), loc="left", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(0, 1.15 * max(distances.max(), uniform))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
@@ -151,8 +154,9 @@ def save_cost(path, points, *, title=""):
     for axes in (speed, training, memory):
         axes.set(xscale="log", yscale="log")
         axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(LogFormatter())  # 50, not 5 × 10^1
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2.0, 0.5)))
     batch = points[0]["batch"]
     _style(speed, "side of the picture, pixels", "pictures per second", f"prediction, batches of {batch}")
     _style(training, "side of the picture, pixels", "pictures per second", f"training step, batches of {batch}")

@@ -37,9 +37,10 @@ def show_list(context):
 def command_of(entry, arguments):
     """The command that makes one figure again, as a list of its words."""
     words = ["python", "scripts/paper.py", entry.name]
+    if entry.needs == "nothing":
+        return words
     for flag, value, default in (("--run", arguments.run, None), ("--config", arguments.config, None),
-                                 ("--data", arguments.data, None), ("--data-dir", arguments.data_dir, None),
-                                 ("--format", arguments.format, "png")):  # fmt: skip
+                                 ("--data", arguments.data, None), ("--data-dir", arguments.data_dir, None)):  # fmt: skip
         words += [flag, str(value)] if value != default else []
     return words + (["--budget", arguments.budget] if entry.needs == "training" or not arguments.run else [])
 

@@ -40,9 +40,10 @@ def test_filters(tmp_path, drawn, n, channels):
 @pytest.mark.parametrize(("g", "chosen"), [(1, [0]), (3, [0, 1, 2]), (20, list(range(0, 20, 2)))])
 def test_positions(tmp_path, drawn, g, chosen):
     similarity = np.random.default_rng(0).uniform(-1, 1, (g, g, g, g))
-    paper_plots.save_positions(tmp_path / "p.png", similarity, title=NAMES[1])
+    paper_plots.save_positions(tmp_path / "p.png", similarity, kind="learned", title=NAMES[1])
     whole(tmp_path / "p.png")
-    axes = drawn[0].axes[0]
+    axes, bar = drawn[0].axes
+    assert bar.get_ylabel() == "cosine similarity of learned positions"
     sheet, step = axes.images[0].get_array(), g + max(1, g // 8)
     for i, r in enumerate(chosen):
         for j, c in enumerate(chosen):
