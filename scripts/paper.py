@@ -39,9 +39,9 @@ def command_of(entry, arguments):
     words = ["python", "scripts/paper.py", entry.name]
     if entry.needs == "nothing":
         return words
-    for flag, value, default in (("--run", arguments.run, None), ("--config", arguments.config, None),
-                                 ("--data", arguments.data, None), ("--data-dir", arguments.data_dir, None)):  # fmt: skip
-        words += [flag, str(value)] if value != default else []
+    for name in ("run", "config", "data", "data_dir"):
+        if (value := getattr(arguments, name)) is not None:
+            words += ["--" + name.replace("_", "-"), value]
     return words + (["--budget", arguments.budget] if entry.needs == "training" or not arguments.run else [])
 
 
