@@ -318,11 +318,14 @@ def sweep_of(context, name):
     return sweep._replace(rows=tuple(cut(row) for row in sweep.rows)), folder
 
 
-def make_sweep(context, name):
+def make_sweep(context, name, title):
     """A sweep of configs/sweeps, its table and its figure."""
     from minivit import plots
 
     sweep, folder = sweep_of(context, name)
+    whole = sorted({row.recipe.train["epochs"] for row in sweep.rows})
+    epochs = " to ".join(str(n) for n in dict.fromkeys((whole[0], whole[-1])))
+    sweep = sweep._replace(title=f"{title}: seed {sweep.seeds[0]}, {epochs} epoch{'s' * (whole[-1] > 1)}")
     finished = results_of(sweep, folder)
     left = [run for run in runs_of(sweep, folder) if (run.row.name, run.seed) not in finished]
     if not carry_out(left, lambda: write_table(sweep, folder), progress=context.progress):
@@ -330,12 +333,10 @@ def make_sweep(context, name):
     text = write_table(sweep, folder)
     path = context.figure(name)
     plots.save_sweep(path, read_json(folder / "table.json"))
-    whole = sorted({row.recipe.train["epochs"] for row in sweep.rows})
-    epochs = " to ".join(str(n) for n in dict.fromkeys((whole[0], whole[-1])))
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return Made(
         (path.name,),
-        f"{sweep.title}. One seed, {epochs} epochs: the test pictures' accuracy after the last one.",
+        f"{sweep.title}: accuracy of the test pictures after the last one.",
         "\n".join(lines),
     )
 
@@ -349,6 +350,23 @@ def make_few_shot(context):
         (f"fewshot/{figure.name}",),
         "Regularised least squares on frozen features from a few examples of each class, three draws of them: of the "
         "trained model, of the same one untrained, and of the pixels themselves.",
+    )
+
+
+def make_masked(context):
+    """Section 4.6, by scripts/pretrain.py."""
+    run = context.out / "masked"
+    asked = ["--method", "mpp", "--out", run, *([] if context.progress else ["--quiet"])]
+    for key, value in context.data.items():
+        asked += ["--" + key.replace("_", "-"), value]
+    asked += ["--resume"] if (run / LAST).exists() else ["--budget", f"{context.share:g}s"]
+    call_script("pretrain.py", *asked)
+    said = read_json(run / SUMMARY)
+    return Made(
+        ("masked/reconstructions.png",),
+        "Test pictures, what the model sees of them, and the mean colours that it guesses under the masks: "
+        f"{said['test_accuracy']:.1%} are right, of 512 colours, after {said['epochs']} epochs; without looking "
+        f"{said['chance_accuracy']:.1%}.",
     )
 
 
@@ -374,7 +392,7 @@ def without_file(path):
 
 def sweep_entry(name, mirrors, title, differs):
     """The entry of a sweep in configs/sweeps."""
-    return Entry(name, mirrors, title, differs, "training", 0, lambda context: make_sweep(context, name),
+    return Entry(name, mirrors, title, differs, "training", 0, lambda context: make_sweep(context, name, title),
                  without_file(CONFIGS / "sweeps" / f"{name}.toml"))  # fmt: skip
 
 
@@ -397,6 +415,9 @@ ENTRIES = (
           SMALL + "; against examples of each class, where the paper varies the size of the pre-training set; and the "
           "model was trained with all labels of the very same data, which is no transfer",
           "a model", 60, make_few_shot, without_file(SCRIPTS / "transfer.py")),
+    Entry("masked", "Section 4.6", "Masked patch prediction",
+          "pre-trained on CIFAR-10's pictures within the budget, where the paper has B/16 and JFT", "training", 0,
+          make_masked, without_file(SCRIPTS / "pretrain.py")),
     sweep_entry("paper-optimizer", "Table 7", "SGD and Adam",
                 "a ViT " + SCRATCH + "; the paper compares them for ResNets"),
     sweep_entry("paper-shape", "Fig. 8", "Depth, width, MLP and patch size", SCRATCH),

@@ -163,7 +163,13 @@ def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeyp
     table = json.loads((tmp_path / "p" / "tiny" / "table.json").read_text())
     assert table["seeds"] == [3] and [row["epochs"] for row in table["rows"]] == [2, 1]
     page = (tmp_path / "p" / "index.md").read_text()
-    assert "One seed, 1 to 2 epochs" in page and "| SGD | " in page and "(tiny.png)" in page and "Table 0" in page
+    assert (
+        "Tiny: seed 3, 1 to 2 epochs" in page
+        and table["title"] in page
+        and "| SGD | " in page
+        and "(tiny.png)" in page
+        and "Table 0" in page
+    )
     assert "python scripts/paper.py tiny --budget 32s" in page
     assert "already" in call("paper", *common, "--budget", "32s").out
     ended = call("paper", *common, "--budget", "1h")
@@ -232,6 +238,27 @@ def test_a_figure_of_another_script(tmp_path, trained, call, monkeypatch):
     assert asked == f"{trained / 'last.npz'} --untrained --pixels --out {tmp_path / 'o' / 'fewshot'}"
     with pytest.raises(InputError, match="ended with status 1"):
         paper.call_script("transfer.py", 1, 2, 3, 4, 5, tmp_path / "y")
+
+
+def test_masked_patches_by_another_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "SCRIPTS", tmp_path)
+    (tmp_path / "pretrain.py").write_text(
+        "import json, os\nfrom pathlib import Path\n"
+        "def main(argv):\n"
+        "    out = Path(argv[argv.index('--out') + 1])\n    os.makedirs(out, exist_ok=True)\n"
+        "    (out / 'argv').write_text(' '.join(argv))\n    (out / 'last.npz').write_text('')\n"
+        "    figures = {'test_accuracy': 0.25, 'chance_accuracy': 0.0625, 'epochs': 3}\n"
+        "    (out / 'summary.json').write_text(json.dumps(figures))\n"
+        "    return 0 if '--resume' in argv else 130\n"
+    )
+    context = paper.Context(tmp_path / "o", data_dir="d", budget=60.5, progress=False)
+    asked = f"--method mpp --out {tmp_path / 'o' / 'masked'} --quiet --data-dir d"
+    with pytest.raises(paper.Stopped):
+        paper.make_masked(context)
+    assert (tmp_path / "o" / "masked" / "argv").read_text() == f"{asked} --budget 60.5s"
+    made = paper.make_masked(context)
+    assert (tmp_path / "o" / "masked" / "argv").read_text() == f"{asked} --resume"
+    assert "25.0% are right" in made.caption and "after 3 epochs; without looking 6.2%" in made.caption
 
 
 @pytest.mark.parametrize(
