@@ -396,8 +396,10 @@ def sweep_entry(name, mirrors, title, differs):
                  without_file(CONFIGS / "sweeps" / f"{name}.toml"))  # fmt: skip
 
 
-SMALL = "a small model of small pictures, where the paper has L/32 or B/32 pre-trained on JFT or ImageNet-21k"
-SCRATCH = "trained from nothing on CIFAR-10 for a few epochs, one seed; the paper tests few-shot after JFT pre-training"
+SMALL = "a small model of small pictures; the paper's are large ones, pre-trained on millions of pictures"
+SCRATCH = (
+    "trained from nothing on small pictures for a few epochs, one seed; the paper tests few-shot after pre-training"
+)
 ENTRIES = (
     Entry("filters", "Fig. 7, left", "Filters of the patch embedding", SMALL + "; RGB, 28 components as there",
           "a model", 2, make_filters),
