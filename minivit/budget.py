@@ -47,19 +47,37 @@ def seconds_of_training(dataset, model, config, steps, trainer_of=None):
     return trainer.seconds
 
 
-def seconds_of_step(dataset, model, config, trainer_of=None):
+def seconds_of_step(dataset, model, config, trainer_of=None, *, probe=PROBE_SECONDS):
     """Wall time of one optimiser step of a run, with its input pipeline and update.
 
-    Two runs of different length are timed, so that what a run takes once drops out.
+    Two runs of different length are timed, so that what a run takes once drops out; the longer one takes ``probe``
+    seconds.
     """
     most = len(dataset.train_images) // (config.batch_size * config.accumulate)
     if most < 3:
         return seconds_of_training(dataset, model, config, max(most, 1), trainer_of) / max(most, 1)
     seconds_of_training(dataset, model, config, 1, trainer_of)  # memory from the system, compiled kernels
     short = seconds_of_training(dataset, model, config, 2, trainer_of)
-    steps = min(most, max(3, round(2 * PROBE_SECONDS / max(short, 1e-3))))
+    steps = min(most, max(3, round(2 * probe / max(short, 1e-3))))
     long = seconds_of_training(dataset, model, config, steps, trainer_of)
     return max(long - short, 1e-6) / (steps - 2)
+
+
+def time_of_epochs(dataset, model, config, trainer_of=None, *, probe=PROBE_SECONDS):
+    """Measure a run's steps; returns a function: the seconds that so many epochs take, with their evaluations."""
+    batch = config.batch_size * config.accumulate
+    step = seconds_of_step(dataset, model, replace(config, half_size=0.0), trainer_of, probe=probe)
+    small = 0.0
+    if config.half_size:
+        small = seconds_of_step(dataset, model, replace(config, half_size=1.0), trainer_of, probe=probe)
+    steps = -(-len(dataset.train_images) // batch)
+    predictions = len(dataset.test_images) / batch * step * PREDICTION * (2 if config.test_flip else 1)
+
+    def time_of(epochs):
+        halved = round(config.half_size * epochs)
+        return steps * (halved * small + (epochs - halved) * step) + epochs / config.evaluate_every * predictions
+
+    return time_of
 
 
 def epochs_within(seconds, dataset, model, config, trainer_of=None):
@@ -68,16 +86,7 @@ def epochs_within(seconds, dataset, model, config, trainer_of=None):
     ``trainer_of`` makes the trainer of such a run [Trainer].
     Raises  InputError: not even one.
     """
-    batch = config.batch_size * config.accumulate
-    step = seconds_of_step(dataset, model, replace(config, half_size=0.0), trainer_of)
-    small = seconds_of_step(dataset, model, replace(config, half_size=1.0), trainer_of) if config.half_size else 0.0
-    steps = -(-len(dataset.train_images) // batch)
-    predictions = len(dataset.test_images) / batch * step * PREDICTION * (2 if config.test_flip else 1)
-
-    def time_of(epochs):
-        halved = round(config.half_size * epochs)
-        return steps * (halved * small + (epochs - halved) * step) + epochs / config.evaluate_every * predictions
-
+    time_of = time_of_epochs(dataset, model, config, trainer_of)
     epochs = 0
     while time_of(epochs + 1) <= (1.0 - RESERVE) * seconds:
         epochs += 1

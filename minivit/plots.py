@@ -1,7 +1,7 @@
 """Every figure. Figures are made without a display and without pyplot's global state.
 
-``path`` is where the PNG goes. Some figures can become a part of a page instead: with ``path=None`` they are returned
-as an SVG element (see `_svg`).
+``path`` is where the figure goes, a PNG unless it ends in .pdf or .svg. Some figures can become a part of a page
+instead: with ``path=None`` they are returned as an SVG element (see `_svg`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import hashlib
 import io
 import re
 import warnings
+from contextlib import contextmanager
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -36,13 +38,22 @@ def _figure(width, height):
     return figure
 
 
-def _save(figure, path):
+@contextmanager
+def any_text():
+    """While active, a script that the font lacks shows as boxes, and names too long are cut: no reason to warn."""
     with warnings.catch_warnings():
-        # a script that the font lacks shows as boxes, and names too long for the figure are cut: no reason to fail
         warnings.filterwarnings("ignore", message=r"Glyph .* missing|constrained_layout not applied|Tight layout")
+        yield
+
+
+def _save(figure, path):
+    with any_text():
         if path is None:
             return _svg(figure)
-        write_atomically(path, lambda file: figure.savefig(file, format="png"))
+        kind = {".pdf": "pdf", ".svg": "svg"}.get(Path(path).suffix.lower(), "png")
+        meta = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)  # the same figure is the same bytes
+        with matplotlib.rc_context({"svg.hashsalt": "minivit"}):
+            write_atomically(path, lambda file: figure.savefig(file, format=kind, metadata=meta))
 
 
 def _svg(figure):
@@ -499,10 +510,14 @@ def picture_png(image, attention=None):
     return file.getvalue()
 
 
-def save_attention(path, image, attention, probabilities, class_names, *, title="", truth=None, top=5):
+def save_attention(
+    path, image, attention, probabilities, class_names, *, title="", truth=None, top=5,
+    what="attention of the last block, mean of its heads",
+):  # fmt: skip
     """A picture, the same picture under its attention map, and the most probable classes.
 
     Shapes  image (H, W, C) uint8; attention (grid, grid), non-negative; probabilities (K,)
+    ``what``: what the map is, in words
     The first bar is green, or red if the true class is given and is another one.
     """
     H, W = image.shape[:2]
@@ -514,7 +529,7 @@ def save_attention(path, image, attention, probabilities, class_names, *, title=
     _show(overlay, image)
     extent = (-0.5, W - 0.5, H - 0.5, -0.5)
     shown = overlay.imshow(100 * share, vmin=0, extent=extent, interpolation="nearest", **OVERLAY)
-    overlay.set_title("attention of the last block, mean of its heads", fontsize=9, loc="left")
+    overlay.set_title(what, fontsize=9, loc="left")
     figure.colorbar(shown, ax=overlay, fraction=0.046, pad=0.02, format="%.3g%%")
     order = np.argsort(probabilities)[::-1][:top]
     first = BAD if truth is not None and truth != order[0] else GOOD

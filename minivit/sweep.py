@@ -23,14 +23,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from pathlib import Path
 from typing import NamedTuple
 
+from minivit.checkpoint import write_atomically
 from minivit.cli import parse_toml
 from minivit.errors import InputError
-from minivit.recipes import SECTIONS, Recipe, find_config, read_recipe
+from minivit.recipes import SECTIONS, Recipe, find_config, read_recipe, trainer_of
 from minivit.settings import refuse_unknown
-from minivit.train import SUMMARY
+from minivit.train import LAST, SUMMARY, write_json
 
 TABLE = "table.json"
 KEYS = ("title", "config", "seeds", "base", "row")
@@ -247,3 +249,38 @@ def markdown(table):
         mean = f"{percent(row['mean'])}{spread}" if row["mean"] is not None else "not run yet"
         lines.append(f"| {row['name']} | {changes} | {mean} | {gain} | {each} | {epochs} | {seconds} |")
     return "\n".join(lines) + "\n"
+
+
+def write_table(sweep, out):
+    """Write table.md, table.json and sweep.png; returns the Markdown."""
+    from minivit import plots  # matplotlib is slow to import
+
+    table = table_of(sweep, out)
+    text = markdown(table)
+    write_json(Path(out) / TABLE, table)
+    write_atomically(Path(out) / "table.md", lambda file: file.write(text.encode()))
+    plots.save_sweep(Path(out) / "sweep.png", table)
+    return text
+
+
+def carry_out(runs, after, *, progress=True):
+    """Make runs one after the other, each from where it stopped; ``after()`` is called after each.
+
+    Returns  whether all were finished; False if a signal stopped one
+    Raises  InputError: one has impossible settings: all are looked at before the first begins.
+    """
+    for each in {each.row.name: each for each in runs}.values():
+        trainer_of(recipe_of(each), each.folder, progress=False)
+    for number, each in enumerate(runs, start=1):
+        print(f"\n{number} of {len(runs)}: {each.row.name}, seed {each.seed}", flush=True)
+        trainer = trainer_of(recipe_of(each), each.folder, progress=progress)
+        if (each.folder / LAST).exists():
+            trainer.restore()
+        started_at = time.monotonic()
+        summary = trainer.run()
+        if summary is None:
+            return False
+        print(f"{each.row.name}, seed {each.seed}: {summary['test_accuracy']:.2%} "
+              f"in {time.monotonic() - started_at:.0f} s", flush=True)  # fmt: skip
+        after()
+    return True

@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minivit import ViT, plots
+from minivit.analysis import attention_rollout
 from minivit.backend import find_device, to_device, to_host, use_device
 from minivit.cli import Parser, output_file, run
 from minivit.data import LazyPictures, read_image
@@ -20,11 +21,16 @@ EXAMPLES = """
 examples:
   python scripts/predict.py runs/digits/last.npz --test 0 1 2          pictures of its own test set, by number
   python scripts/predict.py runs/cifar10/last.npz cat.jpg dog.png      files: png, jpg, bmp, gif, webp
+  python scripts/predict.py runs/cifar10/last.npz cat.jpg --attention rollout       the attention of all blocks
   python scripts/predict.py runs/digits/last.npz digit.npy --out out   an array (H, W) or (H, W, C), of the model's size
 
 An array holds uint8 pixels 0..255, or floats scaled to [-1, 1]. The digits are bright ink (255) on black (0); a file
 that shows dark ink on white paper needs --invert.
 """
+ATTENTION = {
+    "last": "attention of the last block, mean of its heads",
+    "rollout": "attention rollout through all blocks",
+}  # what --attention shows, in words
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
@@ -135,6 +141,8 @@ def main(argv=None):
     )
     parser.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
                         help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
+    parser.add_argument("--attention", choices=ATTENTION, default="last",
+                        help="what the picture shows: the last block's maps, or the rollout of all [last]")  # fmt: skip
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [cpu]")
     parser.add_argument("--out", metavar="DIR", help="folder for the figures [the checkpoint's]")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the predictions as JSON")
@@ -159,9 +167,13 @@ def main(argv=None):
         check_finite(probabilities, arguments.checkpoint)
         order = np.argsort(-probabilities, kind="stable")[:5]
         figure = out / free_name(name, taken)
-        attention = attention_map(to_host(seen.attention[-1][0]), model.config.pooling, model.config.registers)
+        maps = seen.attention[-1] if arguments.attention == "last" else attention_rollout(seen.attention)[-1][:, None]
+        attention = attention_map(to_host(maps[0]), model.config.pooling, model.config.registers)
         title = name if truth is None else f"{name}: truly {names[truth]}"
-        plots.save_attention(figure, for_display(image), attention, probabilities, names, title=title, truth=truth)
+        what = ATTENTION[arguments.attention]
+        plots.save_attention(
+            figure, for_display(image), attention, probabilities, names, title=title, truth=truth, what=what
+        )
         result = {"picture": name, "figure": str(figure)} | ({} if truth is None else {"truth": names[truth]})
         result["top"] = [{"name": names[k], "probability": float(probabilities[k])} for k in order]
         results.append(result)

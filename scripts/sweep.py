@@ -1,15 +1,11 @@
 """Run settings side by side over seeds, and compare them in a table and a figure."""
 
 import sys
-import time
 from pathlib import Path
 
-from minivit.checkpoint import write_atomically
 from minivit.cli import Parser, run
 from minivit.errors import InputError
-from minivit.recipes import trainer_of
-from minivit.sweep import TABLE, known_results, markdown, read_sweep, recipe_of, results_of, runs_of, table_of
-from minivit.train import LAST, write_json
+from minivit.sweep import carry_out, known_results, read_sweep, results_of, runs_of, write_table
 
 EXAMPLES = """
 examples:
@@ -52,38 +48,13 @@ def main(argv=None):
     runs, finished = runs_of(sweep, out), results_of(whole, out)
     left = [each for each in runs if (each.row.name, each.seed) not in finished]
     print(f"{sweep.title}: {len(sweep.rows)} rows, {len(sweep.seeds)} seeds; {len(runs) - len(left)} runs are finished")
-    if not arguments.table:
-        for each in {each.row.name: each for each in left}.values():  # what is impossible is found before a run begins
-            trainer_of(recipe_of(each), each.folder, progress=False)
-        for number, each in enumerate(left, start=1):
-            print(f"\n{number} of {len(left)}: {each.row.name}, seed {each.seed}", flush=True)
-            trainer = trainer_of(recipe_of(each), each.folder, progress=not arguments.quiet)
-            if (each.folder / LAST).exists():
-                trainer.restore()
-            started_at = time.monotonic()
-            summary = trainer.run()
-            if summary is None:
-                return 130
-            print(f"{each.row.name}, seed {each.seed}: {summary['test_accuracy']:.2%} "
-                  f"in {time.monotonic() - started_at:.0f} s", flush=True)  # fmt: skip
-            write_results(whole, out)
+    if not arguments.table and not carry_out(left, lambda: write_table(whole, out), progress=not arguments.quiet):
+        return 130
     if not out.is_dir():
         raise InputError(f"there is no {out}: nothing has been run")
-    print("\n" + write_results(whole, out))
+    print("\n" + write_table(whole, out))
     print(f"table and figure in {out}")
     return 0
-
-
-def write_results(sweep, out):
-    """Write table.md, table.json and sweep.png; returns the Markdown."""
-    from minivit import plots  # matplotlib is slow to import
-
-    table = table_of(sweep, out)
-    text = markdown(table)
-    write_json(out / TABLE, table)
-    write_atomically(out / "table.md", lambda file: file.write(text.encode()))
-    plots.save_sweep(out / "sweep.png", table)
-    return text
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw what a trained model has inside, what training shows to it, and which learning rates it bears."""
+"""Draw what a trained model has inside and does to a picture, what training shows to it, and which rates it bears."""
 
 import dataclasses
 import sys
@@ -23,9 +23,19 @@ from minivit.data import (
 from minivit.data.mixing import one_hot
 from minivit.data.operations import OPERATIONS, wide_space
 from minivit.errors import InputError
+from minivit.inference import check_finite, load_with_data
 from minivit.pretrain import draw_reconstructions, load_masked
 from minivit.recipes import add_recipe, prepare, recipe_of_flags
-from minivit.train import RECONSTRUCTIONS, Trainer, config_from, dataset_of, origin_of, versions, write_json
+from minivit.train import (
+    RECONSTRUCTIONS,
+    Trainer,
+    config_from,
+    dataset_of,
+    origin_of,
+    quiet_overflow,
+    versions,
+    write_json,
+)
 
 EXAMPLES = """
 examples:
@@ -33,6 +43,7 @@ examples:
   python scripts/visualize.py curvature runs/digits/last.npz --every 10 --pictures 128 --count 3
   python scripts/visualize.py curvature runs/digits/last.npz --optimizer sgd --lr 0.05 --epochs 40 --out sgd
   python scripts/visualize.py masked runs/mae-cifar10/last.npz
+  python scripts/visualize.py journey runs/cifar10/last.npz --picture 409
   python scripts/visualize.py augment
   python scripts/visualize.py augment --data cifar10 --columns 16 --seed 1 --out figures
   python scripts/visualize.py lr --data cifar10
@@ -48,6 +59,9 @@ do not find to a thousandth of the largest is drawn hollow, with a bar as long a
 masked: what a model of scripts/pretrain.py sees of test pictures, patches masked or exchanged, and what it guesses.
 Colours are drawn in the middle of their class. Pixels that were normalised get the mean and the standard deviation that
 their patch really has: the model does not say them.
+
+journey: how one test picture becomes a class, as a moving picture (journey.gif, 800 pixels wide) and a still one
+(journey.png): patches, tokens, what they are made of after each block (attention rollout), probabilities.
 
 augment: a sheet of training pictures, a row for each augmentation. The rows of single operations go from the weakest
 strength on the left to the strongest on the right, as TrivialAugment draws them.
@@ -240,6 +254,32 @@ def draw_augment(arguments):
     return 0
 
 
+def draw_journey(arguments):
+    """The subcommand ``journey``; returns the exit status."""
+    from minivit import journey  # matplotlib is slow to import
+
+    path = Path(arguments.checkpoint)
+    model, _, dataset = load_with_data(path, weights=arguments.weights, data_dir=arguments.data_dir)
+    count = len(dataset.test_images)
+    if not 0 <= arguments.picture < count:
+        raise InputError(f"there is no test picture {arguments.picture}; {dataset.name} has 0 to {count - 1}")
+    image, truth = dataset.test_images[arguments.picture], int(dataset.test_labels[arguments.picture])
+    with quiet_overflow():
+        found = journey.journey_of(model, image, dataset.class_names, truth=truth)
+    check_finite(found.probabilities, path)
+    out = Path(arguments.out or path.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    journey.save_still(out / "journey.png", found)
+    journey.save_moving(out / "journey.gif", found, progress=True)
+    k = int(found.probabilities.argmax())
+    print(
+        f"test picture {arguments.picture} of {dataset.name}: {dataset.class_names[k]} {found.probabilities[k]:.1%}, "
+        f"truly {dataset.class_names[truth]}; drawn in {out / 'journey.gif'} "
+        f"({(out / 'journey.gif').stat().st_size / 2**20:.1f} MiB) and journey.png"
+    )
+    return 0
+
+
 def draw_lr(arguments):
     """The subcommand ``lr``; returns the exit status."""
     from minivit import plots  # matplotlib is slow to import
@@ -314,6 +354,15 @@ def main(argv=None):
     parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
     parts.add_argument("--out", metavar="DIR", help="folder for reconstructions.png [the checkpoint's]")
     parts.set_defaults(draw=draw_masked)
+    about = "how one picture becomes a class: patches, tokens, attention, probabilities; moving and still"
+    parts = commands.add_parser("journey", help=about, description=about, epilog=EXAMPLES)
+    parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
+    parts.add_argument("--picture", type=int, default=0, metavar="N", help="number of the test picture [0]")
+    parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
+    parts.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
+                       help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
+    parts.add_argument("--out", metavar="DIR", help="folder for journey.gif and journey.png [the checkpoint's]")
+    parts.set_defaults(draw=draw_journey)
     about = "a sheet of training pictures, a row for each augmentation"
     parts = commands.add_parser("augment", help=about, description=about, epilog=EXAMPLES)
     parts.add_argument("--data", choices=DATASETS, default="digits", help="data set [digits]")

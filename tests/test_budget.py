@@ -41,6 +41,10 @@ def test_the_epochs_of_a_known_pace(monkeypatch):
     epochs, each = budget.epochs_within(10.0, DIGITS, MODEL, config)
     assert each == pytest.approx(0.01 * (steps + tests / 120 / 3))
     assert epochs == int(9.7 / each) and asked[0] == 1 and asked[-1] == n // 120
+    asked.clear()
+    time_of = budget.time_of_epochs(DIGITS, MODEL, replace(config, batch_size=2), probe=0.5)
+    assert time_of(6) == pytest.approx(6 * 0.01 * (-(-n // 4) + tests / 4 / 3))
+    assert asked == [1, 2, 3]  # a shorter look than the usual one, of 38 steps
     _, rare = budget.epochs_within(10.0, DIGITS, MODEL, replace(config, evaluate_every=4))
     assert rare == pytest.approx(0.01 * (steps + tests / 120 / 3 / 4))
     _, twice = budget.epochs_within(10.0, DIGITS, MODEL, replace(config, test_flip=True))

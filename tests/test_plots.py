@@ -157,6 +157,26 @@ def test_a_curvature_measured_once_can_be_seen(tmp_path, drawn, epochs):
     assert {line.get_marker() for line in sharp.lines} == {"o" if epochs == 1 else "None"}
 
 
+@pytest.mark.parametrize(
+    ("name", "begin"), [("c.png", b"\x89PNG"), ("c.pdf", b"%PDF"), ("c.SVG", b"<?xml"), ("c", b"\x89PNG")]
+)
+def test_the_kind_of_file_follows_its_name(tmp_path, name, begin):
+    files = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        plots.save_confusion(tmp_path / folder / name, np.eye(2), "ab")
+        files.append((tmp_path / folder / name).read_bytes())
+    assert files[0].startswith(begin) and files[0] == files[1]  # no date, no random ids
+
+
+def test_the_map_is_called_what_it_is(tmp_path, drawn):
+    image, p = np.zeros((4, 4, 1), np.uint8), np.array([0.2, 0.8])
+    plots.save_attention(tmp_path / "a.png", image, np.ones((2, 2)), p, "ab", what="rollout")
+    plots.save_attention(tmp_path / "a.png", image, np.ones((2, 2)), p, "ab")
+    said = [figure.axes[1].get_title("left") for figure in drawn]
+    assert said == ["rollout", "attention of the last block, mean of its heads"]
+
+
 def test_labels():
     assert plots.label("a  b\nc\t") == "a b c"
     assert plots.label("x" * 50) == "x" * 23 + "…" and plots.label("x" * 24) == "x" * 24

@@ -136,3 +136,25 @@ def test_figures_go_beside_the_checkpoint(run_copy, call):
 def test_the_weights_are_chosen(trained, tmp_path, call):
     facts = [predictions(call, trained, tmp_path, "--test", 0, "--weights", w)[0]["top"] for w in ("params", "ema")]
     assert facts[0] != facts[1]
+
+
+def test_attention_of_the_last_block_or_of_all(trained, tmp_path, call, monkeypatch):
+    from minivit import plots
+
+    drawn = []
+    monkeypatch.setattr(
+        plots,
+        "save_attention",
+        lambda path, image, map_, *_, what, **__: (path.write_bytes(b""), drawn.append((map_, what))),
+    )
+    for more in ([], ["--attention", "last"], ["--attention", "rollout"]):
+        ended = call("predict", trained / LAST, "--test", 5, "--out", tmp_path, *more)
+        assert ended.status == 0, ended.err
+    model = checkpoint.load_model(trained / LAST)[0]
+    (attention,) = model.intermediates(DATA.test_images[5:6]).attention  # one block, with a class token
+    row = attention[0].mean(axis=0)[0, 1:].reshape(2, 2)
+    for (map_, what), scale, said in zip(drawn, (1, 1, 0.5), ("last", "last", "rollout"), strict=True):
+        np.testing.assert_allclose(map_, scale * row, rtol=1e-5)  # (A + I) / 2: the patches have half of the rollout
+        assert said in what
+    ended = call("predict", trained / LAST, "--test", 5, "--attention", "first")
+    assert ended.status == 2 and ended.err.count("\n") == 1

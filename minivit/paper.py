@@ -1,0 +1,521 @@
+"""The figures and tables of the ViT paper, made again at a scale that a laptop bears.
+
+`ENTRIES` lists them: which figure or table of the paper each mirrors, what differs from it, and the function that makes
+it. That function takes a `Context`, writes its figures into the context's folder and returns what a page says of them.
+What was made is remembered in the folder's index.json, so that nothing is made twice, and told by its index.md.
+
+    model/           the run of the model that is analysed, where none is named: an ordinary run, see `minivit.train`
+    NAME.png         the figure of an entry
+    NAME/            the runs of an entry that trains, and its table
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shlex
+import time
+import zlib
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minivit import analysis, checkpoint
+from minivit.budget import epochs_within, time_of_epochs
+from minivit.checkpoint import write_atomically
+from minivit.engine import available_cores
+from minivit.errors import InputError
+from minivit.inference import check_finite, load_with_data
+from minivit.layers.softmax import softmax_forward
+from minivit.model import ViTConfig
+from minivit.recipes import CONFIGS, find_config, prepare, read_recipe, trainer_of
+from minivit.sweep import Row, Run, carry_out, read_sweep, result_of, results_of, runs_of, write_table
+from minivit.train import LAST, SUMMARY, config_from, quiet_overflow, write_json
+
+SCRIPTS = CONFIGS.parent / "scripts"
+INDEX, PAGE, PLAN = "index.json", "index.md", "plan.json"
+PICTURES, SHEET = 128, 24  # test pictures whose attention is measured; and shown
+PROBE = 2.0  # seconds of each measurement of a sweep's rows
+RESERVE = 0.05  # of a sweep's budget: for checkpoints, figures, and a machine that is slower later
+
+
+class Stopped(Exception):
+    """A training was stopped by a signal; the same command goes on with it."""
+
+
+class Made(NamedTuple):
+    """What an entry has made."""
+
+    files: tuple[str, ...]  # the figures, in the context's folder
+    caption: str  # what they show, with the figures that were measured
+    table: str = ""  # Markdown
+
+
+class Entry(NamedTuple):
+    """A figure or table of the paper."""
+
+    name: str
+    mirrors: str
+    title: str
+    differs: str  # from the paper's
+    needs: str  # "nothing", "a model" or "training"
+    seconds: float  # expected on two cores, beside training
+    make: Callable[[Context], Made]
+    missing: Callable[[], str] = lambda: ""  # why it cannot be made here, in words
+
+
+class Context:
+    """Where an entry finds its model and how much it may train.
+
+    ``run``: a run's folder or a checkpoint, or None: a model is trained in the folder ``out``/model with the settings
+    file ``config``, whose epochs are the most that it gets. ``budget`` are the seconds for all that is trained,
+    ``share`` those of them for one training.
+    """
+
+    def __init__(self, out, *, run=None, config="paper", data=None, data_dir=None, budget=300.0, suffix=".png",
+                 progress=True):  # fmt: skip
+        self.out, self.run, self.config, self.suffix = Path(out), run, config, suffix
+        self.budget = self.share = budget
+        self.data = {key: value for key, value in (("data", data), ("data_dir", data_dir)) if value is not None}
+        self.progress = progress
+
+    def figure(self, name):
+        """The path of a figure."""
+        return self.out / f"{name}{self.suffix}"
+
+    def checkpoint(self, *, train=True):
+        """The path of the model's checkpoint, made by training if need be; without ``train`` None instead.
+
+        Raises  InputError: there is none;  Stopped
+        """
+        if self.run is not None:
+            path = Path(self.run)
+            return path / LAST if path.is_dir() else path
+        folder = self.out / "model"
+        recipe = read_recipe(find_config(self.config), data=self.data)
+        settings = {key: value for key, value in recipe.train.items() if key != "epochs"}
+        row = Row("model", {}, recipe._replace(train=settings))
+        if result_of(Run(row, settings.get("seed", 0), folder)) is None:
+            if not train:
+                return None
+            self._train(recipe, folder)
+        return folder / LAST
+
+    def _train(self, recipe, folder):
+        """Train the model, or go on where its training stopped."""
+        begun = (folder / LAST).exists()
+        if begun:
+            epochs = config_from(checkpoint.load(folder / LAST)[1], folder / LAST).epochs
+        else:
+            dataset, model, config, *_ = prepare(recipe)
+            epochs, each = epochs_within(self.share, dataset, model, config)
+            epochs = min(epochs, config.epochs)
+            print(f"training a model: {epochs} epochs of about {each:.3g} s, in {folder}", flush=True)
+        trainer = trainer_of(recipe._replace(train=recipe.train | {"epochs": epochs}), folder, progress=self.progress)
+        if begun:
+            trainer.restore()
+        if trainer.run() is None:
+            raise Stopped
+
+    @cached_property
+    def trained(self):
+        """(ViT, Dataset): the model to analyse and the data set that it was trained on."""
+        model, _, dataset = load_with_data(self.checkpoint(), data_dir=self.data.get("data_dir"))
+        return model, dataset
+
+    @property
+    def says(self):
+        """The model in words."""
+        model, dataset = self.trained
+        c = model.config
+        text = f"{dataset.name}, patch {c.patch_size}, width {c.width}, {c.depth} blocks, {c.num_heads} heads"
+        try:
+            summary = json.loads((self.checkpoint().parent / SUMMARY).read_text(encoding="utf-8"))
+            return f"{text}; test accuracy {summary['test_accuracy']:.1%} after {summary['epochs']} epochs"
+        except (OSError, ValueError, KeyError, TypeError):
+            return text
+
+    @cached_property
+    def seen(self):
+        """Test pictures, evenly drawn, their labels, and the `analysis.Seen` of the model."""
+        model, dataset = self.trained
+        chosen = np.sort(np.random.default_rng(0).permutation(len(dataset.test_images))[:SHEET])
+        images = dataset.test_images[chosen]
+        with quiet_overflow():
+            seen = analysis.rollout_maps(model, images)
+        check_finite(seen.logits, self.checkpoint())
+        return images, dataset.test_labels[chosen], seen
+
+
+# ---- what needs a model ----------------------------------------------------------------------------------------------
+
+
+def make_filters(context):
+    """Fig. 7, left."""
+    from minivit import paper_plots
+
+    model, _ = context.trained
+    c = model.config
+    found = analysis.filters(model.params["patch_embed.proj.weight"], c.patch_size)
+    path = context.figure("filters")
+    paper_plots.save_filters(path, found, title=f"patch embedding: {context.says}")
+    return Made(
+        (path.name,),
+        f"The first {len(found.shares)} principal components of the {c.width} filters, scaled each by itself, with "
+        f"their share of the variance: together {found.shares.sum():.0%}.",
+    )
+
+
+def make_positions(context):
+    """Fig. 7, centre."""
+    from minivit import paper_plots
+
+    model, _ = context.trained
+    similarity = analysis.position_similarity(analysis.position_embedding(model))
+    g = model.config.grid_size
+    near = np.mean([similarity[r, c, r, c + 1] for r in range(g) for c in range(g - 1)]) if g > 1 else 1.0
+    path = context.figure("positions")
+    paper_plots.save_positions(path, similarity, kind=model.config.pos_embed, title=context.says)
+    return Made(
+        (path.name,),
+        "Each small map is the cosine similarity of one patch's position embedding to those of all patches. "
+        f"Neighbours in a row: {near:.2f} on average; all pairs: {similarity.mean():.2f}.",
+    )
+
+
+def make_distance(context):
+    """Fig. 7, right; Fig. 11."""
+    from minivit import paper_plots
+
+    model, dataset = context.trained
+    images = dataset.test_images[:PICTURES]
+    with quiet_overflow():
+        distances = analysis.head_distances(model, images)
+    check_finite(distances, context.checkpoint())
+    c = model.config
+    path = context.figure("distance")
+    paper_plots.save_distances(
+        path, distances, image_size=c.image_size, grid=c.grid_size, pictures=len(images), title=context.says
+    )
+    first, last = distances[0], distances[-1]
+    return Made(
+        (path.name,),
+        f"How far the heads look: from {first.min():.1f} to {first.max():.1f} pixels in the first block, from "
+        f"{last.min():.1f} to {last.max():.1f} in the last.",
+    )
+
+
+def make_rollout(context):
+    """Fig. 6 and 14."""
+    from minivit import paper_plots
+
+    _, dataset = context.trained
+    images, labels, seen = context.seen
+    probabilities, _ = softmax_forward(np.asarray(seen.logits, np.float64))
+    guesses = probabilities.argmax(axis=1)
+    titles = [(f"{dataset.class_names[k]} {p[k]:.0%}", k == truth)
+              for k, p, truth in zip(guesses, probabilities, labels, strict=True)]  # fmt: skip
+    path = context.figure("rollout")
+    paper_plots.save_rollouts(path, images, seen.maps[-1], titles, title=context.says)
+    right = int((guesses == labels).sum())
+    return Made(
+        (path.name,),
+        f"{len(images)} test pictures drawn at random, each beside itself in the light of its attention rollout: the "
+        "patch that counts least is darkest, the one that counts most (so many times as much) is brightest. "
+        f"{right} are classified correctly.",
+    )
+
+
+# ---- what needs nothing ----------------------------------------------------------------------------------------------
+
+COST_MODELS, COST_SIZES = ("Ti/16", "S/16", "B/32", "B/16"), (64, 128, 192, 256)
+
+
+def make_cost(context):
+    """Fig. 12."""
+    from minivit import paper_plots
+
+    models = {name: ViTConfig.preset(name) for name in COST_MODELS}
+    points = analysis.cost(models, COST_SIZES, progress=context.progress)
+    path = context.figure("cost")
+    paper_plots.save_cost(path, points, title=f"{available_cores()} cores, float32")
+    write_json(context.out / "cost.json", points)
+    lines = ["| model | pixels | tokens | predictions/s | training pictures/s | peak memory of each, MiB |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for infer, step in zip(points[::2], points[1::2], strict=True):
+        memory = ", ".join(f"{p['peak_memory'] / 2**20:,.0f}" if p["peak_memory"] else "?" for p in (infer, step))
+        lines.append(
+            f"| {infer['model']} | {infer['size']} | {infer['tokens']} | {infer['images_per_second']:.3g} | "
+            f"{step['images_per_second']:.3g} | {memory} |"
+        )
+    batch = points[0]["batch"]
+    caption = f"Pictures per second on {available_cores()} cores, and peak memory, in batches of {batch}, float32."
+    return Made((path.name,), caption, "\n".join(lines))
+
+
+# ---- what trains -----------------------------------------------------------------------------------------------------
+
+
+def scaled_epochs(times, asked, budget):
+    """Epochs of each row of a sweep so that all rows together fit into a time, all shortened by the same share.
+
+    ``times``: for each row a function, the seconds of so many epochs (`budget.time_of_epochs`); ``asked``: the epochs
+    of each row's settings, the most that it gets
+    Raises  InputError: one epoch of each takes longer.
+    """
+    best = None
+    for share in sorted({k / n for n in asked for k in range(1, n + 1)}):
+        epochs = [max(1, int(share * n + 1e-9)) for n in asked]
+        seconds = sum(time_of(n) for time_of, n in zip(times, epochs, strict=True))
+        if seconds > budget and best is not None:
+            break
+        if seconds > budget:
+            raise InputError(
+                f"one epoch of each of its {len(asked)} settings takes about {seconds:.0f} s here, it may take "
+                f"{budget:.0f} s; give a larger --budget"
+            )
+        best = epochs
+    return best
+
+
+def sweep_of(context, name):
+    """The sweep configs/sweeps/NAME.toml with one seed, its epochs scaled to the budget, and the folder of its runs.
+
+    How many epochs fit is measured once and remembered: a sweep that was stopped goes on with the same.
+    Raises  InputError: the budget is too small, or the folder holds the sweep as it was cut for another budget.
+    """
+    sweep = read_sweep(CONFIGS / "sweeps" / f"{name}.toml")
+    rows = [row._replace(recipe=row.recipe._replace(data=row.recipe.data | context.data)) for row in sweep.rows]
+    sweep = sweep._replace(seeds=sweep.seeds[:1], rows=tuple(rows))
+    folder = context.out / name
+    plan = read_json(folder / PLAN)
+    made_of = fingerprint_of([row._asdict() for row in sweep.rows])
+    if plan and (plan.get("budget"), plan.get("of")) != (context.budget, made_of):
+        raise InputError(
+            f"{folder} holds runs of other settings, or cut for another budget ({plan.get('budget', 0):.0f} s, not "
+            f"{context.budget:.0f} s); choose another --out"
+        )
+    if not plan:
+        prepared = [prepare(row.recipe)[:3] for row in sweep.rows]
+        print(f"{name}: measuring {len(prepared)} settings", flush=True)
+        times = [time_of_epochs(*each, probe=PROBE) for each in prepared]
+        epochs = scaled_epochs(times, [config.epochs for *_, config in prepared], (1 - RESERVE) * context.budget)
+        plan = {
+            "budget": context.budget,
+            "of": made_of,
+            "epochs": dict(zip([r.name for r in rows], epochs, strict=True)),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / PLAN, plan)
+
+    def cut(row):
+        train = row.recipe.train | {"epochs": plan["epochs"][row.name]}
+        return row._replace(recipe=row.recipe._replace(train=train))
+
+    return sweep._replace(rows=tuple(cut(row) for row in sweep.rows)), folder
+
+
+def make_sweep(context, name, title):
+    """A sweep of configs/sweeps, its table and its figure."""
+    from minivit import plots
+
+    sweep, folder = sweep_of(context, name)
+    whole = sorted({row.recipe.train["epochs"] for row in sweep.rows})
+    epochs = " to ".join(str(n) for n in dict.fromkeys((whole[0], whole[-1])))
+    sweep = sweep._replace(title=f"{title}: seed {sweep.seeds[0]}, {epochs} epoch{'s' * (whole[-1] > 1)}")
+    finished = results_of(sweep, folder)
+    left = [run for run in runs_of(sweep, folder) if (run.row.name, run.seed) not in finished]
+    if not carry_out(left, lambda: write_table(sweep, folder), progress=context.progress):
+        raise Stopped
+    text = write_table(sweep, folder)
+    path = context.figure(name)
+    plots.save_sweep(path, read_json(folder / "table.json"))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return Made(
+        (path.name,),
+        f"{sweep.title}: accuracy of the test pictures after the last one.",
+        "\n".join(lines),
+    )
+
+
+def make_few_shot(context):
+    """Fig. 4, by scripts/transfer.py."""
+    folder = context.out / "fewshot"
+    call_script("transfer.py", context.checkpoint(), "--untrained", "--pixels", "--out", folder)
+    (figure,) = sorted(folder.glob("transfer-fewshot-*.png"))
+    return Made(
+        (f"fewshot/{figure.name}",),
+        "Regularised least squares on frozen features from a few examples of each class, three draws of them: of the "
+        "trained model, of the same one untrained, and of the pixels themselves.",
+    )
+
+
+def make_masked(context):
+    """Section 4.6, by scripts/pretrain.py."""
+    run = context.out / "masked"
+    asked = ["--method", "mpp", "--out", run, *([] if context.progress else ["--quiet"])]
+    for key, value in context.data.items():
+        asked += ["--" + key.replace("_", "-"), value]
+    asked += ["--resume"] if (run / LAST).exists() else ["--budget", f"{context.share:g}s"]
+    call_script("pretrain.py", *asked)
+    said = read_json(run / SUMMARY)
+    return Made(
+        ("masked/reconstructions.png",),
+        "Test pictures, what the model sees of them, and the mean colours that it guesses under the masks: "
+        f"{said['test_accuracy']:.1%} are right, of 512 colours, after {said['epochs']} epochs; without looking "
+        f"{said['chance_accuracy']:.1%}.",
+    )
+
+
+def call_script(name, *arguments):
+    """Run the ``main`` of one of the scripts in this process.
+
+    Raises  InputError: what it raises, or that it ended with another status than 0;  Stopped
+    """
+    status = runpy.run_path(str(SCRIPTS / name))["main"]([str(argument) for argument in arguments])
+    if status == 130:
+        raise Stopped
+    if status:
+        raise InputError(f"scripts/{name} ended with status {status}")
+
+
+# ---- the list --------------------------------------------------------------------------------------------------------
+
+
+def without_file(path):
+    """Why an entry that needs a file of the project cannot be made; empty if it can."""
+    return lambda: "" if path.exists() else f"this version has no {path.relative_to(CONFIGS.parent)}"
+
+
+def sweep_entry(name, mirrors, title, differs):
+    """The entry of a sweep in configs/sweeps."""
+    return Entry(name, mirrors, title, differs, "training", 0, lambda context: make_sweep(context, name, title),
+                 without_file(CONFIGS / "sweeps" / f"{name}.toml"))  # fmt: skip
+
+
+SMALL = "a small model of small pictures; the paper's are large ones, pre-trained on millions of pictures"
+SCRATCH = (
+    "trained from nothing on small pictures for a few epochs, one seed; the paper tests few-shot after pre-training"
+)
+ENTRIES = (
+    Entry("filters", "Fig. 7, left", "Filters of the patch embedding", SMALL + "; RGB, 28 components as there",
+          "a model", 2, make_filters),
+    Entry("positions", "Fig. 7, centre; Fig. 10", "Similarity of position embeddings", SMALL, "a model", 2,
+          make_positions),
+    Entry("distance", "Fig. 7, right; Fig. 11", "Mean attention distance",
+          SMALL + f"; {PICTURES} pictures as there; attention to the class token is left out", "a model", 10,
+          make_distance),
+    Entry("rollout", "Fig. 6, Fig. 14", "Attention from the output to the picture",
+          SMALL + "; a map's light runs from its least to its largest value", "a model", 5, make_rollout),
+    Entry("cost", "Fig. 12", "Speed and memory by size of model and picture",
+          "this machine's processor, where the paper has a TPU core; peak memory, where the paper has the largest "
+          "batch that fits: micro-batches keep ours from growing with the batch", "nothing", 150, make_cost),
+    Entry("fewshot", "Fig. 4", "Few-shot accuracy of frozen features",
+          SMALL + "; against examples of each class, where the paper varies the size of the pre-training set; and the "
+          "model was trained with all labels of the very same data, which is no transfer",
+          "a model", 60, make_few_shot, without_file(SCRIPTS / "transfer.py")),
+    Entry("masked", "Section 4.6", "Masked patch prediction",
+          "pre-trained on CIFAR-10's pictures within the budget, where the paper has B/16 and JFT", "training", 0,
+          make_masked, without_file(SCRIPTS / "pretrain.py")),
+    sweep_entry("paper-optimizer", "Table 7", "SGD and Adam",
+                "a ViT " + SCRATCH + "; the paper compares them for ResNets"),
+    sweep_entry("paper-shape", "Fig. 8", "Depth, width, MLP and patch size", SCRATCH),
+    sweep_entry("paper-pooling", "Fig. 9", "Class token or mean, by learning rate", SCRATCH),
+    sweep_entry("paper-table8", "Table 8", "Position embeddings", SCRATCH),
+)  # fmt: skip
+
+
+def entry_of(name):
+    """The entry of a name.
+
+    Raises  InputError: there is none; the message lists them.
+    """
+    for entry in ENTRIES:
+        if entry.name == name:
+            return entry
+    raise InputError(f"no figure {name!r}; there are {', '.join(entry.name for entry in ENTRIES)}")
+
+
+# ---- making them -----------------------------------------------------------------------------------------------------
+
+
+def read_json(path):
+    """The content of a JSON file that holds a dict; {} if it is missing or damaged."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def fingerprint_of(content):
+    """A number that tells whether two things that JSON can hold are the same."""
+    return zlib.crc32(json.dumps(content, sort_keys=True, default=str).encode())
+
+
+def made_from(entry, context):
+    """What an entry's figure depends on, for JSON: where it is the same, nothing is to be made again."""
+    content: dict[str, Any] = {"suffix": context.suffix}
+    if entry.needs == "a model" and (path := context.checkpoint(train=False)) is not None and path.is_file():
+        content["checkpoint"] = zlib.crc32(path.read_bytes())
+    if entry.needs == "training":
+        content |= {"budget": context.budget, "data": context.data}
+    return content
+
+
+def is_made(entry, context):
+    """Is the figure in the folder already, and made from the same?"""
+    known = read_json(context.out / INDEX).get(entry.name)
+    if not isinstance(known, dict) or known.get("from") != made_from(entry, context):
+        return False
+    return all((context.out / name).is_file() for name in known.get("files", ["?"]))
+
+
+def make(entry, context, command):
+    """Make an entry's figures and write the page anew; ``command`` is what a reader types to do it again.
+
+    Raises  InputError: it cannot be made;  Stopped
+    """
+    if reason := entry.missing():
+        raise InputError(f"{entry.name} cannot be made: {reason}")
+    context.out.mkdir(parents=True, exist_ok=True)
+    started_at = time.monotonic()
+    made = entry.make(context)
+    index = read_json(context.out / INDEX)
+    index[entry.name] = made._asdict() | {
+        "from": made_from(entry, context),
+        "command": shlex.join(command),
+        "seconds": time.monotonic() - started_at,
+        "model": context.says if entry.needs == "a model" else "",
+    }
+    write_json(context.out / INDEX, index)
+    text = page_of(index)
+    write_atomically(context.out / PAGE, lambda file: file.write(text.encode(errors="backslashreplace")))
+    return made
+
+
+def page_of(index):
+    """The Markdown page of all figures that were made, from the content of index.json."""
+    lines = [
+        "# The figures of the ViT paper, made again",
+        "",
+        "After Dosovitskiy et al. 2020, [arXiv:2010.11929](https://arxiv.org/abs/2010.11929). Made by",
+        "`scripts/paper.py`, of which `--help` tells the rest.",
+    ]
+    for entry in ENTRIES:
+        known = index.get(entry.name)
+        if not isinstance(known, dict) or not known.keys() >= {*Made._fields, "command", "model"}:
+            continue
+        lines += ["", f"## {entry.title} ({entry.mirrors})", ""]
+        lines += [f"![{entry.title}]({name})" for name in known["files"]]
+        lines += ["", f"*{known['caption']}*", ""]
+        lines += [f"What differs from the paper: {entry.differs}.", ""]
+        if known["model"]:
+            lines += [f"Model: {known['model']}.", ""]
+        lines += ["```bash", known["command"], "```"]
+        if known["table"]:
+            lines += ["", known["table"]]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,298 @@
+"""scripts/paper.py: every figure is listed, made, remembered and told of; trainings fit their budget and go on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from minivit import analysis, checkpoint, paper, paper_plots
+from minivit.data import load
+from minivit.errors import InputError
+from minivit.train import Trainer
+
+TINY = ROOT / "tests" / "tiny.toml"
+OF_A_MODEL = ["filters", "positions", "distance", "rollout"]
+SWEEP = """
+title = "tiny"
+config = "{config}"
+seeds = [3, 4]
+[base.train]
+epochs = 4
+checkpoint_seconds = 1000.0
+[[row]]
+name = "AdamW"
+[[row]]
+name = "SGD"
+train.optimizer = "sgd"
+train.epochs = 2
+"""
+
+
+def index_of(out):
+    return json.loads((out / "index.json").read_text())
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch, no_figures):
+    """A sweep in place of those of configs/sweeps."""
+    (tmp_path / "configs" / "sweeps").mkdir(parents=True)
+    path = tmp_path / "configs" / "sweeps" / "tiny.toml"
+    path.write_text(SWEEP.format(config=TINY))
+    monkeypatch.setattr(paper, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(paper, "ENTRIES", (paper.sweep_entry("tiny", "Table 0", "Tiny", "all of it"),))
+    return path
+
+
+def test_the_list(call, tmp_path, trained):
+    for words in ([], ["list"], ["LIST"]):
+        ended = call("paper", *words, "--out", tmp_path / "none")
+        assert ended.status == 0 and not (tmp_path / "none").exists()
+        lines = ended.out.splitlines()
+        for entry in paper.ENTRIES:
+            (line,) = (line for line in lines if line.startswith(f"{entry.name} "))
+            assert entry.mirrors in line and entry.needs in line and line.endswith(entry.missing())
+    names = [entry.name for entry in paper.ENTRIES]
+    assert len(set(names)) == len(names)
+
+
+def test_figures_of_a_run(call, tmp_path, trained):
+    common = ["--run", trained, "--out", tmp_path / "p"]
+    ended = call("paper", *OF_A_MODEL, *common)
+    assert ended.status == 0, ended.err
+    index, page = index_of(tmp_path / "p"), (tmp_path / "p" / "index.md").read_text()
+    assert list(index) == OF_A_MODEL
+    for name in OF_A_MODEL:
+        assert (tmp_path / "p" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"({name}.png)" in page and index[name]["caption"] in page and index[name]["caption"] in ended.out
+        assert paper.entry_of(name).differs in page and paper.entry_of(name).mirrors in page
+        assert f"python scripts/paper.py {name} --run {trained}\n" in page and "test accuracy" in page
+    # nothing is made twice, unless it is asked for, or the model is another one
+    before = (tmp_path / "p" / "filters.png").stat().st_mtime_ns
+    ended = call("paper", "filters", "--run", trained / "last.npz", "--out", tmp_path / "p")
+    assert "already" in ended.out and (tmp_path / "p" / "filters.png").stat().st_mtime_ns == before
+    assert call("paper", "filters", *common, "--again").status == 0
+    assert (tmp_path / "p" / "filters.png").stat().st_mtime_ns > before
+    assert call("paper", "list", *common).out.count("  made\n") == 4
+    ended = call("paper", "filters", "--run", trained / "best.npz", "--out", tmp_path / "p", "--format", "svg")
+    assert ended.status == 0 and (tmp_path / "p" / "filters.svg").exists()
+    assert index_of(tmp_path / "p")["filters"]["files"] == ["filters.svg"]
+
+
+def test_pictures_are_drawn_once_and_their_classes_told(call, tmp_path, trained, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(paper_plots, "save_rollouts", lambda path, *shown, title: sheets.append(shown))
+    for out in ("a", "b"):
+        assert call("paper", "rollout", "--run", trained, "--out", tmp_path / out).status == 0
+    images, maps, titles = sheets[0]
+    np.testing.assert_array_equal(images, sheets[1][0])
+    assert len(images) == len(maps) == len(titles) == 24 and len({image.tobytes() for image in images}) == 24
+    data = load("digits")
+    place = [int((data.test_images == image).all(axis=(1, 2, 3)).argmax()) for image in images]
+    guesses = checkpoint.load_model(trained / "last.npz")[0].predict(images).argmax(axis=1)
+    for guess, truth, (text, right) in zip(guesses, data.test_labels[place], titles, strict=True):
+        assert text.split()[0] == str(guess) and right == (guess == truth)
+
+
+def test_cost_in_a_table(call, tmp_path, monkeypatch):
+    def cost(models, sizes, *, progress):
+        assert models["B/16"].width == 768 and progress
+        point = {"model": "B/16", "size": 64, "tokens": 17, "batch": 8, "peak_memory": 3 * 2**20}
+        return [point | {"task": task, "images_per_second": rate} for task, rate in (("infer", 50.0), ("step", 12.34))]
+
+    monkeypatch.setattr(analysis, "cost", cost)
+    assert call("paper", "cost", "--out", tmp_path).status == 0
+    assert "| B/16 | 64 | 17 | 50 | 12.3 | 3, 3 |" in (tmp_path / "index.md").read_text()
+    assert len(json.loads((tmp_path / "cost.json").read_text())) == 2
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_is_trained_where_none_is_named(call, tmp_path, no_figures, monkeypatch):
+    common = ["--config", TINY, "--out", tmp_path / "p", "--quiet", "--budget", "20s"]
+    end_epoch = Trainer._end_epoch
+
+    def stop(trainer, *arguments):
+        end_epoch(trainer, *arguments)
+        if trainer.epoch == 2 and trainer.out.name == "model":
+            trainer.stop("test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_end_epoch", stop)
+        assert call("paper", "positions", *common).status == 130  # stopped, to go on
+    assert not (tmp_path / "p" / "index.json").exists()
+    ended = call("paper", "positions", *common)
+    assert ended.status == 0, ended.err
+    summary = json.loads((tmp_path / "p" / "model" / "summary.json").read_text())
+    assert (
+        summary["epochs"] == 20 and summary["settings"]["train"]["workers"] == 1
+    )  # the most that the settings ask for
+    before = (tmp_path / "p" / "model" / "last.npz").stat().st_mtime_ns
+    ended = call("paper", "filters", *common)
+    assert ended.status == 0 and "training" not in ended.out
+    assert (tmp_path / "p" / "model" / "last.npz").stat().st_mtime_ns == before
+    # a model of other settings is not taken for it
+    (tmp_path / "other.toml").write_text(TINY.read_text().replace("width = 16", "width = 8"))
+    ended = call("paper", "distance", *common, "--config", tmp_path / "other.toml")
+    assert ended.status == 2 and "width" in ended.err and "--out" in ended.err and ended.err.count("\n") == 1
+
+
+def test_epochs_are_cut_by_the_same_share():
+    times = [lambda n: 10.0 * n, lambda n: 1.0 * n]
+    assert paper.scaled_epochs(times, [4, 8], 1000) == [4, 8]
+    assert paper.scaled_epochs(times, [4, 8], 48) == [4, 8] and paper.scaled_epochs(times, [4, 8], 47.9) == [3, 7]
+    assert paper.scaled_epochs(times, [4, 8], 11) == [1, 1] and paper.scaled_epochs(times, [4, 8], 12.5) == [1, 2]
+    with pytest.raises(InputError, match="one epoch of each of its 2 settings takes about 11 s"):
+        paper.scaled_epochs(times, [4, 8], 10.9)
+
+
+def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeypatch):
+    monkeypatch.setattr(paper, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
+    common = ["tiny", "--out", tmp_path / "p", "--quiet"]
+    train = Trainer.run
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", lambda self: None if self.config.optimizer == "sgd" else train(self))
+        assert call("paper", *common, "--budget", "32s").status == 130
+    assert not (tmp_path / "p" / "index.json").exists()
+    assert json.loads((tmp_path / "p" / "tiny" / "plan.json").read_text())["epochs"] == {"AdamW": 2, "SGD": 1}
+    monkeypatch.setattr(paper, "time_of_epochs", None)  # measured once
+    before = (tmp_path / "p" / "tiny" / "adamw-seed3" / "last.npz").stat().st_mtime_ns
+    ended = call("paper", *common, "--budget", "32s")
+    assert ended.status == 0, ended.err
+    assert (tmp_path / "p" / "tiny" / "adamw-seed3" / "last.npz").stat().st_mtime_ns == before
+    table = json.loads((tmp_path / "p" / "tiny" / "table.json").read_text())
+    assert table["seeds"] == [3] and [row["epochs"] for row in table["rows"]] == [2, 1]
+    page = (tmp_path / "p" / "index.md").read_text()
+    assert (
+        "Tiny: seed 3, 1 to 2 epochs" in page
+        and table["title"] in page
+        and "| SGD | " in page
+        and "(tiny.png)" in page
+        and "Table 0" in page
+    )
+    assert "python scripts/paper.py tiny --budget 32s" in page
+    assert "already" in call("paper", *common, "--budget", "32s").out
+    ended = call("paper", *common, "--budget", "1h")
+    assert ended.status == 2 and "cut for another budget (32 s, not 3600 s); choose another --out" in ended.err
+
+
+def test_measured_times_of_a_sweep(call, tmp_path, sweep):
+    ended = call("paper", "tiny", "--out", tmp_path / "p", "--quiet", "--budget", "0.01s")
+    assert ended.status == 2 and "larger --budget" in ended.err and ended.err.count("\n") == 1
+    ended = call("paper", "--all", "--out", tmp_path / "p", "--quiet", "--budget", "10m")
+    assert ended.status == 0, ended.err
+    assert json.loads((tmp_path / "p" / "tiny" / "plan.json").read_text())["epochs"] == {"AdamW": 4, "SGD": 2}
+
+
+def test_the_budget_is_shared_out(call, tmp_path, monkeypatch):
+    shares = []
+
+    def made(context):
+        shares.append((context.budget, context.share))
+        return paper.Made((), "c")
+
+    entry = paper.Entry("a", "Fig. 0", "A", "nothing", "training", 0, made)
+    entries = (
+        entry,
+        entry._replace(name="b"),
+        entry._replace(name="c", needs="a model"),
+        entry._replace(name="d", needs="nothing"),
+    )
+    monkeypatch.setattr(paper, "ENTRIES", entries)
+    monkeypatch.setattr(paper, "made_from", lambda entry, context: {})
+    monkeypatch.setattr(paper.Context, "says", "")
+    assert call("paper", "--all", "--out", tmp_path, "--config", TINY, "--budget", "60s").status == 0
+    assert shares == [(60, 20)] * 4  # two sweeps and the model
+    shares.clear()
+    assert call("paper", "b", "--out", tmp_path / "x", "--config", TINY, "--budget", "60s").status == 0
+    assert shares == [(60, 60)]
+
+
+def test_what_fails_of_all_is_told_and_the_rest_made(call, tmp_path, monkeypatch):
+    def bad(context):
+        raise InputError("no luck")
+
+    entry = paper.Entry("a", "Fig. 0", "A", "nothing", "nothing", 0, bad)
+    gone = entry._replace(name="gone", missing=lambda: "this version has no x")
+    good = entry._replace(name="good", make=lambda context: paper.Made((), "fine"))
+    monkeypatch.setattr(paper, "ENTRIES", (entry, gone, good))
+    ended = call("paper", "--all", "--out", tmp_path)
+    assert ended.status == 0 and "  not made: no luck" in ended.out and "fine" in ended.out and "gone" not in ended.out
+    assert list(index_of(tmp_path)) == ["good"]
+    monkeypatch.setattr(paper, "ENTRIES", (entry,))
+    ended = call("paper", "--all", "--out", tmp_path)
+    assert ended.status == 2 and ended.err == "error: nothing could be made of a: the reasons stand above\n"
+
+
+def test_a_figure_of_another_script(tmp_path, trained, call, monkeypatch):
+    monkeypatch.setattr(paper, "SCRIPTS", tmp_path)
+    (tmp_path / "transfer.py").write_text(
+        "import sys\nfrom pathlib import Path\n"
+        "def main(argv):\n    out = Path(argv[-1])\n    out.mkdir(parents=True)\n"
+        "    (out / 'transfer-fewshot-digits.png').write_text(' '.join(argv))\n    return len(argv) - 5\n"
+    )
+    context = paper.Context(tmp_path / "o", run=trained)
+    made = paper.make_few_shot(context)
+    assert made.files == ("fewshot/transfer-fewshot-digits.png",)
+    asked = (tmp_path / "o" / made.files[0]).read_text()
+    assert asked == f"{trained / 'last.npz'} --untrained --pixels --out {tmp_path / 'o' / 'fewshot'}"
+    with pytest.raises(InputError, match="ended with status 1"):
+        paper.call_script("transfer.py", 1, 2, 3, 4, 5, tmp_path / "y")
+
+
+def test_masked_patches_by_another_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "SCRIPTS", tmp_path)
+    (tmp_path / "pretrain.py").write_text(
+        "import json, os\nfrom pathlib import Path\n"
+        "def main(argv):\n"
+        "    out = Path(argv[argv.index('--out') + 1])\n    os.makedirs(out, exist_ok=True)\n"
+        "    (out / 'argv').write_text(' '.join(argv))\n    (out / 'last.npz').write_text('')\n"
+        "    figures = {'test_accuracy': 0.25, 'chance_accuracy': 0.0625, 'epochs': 3}\n"
+        "    (out / 'summary.json').write_text(json.dumps(figures))\n"
+        "    return 0 if '--resume' in argv else 130\n"
+    )
+    context = paper.Context(tmp_path / "o", data_dir="d", budget=60.5, progress=False)
+    asked = f"--method mpp --out {tmp_path / 'o' / 'masked'} --quiet --data-dir d"
+    with pytest.raises(paper.Stopped):
+        paper.make_masked(context)
+    assert (tmp_path / "o" / "masked" / "argv").read_text() == f"{asked} --budget 60.5s"
+    made = paper.make_masked(context)
+    assert (tmp_path / "o" / "masked" / "argv").read_text() == f"{asked} --resume"
+    assert "25.0% are right" in made.caption and "after 3 epochs; without looking 6.2%" in made.caption
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["fig7"], "there are filters, "),
+        (["filters", "--all"], "leave it out"),
+        (["filters", "--run", "nowhere"], "nowhere"),
+        (["filters", "--budget", "soon"], "budget"),
+        (["filters", "--config", "nosuch"], "nosuch"),
+        (["list", "filters"], "no figure 'list'"),
+    ],
+)
+def test_bad_input(call, tmp_path, arguments, says):
+    ended = call("paper", *arguments, "--out", tmp_path / "p")
+    assert ended.status == 2 and says in ended.err and ended.err.startswith("error: ") and ended.err.count("\n") == 1
+    assert not (tmp_path / "p" / "index.json").exists()
+
+
+def test_what_is_missing_is_told(call, tmp_path):
+    gone = [entry for entry in paper.ENTRIES if entry.missing()]
+    for entry in gone:
+        ended = call("paper", entry.name, "--out", tmp_path / "p")
+        assert ended.status == 2 and f"{entry.name} cannot be made: this version has no " in ended.err
+    assert (
+        paper.without_file(ROOT / "configs" / "nosuch.toml")() == f"this version has no {Path('configs/nosuch.toml')}"
+    )
+    assert paper.without_file(TINY)() == ""
+
+
+def test_a_damaged_index_is_made_anew(call, tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(paper_plots, "save_filters", lambda path, *_, **__: path.write_bytes(b""))
+    for content in ("{", "[]", '{"filters": 3, "cost": {}}', '{"filters": {"from": {}, "files": ["nowhere"]}}'):
+        (tmp_path / "index.json").write_text(content)
+        ended = call("paper", "filters", "--run", trained, "--out", tmp_path)
+        assert ended.status == 0, ended.err
+        assert index_of(tmp_path)["filters"]["files"] == ["filters.png"]
