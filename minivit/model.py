@@ -10,6 +10,7 @@ Data flows  images (B, H, W, C) -> tokens (B, N, D) -> L blocks -> logits (B, K)
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -41,6 +42,14 @@ from minivit.layers.patch_embed import (
     sincos2d,
 )
 from minivit.layers.registers import RegistersCache, registers_backward, registers_forward, registers_jvp
+from minivit.layers.resnet import (
+    ResNetCache,
+    convolutions,
+    output_of,
+    resnet_backward,
+    resnet_forward,
+    resnet_jvp,
+)
 from minivit.params import ParameterSpec, constant, lecun_normal, normal, ones, xavier_uniform, zeros
 from minivit.settings import check_choice, check_range, check_types, setting
 
@@ -61,10 +70,19 @@ SMALL_SIZES = {
     "Mini": (192, 6, 3, 768),
     "Midi": (384, 7, 6, 1536),
 }
+# The hybrids: size, stem, patch. The number in a name is that of the official files; R+Ti/16 has patches of 32 pixels.
+HYBRIDS = {
+    "R+Ti/16": ("Ti", "root", 8),
+    "R26+S/32": ("S", "2,2,2,2", 1),
+    "R50+B/16": ("B", "3,4,9", 1),
+    "R50+L/32": ("L", "3,4,6,3", 1),
+}
 PRESETS = tuple(
     [f"{size}/{patch}" for size in PAPER_SIZES for patch in (8, 14, 16, 32)]
+    + list(HYBRIDS)
     + [f"{size}/{patch}" for size in SMALL_SIZES for patch in (2, 4, 8)]
 )
+STEM = "patch_embed.backbone."  # timm's prefix of the names of the stem's parameters
 
 
 @dataclass(frozen=True)
@@ -75,7 +93,7 @@ class ViTConfig:
     """
 
     image_size: int = setting(32, "height and width of the pictures, pixels")
-    patch_size: int = setting(4, "height and width P of a patch, pixels")
+    patch_size: int = setting(4, "height and width P of a patch, pixels; with a stem, positions of its map")
     channels: int = setting(3, "colour channels C")
     num_classes: int = setting(10, "classes K")
     width: int = setting(192, "token width D")
@@ -91,6 +109,11 @@ class ViTConfig:
     registers: int = setting(0, "learned tokens beside the class token that the head does not read; 0 for none")
     qk_norm: bool = setting(False, "LayerNorm of each head's queries and keys")
     layer_scale: float = setting(0.0, "LayerScale: initial factor of the residual branches; 0 for none")
+    stem: str = setting(
+        "", 'ResNet that patches are cut from: "root", or the units of each stage, "3,4,9" for a ResNet-50; "" for none'
+    )
+    stem_width: int = setting(64, "channels of the stem's root")
+    stem_groups: int = setting(32, "groups of channels in the stem's GroupNorm")
     layernorm_eps: float = setting(1e-6, "added to the variance in LayerNorm")
     dropout: float = setting(0.0, "dropout rate after the embedding, the MSA projection and both MLP layers")
     attention_dropout: float = setting(0.0, "dropout rate of the attention maps")
@@ -109,7 +132,10 @@ class ViTConfig:
         check_choice(self, "pooling", POOLINGS)
         check_choice(self, "pos_embed", POSITIONS)
         check_choice(self, "gelu", GELUS)
-        if self.image_size % self.patch_size:
+        check_range(self, 1, None, "stem_width", "stem_groups")
+        if self.stem:
+            self._check_stem()
+        elif self.image_size % self.patch_size:
             raise InputError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads:
             raise InputError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
@@ -118,19 +144,51 @@ class ViTConfig:
         if self.pos_embed == "sincos2d" and self.width % 4:
             raise InputError(f'pos_embed "sincos2d" needs a width that is a multiple of 4, got {self.width}')
 
+    def _check_stem(self):
+        if self.stem != "root":
+            counts = [text.strip() for text in self.stem.split(",")]
+            if not all(text.isascii() and text.isdigit() and int(text) for text in counts):
+                raise InputError(
+                    f'stem must be "root", or how many units each stage has, such as "3,4,9"; got {self.stem!r}'
+                )
+            object.__setattr__(self, "stem", ",".join(str(int(text)) for text in counts))
+        if self.stem_width % self.stem_groups:
+            raise InputError(f"stem_width {self.stem_width} is not a multiple of stem_groups {self.stem_groups}")
+        if self.image_size % (self.stem_stride * self.patch_size):
+            raise InputError(
+                f"image_size {self.image_size} is not a multiple of {self.stem_stride * self.patch_size}: "
+                f"stem {self.stem!r} makes maps of 1/{self.stem_stride} the size, which patch_size {self.patch_size} "
+                "cuts up"
+            )
+
     @classmethod
     def preset(cls, name, **changes):
         """A named model, e.g. ``ViTConfig.preset("B/16")`` or ``ViTConfig.preset("Micro/4", num_classes=100)``.
 
-        Ti, S, B, L, H with patch 8, 14, 16, 32 at 224 pixels and 1000 classes; Nano, Micro, Mini, Midi with
-        patch 2, 4, 8 at 32 pixels and 10 classes.
+        Ti, S, B, L, H with patch 8, 14, 16, 32 and the hybrids R+Ti/16, R26+S/32, R50+B/16, R50+L/32 at 224 pixels and
+        1000 classes; Nano, Micro, Mini, Midi with patch 2, 4, 8 at 32 pixels and 10 classes.
         """
         return cls(**{**preset_fields(name), **changes})
 
     @property
+    def stem_units(self):
+        """How many units each stage of the stem has: () for the root alone, and without a stem."""
+        return tuple(int(count) for count in self.stem.split(",")) if self.stem not in ("", "root") else ()
+
+    @property
+    def stem_stride(self):
+        """Pixels from one position of the stem's map to the next; 1 without a stem."""
+        return output_of(self.stem_width, self.stem_units)[0] if self.stem else 1
+
+    @property
+    def patch_channels(self):
+        """Channels of what patches are cut from: the picture, or the stem's map."""
+        return output_of(self.stem_width, self.stem_units)[1] if self.stem else self.channels
+
+    @property
     def grid_size(self):
         """Patches along one side of the image."""
-        return self.image_size // self.patch_size
+        return self.image_size // (self.stem_stride * self.patch_size)
 
     @property
     def num_tokens(self):
@@ -145,6 +203,9 @@ def preset_fields(name):
     """
     if name not in PRESETS:
         raise InputError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
+    if name in HYBRIDS:
+        size, stem, patch = HYBRIDS[name]
+        return preset_fields(f"{size}/16") | {"patch_size": patch, "stem": stem}
     size, patch = name.split("/")
     paper = size in PAPER_SIZES
     width, depth, num_heads, mlp_dim = (PAPER_SIZES if paper else SMALL_SIZES)[size]
@@ -160,11 +221,11 @@ def block_parameters(config):
 def parameter_table(config):
     """The model's parameters in the order of the forward pass, with timm's names and the official initialisers.
 
-    Weight decay applies to the matrices alone: not to biases, LayerNorm, LayerScale, the class token, registers or the
-    position embedding.
+    Weight decay applies to matrices and the stem's kernels alone: not to biases, norms, LayerScale, the class token,
+    registers or the position embedding.
     """
     c, D, M = config, config.width, config.mlp_dim
-    pixels = c.patch_size**2 * c.channels
+    pixels = c.patch_size**2 * c.patch_channels
     table = []
 
     def add(name, shape, init, decay=False):
@@ -188,6 +249,11 @@ def parameter_table(config):
         add("reg_token", (1, c.registers, D), normal(1e-6))  # nearly zero, as its authors and timm have it
     if c.pos_embed == "learned":
         add("pos_embed", (1, c.num_tokens - c.registers, D), normal(0.02))
+    if c.stem:
+        for (kernel, scale, shift), shape, _ in convolutions(c.channels, c.stem_width, c.stem_units):
+            add(STEM + kernel, shape, lecun_normal(math.prod(shape[:3])), decay=True)
+            add(STEM + scale, shape[3:], zeros if scale.endswith("norm3.weight") else ones)
+            add(STEM + shift, shape[3:], zeros)
     dense("patch_embed.proj", pixels, D, lecun_normal(pixels))
     for i in range(c.depth):
         layernorm(f"blocks.{i}.norm1")
@@ -238,8 +304,9 @@ class BlockInput(NamedTuple):
 
 
 class ViTCache(NamedTuple):
-    """What `ViT.backward` reads: the caches of the embedding, of its dropout, of each block and of the head."""
+    """What `ViT.backward` reads: the caches of the stem, the embedding, its dropout, each block and the head."""
 
+    stem: ResNetCache | None
     embed: PatchEmbedCache
     registers: RegistersCache | None
     dropout: DropoutCache
@@ -270,6 +337,7 @@ class ViT:
         self.params = parameters.views(self.flat, self.table)
         self._block_names = block_parameters(config)
         self._blocks = [self._of_block(self.params, i) for i in range(config.depth)]
+        self._stem = self._of_stem(self.params)
         self._position = self.params.get("pos_embed")
         if config.pos_embed == "sincos2d":
             fixed = sincos2d(config.grid_size, config.width, prefix_tokens=int(config.pooling == "cls"))
@@ -280,6 +348,10 @@ class ViT:
 
     def _of_block(self, named, i):
         return {name: named[f"blocks.{i}.{name}"] for name in self._block_names}
+
+    @staticmethod
+    def _of_stem(named):
+        return {name.removeprefix(STEM): value for name, value in named.items() if name.startswith(STEM)}
 
     def drop_path_rate(self, i):
         """Stochastic depth's rate of block i: it rises linearly from 0 to the configuration's."""
@@ -304,8 +376,11 @@ class ViT:
         if images.ndim != 4 or images.shape[1:] != (c.image_size, c.image_size, c.channels):
             expected = f"(B, {c.image_size}, {c.image_size}, {c.channels})"
             raise InputError(f"this model takes pictures of shape {expected}, got {tuple(images.shape)}")
+        x, stem = pixels(images, self.flat.dtype), None
+        if c.stem:
+            x, stem = resnet_forward(x, self._stem, units=c.stem_units, groups=c.stem_groups)
         z, embed = patch_embed_forward(
-            pixels(images, self.flat.dtype),
+            x,
             p["patch_embed.proj.weight"],
             p["patch_embed.proj.bias"],
             p.get("cls_token"),
@@ -316,7 +391,7 @@ class ViT:
         if c.registers:
             z, registers = registers_forward(z, p["reg_token"], at=int(c.pooling == "cls"))
         z, dropout = dropout_forward(z, rate=c.dropout, rng=rng)
-        return z, embed, registers, dropout
+        return z, (stem, embed, registers, dropout)
 
     def _head(self, z):
         c = self.config
@@ -351,21 +426,21 @@ class ViT:
     def forward(self, images, *, rng=None, recompute=False):
         """Logits, and the cache for `backward`.
 
-        Math    Eq. 1-4: embed, L blocks, final LayerNorm, pooling, head
+        Math    Eq. 1-4: embed (behind the stem, if there is one), L blocks, final LayerNorm, pooling, head
         Shapes  images (B, H, W, C) uint8, or floats scaled to about [-1, 1]  ->  logits (B, K)
         Dropout and stochastic depth act only when a Generator is given (training).
         With ``recompute``, the cache holds of each block its input alone, and `backward` runs the block forward once
         more, with the same dropout masks (Chen et al. 2016, arXiv:1604.06174).
         Raises  InputError: pictures of another shape, or with NaN pixels.
         """
-        z, embed, registers, dropout = self._embed(images, rng)  # (B, N, D)
+        z, embedding = self._embed(images, rng)  # (B, N, D)
         blocks = []
         for i in range(self.config.depth):
             block_input = BlockInput(z, deepcopy(rng)) if recompute else None
             z, cache = self._block(i, z, rng)  # (B, N, D); (B, 1, D) at the end
             blocks.append(block_input or cache)
         logits, head = self._head(z)  # (B, K)
-        return logits, ViTCache(embed, registers, dropout, tuple(blocks), head)
+        return logits, ViTCache(*embedding, tuple(blocks), head)
 
     def backward(self, dlogits, cache, grads, *, need_dimages=False):
         """Backward of `forward`: every parameter's gradient is *added* into ``grads`` (see `gradient_buffer`).
@@ -380,18 +455,21 @@ class ViT:
             if isinstance(block, BlockInput):
                 _, block = self._block(i, block.z, deepcopy(block.rng))
             dz = block_backward(dz, block, self._of_block(grads, i))  # (B, N, D)
-        # z_0 = dropout(registers(embed(images)))
+        # z_0 = dropout(registers(embed(stem(images))))
         dz = dropout_backward(dz, cache.dropout)
         if cache.registers is not None:
             dz, dreg_token = registers_backward(dz, cache.registers)
             grads["reg_token"] += dreg_token
-        dimages, dW, db, dcls_token, dpos_embed = patch_embed_backward(dz, cache.embed, need_dimages=need_dimages)
+        need_dx = need_dimages or cache.stem is not None
+        dimages, dW, db, dcls_token, dpos_embed = patch_embed_backward(dz, cache.embed, need_dimages=need_dx)
         grads["patch_embed.proj.weight"] += dW
         grads["patch_embed.proj.bias"] += db
         if "cls_token" in grads:
             grads["cls_token"] += dcls_token
         if "pos_embed" in grads:  # a fixed sine-cosine embedding has no gradient to keep
             grads["pos_embed"] += dpos_embed
+        if cache.stem is not None:
+            dimages = resnet_backward(dimages, cache.stem, self._of_stem(grads), need_dimages=need_dimages)
         return dimages
 
     def jvp(self, imagesdot, flatdot, cache):
@@ -402,6 +480,8 @@ class ViT:
         if any(isinstance(block, BlockInput) for block in cache.blocks):
             raise ValueError("the cache of a forward with recompute=True holds no intermediate values to differentiate")
         tangents = parameters.views(flatdot, self.table)
+        if cache.stem is not None:
+            imagesdot = resnet_jvp(imagesdot, self._of_stem(tangents), cache.stem)
         zdot = patch_embed_jvp(
             imagesdot,
             tangents["patch_embed.proj.weight"],
@@ -422,7 +502,7 @@ class ViT:
 
         Shapes  images (B, H, W, C)  ->  logits (B, K)
         """
-        z, *_ = self._embed(images, None)
+        z, _ = self._embed(images, None)
         for i in range(self.config.depth):
             z, _ = self._block(i, z, None)
         return self._head(z)[0]
@@ -433,7 +513,7 @@ class ViT:
         Shapes  images (B, H, W, C)  ->  Intermediates: logits (B, K), L maps (B, h, N, N), 1 + L features (B, N, D)
         """
         with plain():  # kernels keep no attention maps
-            z, *_ = self._embed(images, None)
+            z, _ = self._embed(images, None)
             attention, features = [], [z]
             for i, params in enumerate(self._blocks):
                 z, cache = block_forward(z, params, **(self._block_settings(i) | {"queries": None}))  # every token
