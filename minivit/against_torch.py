@@ -123,7 +123,8 @@ class _Torch:
         standardized = self.wrote(f"{path}.standardize", (kernel - mean) / (std + 1e-5))
         standardized = self.read(f"{path}.conv2d", "w", standardized)
         x = self.read(f"{path}.conv2d", "x", x) if path != "stem.root.conv" else x
-        border = [n for size, k in zip(x.shape[2:0:-1], kernel.shape[1::-1]) for n in same_padding(size, k, stride)]
+        sizes = zip(x.shape[2:0:-1], kernel.shape[1::-1], strict=True)  # columns first
+        border = [n for size, k in sizes for n in same_padding(size, k, stride)]
         padded = F.pad(x.permute(0, 3, 1, 2), border)
         y = F.conv2d(padded, standardized.permute(3, 2, 0, 1), stride=stride)
         y = self.wrote(f"{path}.conv2d", y.permute(0, 2, 3, 1))

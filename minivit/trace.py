@@ -150,7 +150,7 @@ class Record(NamedTuple):
     """One call. Figures of work, time and memory include the calls inside it, those of values are of its result.
 
     The result is y in a forward; in a backward dx, or the first gradient that there is (the patch embedding of a
-    training step has no dx). ``mean``, ``std`` and ``largest`` are over its finite entries, NaN where there is none.
+    training step has no dx, and the stem none at all but those of the parameters, which it adds into ``grads``). ``mean``, ``std`` and ``largest`` are over its finite entries, NaN where there is none.
     """
 
     path: str  # e.g. blocks.0.msa.attention.softmax
@@ -410,7 +410,9 @@ class Recorder:
         else:
             direction, results = "backward", self._gradients(call.stem, result)
             if not self._is_forward_again(call):
-                source, output = f"d{output}", "dW" if "dW" == next(iter(results)) else f"d{source}"
+                given = next(iter(results), "")  # that of x, unless nobody asked for it
+                of_x = given in ("", f"d{ARGUMENTS.get(call.stem, ('x',))[0]}")
+                source, output = f"d{output}", f"d{source}" if of_x else given
             norms = {key: norm(g) for key, g in results.items()} if self._figures else {}
         if self.kept is not None and not (direction == "backward" and self._is_forward_again(call)):
             # a forward's result goes by the name "y"; copies, since some owners work on in place
@@ -418,7 +420,7 @@ class Recorder:
             self.kept |= {
                 (call.path, direction, key): np.array(a) for key, a in zip(keys, results.values(), strict=True)
             }
-        array = np.asarray(next(iter(results.values())))
+        array = np.asarray(next(iter(results.values()), np.empty(0)))  # none: the root of a training step
         matmul_flops, other_flops = work(function, call.arguments, result)
         mean, std, largest = statistics(array) if self._figures else (float("nan"),) * 3
         return Record(
