@@ -150,7 +150,8 @@ class Record(NamedTuple):
     """One call. Figures of work, time and memory include the calls inside it, those of values are of its result.
 
     The result is y in a forward; in a backward dx, or the first gradient that there is (the patch embedding of a
-    training step has no dx, and the stem none at all but those of the parameters, which it adds into ``grads``). ``mean``, ``std`` and ``largest`` are over its finite entries, NaN where there is none.
+    training step has no dx, and a stem returns none at all: it adds those of its parameters into ``grads``).
+    ``mean``, ``std`` and ``largest`` are over its finite entries, NaN where there is none.
     """
 
     path: str  # e.g. blocks.0.msa.attention.softmax
