@@ -12,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from minivit.errors import InputError
+from minivit.layers.conv2d import same_padding
 from minivit.layers.patch_embed import sincos2d
+from minivit.layers.resnet import CONV1, CONV2, CONV3, DOWNSAMPLE, ROOT
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
-from minivit.model import ViT
+from minivit.model import STEM, ViT
 from minivit.trace import events, recording
 
 LIMIT = 1e-10  # relative differences up to here are rounding in float64
@@ -151,11 +153,71 @@ class _Torch:
         fixed = sincos2d(c.grid_size, c.width, prefix_tokens=int(c.pooling == "cls"))
         return self.torch.tensor(fixed, requires_grad=True)  # never trained, but its gradient is returned
 
+    def conv_norm(self, path, names, x, stride):
+        """The convolution by PyTorch's own (NCHW, OIHW), after padding as TensorFlow does."""
+        torch, F, groups = self.torch, self.torch.nn.functional, self.config.stem_groups
+        kernel, w, b = (self.p[STEM + name] for name in names)
+        self.inputs |= {(path, "dkernel"): kernel, (path, "dw"): w, (path, "db"): b}
+        x = self.read(path, "x", x) if path != "stem.root.conv" else x
+        self.inputs[f"{path}.standardize", "dw"] = kernel
+        std, mean = torch.std_mean(kernel, dim=(0, 1, 2), correction=0)
+        standardized = self.wrote(f"{path}.standardize", (kernel - mean) / (std + 1e-5))
+        standardized = self.read(f"{path}.conv2d", "w", standardized)
+        x = self.read(f"{path}.conv2d", "x", x) if path != "stem.root.conv" else x
+        sizes = zip(x.shape[2:0:-1], kernel.shape[1::-1], strict=True)  # columns first
+        border = [n for size, k in sizes for n in same_padding(size, k, stride)]
+        padded = F.pad(x.permute(0, 3, 1, 2), border)
+        y = F.conv2d(padded, standardized.permute(3, 2, 0, 1), stride=stride)
+        y = self.wrote(f"{path}.conv2d", y.permute(0, 2, 3, 1))
+        self.inputs |= {(f"{path}.norm", "dw"): w, (f"{path}.norm", "db"): b}
+        y = F.group_norm(self.read(f"{path}.norm", "x", y).permute(0, 3, 1, 2), groups, w, b, 1e-6)
+        return self.wrote(path, self.wrote(f"{path}.norm", y.permute(0, 2, 3, 1)))
+
+    def relu(self, path, x):
+        return self.wrote(path, self.read(path, "x", x).relu())
+
+    def bottleneck(self, path, prefix, x, stride):
+        def conv(name, names, x, stride=1):
+            return self.conv_norm(f"{path}.{name}", [prefix + each for each in names], x, stride)
+
+        x = self.read(path, "x", x)
+        y = self.relu(f"{path}.relu1", conv("conv1", CONV1, x))
+        y = self.relu(f"{path}.relu2", conv("conv2", CONV2, y, stride))
+        y = conv("conv3", CONV3, y)
+        if STEM + prefix + DOWNSAMPLE[0] in self.p:
+            x = conv("downsample", DOWNSAMPLE, x, stride)
+        return self.wrote(path, self.relu(f"{path}.relu3", x + y))
+
+    def stem(self, images):
+        c, F = self.config, self.torch.nn.functional
+        if not c.stem:
+            return images
+        prefix = "stem." if c.stem_units else ""
+        y = self.conv_norm("stem.root.conv", [prefix + name for name in ROOT], images, 2)
+        y = self.relu("stem.root.relu", y)
+        y = self.read("stem.root.max_pool", "x", y)
+        border = [n for size in y.shape[2:0:-1] for n in same_padding(size, 3, 2)]
+        y = F.max_pool2d(F.pad(y.permute(0, 3, 1, 2), border, value=-np.inf), 3, 2).permute(0, 2, 3, 1)
+        y = self.wrote("stem.root", self.wrote("stem.root.max_pool", y))
+        for s, count in enumerate(c.stem_units):
+            y = self.read(f"stem.stages.{s}", "x", y)
+            for u in range(count):
+                stage = f"stages.{s}."
+                y = self.bottleneck(f"stem.{stage}blocks.{u}", f"{stage}blocks.{u}.", y, 2 if s and not u else 1)
+            y = self.wrote(f"stem.stages.{s}", y)
+        return self.wrote("stem", y)
+
     def embed(self, images):
         c, path = self.config, "patch_embed"
+        images = self.stem(images)
+        if c.stem:  # only then is its gradient made
+            images = self.read(path, "images", images)
         B, grid, P = len(images), c.grid_size, c.patch_size
-        patches = images.reshape(B, grid, P, grid, P, c.channels).permute(0, 1, 3, 2, 4, 5).reshape(B, grid**2, -1)
+        patches = (
+            images.reshape(B, grid, P, grid, P, c.patch_channels).permute(0, 1, 3, 2, 4, 5).reshape(B, grid**2, -1)
+        )
         W, b = self.take(f"{path}.proj", "patch_embed.proj", "dW", "db")
+        patches = self.read(f"{path}.proj", "x", patches) if c.stem else patches
         self.inputs |= {(path, "dW"): W, (path, "db"): b}
         z = self.wrote(f"{path}.proj", patches @ W + b)
         if "cls_token" in self.p:

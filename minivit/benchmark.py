@@ -81,6 +81,12 @@ class Disagreement(Exception):
     """A contender computes something else than we do: its times would mean nothing."""
 
 
+def check_model(config):
+    """Raises InputError for a model with a stem: neither the contenders nor the floor have one."""
+    if config.stem:
+        raise InputError(f"benchmarks are of models without a stem, not of stem {config.stem!r}: choose another model")
+
+
 def check_contenders(names):
     """Raises InputError for a name that is none of `AGAINST`, or whose library is not installed."""
     for name in names:
@@ -359,8 +365,9 @@ def contest(
     ``task`` is "step" (forward + backward + AdamW of one batch) or "infer" (logits of one batch); ``engine`` holds
     keyword settings of our `Engine`. A ratio is ours to theirs: below 1 we are quicker, or smaller.
 
-    Raises  InputError: an unknown contender, or one that is not installed;  Disagreement
+    Raises  InputError: an unknown contender, or one that is not installed, or a model with a stem;  Disagreement
     """
+    check_model(config)
     check_contenders(against)
     if device != "cpu" and "jax" in against:
         raise InputError("jax is a contender on the CPU alone; leave it out")
@@ -407,6 +414,7 @@ def data_report(config, *, batch=128, engine=None, pairs=20, seed=0, patience=0.
 
     ``loading`` are keyword settings of `minivit.data.batches`: how pictures are augmented and mixed.
     """
+    check_model(config)
     names, job = ("minivit", "minivit-fed", "pipeline"), Job("step", config, batch, seed, engine or {})
     job = job if loading is None else job._replace(loading=loading)
     with contextlib.ExitStack() as stack:
@@ -480,6 +488,7 @@ def scaling_report(config, *, batch=32, against=(), engine=None, pairs=5, seed=0
     next, that of workers the ``speedup`` over the first point, taken round by round.
     Raises  InputError;  Disagreement
     """
+    check_model(config)
     check_contenders(against)
     panels = {}
     points = scaling_points(config, batch, engine)
@@ -601,6 +610,7 @@ def layers_report(config, *, engine=None, batch=128, pairs=20, seed=0, progress=
     which reads and writes as many bytes as all that it must read and write. Returns a dict for JSON; seconds are those
     of one call while every worker makes one.
     """
+    check_model(config)
     engine = engine or {}
     flat, images, labels = problem(Job("step", config, batch, seed, engine))
     model = ViT(config, flat=flat)

@@ -55,7 +55,10 @@ def available_cores():
 
 def default_micro_batch(config):
     """Pictures per micro-batch for a model of this configuration, unless told otherwise."""
-    return max(1, round(MICRO_BATCH_TOKENS / config.num_tokens))
+    tokens = config.num_tokens
+    if config.stem:  # its maps hold more than few tokens let one expect: as much as patches of 16 pixels
+        tokens = max(tokens, (config.image_size // 16) ** 2)
+    return max(1, round(MICRO_BATCH_TOKENS / tokens))
 
 
 def correct_count(logits, labels):

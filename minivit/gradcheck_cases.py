@@ -24,16 +24,19 @@ from minivit.layers.block import (
     block_forward,
     block_jvp,
 )
+from minivit.layers.conv2d import conv2d_backward, conv2d_forward, conv2d_jvp
 from minivit.layers.corrupt import corrupt_backward, corrupt_forward, corrupt_jvp
 from minivit.layers.drop_path import drop_path_backward, drop_path_forward, drop_path_jvp
 from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.flash_attention import flash_attention_backward, flash_attention_forward, flash_attention_jvp
 from minivit.layers.gather import gather_backward, gather_forward, gather_jvp
 from minivit.layers.gelu import gelu_backward, gelu_forward, gelu_jvp
+from minivit.layers.groupnorm import groupnorm_backward, groupnorm_forward, groupnorm_jvp
 from minivit.layers.head import head_backward, head_forward, head_jvp
 from minivit.layers.layer_scale import layer_scale_backward, layer_scale_forward, layer_scale_jvp
 from minivit.layers.layernorm import layernorm_backward, layernorm_forward, layernorm_jvp
 from minivit.layers.linear import linear_backward, linear_forward, linear_jvp
+from minivit.layers.max_pool import max_pool_backward, max_pool_forward, max_pool_jvp
 from minivit.layers.mlp import mlp_backward, mlp_forward, mlp_jvp
 from minivit.layers.msa import msa_backward, msa_forward, msa_jvp
 from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward, patch_embed_jvp
@@ -45,8 +48,27 @@ from minivit.layers.relative_attention import (
     relative_attention_forward,
     relative_attention_jvp,
 )
+from minivit.layers.relu import relu_backward, relu_forward, relu_jvp
+from minivit.layers.resnet import (
+    CONV1,
+    CONV2,
+    CONV3,
+    DOWNSAMPLE,
+    bottleneck_backward,
+    bottleneck_forward,
+    bottleneck_jvp,
+    convolutions,
+    resnet_backward,
+    resnet_forward,
+    resnet_jvp,
+)
 from minivit.layers.sequence_pool import sequence_pool_backward, sequence_pool_forward, sequence_pool_jvp
 from minivit.layers.softmax import softmax_backward, softmax_forward, softmax_jvp
+from minivit.layers.weight_standardization import (
+    weight_standardization_backward,
+    weight_standardization_forward,
+    weight_standardization_jvp,
+)
 from minivit.loss import (
     softmax_cross_entropy_backward,
     softmax_cross_entropy_forward,
@@ -295,6 +317,73 @@ def _head(pooling, pre_logits, registers=0):
     return case
 
 
+def _conv2d(kernel, stride, size):
+    def case(rng):
+        args = _arrays(rng, (B, *size, 3), (*kernel, 3, 4))
+        return lambda *a: conv2d_forward(*a, stride=stride), conv2d_backward, args, ("x", "w")
+
+    return case
+
+
+def _weight_standardization(rng):
+    return weight_standardization_forward, weight_standardization_backward, _arrays(rng, (3, 2, 4, 5)), ("w",)
+
+
+def _groupnorm(rng):
+    args = _arrays(rng, (B, 5, 3, 6), (6,), (6,))
+    return lambda *a: groupnorm_forward(*a, groups=3), groupnorm_backward, args, ("x", "w", "b")
+
+
+def _relu(rng):
+    return relu_forward, relu_backward, _arrays(rng, (B, N, M)), ("x",)
+
+
+def _max_pool(size):
+    def case(rng):
+        return max_pool_forward, max_pool_backward, _arrays(rng, (B, *size, 3)), ("x",)
+
+    return case
+
+
+def _bottleneck(channels, stride, downsample):
+    narrow = 4
+
+    def case(rng):
+        kernels = [(1, 1, channels, narrow), (3, 3, narrow, narrow), (1, 1, narrow, 4 * narrow)]
+        names = CONV1 + CONV2 + CONV3
+        if downsample:
+            kernels, names = [*kernels, (1, 1, channels, 4 * narrow)], names + DOWNSAMPLE
+        values = [a for kernel in kernels for a in _arrays(rng, kernel, kernel[3:], kernel[3:])]
+
+        def bottleneck(x, params):
+            return bottleneck_forward(x, params, stride=stride, groups=2)
+
+        forward, backward = _by_position(bottleneck, bottleneck_backward, names)
+        x = rng.standard_normal((B, 5, 3, channels))
+        return forward, lambda dy, cache: backward(dy, cache, values), [x, *values], ("x", *names)
+
+    return case
+
+
+def _resnet(units):
+    def case(rng):
+        layers = convolutions(1, 3, units)  # two weights of a channel, standardised, are 1 and -1 and have no gradient
+        names = tuple(name for layer in layers for name in layer.names)
+        values = [a for layer in layers for a in _arrays(rng, layer.kernel, layer.kernel[3:], layer.kernel[3:])]
+
+        def resnet(images, params):
+            return resnet_forward(images, params, units=units, groups=1)
+
+        def with_dimages(dy, cache, grads):
+            return resnet_backward(dy, cache, grads, need_dimages=True)
+
+        forward, backward = _by_position(resnet, with_dimages, names)
+        images = rng.standard_normal((B, 9, 11, 1))
+        return forward, lambda dy, cache: backward(dy, cache, values), [images, *values], ("images", *names)
+
+    return case
+
+
 def _loss(soft, label_smoothing):
     def case(rng):
         logits = 2.0 * rng.standard_normal((5, K))
@@ -364,6 +453,18 @@ LAYERS = {
     "head-seq": _head("seq", False),
     "head-registers": _head("mean", False, registers=2),
     "head-pre_logits": _head("cls", True),
+    "conv2d": _conv2d((3, 2), 1, (5, 4)),
+    "conv2d-stride": _conv2d((3, 3), 2, (6, 5)),  # one column of zeros before the map, none before its rows
+    "conv2d-pointwise": _conv2d((1, 1), 2, (5, 4)),
+    "weight_standardization": _weight_standardization,
+    "groupnorm": _groupnorm,
+    "relu": _relu,
+    "max_pool": _max_pool((6, 5)),
+    "max_pool-odd": _max_pool((7, 3)),
+    "bottleneck": _bottleneck(16, 1, False),
+    "bottleneck-downsample": _bottleneck(6, 2, True),
+    "resnet": _resnet((1, 1)),
+    "resnet-root": _resnet(()),
     "loss": _loss(False, 0.1),
     "loss-soft": _loss(True, 0.0),
     "squared_error": _squared_error,
@@ -403,6 +504,13 @@ JVPS = {
     "gather": gather_jvp,
     "sequence_pool": sequence_pool_jvp,
     "head": _named_jvp(head_jvp),
+    "conv2d": conv2d_jvp,
+    "weight_standardization": weight_standardization_jvp,
+    "groupnorm": groupnorm_jvp,
+    "relu": relu_jvp,
+    "max_pool": max_pool_jvp,
+    "bottleneck": _named_jvp(bottleneck_jvp),
+    "resnet": _named_jvp(resnet_jvp),
     "loss": softmax_cross_entropy_jvp,
     "squared_error": squared_error_jvp,
 }  # of each case in LAYERS, by the part of its name before "-"
@@ -417,6 +525,9 @@ _TINY = {
     "num_heads": HEADS,
     "mlp_dim": M,
 }
+_STEM = {  # N = 5: every position of a map of 2 x 2 is a patch
+    "image_size": 8, "patch_size": 1, "channels": 1, "stem": "1", "stem_width": 4, "stem_groups": 2,
+}  # fmt: skip
 MODELS = {
     "vit": _TINY,
     "vit-mean": {**_TINY, "image_size": 6, "pooling": "mean", "num_heads": 1},
@@ -431,6 +542,7 @@ MODELS = {
     "vit-relative": {**_TINY, "pos_embed": "relative", "pos_at": "shared"},
     "vit-every": {**_TINY, "pos_at": "every", "registers": 2},
     "vit-axial": {**_TINY, "image_size": 6, "pooling": "mean", "attention": "axial"},
+    "vit-stem": {**_TINY, **_STEM},
     "vit-dropout": {**_TINY, "dropout": 0.2, "attention_dropout": 0.3, "drop_path": 0.4, "pos_embed": "none"},
 }
 MODEL_BATCH = 8  # pictures, for the models

@@ -10,6 +10,7 @@ Data flows  images (B, H, W, C) -> tokens (B, N, D) -> L blocks -> logits (B, K)
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -45,6 +46,14 @@ from minivit.layers.patch_embed import (
 from minivit.layers.position import PositionCache, position_backward, position_forward, position_jvp
 from minivit.layers.position2d import Position2dCache, position2d_backward, position2d_forward, position2d_jvp
 from minivit.layers.registers import RegistersCache, registers_backward, registers_forward, registers_jvp
+from minivit.layers.resnet import (
+    ResNetCache,
+    convolutions,
+    output_of,
+    resnet_backward,
+    resnet_forward,
+    resnet_jvp,
+)
 from minivit.params import ParameterSpec, constant, lecun_normal, normal, ones, xavier_uniform, zeros
 from minivit.settings import check_choice, check_range, check_types, setting
 
@@ -74,10 +83,19 @@ SMALL_SIZES = {
     "Mini": (192, 6, 3, 768),
     "Midi": (384, 7, 6, 1536),
 }
+# The hybrids: size, stem, patch. The number in a name is that of the official files; R+Ti/16 has patches of 32 pixels.
+HYBRIDS = {
+    "R+Ti/16": ("Ti", "root", 8),
+    "R26+S/32": ("S", "2,2,2,2", 1),
+    "R50+B/16": ("B", "3,4,9", 1),
+    "R50+L/32": ("L", "3,4,6,3", 1),
+}
 PRESETS = tuple(
     [f"{size}/{patch}" for size in PAPER_SIZES for patch in (8, 14, 16, 32)]
+    + list(HYBRIDS)
     + [f"{size}/{patch}" for size in SMALL_SIZES for patch in (2, 4, 8)]
 )
+STEM = "patch_embed.backbone."  # timm's prefix of the names of the stem's parameters
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class ViTConfig:
     """
 
     image_size: int = setting(32, "height and width of the pictures, pixels; those of a data set are scaled to it")
-    patch_size: int = setting(4, "height and width P of a patch, pixels")
+    patch_size: int = setting(4, "height and width P of a patch, pixels; with a stem, positions of its map")
     channels: int = setting(3, "colour channels C")
     num_classes: int = setting(10, "classes K")
     width: int = setting(192, "token width D")
@@ -116,6 +134,11 @@ class ViTConfig:
     registers: int = setting(0, "learned tokens beside the class token that the head does not read; 0 for none")
     qk_norm: bool = setting(False, "LayerNorm of each head's queries and keys")
     layer_scale: float = setting(0.0, "LayerScale: initial factor of the residual branches; 0 for none")
+    stem: str = setting(
+        "", 'ResNet that patches are cut from: "root", or the units of each stage, "3,4,9" for a ResNet-50; "" for none'
+    )
+    stem_width: int = setting(64, "channels of the stem's root")
+    stem_groups: int = setting(32, "groups of channels in the stem's GroupNorm")
     layernorm_eps: float = setting(1e-6, "added to the variance in LayerNorm")
     dropout: float = setting(0.0, "dropout rate after the embedding, the MSA projection and both MLP layers")
     attention_dropout: float = setting(0.0, "dropout rate of the attention maps")
@@ -136,7 +159,10 @@ class ViTConfig:
         check_choice(self, "pos_at", ("input", "every", "shared"))
         check_choice(self, "attention", ATTENTIONS)
         check_choice(self, "gelu", GELUS)
-        if self.image_size % self.patch_size:
+        check_range(self, 1, None, "stem_width", "stem_groups")
+        if self.stem:
+            self._check_stem()
+        elif self.image_size % self.patch_size:
             raise InputError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads:
             raise InputError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
@@ -158,19 +184,51 @@ class ViTConfig:
                 'attention "axial" is between patches alone: set pooling to "mean", "avg" or "seq", and registers to 0'
             )
 
+    def _check_stem(self):
+        if self.stem != "root":
+            counts = [text.strip() for text in self.stem.split(",")]
+            if not all(text.isascii() and text.isdigit() and int(text) for text in counts):
+                raise InputError(
+                    f'stem must be "root", or how many units each stage has, such as "3,4,9"; got {self.stem!r}'
+                )
+            object.__setattr__(self, "stem", ",".join(str(int(text)) for text in counts))
+        if self.stem_width % self.stem_groups:
+            raise InputError(f"stem_width {self.stem_width} is not a multiple of stem_groups {self.stem_groups}")
+        if self.image_size % (self.stem_stride * self.patch_size):
+            raise InputError(
+                f"image_size {self.image_size} is not a multiple of {self.stem_stride * self.patch_size}: "
+                f"stem {self.stem!r} makes maps of 1/{self.stem_stride} the size, which patch_size {self.patch_size} "
+                "cuts up"
+            )
+
     @classmethod
     def preset(cls, name, **changes):
         """A named model, e.g. ``ViTConfig.preset("B/16")`` or ``ViTConfig.preset("Micro/4", num_classes=100)``.
 
-        Ti, S, B, L, H with patch 8, 14, 16, 32 at 224 pixels and 1000 classes; Nano, Micro, Mini, Midi with
-        patch 2, 4, 8 at 32 pixels and 10 classes.
+        Ti, S, B, L, H with patch 8, 14, 16, 32 and the hybrids R+Ti/16, R26+S/32, R50+B/16, R50+L/32 at 224 pixels and
+        1000 classes; Nano, Micro, Mini, Midi with patch 2, 4, 8 at 32 pixels and 10 classes.
         """
         return cls(**{**preset_fields(name), **changes})
 
     @property
+    def stem_units(self):
+        """How many units each stage of the stem has: () for the root alone, and without a stem."""
+        return tuple(int(count) for count in self.stem.split(",")) if self.stem not in ("", "root") else ()
+
+    @property
+    def stem_stride(self):
+        """Pixels from one position of the stem's map to the next; 1 without a stem."""
+        return output_of(self.stem_width, self.stem_units)[0] if self.stem else 1
+
+    @property
+    def patch_channels(self):
+        """Channels of what patches are cut from: the picture, or the stem's map."""
+        return output_of(self.stem_width, self.stem_units)[1] if self.stem else self.channels
+
+    @property
     def grid_size(self):
         """Patches along one side of the image."""
-        return self.image_size // self.patch_size
+        return self.image_size // (self.stem_stride * self.patch_size)
 
     @property
     def num_features(self):
@@ -195,6 +253,9 @@ def preset_fields(name):
     """
     if name not in PRESETS:
         raise InputError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
+    if name in HYBRIDS:
+        size, stem, patch = HYBRIDS[name]
+        return preset_fields(f"{size}/16") | {"patch_size": patch, "stem": stem}
     size, patch = name.split("/")
     paper = size in PAPER_SIZES
     width, depth, num_heads, mlp_dim = (PAPER_SIZES if paper else SMALL_SIZES)[size]
@@ -219,11 +280,11 @@ def position_parameters(config):
 def parameter_table(config):
     """The model's parameters in the order of the forward pass, with timm's names and the official initialisers.
 
-    Weight decay applies to the matrices alone: not to biases, LayerNorm, LayerScale, the class token, registers or
-    positions of any kind.
+    Weight decay applies to matrices and the stem's kernels alone: not to biases, norms, LayerScale, the class token,
+    registers or positions of any kind.
     """
     c, D, M = config, config.width, config.mlp_dim
-    pixels = c.patch_size**2 * c.channels
+    pixels = c.patch_size**2 * c.patch_channels
     table = []
 
     def add(name, shape, init, decay=False):
@@ -256,6 +317,11 @@ def parameter_table(config):
         add("reg_token", (1, c.registers, D), normal(1e-6))  # nearly zero, as its authors and timm have it
     if c.pos_at != "every":
         positions("", "rel_pos")
+    if c.stem:
+        for (kernel, scale, shift), shape, _ in convolutions(c.channels, c.stem_width, c.stem_units):
+            add(STEM + kernel, shape, lecun_normal(math.prod(shape[:3])), decay=True)
+            add(STEM + scale, shape[3:], zeros if scale.endswith("norm3.weight") else ones)
+            add(STEM + shift, shape[3:], zeros)
     dense("patch_embed.proj", pixels, D, lecun_normal(pixels))
     for i in range(c.depth):
         if c.pos_at == "every":
@@ -308,12 +374,13 @@ class BlockInput(NamedTuple):
 
 
 class ViTCache(NamedTuple):
-    """What `ViT.backward` reads: the caches of the embedding, of its dropout, of each block and of the head.
+    """What `ViT.backward` reads: the caches of the stem, the embedding, its dropout, each block and the head.
 
     ``positions`` are those of the positions that were added before each block; None where none was, or where the patch
     embedding did it.
     """
 
+    stem: ResNetCache | None
     embed: PatchEmbedCache
     registers: RegistersCache | None
     dropout: DropoutCache
@@ -345,6 +412,7 @@ class ViT:
         self.params = parameters.views(self.flat, self.table)
         self._block_names = block_parameters(config)
         self._blocks = [self._of_block(self.params, i) for i in range(config.depth)]
+        self._stem = self._of_stem(self.params)
         self._position_names = position_parameters(config)
         self._positions = [tuple(self.params[name] for name in names) for names in self._position_names]
         if config.pos_embed == "sincos2d":
@@ -359,6 +427,10 @@ class ViT:
         """A block's own by their names in it; a table of relative positions may be that of all blocks."""
         shared = {"attn.rel_pos": named["rel_pos"]} if "rel_pos" in named else {}
         return {name: named[f"blocks.{i}.{name}"] for name in self._block_names if name not in shared} | shared
+
+    @staticmethod
+    def _of_stem(named):
+        return {name.removeprefix(STEM): value for name, value in named.items() if name.startswith(STEM)}
 
     def drop_path_rate(self, i):
         """Stochastic depth's rate of block i: it rises linearly from 0 to the configuration's."""
@@ -383,8 +455,11 @@ class ViT:
         if images.ndim != 4 or images.shape[1:] != (c.image_size, c.image_size, c.channels):
             expected = f"(B, {c.image_size}, {c.image_size}, {c.channels})"
             raise InputError(f"this model takes pictures of shape {expected}, got {tuple(images.shape)}")
+        x, stem = pixels(images, self.flat.dtype), None
+        if c.stem:
+            x, stem = resnet_forward(x, self._stem, units=c.stem_units, groups=c.stem_groups)
         z, embed = patch_embed_forward(
-            pixels(images, self.flat.dtype),
+            x,
             p["patch_embed.proj.weight"],
             p["patch_embed.proj.bias"],
             p.get("cls_token"),
@@ -397,7 +472,7 @@ class ViT:
         if c.registers:
             z, registers = registers_forward(z, p["reg_token"], at=int(c.pooling == "cls"))
         z, dropout = dropout_forward(z, rate=c.dropout, rng=rng)
-        return z, embed, position, registers, dropout
+        return z, position, (stem, embed, registers, dropout)
 
     def _position(self, i, z):
         """The input of block i, from the output of the one before: with a position added, where there is one."""
@@ -457,14 +532,14 @@ class ViT:
     def forward(self, images, *, rng=None, recompute=False):
         """Logits, and the cache for `backward`.
 
-        Math    Eq. 1-4: embed, L blocks, final LayerNorm, pooling, head
+        Math    Eq. 1-4: embed (behind the stem, if there is one), L blocks, final LayerNorm, pooling, head
         Shapes  images (B, H, W, C) uint8, or floats scaled to about [-1, 1]  ->  logits (B, K)
         Dropout and stochastic depth act only when a Generator is given (training).
         With ``recompute``, the cache holds of each block its input alone, and `backward` runs the block forward once
         more, with the same dropout masks (Chen et al. 2016, arXiv:1604.06174).
         Raises  InputError: pictures of another shape, or with NaN pixels.
         """
-        z, embed, position, registers, dropout = self._embed(images, rng)  # (B, N, D)
+        z, position, embedding = self._embed(images, rng)  # (B, N, D)
         positions, blocks = [position], []
         for i in range(self.config.depth):
             if i:
@@ -474,7 +549,7 @@ class ViT:
             z, cache = self._block(i, z, rng)  # (B, N, D); (B, 1, D) at the end
             blocks.append(block_input or cache)
         logits, head = self._head(z)  # (B, K)
-        return logits, ViTCache(embed, registers, dropout, tuple(positions), tuple(blocks), head)
+        return logits, ViTCache(*embedding, tuple(positions), tuple(blocks), head)
 
     def backward(self, dlogits, cache, grads, *, need_dimages=False):
         """Backward of `forward`: every parameter's gradient is *added* into ``grads`` (see `gradient_buffer`).
@@ -492,19 +567,22 @@ class ViT:
             dz = self._axis(i, from_axis, dz)  # (B, N, D)
             if i:
                 dz = self._position_backward(i, dz, cache.positions[i], grads)
-        # z_0 = dropout(registers(position2d(embed(images))))
+        # z_0 = dropout(registers(position2d(embed(stem(images)))))
         dz = dropout_backward(dz, cache.dropout)
         if cache.registers is not None:
             dz, dreg_token = registers_backward(dz, cache.registers)
             grads["reg_token"] += dreg_token
         dz = self._position_backward(0, dz, cache.positions[0], grads)
-        dimages, dW, db, dcls_token, dpos_embed = patch_embed_backward(dz, cache.embed, need_dimages=need_dimages)
+        need_dx = need_dimages or cache.stem is not None
+        dimages, dW, db, dcls_token, dpos_embed = patch_embed_backward(dz, cache.embed, need_dimages=need_dx)
         grads["patch_embed.proj.weight"] += dW
         grads["patch_embed.proj.bias"] += db
         if "cls_token" in grads:
             grads["cls_token"] += dcls_token
         if len(self._position_names[0]) == 1:  # a fixed sine-cosine embedding has no gradient to keep
             grads[self._position_names[0][0]] += dpos_embed
+        if cache.stem is not None:
+            dimages = resnet_backward(dimages, cache.stem, self._of_stem(grads), need_dimages=need_dimages)
         return dimages
 
     def jvp(self, imagesdot, flatdot, cache):
@@ -516,6 +594,8 @@ class ViT:
             raise ValueError("the cache of a forward with recompute=True holds no intermediate values to differentiate")
         tangents = parameters.views(flatdot, self.table)
         positions = [[tangents[name] for name in names] for names in self._position_names]
+        if cache.stem is not None:
+            imagesdot = resnet_jvp(imagesdot, self._of_stem(tangents), cache.stem)
         zdot = patch_embed_jvp(
             imagesdot,
             tangents["patch_embed.proj.weight"],
@@ -564,7 +644,7 @@ class ViT:
         Shapes  images (B, H, W, C)  ->  Intermediates: logits (B, K), L maps (B, h, N, N), 1 + L features (B, N, D)
         """
         with plain():  # kernels keep no attention maps
-            z, *_ = self._embed(images, None)
+            z, _ = self._embed(images, None)
             attention, features = [], [z]
             for i in range(self.config.depth):
                 z, cache = self._block(i, self._position(i, z)[0], None, queries=None)  # every token

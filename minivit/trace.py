@@ -24,6 +24,7 @@ q, k and v are three views of one buffer; a linear layer's cache holds the outpu
     attention  forward   4 B h Q N Dh                backward  8 B h Q N Dh, where Q of the N tokens ask
     relative_attention   the same and, for queries and offsets, forward 2 B h Q (N + Q - 1) Dh, backward twice that
     sequence_pool   the scores are a linear layer; the mixture: forward 2 B N D, backward 4 B N D
+    conv2d     a linear layer of kh kw I and O numbers, with a row for each output position
 
 Everything else by operations per element, exp, tanh, erf and comparisons being one each, figures of a row none:
 
@@ -43,6 +44,12 @@ Everything else by operations per element, exp, tanh, erf and comparisons being 
     sequence_pool     0                              1 (the sum of two gradients)
     head              mean: 1 per token's entry; tanh: 1 forward, 3 backward per entry; 1 per parameter
     cross-entropy     8                              3
+    groupnorm         7                              11
+    weight_standardization 5                         7
+    relu              2                              2
+    max_pool          9 comparisons per output       18
+    bottleneck        1 per output (the addition)    1 per input, and 1 per parameter
+    root              0                              1 per parameter
 
 NumPy's warnings of overflow and the like are noted in the record of the call that caused them instead of being issued.
 Times leave out what the recorder does itself. Arrays are those of NumPy: on a GPU, calls return before they are done.
@@ -52,6 +59,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 import threading
 from contextlib import contextmanager
@@ -63,6 +71,7 @@ import numpy as np
 
 from minivit.backend import plain
 from minivit.layers.msa import LONG
+from minivit.layers.resnet import convolutions
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT, ViTConfig
 
@@ -70,6 +79,9 @@ from minivit.model import ViT, ViTConfig
 # pass d(in) comes out. "{}" and "{+}" stand for the block's index and the next one. A path that is not listed
 # belongs to the nearest listed one above it.
 TENSORS = {
+    "stem": ("", "images", "map"),
+    "stem.root": ("", "images", "map"),
+    "stem.stages": ("", "map", "map"),
     "patch_embed": ("1", "images", "z_0"),
     "patch_embed.proj": ("1", "patches", "tokens"),
     "position2d": ("1", "z_0", "z_0"),
@@ -129,11 +141,18 @@ NAMES = {
     ("head", "linear"): ("head",),  # after "pre_logits", if there is one
     ("", "softmax_cross_entropy"): ("loss",),
     ("", "squared_error"): ("loss",),
+    ("", "resnet"): ("stem",),
+    ("root", "conv_norm"): ("conv",),
+    ("bottleneck", "conv_norm"): ("conv1", "conv2", "conv3", "downsample"),
+    ("bottleneck", "relu"): ("relu1", "relu2", "relu3"),
+    ("conv_norm", "weight_standardization"): ("standardize",),
+    ("conv_norm", "groupnorm"): ("norm",),
 }
 
 PER_ELEMENT = {
     "layernorm_forward": 7, "layernorm_backward": 11, "softmax_forward": 5, "softmax_backward": 4,
-    "layer_scale_forward": 1, "layer_scale_backward": 3,
+    "layer_scale_forward": 1, "layer_scale_backward": 3, "groupnorm_forward": 7, "groupnorm_backward": 11,
+    "weight_standardization_forward": 5, "weight_standardization_backward": 7, "relu_forward": 2, "relu_backward": 2,
 }  # fmt: skip
 GELU_PER_ELEMENT = {("forward", "tanh"): 8, ("forward", "erf"): 5, ("backward", "tanh"): 11, ("backward", "erf"): 7}
 
@@ -142,7 +161,8 @@ class Record(NamedTuple):
     """One call. Figures of work, time and memory include the calls inside it, those of values are of its result.
 
     The result is y in a forward; in a backward dx, or the first gradient that there is (the patch embedding of a
-    training step has no dx). ``mean``, ``std`` and ``largest`` are over its finite entries, NaN where there is none.
+    training step has no dx, and a stem returns none at all: it adds those of its parameters into ``grads``).
+    ``mean``, ``std`` and ``largest`` are over its finite entries, NaN where there is none.
     """
 
     path: str  # e.g. blocks.0.msa.attention.softmax
@@ -201,6 +221,17 @@ def work(function, arguments, result):
             return 2 * first.size * a["W"].shape[1], result[0].size
         x, W = a["cache"]
         return (4 if result[0] is not None else 2) * x.size * W.shape[1], first.size
+    if stem == "conv2d":
+        _, w, _ = result[1] if forward else a["cache"]
+        rows = (result[0] if forward else first).size // w.shape[3]
+        return (2 if forward or result[0] is None else 4) * rows * w.size, 0
+    if stem == "max_pool":
+        return 0, 9 * result[0].size if forward else 18 * first.size
+    if stem in ("bottleneck", "root"):
+        if forward:
+            return 0, result[0].size if stem == "bottleneck" else 0
+        parameters = sum(g.size for g in a["grads"].values())
+        return 0, parameters + (result.size if stem == "bottleneck" else 0)
     if stem in ("attention", "flash_attention"):
         q = a["q"] if forward else a["cache"].q
         scores = q.size // q.shape[-1] * (a["k"] if forward else a["cache"].k).shape[-2]
@@ -250,7 +281,7 @@ def work(function, arguments, result):
         return 0, pooled + squashed + sum(g.size for g in own)
     if stem == "softmax_cross_entropy":
         return 0, 8 * first.size if forward else 3 * result.size
-    return 0, 0  # msa, mlp, drop_path: all of it is inside
+    return 0, 0  # msa, mlp, drop_path, conv_norm, stage, resnet: all of it is inside
 
 
 def arrays_in(value, name=""):
@@ -321,6 +352,8 @@ class Recorder:
             return f"blocks.{self._blocks - 1}"
         if stem in ("position", "position2d") and self._blocks:
             return f"blocks.{self._blocks}.{stem}"  # of the block to come
+        if stem in ("stage", "bottleneck"):
+            return f"{'stages' if stem == 'stage' else 'blocks'}.{n}"
         names = NAMES.get((call.stem, stem), (stem,))
         if (call.stem, stem) == ("head", "linear") and "pre_logits.weight" in call.arguments["params"]:
             names = ("pre_logits", *names)
@@ -331,7 +364,7 @@ class Recorder:
             _, path = self._paths.get((id(arguments["cache"]), stem), (None, ""))
             if path:
                 return path
-        elif stem == "patch_embed":  # another forward pass begins
+        elif stem == "patch_embed":  # another forward pass is about to come to its blocks
             self._blocks = 0
         parent = self._calls[-1]
         return ".".join(part for part in (parent.path, self._name(parent, stem)) if part)
@@ -373,7 +406,9 @@ class Recorder:
                 self._calls.pop()
             seconds = perf_counter() - self._paused - started
             entered = perf_counter()
-            if stem == "linear" or stem.endswith("attention"):  # some BLAS sound false alarms; the result is seen
+            if stem in ("linear", "conv2d") or stem.endswith(
+                "attention"
+            ):  # some BLAS sound false alarms; the result is seen
                 alarms.clear()
             record = self._record(call, name, result, seconds, incoming, ", ".join(sorted(alarms)), bad)
             if self.calls is not None:
@@ -401,7 +436,9 @@ class Recorder:
         else:
             direction, results = "backward", self._gradients(call.stem, result)
             if not self._is_forward_again(call):
-                source, output = f"d{output}", "dW" if "dW" == next(iter(results)) else f"d{source}"
+                given = next(iter(results), "")  # that of x, unless nobody asked for it
+                of_x = given in ("", f"d{ARGUMENTS.get(call.stem, ('x',))[0]}")
+                source, output = f"d{output}", f"d{source}" if of_x else given
             norms = {key: norm(g) for key, g in results.items()} if self._figures else {}
         if self.kept is not None and not (direction == "backward" and self._is_forward_again(call)):
             # a forward's result goes by the name "y"; copies, since some owners work on in place
@@ -409,7 +446,7 @@ class Recorder:
             self.kept |= {
                 (call.path, direction, key): np.array(a) for key, a in zip(keys, results.values(), strict=True)
             }
-        array = np.asarray(next(iter(results.values())))
+        array = np.asarray(next(iter(results.values()), np.empty(0)))  # none: the root of a training step
         matmul_flops, other_flops = work(function, call.arguments, result)
         mean, std, largest = statistics(array) if self._figures else (float("nan"),) * 3
         return Record(
@@ -455,6 +492,12 @@ ARGUMENTS = {  # of the forwards, where there are others than x
     "head": ("z",),
     "softmax_cross_entropy": ("logits",),
     "squared_error": ("y",),
+    "conv2d": ("x", "w"),
+    "weight_standardization": ("w",),
+    "groupnorm": ("x", "w", "b"),
+    "conv_norm": ("x", "kernel", "w", "b"),
+    "root": ("images",),
+    "resnet": ("images",),
 }
 
 
@@ -570,6 +613,22 @@ def _asking_tokens(config, every_token=False):
     return asking, asking if last >= LONG else asking - last
 
 
+def _stem_maps(config):
+    """Yield (convolution, positions that it gives) for each convolution of a picture's way through the stem."""
+    side = config.image_size
+    if not config.stem:
+        return
+    for layer in convolutions(config.channels, config.stem_width, config.stem_units):
+        conv = layer.names[0].rpartition(".weight")[0].rpartition(".")[2]
+        if "downsample" in layer.names[0]:
+            yield layer, side**2  # conv2 has halved it already
+            continue
+        side = -(-side // layer.stride)
+        yield layer, side**2
+        if conv == "conv":
+            side = -(-side // 2)  # the root's pooling
+
+
 def expected_flops(config, batch, *, every_token=False):
     """FLOPs in matrix products that one batch takes, from the configuration alone.
 
@@ -579,12 +638,14 @@ def expected_flops(config, batch, *, every_token=False):
             published figures do
             axial attention: 4 Q g D in place of 4 Q N D, for g patches in a row; relative positions, with S tokens in a
             sequence (N, or g): 2 Q (S + Q - 1) D more in each block, 2 N (2 g - 1) D with axial attention
-            backward = 2 forward - 2 B n P^2 C D: two products for each one, but no gradient of the images; and
-            2 B Q N D for each block of Q >= `msa.LONG`, which makes its attention map again
+            a stem adds 2 H' W' kh kw I O for each convolution; C is then the channels of its map
+            backward = 2 forward - the first product, 2 B n P^2 C D or the root's: two products for each one, but no
+            gradient of the images; and 2 B Q N D for each block of Q >= `msa.LONG`, which makes its attention map again
     Returns  ExpectedFLOPs
     """
     c, D = config, config.width
-    embed = 2 * c.grid_size**2 * c.patch_size**2 * c.channels * D
+    embed = 2 * c.grid_size**2 * c.patch_size**2 * c.patch_channels * D
+    stem = [2 * positions * math.prod(layer.kernel) for layer, positions in _stem_maps(c)]
     N, (asking, again) = c.num_tokens, _asking_tokens(c, every_token)
     S = c.sequence_length
     blocks = c.depth * 6 * N * D**2 + asking * (4 * S * D + 2 * (D**2 + 2 * D * c.mlp_dim))
@@ -593,8 +654,9 @@ def expected_flops(config, batch, *, every_token=False):
         blocks += 2 * D * ((c.depth - 1) * N * (2 * S - 1) + last * (S + min(S, last) - 1))
     pool = 4 * c.grid_size**2 * D if c.pooling == "seq" else 0
     head = pool + 2 * (D * c.pre_logits + (c.pre_logits or D) * c.num_classes)
-    forward = embed + blocks + head
-    return ExpectedFLOPs(batch * forward, batch * (2 * forward - embed + 2 * again * S * D))
+    forward = sum(stem) + embed + blocks + head
+    first = stem[0] if stem else embed
+    return ExpectedFLOPs(batch * forward, batch * (2 * forward - first + 2 * again * S * D))
 
 
 def attention_flops(config, batch):
@@ -620,10 +682,15 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
             masks / B, one byte per entry, each only with its rate above 0 and ``dropout`` (a Generator was given):
             N D for the embedding;  Q (2 D + M) in each block;  h Q N of its attention;  1 per branch of the blocks
             whose drop path has a rate above 0: all but the first, or the only one (axial attention: g)
+            a stem adds, per picture, the picture; for each convolution xhat and the O rstd of its GroupNorm; ReLU's
+            results, of a unit those of conv1, conv2 and the unit; and of the pooling its result and a byte for each
+            winner. And once, whatever B, each standardised kernel and its O deviations. What is cut into patches is
+            counted among the patches where these are views of it: where P = 1 or n = 1.
     """
     c, n, N, D, M = config, config.grid_size**2, config.num_tokens, config.width, config.mlp_dim
-    patches = n * c.patch_size**2 * c.channels
+    patches = n * c.patch_size**2 * c.patch_channels
     asking, again = _asking_tokens(c)
+    stem, constant, winners = _stem_cache(c)
     # norm1: xhat, rstd; what it gives to qkv; q, k, v
     blocks = c.depth * N * ((D + 1) + D + 3 * D)
     # heads; norm2: xhat, rstd; what it gives to fc1; the GELU's x and gate; what it gives
@@ -634,14 +701,36 @@ def expected_cache_bytes(config, batch, dtype=np.float32, *, dropout=True):
     blocks += maps + c.num_heads * again  # the attention maps, or the logarithms of their rows' sums
     rows = 1 if c.pooling in ("cls", "avg") else n
     pool = n * (D + 1) if c.pooling == "seq" else 0
-    numbers = patches + blocks + rows * (D + 1) + pool + D + c.pre_logits + 2 * c.num_classes + 1
+    numbers = stem + patches + blocks + rows * (D + 1) + pool + D + c.pre_logits + 2 * c.num_classes + 1
     masks = 0
     if dropout:
         masks += (c.dropout > 0) * (N * D + asking * (2 * D + M))
         masks += (c.attention_dropout > 0) * maps
         sequences = c.num_tokens // c.sequence_length
         masks += (c.drop_path > 0) * 2 * max(c.depth - 1, 1) * sequences  # of several blocks, the first has rate 0
-    return batch * (numbers * np.dtype(dtype).itemsize + masks)
+    itemsize = np.dtype(dtype).itemsize
+    return batch * (numbers * itemsize + winners + masks) + constant * itemsize
+
+
+def _stem_cache(config):
+    """What a stem's cache holds: (numbers per picture, numbers whatever the batch, bytes of winners per picture)."""
+    c, numbers, constant, winners = config, 0, 0, 0
+    if not c.stem:
+        return 0, 0, 0
+    numbers += c.image_size**2 * c.channels
+    for layer, positions in _stem_maps(c):
+        O = layer.kernel[3]  # noqa: E741
+        numbers += positions * O + O  # xhat, rstd
+        constant += math.prod(layer.kernel) + O
+        if "downsample" not in layer.names[0]:
+            numbers += positions * O  # what ReLU makes of it; of conv3, the unit's result
+        if layer.kernel[0] == 7:
+            side = -(-math.isqrt(positions) // 2)
+            winners = side**2 * O
+            numbers += side**2 * O if c.stem_units else 0  # the pooled map, which the first unit keeps
+    if c.stem_units and (c.patch_size == 1 or c.grid_size == 1):
+        numbers -= positions * O  # the last unit's result, of which the patches are views
+    return numbers, constant, winners
 
 
 class NonFinite(NamedTuple):

@@ -10,6 +10,8 @@ timm_cls_h3            timm    cls      4   10  12  2      3   20  5   erf GELU
 timm_mean_h1           timm    mean     3   16  10  3      1   14  7   erf GELU, label smoothing 0.1
 flax_cls_prelogits_h2  Flax    cls      5   17  14  2      2   18  6   tanh GELU, pre-logits layer of 9
 flax_mean_h4           Flax    mean     2   9   16  2      4   24  3   tanh GELU, soft targets
+timm_hybrid_mean_h2    timm    mean     3   9   6   1      2   8   4   stem "1,1" of width 8, erf GELU
+flax_hybrid_cls_h1     Flax    cls      2   5   6   2      1   7   3   stem "2,1" of width 4
 =====================  ======  =======  ==  ==  ==  =====  ==  ==  ==  ===============================
 
 The timm models are ``timm.models.vision_transformer.VisionTransformer``. The Flax model is written below from
@@ -18,6 +20,10 @@ the last LayerNorm is applied to all tokens before the pooling, every LayerNorm 
 biases, and the position embedding covers all tokens, the class token included. Every parameter is random,
 also those that training starts from zero, so that each gradient is far from zero (but for the key bias, see
 below).
+
+The timm model of the hybrids is that of ``timm.models.vision_transformer_hybrid`` with two numbers of the official
+code instead of timm's: eps 1e-6 in GroupNorm, and 1e-5 added to the standard deviation of a kernel, where timm
+adds 1e-8 to the variance.
 
 Contents of a file
 ------------------
@@ -173,17 +179,110 @@ REFERENCES = {
         "seed": 14,
     },
 }
+REFERENCES |= {
+    "timm_hybrid_mean_h2": {
+        "config": {
+            "image_size": 24,
+            "patch_size": 1,
+            "channels": 1,
+            "num_classes": 4,
+            "width": 6,
+            "depth": 1,
+            "num_heads": 2,
+            "mlp_dim": 8,
+            "pooling": "mean",
+            "pos_embed": "learned",
+            "pre_logits": 0,
+            "gelu": "erf",
+            "layernorm_eps": 1e-6,
+            "stem": "1,1",
+            "stem_width": 8,
+            "stem_groups": 4,
+        },
+        "batch_size": 3,
+        "label_smoothing": 0.0,
+        "answers": "labels",
+        "seed": 15,
+    },
+    "flax_hybrid_cls_h1": {
+        "config": {
+            "image_size": 16,
+            "patch_size": 1,
+            "channels": 2,
+            "num_classes": 3,
+            "width": 6,
+            "depth": 2,
+            "num_heads": 1,
+            "mlp_dim": 7,
+            "pooling": "cls",
+            "pos_embed": "learned",
+            "pre_logits": 0,
+            "gelu": "tanh",
+            "layernorm_eps": 1e-6,
+            "stem": "2,1",
+            "stem_width": 4,
+            "stem_groups": 2,
+        },
+        "batch_size": 2,
+        "label_smoothing": 0.1,
+        "answers": "labels",
+        "seed": 16,
+    },
+}
 
 
 # ------------------------------------------------------------------------------------------------ the inputs
+
+
+def stem_units(config):
+    """Return how many units each stage of the stem has; () without a stem."""
+    return tuple(map(int, config["stem"].split(","))) if config.get("stem") else ()
+
+
+def stem_convolutions(config):
+    """Return [(names of kernel, scale and shift in timm; place in the official tree; kernel's shape; stride)]."""
+
+    def row(prefix, conv, norm, place, shape, stride):
+        prefix = "patch_embed.backbone." + prefix
+        return [prefix + conv + ".weight", prefix + norm + ".weight", prefix + norm + ".bias"], place, shape, stride
+
+    if not config.get("stem"):
+        return []
+    W = config["stem_width"]
+    rows = [row("stem.", "conv", "norm", (("conv_root",), ("gn_root",)), (7, 7, config["channels"], W), 2)]
+    channels = W
+    for s, count in enumerate(stem_units(config)):
+        narrow = W * 2**s
+        for u in range(count):
+            prefix, place = f"stages.{s}.blocks.{u}.", (f"block{s + 1}", f"unit{u + 1}")
+            stride = 2 if s and not u else 1
+            layers = [("conv1", "norm1", "1", (1, 1, channels, narrow), 1)]
+            layers += [("conv2", "norm2", "2", (3, 3, narrow, narrow), stride)]
+            layers += [("conv3", "norm3", "3", (1, 1, narrow, 4 * narrow), 1)]
+            if not u:
+                layers += [("downsample.conv", "downsample.norm", "_proj", (1, 1, channels, 4 * narrow), stride)]
+            for conv, norm, key, shape, step in layers:
+                rows.append(row(prefix, conv, norm, ((*place, "conv" + key), (*place, "gn" + key)), shape, step))
+            channels = 4 * narrow
+    return rows
+
+
+def patch_sizes(config):
+    """Return how many patches are in a row, and how many channels they have."""
+    units = stem_units(config)
+    stride, channels = (2 ** (len(units) + 1), config["stem_width"] * 2 ** (len(units) + 1)) if units else (1, 0)
+    return config["image_size"] // stride // config["patch_size"], channels or config["channels"]
 
 
 def parameter_shapes(config):
     """Return the shape of every parameter, in minivit's layout, by timm's name."""
     D, M, K = config["width"], config["mlp_dim"], config["num_classes"]
     P, R = config["patch_size"], config["pre_logits"]
-    num_tokens = (config["image_size"] // P) ** 2 + (config["pooling"] == "cls")
-    shapes = {"patch_embed.proj.weight": (P * P * config["channels"], D), "patch_embed.proj.bias": (D,)}
+    rows, channels = patch_sizes(config)
+    num_tokens = rows**2 + (config["pooling"] == "cls")
+    shapes = {"patch_embed.proj.weight": (P * P * channels, D), "patch_embed.proj.bias": (D,)}
+    for names, _, kernel, _ in stem_convolutions(config):
+        shapes |= dict(zip(names, (kernel, kernel[3:], kernel[3:]), strict=True))
     if config["pooling"] == "cls":
         shapes["cls_token"] = (1, 1, D)
     shapes["pos_embed"] = (1, num_tokens, D)
@@ -206,8 +305,8 @@ def draw_parameters(config, rng):
     params = {}
     for name, shape in parameter_shapes(config).items():
         noise = rng.standard_normal(shape)
-        if len(shape) == 2:  # matrices: a unit-variance input gives an output of standard deviation 1.2
-            params[name] = 1.2 / math.sqrt(shape[0]) * noise
+        if len(shape) in (2, 4):  # matrices and kernels: a unit-variance input gives a standard deviation of 1.2
+            params[name] = 1.2 / math.sqrt(math.prod(shape[:-1])) * noise
         elif "norm" in name and name.endswith("weight"):
             params[name] = 1.0 + 0.1 * noise
         else:
@@ -253,6 +352,7 @@ class TimmReference:
 
         self.torch, self.config = torch, config
         self.model = VisionTransformer(
+            **self.hybrid(),
             img_size=config["image_size"],
             patch_size=config["patch_size"],
             in_chans=config["channels"],
@@ -271,10 +371,44 @@ class TimmReference:
         self.answers = torch.from_numpy(answers)
         self.label_smoothing = label_smoothing
 
+    def hybrid(self):
+        """Return what makes the model a hybrid: timm's ResNetV2, with the official numbers; {} without a stem."""
+        if not self.config.get("stem"):
+            return {}
+        from functools import partial
+
+        from timm.layers import GroupNormAct, HybridEmbed, StdConv2dSame, pad_same
+        from timm.models.resnetv2 import ResNetV2
+
+        torch = self.torch
+
+        class OfficialConv(StdConv2dSame):
+            def forward(self, x):
+                x = pad_same(x, self.kernel_size, self.stride) if self.same_pad else x
+                std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
+                weight = (self.weight - mean) / (std + 1e-5)
+                return torch.nn.functional.conv2d(x, weight, None, self.stride, self.padding)
+
+        units, width = stem_units(self.config), self.config["stem_width"]
+        backbone = ResNetV2(
+            layers=units,
+            channels=[4 * width * 2**s for s in range(len(units))],
+            stem_chs=width,
+            num_classes=0,
+            global_pool="",
+            in_chans=self.config["channels"],
+            preact=False,
+            stem_type="same",
+            conv_layer=OfficialConv,
+            norm_layer=partial(GroupNormAct, num_groups=self.config["stem_groups"], eps=1e-6),
+        )
+        return {"embed_layer": partial(HybridEmbed, backbone=backbone)}
+
     def load(self, params):
         """Copy minivit's arrays into the model."""
-        P, C, D = (self.config[key] for key in ("patch_size", "channels", "width"))
+        P, C, D = self.config["patch_size"], patch_sizes(self.config)[1], self.config["width"]
         state = {name: array.T if array.ndim == 2 else array for name, array in params.items()}
+        state |= {name: array.transpose(3, 2, 0, 1) for name, array in params.items() if array.ndim == 4}
         kernel = params["patch_embed.proj.weight"].reshape(P, P, C, D)
         state["patch_embed.proj.weight"] = kernel.transpose(3, 2, 0, 1)  # (D, C, P, P)
         state = {name: self.torch.from_numpy(array.copy()) for name, array in state.items()}
@@ -284,6 +418,7 @@ class TimmReference:
         """Return tensors in the model's layout as minivit's arrays."""
         arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
         kernel = arrays["patch_embed.proj.weight"].transpose(2, 3, 1, 0)  # (P, P, C, D)
+        arrays |= {name: array.transpose(2, 3, 1, 0) for name, array in arrays.items() if array.ndim == 4}
         arrays = {name: array.T if array.ndim == 2 else array for name, array in arrays.items()}
         arrays["patch_embed.proj.weight"] = kernel.reshape(-1, self.config["width"])
         return {name: array.copy() for name, array in arrays.items()}
@@ -393,9 +528,59 @@ def make_flax_model(config, dtype="float64"):
                 features.append(x)
             return layernorm("encoder_norm")(x), features
 
+    def groupnorm(name):
+        return nn.GroupNorm(config["stem_groups"], param_dtype=jnp.float64, name=name)  # eps 1e-6
+
+    class StandardizedConv(nn.Conv):
+        def param(self, name, *arguments):
+            w = super().param(name, *arguments)
+            return (w - w.mean(axis=(0, 1, 2))) / (w.std(axis=(0, 1, 2)) + 1e-5)
+
+    def conv(features, kernel, stride, name):  # padding is SAME
+        return StandardizedConv(
+            features, (kernel, kernel), (stride, stride), use_bias=False, param_dtype=jnp.float64, name=name
+        )
+
+    class Unit(nn.Module):
+        features: int
+        stride: int
+
+        @nn.compact
+        def __call__(self, x):
+            shortcut = x
+            if x.shape[-1] != 4 * self.features or self.stride != 1:
+                shortcut = groupnorm("gn_proj")(conv(4 * self.features, 1, self.stride, "conv_proj")(x))
+            x = nn.relu(groupnorm("gn1")(conv(self.features, 1, 1, "conv1")(x)))
+            x = nn.relu(groupnorm("gn2")(conv(self.features, 3, self.stride, "conv2")(x)))
+            x = groupnorm("gn3")(conv(4 * self.features, 1, 1, "conv3")(x))
+            return nn.relu(shortcut + x)
+
+    class Stage(nn.Module):
+        units: int
+        features: int
+        stride: int
+
+        @nn.compact
+        def __call__(self, x):
+            for u in range(self.units):
+                x = Unit(self.features, 1 if u else self.stride, name=f"unit{u + 1}")(x)
+            return x
+
+    class Stem(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            width = config["stem_width"]
+            x = nn.relu(groupnorm("gn_root")(conv(width, 7, 2, "conv_root")(x)))
+            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+            for s, units in enumerate(stem_units(config)):
+                x = Stage(units, width * 2**s, 2 if s else 1, name=f"block{s + 1}")(x)
+            return x
+
     class VisionTransformer(nn.Module):
         @nn.compact
         def __call__(self, images):
+            if config.get("stem"):
+                images = Stem(name="stem")(images)
             D, patch = config["width"], (config["patch_size"], config["patch_size"])
             x = nn.Conv(D, patch, patch, padding="VALID", name="embedding", **dtypes)(images)
             x = x.reshape(x.shape[0], -1, D)
@@ -441,7 +626,8 @@ class FlaxReference:
 
     def load(self, params):
         """Return minivit's arrays as the tree of the Flax module."""
-        P, C, D, h = (self.config[key] for key in ("patch_size", "channels", "width", "num_heads"))
+        P, D, h = (self.config[key] for key in ("patch_size", "width", "num_heads"))
+        C = patch_sizes(self.config)[1]
 
         def norm(name):
             return {"scale": params[name + ".weight"], "bias": params[name + ".bias"]}
@@ -455,6 +641,13 @@ class FlaxReference:
         tree |= {"Transformer": encoder, "head": dense("head")}
         if self.config["pooling"] == "cls":
             tree["cls"] = params["cls_token"]
+        for (kernel, scale, shift), places, _, _ in stem_convolutions(self.config):
+            leaves = {"kernel": params[kernel]}, {"scale": params[scale], "bias": params[shift]}
+            for place, leaf in zip(places, leaves, strict=True):
+                node = tree.setdefault("stem", {})
+                for part in place[:-1]:
+                    node = node.setdefault(part, {})
+                node[place[-1]] = leaf
         if self.config["pre_logits"]:
             tree["pre_logits"] = dense("pre_logits")
         for i in range(self.config["depth"]):
@@ -493,6 +686,15 @@ class FlaxReference:
             arrays["cls_token"] = tree["cls"]
         if "pre_logits" in tree:
             layer("pre_logits", tree["pre_logits"])
+        for names, places, _, _ in stem_convolutions(self.config):
+            nodes = []
+            for place in places:
+                node = tree["stem"]
+                for part in place:
+                    node = node[part]
+                nodes.append(node)
+            leaves = nodes[0]["kernel"], nodes[1]["scale"], nodes[1]["bias"]
+            arrays |= dict(zip(names, leaves, strict=True))
         for i in range(self.config["depth"]):
             name, block = f"blocks.{i}.", encoder[f"encoderblock_{i}"]
             attention, mlp = block["MultiHeadDotProductAttention_0"], block["MlpBlock_0"]
@@ -544,10 +746,48 @@ class FlaxReference:
 # ------------------------------------------------------------------------------------------ the cross-checks
 
 
+def numpy_stem(config, params, images):
+    """Return the stem's map, window by window."""
+
+    def windows(x, size, stride, value):
+        pads, counts = [], []
+        for n in x.shape[1:3]:
+            counts.append(-(-n // stride))
+            total = max((counts[-1] - 1) * stride + size - n, 0)
+            pads.append((total // 2, total - total // 2))
+        x = np.pad(x, [(0, 0), *pads, (0, 0)], constant_values=value)
+        starts = [
+            [x[:, r * stride :, c * stride :][:, :size, :size] for c in range(counts[1])] for r in range(counts[0])
+        ]
+        return np.array(starts).transpose(2, 0, 1, 3, 4, 5)  # (B, rows, columns, size, size, C)
+
+    def conv(x, row):
+        (kernel, scale, shift), _, shape, stride = row
+        w = params[kernel]
+        w = (w - w.mean(axis=(0, 1, 2))) / (w.std(axis=(0, 1, 2)) + 1e-5)
+        y = np.einsum("brcijk,ijko->brco", windows(x, shape[0], stride, 0.0), w)
+        groups = y.reshape(*y.shape[:3], config["stem_groups"], -1)
+        centred = groups - groups.mean(axis=(1, 2, 4), keepdims=True)
+        std = np.sqrt((centred**2).mean(axis=(1, 2, 4), keepdims=True) + 1e-6)
+        return (centred / std).reshape(y.shape) * params[scale] + params[shift]
+
+    rows = iter(stem_convolutions(config))
+    x = windows(np.maximum(conv(images, next(rows)), 0), 3, 2, -np.inf).max(axis=(3, 4))
+    for count in stem_units(config):
+        for u in range(count):
+            y = np.maximum(conv(x, next(rows)), 0)
+            y = np.maximum(conv(y, next(rows)), 0)
+            y = conv(y, next(rows))
+            x = np.maximum(y + (x if u else conv(x, next(rows))), 0)
+    return x
+
+
 def numpy_forward(config, params, images):
     """Return logits, block outputs and attention weights from minivit's arrays, in a few lines of NumPy."""
-    P, C, D, h = (config[key] for key in ("patch_size", "channels", "width", "num_heads"))
-    B, rows = len(images), config["image_size"] // P
+    P, D, h = (config[key] for key in ("patch_size", "width", "num_heads"))
+    B, (rows, C) = len(images), patch_sizes(config)
+    if config.get("stem"):
+        images = numpy_stem(config, params, images)
 
     def linear(x, name):
         return x @ params[name + ".weight"] + params[name + ".bias"]

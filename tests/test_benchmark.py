@@ -581,3 +581,11 @@ def test_the_same_model_elsewhere(name, changes, task):
             loss, theirs = mine.step(), child.ask("turn", 1)[1]
             assert loss == theirs or loss == pytest.approx(theirs, rel=1e-5)
     mine.engine.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("task", ["step", "infer", "layers", "scaling", "data"])
+def test_a_model_with_a_stem_is_refused(call, task):
+    ended = call("benchmark", task, "--stem", "root", "--patch-size", 2)
+    assert ended.status == 2 and ended.err.startswith(
+        "error: benchmarks are of models without a stem, not of stem 'root'"
+    )

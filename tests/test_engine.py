@@ -200,6 +200,9 @@ def test_a_micro_batch_is_about_a_thousand_tokens():
     sizes = {"Mini/4": 16, "Mini/2": 4, "Ti/16": 5, "B/8": 1, "H/14": 4}
     assert {name: engine_module.default_micro_batch(ViTConfig.preset(name)) for name in sizes} == sizes
     assert engine_module.default_micro_batch(ViTConfig(patch_size=1, image_size=64)) == 1
+    stems = {"R26+S/32": 5, "R50+L/32": 5, "R50+B/16": 5}  # of 50, 50 and 197 tokens
+    assert {name: engine_module.default_micro_batch(ViTConfig.preset(name)) for name in stems} == stems
+    assert engine_module.default_micro_batch(ViTConfig(stem="root", patch_size=2)) == 60
     assert engine_module.default_micro_batch(ViTConfig(patch_size=4, image_size=4, pooling="mean")) == 1024
 
 

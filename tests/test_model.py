@@ -20,7 +20,7 @@ from minivit.gradcheck_cases import MODEL_BATCH, MODELS
 from minivit.layers import msa
 from minivit.layers.head import POOLINGS
 from minivit.layers.patch_embed import patchify, unpatchify
-from minivit.model import ATTENTIONS, POSITIONS, parameter_table, pixels
+from minivit.model import ATTENTIONS, POSITIONS, STEM, parameter_table, pixels
 
 TINY = MODELS["vit"]
 
@@ -56,6 +56,10 @@ def gradient(model, images, labels, **settings):
         ("L/16", 304_326_632, 303_301_632),
         ("L/32", 306_535_400, 305_510_400),
         ("H/14", 632_045_800, 630_764_800),
+        ("R+Ti/16", 6_337_704, 6_144_704),
+        ("R26+S/32", 36_431_912, 36_046_912),
+        ("R50+B/16", 98_659_112, 97_890_112),
+        ("R50+L/32", 328_994_856, 327_969_856),
     ],
 )
 def test_parameter_counts_of_the_official_models(name, with_head, without_head):
@@ -109,6 +113,19 @@ def test_every_preset_is_a_model():
         ({"qk_norm": 1}, "qk_norm must be true or false, got 1"),
         ({"qk_norm": True, "width": 6, "num_heads": 6}, "qk_norm needs heads of more than one dimension"),
         ({"layer_scale": float("inf")}, "layer_scale must be a finite number"),
+        ({"stem": "resnet"}, "stem must be .root., or how many units each stage has, such as .3,4,9.; got 'resnet'"),
+        ({"stem": "3,0"}, "how many units each stage has"),
+        ({"stem": "3,,4"}, "how many units each stage has"),
+        ({"stem": "3,²"}, "how many units each stage has"),
+        ({"stem": 3}, "stem must be a text, got 3"),
+        ({"stem": "root", "stem_width": 40}, "stem_width 40 is not a multiple of stem_groups 32"),
+        ({"stem": "root", "stem_width": 0}, "stem_width must be at least 1, got 0"),
+        ({"stem_groups": 0}, "stem_groups must be at least 1, got 0"),
+        ({"stem": "root", "patch_size": 3}, "image_size 32 is not a multiple of 12: stem 'root' makes maps of 1/4"),
+        (
+            {"stem": "2,2,2,2", "patch_size": 2},
+            "32 is not a multiple of 64: stem '2,2,2,2' makes maps of 1/32 the size",
+        ),
     ],
 )
 def test_impossible_settings_are_named(changes, message):
@@ -366,6 +383,52 @@ def test_axial_attention_sees_all_in_two_blocks():
     assert moved[2].all()
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens", "stride", "channels"),
+    [("R+Ti/16", 50, 4, 64), ("R26+S/32", 50, 32, 2048), ("R50+B/16", 197, 16, 1024), ("R50+L/32", 50, 32, 2048)],
+)
+def test_hybrids_have_the_tokens_of_the_official_models(name, tokens, stride, channels):
+    config = ViTConfig.preset(name)
+    assert (config.num_tokens, config.stem_stride, config.patch_channels) == (tokens, stride, channels)
+    assert ViTConfig.preset(name, image_size=384, stem=config.stem.replace(",", " , ")).stem == config.stem
+
+
+def test_a_stem_at_half_size_is_the_same_stem():
+    model = random_model(**MODELS["vit-stem"] | {"image_size": 16, "pos_embed": "sincos2d", "pooling": "mean"})
+    small = model.at_half_size()
+    assert small.flat is model.flat and (model.config.num_tokens, small.config.num_tokens) == (16, 4)
+    images, labels = batch(small)
+    for result in gradcheck.check_model(
+        lambda flat: ViT(model.config, flat=flat).at_half_size(), images, labels, model.flat, method="complex"
+    ):
+        assert result.passed, result
+
+
+def test_a_stem_gives_the_pictures_gradient_only_when_asked():
+    model = random_model(**MODELS["vit-stem"])
+    images, labels = batch(model)
+    _, cache = model.forward(images)
+    flats = []
+    for need in (False, True):
+        flat, grads = model.gradient_buffer()
+        dimages = model.backward(np.ones((len(images), model.config.num_classes)), cache, grads, need_dimages=need)
+        assert (dimages is not None) == need
+        flats.append(flat)
+    assert np.array_equal(*flats) and dimages.shape == images.shape
+
+
+def test_a_stem_starts_as_the_official_one():
+    named = ViT(ViTConfig(stem="1,1", patch_size=1, width=24, depth=1), seed=2).params
+    for name, value in named.items():
+        if not name.startswith(STEM):
+            continue
+        if value.ndim == 4:
+            expected = math.prod(value.shape[:3]) ** -0.5
+            assert abs(value.std() / expected - 1) < 0.03 and np.abs(value).max() < 2.28 * expected, name
+        else:
+            assert (value == (name.endswith("weight") and "norm3" not in name)).all(), name
+
+
 OPTIONS = {"layer_scale": 0.5, "qk_norm": True, "registers": 2, "pooling": "seq"}
 
 
@@ -386,9 +449,11 @@ def test_all_options_together():
 
 
 def test_an_option_that_is_off_adds_nothing():
-    off = {"layer_scale": 0.0, "qk_norm": False, "registers": 0, "pooling": "cls"}
+    off = {"layer_scale": 0.0, "qk_norm": False, "registers": 0, "pooling": "cls", "stem": ""}
     assert ViTConfig(**TINY, **off) == ViTConfig(**TINY)
-    assert not {name for name in random_model().params if any(x in name for x in ("ls1", "_norm.", "reg_", "pool"))}
+    assert not {
+        name for name in random_model().params if any(x in name for x in ("ls1", "_norm.", "reg_", "pool", "stem"))
+    }
 
 
 def test_the_last_block_works_for_the_class_token_alone():

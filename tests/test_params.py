@@ -62,6 +62,26 @@ def test_an_option_adds_its_parameters_and_changes_no_other(name):
     assert np.array_equal(flat, params.initialise(plain, seed=3))
 
 
+def test_the_stem_has_timms_names_decays_its_kernels_and_comes_before_the_blocks():
+    config = ViTConfig(depth=1, patch_size=1, stem="1", stem_width=8, stem_groups=4)
+    table = [spec for spec in parameter_table(config) if spec.name.startswith("patch_embed.backbone.")]
+    shapes = {spec.name.removeprefix("patch_embed.backbone."): spec.shape for spec in table}
+    unit = "stages.0.blocks.0."
+    assert shapes == {
+        "stem.conv.weight": (7, 7, 3, 8), "stem.norm.weight": (8,), "stem.norm.bias": (8,),
+        unit + "conv1.weight": (1, 1, 8, 8), unit + "norm1.weight": (8,), unit + "norm1.bias": (8,),
+        unit + "conv2.weight": (3, 3, 8, 8), unit + "norm2.weight": (8,), unit + "norm2.bias": (8,),
+        unit + "conv3.weight": (1, 1, 8, 32), unit + "norm3.weight": (32,), unit + "norm3.bias": (32,),
+        unit + "downsample.conv.weight": (1, 1, 8, 32), unit + "downsample.norm.weight": (32,),
+        unit + "downsample.norm.bias": (32,),
+    }  # fmt: skip
+    assert {spec.name for spec in table if spec.decay} == {s.name for s in table if "conv" in s.name}
+    root = parameter_table(ViTConfig(depth=1, stem="root", patch_size=2))
+    assert "patch_embed.backbone.conv.weight" in {spec.name for spec in root}  # alone, timm's root has no prefix
+    scales = params.views(params.layer_scale(parameter_table(config), 0.5), parameter_table(config))
+    assert all((scales[spec.name] == 0.25).all() for spec in table)
+
+
 def test_initial_values_and_decay_of_the_options():
     table = parameter_table(ViTConfig(width=768, depth=1, layer_scale=0.25, qk_norm=True, pooling="seq", registers=4))
     named, decay = params.views(params.initialise(table), table), {spec.name: spec.decay for spec in table}

@@ -12,7 +12,14 @@ import pytest
 from minivit import ViT, ViTConfig, params, softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.optim import AdamW
 
-FILES = ["timm_cls_h3", "timm_mean_h1", "flax_cls_prelogits_h2", "flax_mean_h4"]
+FILES = [
+    "timm_cls_h3",
+    "timm_mean_h1",
+    "flax_cls_prelogits_h2",
+    "flax_mean_h4",
+    "timm_hybrid_mean_h2",
+    "flax_hybrid_cls_h1",
+]
 
 
 class Reference:
@@ -85,9 +92,10 @@ def test_ten_steps_of_adamw(reference):
         close(value, after, name)
 
 
-def test_the_four_files_cover_what_they_are_for():
+def test_the_files_cover_what_they_are_for():
     configs = [Reference(name).config for name in FILES]
     assert {c.gelu for c in configs} == {"erf", "tanh"}
     assert {c.pooling for c in configs} == {"cls", "mean"}
     assert {c.num_heads for c in configs} >= {1, 2, 3}
     assert any(c.pre_logits for c in configs)
+    assert {c.stem for c in configs} == {"", "1,1", "2,1"}

@@ -156,6 +156,31 @@ def test_positions_and_axial_attention_never_wait_and_give_the_numbers_of_numpy(
     assert results == expected
 
 
+STEM = replace(NINE, depth=2, image_size=16, patch_size=1, stem="2,1", stem_width=4, stem_groups=2)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_stem_never_waits_and_gives_the_numbers_of_numpy(cupy, kernels):
+    flats = []
+    for arrays in (cupy, np):
+        with cuda.using(Emulator()) if kernels else plain(), pytest.MonkeyPatch.context() as patch:
+            if arrays is np:
+                patch.setattr(cupy, "asarray", np.asarray, raising=False)
+                patch.setitem(backend.TWINS, "numpy", "minivit.kernels.cuda")
+            step = step_of(cupy, STEM)
+            strict_cupy.clear()
+            step(1)
+        if arrays is cupy:
+            assert not waits and not doubles
+        flats.append(to_host(step.optimizer.state["m"]))
+    np.testing.assert_allclose(flats[0], flats[1], rtol=1e-4, atol=1e-7)
+    with plain():  # and the kernels those of the plain functions
+        step = step_of(cupy, STEM)
+        step(1)
+    largest = np.abs(flats[0]).max()
+    np.testing.assert_allclose(to_host(step.optimizer.state["m"]), flats[0], atol=1e-5 * largest)
+
+
 def test_it_gives_the_numbers_of_numpy(cupy):
     with plain():
         results = [float(result) for result in step_of(cupy, NINE)(1)]
@@ -204,7 +229,7 @@ def test_the_stand_in_is_strict(cupy):
     assert launches.total() == 3
 
 
-@pytest.mark.parametrize("name", ["linear", "block", "head", "loss-soft", "patch_embed-mean", "vit-dropout"])
+@pytest.mark.parametrize("name", ["linear", "block", "head", "loss-soft", "patch_embed-mean", "resnet", "vit-dropout"])
 def test_gradients_are_checked_on_a_device(cupy, name):
     """The layers get device arrays, which mix with no others, and the check gets what it gets on the host."""
     results, expected = (

@@ -18,6 +18,7 @@ SMALL = {
     "mlp_dim": 20,
 }  # fmt: skip
 DROPS = {"dropout": 0.1, "attention_dropout": 0.2, "drop_path": 0.3}
+STEM = {"stem_width": 4, "stem_groups": 2}
 CONFIGS = {
     "cls": {},
     "mean": {"pooling": "mean"},
@@ -46,6 +47,11 @@ CONFIGS = {
     "axial": {"attention": "axial", "pooling": "mean", "image_size": 12, "depth": 3, **DROPS},
     "axial-relative": {"attention": "axial", "pooling": "seq", "pos_embed": "relative", "pos_at": "shared", "depth": 1},
     "layer-scale-dropout": {"layer_scale": 0.1, **DROPS, "pooling": "mean"},
+    "root": {"image_size": 16, "stem": "root", "patch_size": 2, **STEM},
+    "root-pixels": {"image_size": 12, "stem": "root", "patch_size": 1, **STEM, "pos_embed": "sincos2d"},
+    "stem": {"image_size": 16, "stem": "2,1", "patch_size": 1, **STEM, **DROPS},
+    "stem-patches": {"image_size": 24, "stem": "1", "patch_size": 3, **STEM, "pooling": "mean"},
+    "stem-one-patch": {"image_size": 8, "stem": "1", "patch_size": 2, **STEM},
     "one-pixel-patches": {"patch_size": 1, "image_size": 3, "pos_embed": "none"},
     "one-patch": {"patch_size": 8, "pos_embed": "sincos2d"},
 }
@@ -152,6 +158,42 @@ def test_positions_are_recorded_where_they_act():
     assert set(found["blocks.0.msa.attention", "backward"].norms) == {"dq", "dk", "dv", "dr"}
     assert found["blocks.0.msa.attention", "backward"].equation == "6-7"
     assert [r.path for r in records if r.output == "dropped"][-1] == "blocks.0.msa.attention.dropout"
+
+
+def test_a_stem_is_recorded_by_the_names_of_its_parameters():
+    records = traced(image_size=16, stem="2,1", patch_size=1, **STEM).records
+    forward = {r.path: r for r in records if r.direction == "forward"}
+    assert [r.path for r in records if r.depth == 0 and r.direction == "forward"][:2] == ["stem", "patch_embed"]
+    assert [p for p, r in forward.items() if p.startswith("stem") and r.depth == 1] == [
+        "stem.root", "stem.stages.0", "stem.stages.1",
+    ]  # fmt: skip
+    unit = "stem.stages.1.blocks.0."
+    names = [p.removeprefix(unit) for p, r in forward.items() if p.startswith(unit) and r.depth == 3]
+    assert names == "conv1 relu1 conv2 relu2 conv3 downsample relu3".split()
+    assert forward[unit + "conv2.conv2d"].shape == (3, 2, 2, 8) and forward[unit + "conv1.conv2d"].shape == (3, 4, 4, 8)
+    assert forward["stem.stages.0.blocks.1.conv3.norm"].function == "groupnorm_forward"
+    assert (forward["stem"].input, forward["stem"].output, forward["stem"].shape) == ("images", "map", (3, 2, 2, 32))
+    backward = {r.path: r for r in records if r.direction == "backward"}
+    assert set(backward) == set(forward)
+    assert (backward["stem.root.conv"].output, backward["stem"].output, backward["stem"].shape) == (
+        "dkernel",
+        "dimages",
+        (0,),
+    )
+    assert set(backward["stem.root.conv"].norms) == {"dkernel", "dw", "db"}  # nobody asks for the pictures' gradient
+    assert (
+        forward["stem.root.conv.conv2d"].flops == 2 * 3 * 8 * 8 * 49 * 2 * 4 == backward["stem.root.conv.conv2d"].flops
+    )
+    assert forward[unit + "conv2.conv2d"].flops == 2 * 3 * 2 * 2 * 9 * 8 * 8
+    assert backward[unit + "conv2.conv2d"].flops == 4 * 3 * 2 * 2 * 9 * 8 * 8
+    assert forward["stem.root.max_pool"].flops == 9 * 3 * 4 * 4 * 4
+    assert (
+        forward["stem.root"].flops
+        - sum(forward[p].flops for p in ("stem.root.conv", "stem.root.relu", "stem.root.max_pool"))
+        == 0
+    )
+    shares = [forward[unit + name].flops for name in names]
+    assert forward[unit[:-1]].flops == sum(shares) + 3 * 2 * 2 * 32
 
 
 def ends(records):

@@ -31,6 +31,7 @@ from minivit.backend import array_module, kernels_wanted
 from minivit.kernels.cublas import WORKSPACE, Cublas
 from minivit.layers.block import ATTN, BLOCK_PARAMETERS, MLP, NORM1, NORM2
 from minivit.layers.dropout import DropoutCache, dropout_mask
+from minivit.layers.patch_embed import unpatchify
 from minivit.loss import soft_targets
 from minivit.optim import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS
 
@@ -636,7 +637,10 @@ class CudaPatchEmbedCache(NamedTuple):
     """What `patch_embed_backward` reads."""
 
     patches: Any  # (rows, P P C), the class token's rows zero
+    W: Any  # (P P C, D)
     shape: tuple  # (B, N, D)
+    image_shape: tuple  # (B, H, W, C)
+    patch_size: int
     prefix: int
     has_position: bool
 
@@ -654,16 +658,13 @@ def patch_embed_forward(images, W, b, cls_token=None, pos_embed=None, *, patch_s
     machine().launch("patchify", _grid(patches.size), (256,), arguments, sizes=_sizes(patches.dtype, ROWS=1))
     z = _product(patches, _factor(W), np.float32)
     machine().launch("embed", _grid(z.size), (256,), (z, b, cls_token, pos_embed, B, N, D, prefix))
-    return z.reshape(B, N, D), CudaPatchEmbedCache(patches, (B, N, D), prefix, pos_embed is not None)
+    return z.reshape(B, N, D), CudaPatchEmbedCache(
+        patches, W, (B, N, D), images.shape, P, prefix, pos_embed is not None
+    )  # fmt: skip
 
 
 def patch_embed_backward(dz, cache, *, need_dimages=True):
-    """Twin of `minivit.layers.patch_embed.patch_embed_backward`, for training: the pictures' gradient is not made.
-
-    Raises  NotImplementedError: it is asked for; use `minivit.backend.plain`.
-    """
-    if need_dimages:
-        raise NotImplementedError("the pictures' gradient needs the plain functions: with minivit.backend.plain()")
+    """Twin of `minivit.layers.patch_embed.patch_embed_backward`."""
     xp = array_module(dz)
     B, N, D = cache.shape
     sums = xp.zeros((1, N, D), np.float32)  # over the batch
@@ -672,7 +673,11 @@ def patch_embed_backward(dz, cache, *, need_dimages=True):
     _add_column_sum(sums[0, cache.prefix :], db)
     dW = _product(cache.patches.T, dz.reshape(B * N, D), np.float32)
     dcls_token = sums[:, :1] if cache.prefix else None
-    return None, dW, db, dcls_token, sums if cache.has_position else None
+    dimages = None
+    if need_dimages:
+        dpatches = _product(dz.reshape(B * N, D), _factor(cache.W).T, np.float32).reshape(B, N, -1)
+        dimages = unpatchify(dpatches[:, cache.prefix :], cache.image_shape, cache.patch_size)
+    return dimages, dW, db, dcls_token, sums if cache.has_position else None
 
 
 class CudaCrossEntropyCache(NamedTuple):

@@ -85,7 +85,7 @@ def test_dtype_is_kept(name, dtype):
     args = [a if a is None else a.astype(dtype) for a in args]
     y, cache = forward(*args)
     assert y.dtype == dtype
-    if name.startswith(("block", "head")):
+    if name.startswith(("block", "head", "bottleneck", "resnet")):
         return  # their test wrapper holds float64 gradient buffers; test_model checks the real ones
     for gradient in call_backward(backward, np.ones(np.shape(y), dtype), cache):
         assert gradient is None or gradient.dtype == dtype
