@@ -121,6 +121,11 @@ class MaskedConfig:
 
 def check_fit(config, masked):
     """Raises InputError unless pictures of a `ViTConfig` can be masked as asked for."""
+    plain = {"stem": "", "attention": "full", "pos_at": "input"}
+    if other := [name for name, value in plain.items() if getattr(config, name) != value]:
+        raise InputError(f"pre-training is of models without {other[0]} {getattr(config, other[0])}; leave it out")
+    if config.pos_embed == "learned2d":
+        raise InputError('pre-training takes positions "learned", "sincos2d" or "none", not "learned2d"')
     N = config.grid_size**2
     if not 0 < predicted_count(config, masked) < N:
         raise InputError(
@@ -499,8 +504,7 @@ class MaskedViT:
         # Eq. 1; a class token is put in as registers are
         if c.pooling == "cls":
             z, class_token = registers_forward(z, p["cls_token"], at=0)
-        position = self.encoder._position
-        if position is not None:
+        for position in self.encoder._positions[0]:  # one or none
             z = z + position
         if c.registers:
             z, registers = registers_forward(z, p["reg_token"], at=int(c.pooling == "cls"))
