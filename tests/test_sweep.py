@@ -8,6 +8,9 @@ import pytest
 
 from minivit import sweep
 from minivit.errors import InputError
+from minivit.model import ViTConfig
+from minivit.recipes import CONFIGS
+from minivit.train import TrainConfig
 
 TINY = """
 title = "tiny"
@@ -166,3 +169,14 @@ def test_bad_arguments(file, tmp_path, call):
     ):  # fmt: skip
         ended = call("sweep", *arguments)
         assert ended.status == 2 and said in ended.err, said
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_sweeps_that_come_with_minivit_are_models_and_trainings(path):
+    """Every row makes a model of CIFAR-10 pictures, or of the digits, and a training; no two rows are the same."""
+    rows = sweep.read_sweep(path).rows
+    size = 8 if path.stem == "digits" else 32
+    made = {
+        str((ViTConfig(**{"image_size": size} | row.recipe.model), TrainConfig(**row.recipe.train))) for row in rows
+    }
+    assert len(made) == len(rows) > 2
