@@ -419,6 +419,8 @@ class ViT:
             fixed = sincos2d(config.grid_size, config.width, prefix_tokens=int(config.pooling == "cls"))
             fixed = (array_module(self.flat).asarray(fixed, dtype=self.flat.dtype),)
             self._positions = [fixed] + [fixed if config.pos_at == "shared" else ()] * (config.depth - 1)
+        # what the patch embedding adds; rows and columns are added behind it
+        self._position = self._positions[0][0] if len(self._positions[0]) == 1 else None
 
     def __repr__(self):
         return f"ViT({self.config}, {self.flat.size:,} parameters, {self.flat.dtype})"
@@ -463,7 +465,7 @@ class ViT:
             p["patch_embed.proj.weight"],
             p["patch_embed.proj.bias"],
             p.get("cls_token"),
-            self._positions[0][0] if len(self._positions[0]) == 1 else None,
+            self._position,
             patch_size=c.patch_size,
         )
         position = registers = None
@@ -474,7 +476,7 @@ class ViT:
         z, dropout = dropout_forward(z, rate=c.dropout, rng=rng)
         return z, position, (stem, embed, registers, dropout)
 
-    def _position(self, i, z):
+    def _add_position(self, i, z):
         """The input of block i, from the output of the one before: with a position added, where there is one."""
         c, position = self.config, self._positions[i]
         if i == 0 or not position:  # the embedding has added that of the first block
@@ -509,10 +511,10 @@ class ViT:
         if c.grid_size % 2:
             raise InputError(f"pictures of half the size need an even number of patches on a side, not {c.grid_size}")
         small = ViT(replace(c, image_size=c.image_size // 2), flat=self.flat)
-        for position, own in zip(self._positions[0], small._positions[0], strict=True):  # one array for all blocks
+        if self._position is not None:  # one array, also where all blocks share it
             g, D = c.grid_size, c.width
-            grid = position[:, -g * g :].reshape(g // 2, 2, g // 2, 2, D).mean(axis=(1, 3))
-            own[:, -((g // 2) ** 2) :] = grid.reshape(1, -1, D)
+            grid = self._position[:, -g * g :].reshape(g // 2, 2, g // 2, 2, D).mean(axis=(1, 3))
+            small._position[:, -((g // 2) ** 2) :] = grid.reshape(1, -1, D)
         return small
 
     def gradient_buffer(self):
@@ -543,7 +545,7 @@ class ViT:
         positions, blocks = [position], []
         for i in range(self.config.depth):
             if i:
-                z, position = self._position(i, z)
+                z, position = self._add_position(i, z)
                 positions.append(position)
             block_input = BlockInput(z, deepcopy(rng)) if recompute else None
             z, cache = self._block(i, z, rng)  # (B, N, D); (B, 1, D) at the end
@@ -635,7 +637,7 @@ class ViT:
     def _predicted(self, images):
         z, *_ = self._embed(images, None)
         for i in range(self.config.depth):
-            z, _ = self._block(i, self._position(i, z)[0], None)
+            z, _ = self._block(i, self._add_position(i, z)[0], None)
         return self._head(z)
 
     def intermediates(self, images):
@@ -644,10 +646,10 @@ class ViT:
         Shapes  images (B, H, W, C)  ->  Intermediates: logits (B, K), L maps (B, h, N, N), 1 + L features (B, N, D)
         """
         with plain():  # kernels keep no attention maps
-            z, _ = self._embed(images, None)
+            z, *_ = self._embed(images, None)
             attention, features = [], [z]
             for i in range(self.config.depth):
-                z, cache = self._block(i, self._position(i, z)[0], None, queries=None)  # every token
+                z, cache = self._block(i, self._add_position(i, z)[0], None, queries=None)  # every token
                 seen = attention_map(cache.msa)
                 if self.config.attention == "axial":
                     seen = self._axis(i, axial_map, seen)

@@ -126,6 +126,8 @@ def test_impossible_settings(settings, message):
         (TINY, MaskedConfig(ratio=1.0), "ratio 1.0 of 9 patches"),
         (TINY, MaskedConfig(target="downsized"), "patch_size that is a multiple of 4, not 2"),
         (replace(TINY, channels=4), MPP, "too many classes"),
+        (replace(TINY, pos_at="shared"), MPP, "models without pos_at shared; leave it out"),
+        (replace(TINY, pos_embed="learned2d"), MPP, 'not "learned2d"'),
     ],
 )
 def test_settings_that_do_not_fit_the_model(config, masked, message):

@@ -9,6 +9,7 @@ import pytest
 
 from minivit import sweep
 from minivit.errors import InputError
+from minivit.model import ViTConfig
 from minivit.recipes import CONFIGS
 from minivit.start import StartConfig
 from minivit.train import TrainConfig
@@ -210,13 +211,20 @@ def test_bad_arguments(file, tmp_path, call):
         assert ended.status == 2 and said in ended.err, said
 
 
-def test_the_sweeps_that_come_with_minivit_are_possible():
-    """Fine-tuning begins with the runs that pre-training writes."""
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_sweeps_that_come_with_minivit_are_models_and_trainings(path):
+    """Every row makes a model of CIFAR-10 pictures, or of the digits, and a training; no two rows are the same."""
+    rows = sweep.read_sweep(path).rows
+    size = 8 if path.stem == "digits" else 32
+    for row in rows:
+        ViTConfig(**{"image_size": size} | row.recipe.model)
+        TrainConfig(**row.recipe.train)
+        StartConfig(**row.recipe.start)
+    assert len({str(row.recipe) for row in rows}) == len(rows)
+
+
+def test_fine_tuning_begins_with_the_runs_that_pre_training_writes():
     folder = CONFIGS / "sweeps"
-    for path in folder.glob("*.toml"):
-        for row in sweep.read_sweep(path).rows:
-            TrainConfig(**row.recipe.train)
-            StartConfig(**row.recipe.start)
     begins = {run.folder / "last.npz" for run in sweep.runs_of(sweep.read_sweep(folder / "pretraining.toml"), BEFORE)}
     recipes = map(sweep.recipe_of, sweep.runs_of(sweep.read_sweep(folder / "finetuning.toml"), "out"))
     assert {Path(recipe.start["checkpoint"]) for recipe in recipes if recipe.start} == begins

@@ -9,7 +9,8 @@ Forward
         a block of rows       takes (B, a, b, D) as B g sequences of g tokens: a reshape
         a block of columns    takes (B, b, a, D), the transpose, as B g sequences of g tokens
 
-    and its result goes back the same way. The MLP and LayerNorm work token by token and do not notice.
+    and its result goes back the same way. The MLP and LayerNorm work token by token and do not notice; stochastic depth
+    drops a branch for a row or column at a time, where it would for a picture.
 
     The paper's axial layer is two of these blocks: attention along rows and an MLP, attention along columns and an MLP.
 
