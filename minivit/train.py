@@ -345,7 +345,8 @@ class Trainer:
         _check_memory(model_config, config)
         if model_config.gelu == "erf":
             erf(np.zeros(1))  # SciPy is optional: say so before anything is written
-        n = len(dataset.train_images)
+        if not (n := len(dataset.train_images)):
+            raise InputError(f"{dataset.source} has no training pictures: there is nothing to learn from")
         self.steps_per_epoch = -(-n // (config.batch_size * config.accumulate))
         self.total_steps = config.epochs * self.steps_per_epoch
         self.fingerprint = fingerprint(dataset)
