@@ -1,7 +1,7 @@
 """Pictures that stay files until a batch asks for them: what is found, how it is cut out, and runs that resume."""
 
 import json
-import time
+import shutil
 
 import numpy as np
 import pytest
@@ -52,8 +52,6 @@ def shared(tmp_path_factory):
 
 @pytest.fixture
 def root(tmp_path, shared):
-    import shutil
-
     return shutil.copytree(shared, tmp_path / "imagenet")
 
 
@@ -390,10 +388,8 @@ def test_the_scripts(root, tmp_path, call, no_figures):
         "--out",
         tmp_path / "run",
     ]
-    started = time.monotonic()
     ended = call("train", *flags, "--epochs", 2, "--image-size", 8, "--crop-padding", 0, "--crop-area", 0.2)
     assert ended.status == 0 and "12 training and 6 test pictures of 8x8x3, 3 classes" in ended.out, ended.err
-    assert time.monotonic() - started < 30
     ended = call("evaluate", tmp_path / "run" / LAST, "--json", tmp_path / "e.json")
     assert ended.status == 0 and ended.err == "", ended.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
