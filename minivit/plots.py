@@ -875,3 +875,34 @@ def save_few_shot(path, results, *, title=""):
     _style(axes, "training pictures of each class", "test accuracy, %", label(title, 60))
     axes.legend(frameon=False, fontsize=9)
     _save(figure, path)
+
+
+def save_vtab(path, summary, *, title=""):
+    """Accuracies of `minivit.vtab.summary_of`: a bar for each task that was done, in its group, a line at each mean."""
+    figure = _figure(6.8, 0.28 * len(summary["tasks"]) + 1.9)
+    axes = figure.subplots()
+    names = list(summary["tasks"])
+    y, ticks = 0, []
+    for (group, each), color in zip(summary["groups"].items(), (OURS, GOOD, TEST), strict=True):
+        members = [names.pop(0) for _ in range(each["tasks"])]
+        if not members:
+            continue
+        rows = [y + i for i in range(len(members))]
+        scores = [100 * summary["tasks"][name] for name in members]
+        axes.barh(rows, scores, color=color, alpha=0.75, height=0.7)
+        for row, score in zip(rows, scores, strict=True):
+            ink = "white" if score > 10 else INK  # on its bar, or beside one too short for it
+            axes.text(1.5, row, f"{score:.1f}", va="center", fontsize=9, color=ink, weight="bold")
+        some = "" if each["tasks"] == each["of"] else f", {each['tasks']} of {each['of']}"
+        mean = f"{group}: {100 * each['mean']:.1f}{some}"
+        axes.plot([100 * each["mean"]] * 2, [rows[0] - 0.5, rows[-1] + 0.5], color=color, lw=1.6, ls="--", label=mean)
+        ticks += zip(rows, members, strict=True)
+        y += len(members) + 0.6
+    axes.set_yticks([row for row, _ in ticks], [name for _, name in ticks])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    mean = f"mean of {len(ticks)} tasks: {100 * summary['mean']:.1f}"
+    _style(axes, f"test accuracy, % ({mean})", "", label(title, 70))
+    axes.grid(axis="y", visible=False)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+    _save(figure, path)

@@ -343,7 +343,8 @@ class Trainer:
             raise InputError("check_finite looks at every tensor on the CPU; leave it out, or take --device cpu")
         micro_batch = config.micro_batch or default_micro_batch(model_config)
         config = replace(config, workers=check_workers(config.workers), micro_batch=micro_batch)
-        n = len(dataset.train_images)
+        if not (n := len(dataset.train_images)):
+            raise InputError(f"{dataset.source} has no training pictures: there is nothing to learn from")
         self.steps_per_epoch = -(-n // (config.batch_size * config.accumulate))
         if config.steps:
             config = replace(config, epochs=-(-config.steps // self.steps_per_epoch))

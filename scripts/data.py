@@ -6,6 +6,7 @@ import numpy as np
 
 from minivit.cli import Parser, output_file, run
 from minivit.data import DATASETS, fetch, load
+from minivit.errors import InputError
 from minivit.train import write_json
 
 EXAMPLES = """examples:
@@ -37,6 +38,8 @@ def channel_statistics(images):
 
 def describe(dataset):
     """Return what ``info`` reports of a data set, ready for JSON."""
+    if not len(dataset.train_labels):
+        raise InputError(f"{dataset.source} has no training pictures to take statistics of")
     mean, std = channel_statistics(dataset.train_images)
     counts = {
         split: np.bincount(labels, minlength=len(dataset.class_names)).tolist()

@@ -103,6 +103,8 @@ def main(argv=None):
     model, meta, dataset = load_with_data(
         path, weights=arguments.weights, name=arguments.data, data_dir=arguments.data_dir, other_classes=True
     )
+    if not len(dataset.train_labels):
+        raise InputError(f"{dataset.source} has no training pictures: there is nothing to fit a classifier to")
     splits = dataset.train_images, dataset.test_images
     labels, classes = (dataset.train_labels, dataset.test_labels), len(dataset.class_names)
     print(

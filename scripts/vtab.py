@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from minivit import checkpoint
+from minivit import checkpoint, plots
 from minivit.backend import device_name, find_device
 from minivit.cli import Parser, run
 from minivit.errors import InputError
@@ -68,7 +68,9 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads; 0 for one per core [0]")
     parser.add_argument("--device", default="cpu", metavar="NAME",
                         help="where to compute: cpu, cuda, cuda:1, ... or auto [cpu]")  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", help="folder for vtab-METHOD.json and runs [vtab beside CHECKPOINT]")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for vtab-METHOD.json, .png and runs [vtab beside CHECKPOINT]"
+    )
     arguments = parser.parse_args(argv)
     if arguments.examples < 5 or arguments.steps < 1 or arguments.seed < 0:
         raise InputError("--examples must be at least 5, --steps at least 1 and --seed at least 0")
@@ -119,7 +121,8 @@ def main(argv=None):
     settings = {"checkpoint": str(path), "weights": meta["weights"], "method": arguments.method, **data,
                 "device": device_name(device)}  # fmt: skip
     write_json(file, settings | summary | {"tasks": details})
-    print(f"\nwritten to {file}")
+    plots.save_vtab(file.with_suffix(".png"), summary, title=f"VTAB, {arguments.method}: {path}")
+    print(f"\nwritten to {file} and .png")
     return 0
 
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from minivit import ViT, checkpoint, transfer
 from minivit.data import load
@@ -68,8 +69,6 @@ def test_neighbours(trained, tmp_path, call):
 
 
 def test_classes_that_the_model_was_not_trained_for(trained, tmp_path, call):
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for name, grey in (("dark", 20), ("light", 200)):

@@ -192,6 +192,7 @@ def test_the_script(folder, start, tmp_path, call, method, no_figures):
     ended = call("vtab", start, *flags, "--steps", 30, "--batch-size", 25, "--lr", 0.1)
     assert ended.status == 0 and ended.err == "", ended.err
     found = json.loads((tmp_path / "vtab" / f"vtab-{method}.json").read_text())
+    assert (tmp_path / "vtab" / f"vtab-{method}.png").read_bytes().startswith(b"\x89PNG")
     assert list(found["tasks"]) == ["pets", "svhn", "dmlab"] and len(found["missing"]) == 16
     scores = [each["accuracy"] for each in found["tasks"].values()]
     assert found["mean"] == pytest.approx(np.mean(scores)) and min(scores) > 0.6

@@ -6,7 +6,8 @@ r"""Pictures in folders that are too many to hold in memory, as ImageNet's are: 
 
 A line of val.txt is ``NAME CLASS``, separated by blanks or a comma, as in Kaggle's LOC_val_solution.csv; the class is
 the name of a folder in train, or its number in their sorted order, from 0, as in Caffe's val.txt. If every line is the
-name of a class alone, they are in the order of the pictures' names.
+name of a class alone, they are in the order of the pictures' names. Without a folder train there is nothing to learn
+from; a model can be tested then, and the classes are the folders of val.
 
 For testing, a picture's short side is scaled to image_size / 0.875, and the centre is cut out: 256 and 224.
 
@@ -155,12 +156,12 @@ def load_imagefolder(data_dir, image_size=224):
     Raises  InputError: folders, pictures or classes are missing.
     """
     root = Path(data_dir)
-    class_names = class_folders(root / "train")
+    split = "val" if (root / "val").is_dir() else "test"
+    class_names = class_folders(root / ("train" if (root / "train").is_dir() else split))
     train, labels = _in_class_folders(root, "train", class_names)
     for name, count in zip(class_names, np.bincount(labels, minlength=len(class_names)), strict=True):
-        if not count:
+        if not count and len(train):
             raise InputError(f"{root / 'train' / name} has no pictures ({', '.join(SUFFIXES)}); add some")
-    split = "val" if (root / "val").is_dir() else "test"
     flat = list(_files(root, split)) if (root / split).is_dir() else []
     if flat:
         test, test_labels = flat, _listed_classes(root / f"{split}.txt", [name for name, _ in flat], class_names)
