@@ -77,6 +77,8 @@ from minivit.loss import (
     squared_error_forward,
     squared_error_jvp,
 )
+from minivit.masked import MaskedConfig, MaskedViT, draw_plan, masked_table
+from minivit.model import ViTConfig
 
 B, N, D, HEADS, M, K = 2, 5, 12, 3, 7, 6  # pictures, tokens, width, heads (so Dh = 4), MLP width, classes
 
@@ -407,6 +409,34 @@ def _squared_error(rng):
     return forward, squared_error_backward, [y], ("y",)
 
 
+def _masked(config, masked):
+    def case(rng):
+        table = masked_table(config, masked)
+        images = rng.integers(0, 256, (3, config.image_size, config.image_size, config.channels), dtype=np.uint8)
+        plan = draw_plan(config, masked, 3, rng)
+
+        def forward(*values):
+            xp = array_module(*values)
+            model = MaskedViT(config, masked, flat=xp.concatenate([value.ravel() for value in values]))
+            prediction, cache = model.forward(xp.asarray(images), xp.asarray(plan), rng=np.random.default_rng(5))
+            return prediction, (model, cache)
+
+        def backward(dy, cache):
+            model, cache = cache
+            _, grads = model.gradient_buffer()
+            model.backward(dy, cache, grads)
+            return tuple(grads.values())
+
+        values = [0.5 * rng.standard_normal(spec.shape) for spec in table]
+        return forward, backward, values, tuple(spec.name for spec in table)
+
+    return case
+
+
+# nine patches of one channel, and hence eight colours
+_SMALL = ViTConfig(image_size=6, patch_size=2, channels=1, num_classes=3, width=4, depth=1, num_heads=2, mlp_dim=5,
+                   registers=1, drop_path=0.3)  # fmt: skip
+
 LAYERS = {
     "linear": _linear,
     "layernorm": _layernorm,
@@ -468,6 +498,8 @@ LAYERS = {
     "loss": _loss(False, 0.1),
     "loss-soft": _loss(True, 0.0),
     "squared_error": _squared_error,
+    "masked-mpp": _masked(_SMALL, MaskedConfig()),
+    "masked-mae": _masked(_SMALL, MaskedConfig(method="mae", decoder_width=4, decoder_heads=1, decoder_depth=1)),
 }
 
 
@@ -479,6 +511,12 @@ def _named_jvp(jvp):
         return jvp(zdot, dict(zip(names, tangents, strict=True)), cache)
 
     return positional
+
+
+def _masked_jvp(*arguments):
+    *tangents, (model, cache) = arguments
+    xp = array_module(*tangents)
+    return model.jvp(xp.concatenate([tangent.ravel() for tangent in tangents]), cache)
 
 
 JVPS = {
@@ -513,6 +551,7 @@ JVPS = {
     "resnet": _named_jvp(resnet_jvp),
     "loss": softmax_cross_entropy_jvp,
     "squared_error": squared_error_jvp,
+    "masked": _masked_jvp,
 }  # of each case in LAYERS, by the part of its name before "-"
 
 _TINY = {

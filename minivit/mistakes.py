@@ -76,6 +76,7 @@ _targets = _in("loss", "soft_targets")
 _squared_error = _in("loss", "squared_error_backward")
 _model = _in("model", "ViT.backward")
 _model_positions = _in("model", "ViT._position_backward")
+_masked = _in("masked", "MaskedViT.backward")
 _sgd = _in("optim", "SGD.step")
 _adam = _in("optim", "Adam._update")
 _clip = _in("optim", "clip_by_global_norm")
@@ -532,6 +533,14 @@ MISTAKES = (
         "model-first-block-skipped", "for i in reversed(range(self.config.depth)):",
         "for i in reversed(range(1, self.config.depth)):",
         "the first block is left out of the backward pass", "count the blocks",
+    ),
+    _masked(
+        "masked-one-place", "dmasks.sum(axis=1, keepdims=True)", "dmasks[:, :1]",
+        "the decoder's mask token gets the gradient of the first masked patch alone", "how often is it there?",
+    ),
+    _masked(
+        "masked-position-mean", "dz.sum(axis=0, keepdims=True)", "dz.mean(axis=0, keepdims=True)",
+        "the position embedding's gradient is averaged over the batch instead of summed", "how many pictures share it?",
     ),
     _sgd(
         "sgd-momentum-forgets", "m *= self.momentum", "m *= 0.0", "momentum keeps nothing of the past steps",

@@ -73,6 +73,8 @@ EXPOSED_BY = {
     "corrupt: dmask_token": "corrupt-mask-first-picture corrupt-mask-mean",
     "gather: dz": "gather-first-rows",
     "squared_error: dy": "squared-error-half",
+    "masked-mae: dmask_token": "masked-one-place",
+    "masked-mpp: dpos_embed": "masked-position-mean",
     "sequence_pool: dx": "sequence-pool-weights-constant sequence-pool-mean",
     "sequence_pool: dx dW db": "sequence-pool-no-softmax",
     "head: dz": "head-class-token-everywhere",
