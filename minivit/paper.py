@@ -302,7 +302,7 @@ def sweep_of(context, name):
         prepared = [prepare(row.recipe)[:3] for row in sweep.rows]
         print(f"{name}: measuring {len(prepared)} settings", flush=True)
         times = [time_of_epochs(*each, probe=PROBE) for each in prepared]
-        epochs = scaled_epochs(times, [config.epochs for *_, config in prepared], (1 - RESERVE) * context.budget)
+        epochs = scaled_epochs(times, [config.epochs for *_, config in prepared], (1 - RESERVE) * context.share)
         plan = {
             "budget": context.budget,
             "of": made_of,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from minivit import analysis, checkpoint, paper, paper_plots
+from minivit import analysis, budget, checkpoint, paper, paper_plots
 from minivit.data import load
 from minivit.errors import InputError
 from minivit.train import Trainer
@@ -58,6 +58,10 @@ def test_the_list(call, tmp_path, trained):
 
 
 def test_figures_of_a_run(call, tmp_path, trained):
+    other = tmp_path / "other"
+    other.mkdir()
+    arrays, meta = checkpoint.load(trained / "last.npz")
+    checkpoint.save(other / "last.npz", arrays | {"params/head.bias": arrays["params/head.bias"] + 1}, meta)
     common = ["--run", trained, "--out", tmp_path / "p"]
     ended = call("paper", *OF_A_MODEL, *common)
     assert ended.status == 0, ended.err
@@ -75,7 +79,12 @@ def test_figures_of_a_run(call, tmp_path, trained):
     assert call("paper", "filters", *common, "--again").status == 0
     assert (tmp_path / "p" / "filters.png").stat().st_mtime_ns > before
     assert call("paper", "list", *common).out.count("  made\n") == 4
-    ended = call("paper", "filters", "--run", trained / "best.npz", "--out", tmp_path / "p", "--format", "svg")
+    ended = call("paper", "filters", "--run", other / "last.npz", "--out", tmp_path / "p")
+    assert (
+        "already" not in ended.out
+        and call("paper", "list", "--run", other, "--out", tmp_path / "p").out.count("  made\n") == 1
+    )
+    ended = call("paper", "filters", *common, "--format", "svg")
     assert ended.status == 0 and (tmp_path / "p" / "filters.svg").exists()
     assert index_of(tmp_path / "p")["filters"]["files"] == ["filters.svg"]
 
@@ -176,12 +185,20 @@ def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeyp
     assert ended.status == 2 and "cut for another budget (32 s, not 3600 s); choose another --out" in ended.err
 
 
-def test_measured_times_of_a_sweep(call, tmp_path, sweep):
-    ended = call("paper", "tiny", "--out", tmp_path / "p", "--quiet", "--budget", "0.01s")
+def test_measured_times_of_two_sweeps(call, tmp_path, sweep, monkeypatch):
+    """A step takes 0.01 s; an epoch of 6 steps and 360 predictions, a third of a step each 256, 0.0647 s."""
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + 0.01 * a[3])
+    other = sweep.with_name("other.toml")
+    other.write_text(sweep.read_text())
+    entries = [paper.sweep_entry(name, "Table 0", "Tiny", "all of it") for name in ("tiny", "other")]
+    monkeypatch.setattr(paper, "ENTRIES", entries)
+    ended = call("paper", "tiny", "--out", tmp_path / "p", "--quiet", "--budget", "0.13s")  # 0.1235 after the reserve
     assert ended.status == 2 and "larger --budget" in ended.err and ended.err.count("\n") == 1
-    ended = call("paper", "--all", "--out", tmp_path / "p", "--quiet", "--budget", "10m")
+    # four epochs of the one and two of the other take 0.388 s, three and one 0.259 s: each sweep has half of the budget
+    ended = call("paper", "--all", "--out", tmp_path / "p", "--quiet", "--budget", "0.6s")
     assert ended.status == 0, ended.err
-    assert json.loads((tmp_path / "p" / "tiny" / "plan.json").read_text())["epochs"] == {"AdamW": 4, "SGD": 2}
+    for name in ("tiny", "other"):
+        assert json.loads((tmp_path / "p" / name / "plan.json").read_text())["epochs"] == {"AdamW": 3, "SGD": 1}
 
 
 def test_the_budget_is_shared_out(call, tmp_path, monkeypatch):
