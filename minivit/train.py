@@ -333,8 +333,6 @@ class Trainer:
             )
         if config.cutout >= height:
             raise InputError(f"cutout {config.cutout} may hide whole pictures; they have {height} pixels")
-        if config.whiten and model_config.stem:
-            raise InputError("whiten is for patches of pixels; with a stem, which makes maps of them, leave it out")
         _check_memory(model_config, config)
         if model_config.gelu == "erf":
             erf(np.zeros(1))  # SciPy is optional: say so before anything is written
