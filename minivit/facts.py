@@ -15,10 +15,14 @@ import numpy as np
 from minivit.engine import Engine
 from minivit.layers.attention import attention_backward, attention_forward
 from minivit.layers.block import block_forward
+from minivit.layers.conv2d import conv2d_forward
 from minivit.layers.flash_attention import flash_attention_backward, flash_attention_forward
+from minivit.layers.groupnorm import groupnorm_forward
 from minivit.layers.layernorm import layernorm_backward, layernorm_forward
+from minivit.layers.max_pool import max_pool_backward, max_pool_forward
 from minivit.layers.relative_attention import relative_attention_forward
 from minivit.layers.softmax import softmax_forward
+from minivit.layers.weight_standardization import weight_standardization_forward
 from minivit.loss import soft_targets, softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, SGD, Adam, AdamW, clip_by_global_norm, learning_rate
@@ -160,6 +164,40 @@ def sequence_pooling_of_equal_scores_is_the_mean():
     (loss, grads), (expected_loss, expected) = (_loss_and_gradients(m.config, m.flat) for m in (seq, mean))
     shared = {name: grads[name] for name in expected}
     return max(_error(loss, expected_loss), _error(_joined(shared), _joined(expected)))
+
+
+def convolution_and_pooling_are_their_definitions():
+    """Window by window, with an odd border row and column after the map, zeros or -infinity."""
+    rng, errors = np.random.default_rng(0), []
+    x, w = rng.standard_normal((2, 4, 6, 3)) - 2.0, rng.standard_normal((3, 3, 3, 4))
+    conv, pool = conv2d_forward(x, w, stride=2)[0], max_pool_forward(x)[0]
+    for r, c in np.ndindex(2, 3):
+        window = x[:, 2 * r : 2 * r + 3, 2 * c : 2 * c + 3]  # what lies beyond the map is cut off
+        seen = w[: window.shape[1], : window.shape[2]]
+        errors.append(conv[:, r, c] - np.tensordot(window, seen, 3))
+        errors.append(pool[:, r, c] - window.max(axis=(1, 2)))
+    return max(np.abs(error).max() for error in errors)
+
+
+def of_equal_numbers_the_first_is_pooled():
+    """The gradient of a map of equal numbers goes to the first pixel of each window."""
+    dx = max_pool_backward(np.ones((1, 2, 2, 1)), max_pool_forward(np.zeros((1, 4, 4, 1)))[1])
+    return np.abs(dx[0, :, :, 0] - np.outer([1, 0, 1, 0], [1, 0, 1, 0])).max()
+
+
+def groupnorm_is_layernorm_of_each_group_of_neighbours():
+    """The numbers of a group, all positions of neighbouring channels, are one row of a LayerNorm."""
+    x = np.random.default_rng(0).standard_normal((2, 5, 3, 6)) * np.arange(1, 7)
+    rows = x.reshape(2, 15, 3, 2).swapaxes(1, 2).reshape(2, 3, 30)  # (B, groups, numbers)
+    expected = layernorm_forward(rows, np.ones(30), np.zeros(30))[0].reshape(2, 3, 15, 2).swapaxes(1, 2)
+    return np.abs(groupnorm_forward(x, np.ones(6), np.zeros(6), groups=3)[0] - expected.reshape(x.shape)).max()
+
+
+def kernels_are_standardised():
+    """Mean 0 and deviation s / (s + 1e-5), whatever the scale s."""
+    w = np.random.default_rng(0).standard_normal((3, 3, 4, 5)) * [1e-6, 1e-5, 1e-3, 1.0, 1e3] + 0.5
+    what, s = weight_standardization_forward(w)[0], w.std(axis=(0, 1, 2))
+    return max(np.abs(what.mean(axis=(0, 1, 2))).max(), np.abs(what.std(axis=(0, 1, 2)) - s / (s + 1e-5)).max())
 
 
 def registers_are_a_set():
@@ -410,6 +448,10 @@ FACTS = {
         layer_scale_of_ones_is_none,
         qk_norm_ignores_the_scale_of_queries_and_keys,
         sequence_pooling_of_equal_scores_is_the_mean,
+        convolution_and_pooling_are_their_definitions,
+        of_equal_numbers_the_first_is_pooled,
+        groupnorm_is_layernorm_of_each_group_of_neighbours,
+        kernels_are_standardised,
         registers_are_a_set,
         registers_that_nobody_heeds_change_nothing,
         rows_and_columns_are_positions,

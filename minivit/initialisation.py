@@ -62,12 +62,19 @@ def mimetic(model, *, seed=0):
 def whiten(model, images, *, seed=0):
     """Write the whitening patch embedding of the pictures (n, H, W, C) into a model on the host.
 
-    The first 2,048 pictures count. Where the width is below the P P C numbers of a patch, the directions of the largest
-    variance are kept.
+    The first 2,048 pictures count; behind a stem, the patches are those of its maps. Where the width is below the P P C
+    numbers of a patch, the directions of the largest variance are kept.
     """
     c = model.config
     W, b = model.params["patch_embed.proj.weight"], model.params["patch_embed.proj.bias"]
-    x = patchify(pixels(images[:WHITENING_PICTURES], np.float64), c.patch_size)
+    images = images[:WHITENING_PICTURES]
+    if c.stem:  # some pictures at a time: its cache is large
+        x = np.concatenate([model.feature_map(images[i : i + 64])[0] for i in range(0, len(images), 64)]).astype(
+            np.float64
+        )
+    else:
+        x = pixels(images, np.float64)
+    x = patchify(x, c.patch_size)
     x = x.reshape(-1, x.shape[-1])  # (patches, P P C)
     mean = x.mean(axis=0)
     x = x - mean

@@ -70,6 +70,17 @@ _corrupt = _in("layers.corrupt", "corrupt_backward")
 _gather = _in("layers.gather", "gather_backward")
 _sequence_pool = _in("layers.sequence_pool", "sequence_pool_backward")
 _head = _in("layers.head", "head_backward")
+_padding = _in("layers.conv2d", "same_padding")
+_conv = _in("layers.conv2d", "conv2d_backward")
+_standardization = _in("layers.weight_standardization", "weight_standardization_backward")
+_forward_of_standardization = _in("layers.weight_standardization", "weight_standardization_forward")
+_group_mean = _in("layers.groupnorm", "_group_mean")
+_groupnorm = _in("layers.groupnorm", "groupnorm_backward")
+_relu = _in("layers.relu", "relu_backward")
+_forward_of_pool = _in("layers.max_pool", "max_pool_forward")
+_pool = _in("layers.max_pool", "max_pool_backward")
+_conv_norm = _in("layers.resnet", "conv_norm_backward")
+_bottleneck = _in("layers.resnet", "bottleneck_backward")
 _forward_of_loss = _in("loss", "softmax_cross_entropy_forward")
 _loss = _in("loss", "softmax_cross_entropy_backward")
 _targets = _in("loss", "soft_targets")
@@ -473,6 +484,82 @@ MISTAKES = (
         "head-tanh-skipped", "du = dy * (1.0 - cache.tanh * cache.tanh)", "du = dy * 1.0",
         "the gradient passes by the tanh", "count the steps of the forward",
     ),
+    _padding(
+        "conv-padding-before", "return total // 2, total - total // 2", "return total - total // 2, total // 2",
+        "an odd row of zeros is put before the map instead of after it", "which pixels does the first window see?",
+    ),
+    _conv(
+        "conv-windows-overwrite", "met += ", "met[...] = ",
+        "a pixel keeps the gradient of the last window that sees it", "how many windows see a pixel?",
+    ),
+    _conv(
+        "conv-kernel-flipped", "dcolumns[:, :, :, i, j]", "dcolumns[:, :, :, -1 - i, -1 - j]",
+        "the gradient goes back through the kernel turned by 180 degrees", "which weight met which pixel?",
+    ),
+    _standardization(
+        "standardization-dropped-mean", "(dwhat - _mean(dwhat)) / (std + eps)", "dwhat / (std + eps)",
+        "the mean term, from w - mean(w), is missing in dw", "what does subtracting the mean do on the way back?",
+    ),
+    _standardization(
+        "standardization-deviation-constant", "dw -= what * (_mean(dwhat * what) / (std + (std == 0)))", "pass",
+        "the standard deviation is treated as a constant", "does std depend on w?",
+    ),
+    _forward_of_standardization(
+        "standardization-eps-in-variance", "std = _mean(wc * wc) ** 0.5", "std = (_mean(wc * wc) + eps) ** 0.5 - eps",
+        "eps is added to the variance instead of the standard deviation", "what becomes of tiny kernels?",
+    ),
+    _group_mean(
+        "groupnorm-strided-groups",
+        "means.reshape(B, groups, C // groups).mean(axis=2, keepdims=True)  # (B, G, 1)\n"
+        "    return xp.broadcast_to(means, (B, groups, C // groups))",
+        "means.reshape(B, C // groups, groups).mean(axis=1, keepdims=True)\n"
+        "    return xp.broadcast_to(means, (B, C // groups, groups))",
+        "every third channel, say, is a group, instead of neighbours", "which channels belong together?",
+    ),
+    _groupnorm(
+        "groupnorm-channels-alone", "_group_mean(product, groups)", "_group_mean(product, C)",
+        "the variance term is averaged over each channel alone", "over what was the variance taken?",
+    ),
+    _groupnorm(
+        "groupnorm-no-weight", "dxhat = dy * w", "dxhat = dy * 1.0",
+        "dy is not multiplied by w on its way to xhat", "y = xhat w + b: what is dxhat?",
+    ),
+    _relu(
+        "relu-of-the-gradient", "(cache.y.real > 0)", "(dy.real > 0)",
+        "the gradient is cut off where it is negative, not where the input was", "whose sign tells the slope?",
+    ),
+    _forward_of_pool(
+        "max-pool-zero-border", 'float("-inf")', "0.0",
+        "the border is of zeros, which are larger than a window of negative numbers", "pool a map of -1",
+    ),
+    _forward_of_pool(
+        "max-pool-last-tie", "larger = met.real > y.real", "larger = met.real >= y.real",
+        "of equal numbers the last one gets the gradient", "what does the official code do with a window of zeros?",
+    ),
+    _pool(
+        "max-pool-windows-overwrite", "met += ", "met[...] = ",
+        "a pixel that wins several windows keeps the gradient of the last", "may a pixel win twice?",
+    ),
+    _pool(
+        "max-pool-shared-out", "dy * (cache.winner == t)", "dy / 9 + 0 * (cache.winner == t)",
+        "the gradient is shared out over the window, as if the pooling were a mean", "who moves the maximum?",
+    ),
+    _conv_norm(
+        "conv-kernel-not-standardised", "dkernel = weight_standardization_backward(dkernel, cache.standardization)",
+        "pass", "the gradient is that of the standardised kernel", "which kernel is learned?",
+    ),
+    _bottleneck(
+        "bottleneck-shortcut-dropped", "return dx + dshortcut", "return dx",
+        "the gradient of the shortcut is lost", "a sum hands its gradient to both terms",
+    ),
+    _bottleneck(
+        "bottleneck-shortcut-past-relu", "dshortcut = ds\n", "dshortcut = dy\n",
+        "the shortcut's gradient passes by the last ReLU", "what comes after the sum?",
+    ),
+    _bottleneck(
+        "bottleneck-relu-skipped", "dx = relu_backward(dx, cache.relu1)", "pass",
+        "the gradient passes by the first ReLU", "count the three of them",
+    ),
     _loss(
         "loss-mean-twice", "dlogits *= dloss / denominator", "dlogits *= dloss / denominator / len(dlogits)",
         "the gradient is divided by the batch size twice", "who divides by B?",
@@ -515,6 +602,10 @@ MISTAKES = (
     _model(
         "model-registers-not-trained", 'grads["reg_token"] += dreg_token', "pass",
         "the registers are in no update", "is every parameter trained?",
+    ),
+    _model(
+        "model-stem-not-trained", "self._of_stem(grads)", "self._of_stem(self.gradient_buffer()[1])",
+        "the stem is in no update", "is every parameter trained?",
     ),
     _model(
         "model-positions-of-blocks-not-trained",

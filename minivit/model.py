@@ -452,14 +452,20 @@ class ViT:
             "drop_path": self.drop_path_rate(i),
         }
 
+    def feature_map(self, images):
+        """What patches are cut from, the pictures as `pixels` or the stem's map of them, and the stem's cache or None.
+
+        Shapes  images (B, H, W, C)  ->  (B, H / stride, W / stride, C'), with ``stem_stride`` and ``patch_channels``
+        """
+        c, x = self.config, pixels(images, self.flat.dtype)
+        return resnet_forward(x, self._stem, units=c.stem_units, groups=c.stem_groups) if c.stem else (x, None)
+
     def _embed(self, images, rng):
         c, p = self.config, self.params
         if images.ndim != 4 or images.shape[1:] != (c.image_size, c.image_size, c.channels):
             expected = f"(B, {c.image_size}, {c.image_size}, {c.channels})"
             raise InputError(f"this model takes pictures of shape {expected}, got {tuple(images.shape)}")
-        x, stem = pixels(images, self.flat.dtype), None
-        if c.stem:
-            x, stem = resnet_forward(x, self._stem, units=c.stem_units, groups=c.stem_groups)
+        x, stem = self.feature_map(images)
         z, embed = patch_embed_forward(
             x,
             p["patch_embed.proj.weight"],

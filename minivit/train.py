@@ -371,8 +371,6 @@ class Trainer:
             raise InputError(f"cutout {config.cutout} may hide whole pictures; they have {height} pixels")
         if config.crop_area and not is_lazy(dataset.train_images):
             raise InputError(f"crop_area cuts pictures out of larger files; {dataset.name} has none: leave it 0")
-        if config.whiten and model_config.stem:
-            raise InputError("whiten is for patches of pixels; with a stem, which makes maps of them, leave it out")
         _check_memory(model_config, config)
         if model_config.gelu == "erf":
             erf(np.zeros(1))  # SciPy is optional: say so before anything is written

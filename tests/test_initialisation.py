@@ -57,3 +57,17 @@ def test_whitened_patches_have_no_preferred_direction(width):
     np.testing.assert_allclose(variances, expected, rtol=1e-6)
     assert variances.min() > 0.75 * variances.max()
     assert (model.flat != before).sum() == 48 * width + width  # nothing else has changed
+
+
+def test_behind_a_stem_the_patches_of_its_maps_are_whitened():
+    images = np.random.default_rng(0).integers(0, 256, (130, 16, 16, 3), dtype=np.uint8)  # two parts of 64, and two
+    config = ViTConfig(
+        image_size=16, patch_size=2, stem="root", stem_width=8, stem_groups=2, width=40, depth=1, num_heads=2
+    )
+    model = ViT(config, dtype=np.float64)
+    initialisation.whiten(model, images, seed=1)
+    x = patchify(model.feature_map(images)[0], 2).reshape(-1, 32)
+    z = x @ model.params["patch_embed.proj.weight"] + model.params["patch_embed.proj.bias"]
+    np.testing.assert_allclose(z.mean(axis=0), 0.0, atol=1e-9)
+    variances = np.linalg.eigvalsh(z.T @ z / len(z))[-32:]
+    assert variances.min() > 0.7 * variances.max()

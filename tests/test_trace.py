@@ -81,7 +81,7 @@ def everything():
         for name, module in list(sys.modules.items())
         if name.startswith("minivit")
         for key, value in vars(module).items()
-        if key.endswith(("_forward", "_backward")) and not value.__module__.startswith("minivit.kernels")
+        if key.endswith(("_forward", "_backward")) and value.__module__.startswith(("minivit.layers", "minivit.loss"))
     }
 
 

@@ -71,9 +71,15 @@ def weight_standardization_backward(dwhat, cache):
 
 
 def weight_standardization_jvp(wdot, cache):
-    """Forward-mode derivative of `weight_standardization_forward`, whose Jacobian is symmetric: a projection, scaled.
+    """Forward-mode derivative of `weight_standardization_forward`: its Jacobian is symmetric.
 
-    Math    whatdot = (wdot - mean(wdot)) / (std + eps) - (what / std) mean(wdot what)
+    Math    wcdot = wdot - mean(wdot);  stddot = mean(wc wcdot) / std;  whatdot = (wcdot - what stddot) / (std + eps)
     Shapes  wdot (kh, kw, I, O)  ->  whatdot (kh, kw, I, O)
     """
-    return weight_standardization_backward(wdot, cache)
+    what, std, eps = cache
+    # wc = w - mean
+    wcdot = wdot - _mean(wdot)
+    # std = sqrt(mean(wc^2)), wc = what (std + eps); where it is zero, so is what
+    stddot = _mean(what * wcdot) * (std + eps) / (std + (std == 0))
+    # what = wc / (std + eps)
+    return (wcdot - what * stddot) / (std + eps)
