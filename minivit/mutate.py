@@ -469,7 +469,8 @@ def units_of(path, *, root=ROOT):
 
     visit(tree.children, "")
     if path.parent.name == "layers":
-        chosen, waiting = set(), [n for n in found if n.endswith(("_backward", "_jvp"))]
+        gradients = [n for n in found if n.endswith(("_backward", "_jvp"))]
+        chosen, waiting = set(), gradients or list(found)  # axial.py only moves numbers, forward and back
         while waiting:
             name = waiting.pop()
             chosen.add(name)

@@ -90,9 +90,10 @@ def test_every_mutant_is_a_program_of_its_own_and_messages_are_left_alone():
 def test_what_is_mutated():
     units = {(u.file, u.function) for u in mutate.all_units()}
     layers = {p.stem for p in (ROOT / "minivit" / "layers").glob("*.py")} - {"__init__"}
-    for layer in layers:
+    for layer in layers - {"axial"}:
         assert {(f"minivit/layers/{layer}.py", f"{layer}_{kind}") for kind in ("backward", "jvp")} <= units
     assert ("minivit/layers/patch_embed.py", "unpatchify") in units  # called by a backward
+    assert {("minivit/layers/axial.py", name) for name in ("to_axis", "from_axis")} <= units  # their own backwards
     assert not {("minivit/layers/gelu.py", "gelu_forward"), ("minivit/model.py", "ViT.forward")} & units
     for unit in (
         ("loss", "soft_targets"),
@@ -100,6 +101,7 @@ def test_what_is_mutated():
         ("optim", "AdamW.decoupled"),
         ("engine", "Engine.predict"),
         ("model", "ViT.gradient_buffer"),
+        ("model", "ViT._position_backward"),
         ("model", "ViT.backward"),
         ("model", "ViT.jvp"),
         ("backend", "matmul"),
