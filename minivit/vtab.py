@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minivit import checkpoint
 from minivit.data import Dataset, validated
 from minivit.data.folder import load_folder, pillow_modules
 from minivit.errors import InputError
@@ -154,7 +155,7 @@ def fine_tune(model, dataset, out, *, steps=STEPS, seed=0, workers=0, device="cp
 
     ``changes`` are other settings of `TrainConfig`. The schedule has as many whole epochs as ``steps`` need.
     Returns  the run's summary, or None if it was stopped by a signal
-    Raises  InputError: see `Trainer`.
+    Raises  InputError: see `Trainer`, or the folder holds a run that began with another model.
     """
     settings = FINE_TUNING | {"batch_size": BATCH} | changes
     batch = settings["batch_size"] = min(settings["batch_size"], len(dataset.train_labels))
@@ -164,8 +165,11 @@ def fine_tune(model, dataset, out, *, steps=STEPS, seed=0, workers=0, device="cp
         epochs=epochs, warmup_epochs=WARMUP / STEPS * steps / per_epoch, evaluate_every=epochs, seed=seed,
         workers=workers, device=device, **settings,
     )  # fmt: skip
-    run = FineTuning(model, dataset, config, out, progress=progress)
-    if (Path(out) / LAST).exists():
+    start = zlib.crc32(model.flat)
+    run = FineTuning(model, dataset, config, out, describe={"start": start}, progress=progress)
+    if (last := Path(out) / LAST).exists():
+        if checkpoint.load(last)[1].get("data", {}).get("start") != start:
+            raise InputError(f"{last} began with other parameters than those of this model; choose another --out")
         run.restore()
     return run.run()
 

@@ -165,6 +165,10 @@ def test_fine_tuning_learns_and_goes_on_where_it_stopped(folder, tmp_path, no_fi
     assert train["warmup_epochs"] == pytest.approx(8 / 3)  # a fifth, as 500 of 2,500
     again = fine_tune(model, data, tmp_path / "whole", **settings)
     assert again["test_accuracy"] == whole["test_accuracy"] and again["train_seconds"] == whole["train_seconds"]
+    with pytest.raises(InputError, match="began with other parameters than those of this model; choose another --out"):
+        fine_tune(ViT(MODEL, seed=4), data, tmp_path / "whole", **settings)
+    with pytest.raises(InputError, match="trained with other settings: lr 0.1 there"):
+        fine_tune(model, data, tmp_path / "whole", **(settings | {"lr": 0.2}))
 
 
 def test_means_by_hand():
