@@ -146,15 +146,6 @@ def load(path):
     return arrays, meta
 
 
-def is_checkpoint(path):
-    """Does a file look like a checkpoint? (`load` tells whether it is a whole one.)"""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return "meta.npy" in archive.namelist()
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        return False
-
-
 def config_of(meta, path):
     """The `ViTConfig` that a checkpoint's meta describes.
 

@@ -28,7 +28,7 @@ def load_any(path, *, weights="auto", changes=None, **options):
     Raises  InputError: the file is missing, damaged, or of no kind known here.
     """
     path = Path(path)
-    if checkpoint.is_checkpoint(path) or not path.exists():
+    if not pretrained.is_readable(path):
         model, meta = checkpoint.load_model(path, weights=weights)
         checkpoint.class_names_of(meta, path)
         if given := [name for name, value in options.items() if value]:

@@ -35,7 +35,16 @@ from minivit.errors import InputError
 from minivit.layers.patch_embed import sincos2d
 from minivit.model import PAPER_SIZES, ViT, ViTConfig, parameter_table
 from minivit.settings import field_names
-from minivit.tensorfiles import FLOATS, Tensor, open_tensors, read_json, refused, write_npz, write_safetensors
+from minivit.tensorfiles import (
+    FLOATS,
+    Tensor,
+    is_foreign,
+    open_tensors,
+    read_json,
+    refused,
+    write_npz,
+    write_safetensors,
+)
 
 LAYOUTS = ("official", "timm", "hf")
 MODEL_FILE = "model.safetensors"
@@ -586,6 +595,16 @@ def _tokens(found):
     return tokens | {"cls_token": prefix[:c], "reg_token": prefix[c:]}
 
 
+def _file_of(path):
+    path = Path(path)
+    return path / MODEL_FILE if path.is_dir() else path
+
+
+def is_readable(path):
+    """Is this a file, or a folder with one, for `read`, rather than a checkpoint of minivit?"""
+    return is_foreign(_file_of(path))
+
+
 def describe(path, **options):
     """What is in a file, or in ``model.safetensors`` of a folder, without reading its tensors: a `Found`.
 
@@ -595,8 +614,7 @@ def describe(path, **options):
     `ViTConfig` to be set whatever the file says.
     Raises  InputError: there is no such file, it is broken, of no layout known here, or of a model that ours is not.
     """
-    path = Path(path)
-    path = path / MODEL_FILE if path.is_dir() else path
+    path = _file_of(path)
     tensors = open_tensors(path)
     with refused(path):
         return describe_tensors(tensors, read_json(path.with_name("config.json")), str(path), **options)

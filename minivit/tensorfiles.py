@@ -28,6 +28,7 @@ from minivit.errors import InputError
 
 BFLOAT16 = "bfloat16"
 FLOATS = ("float16", BFLOAT16, "float32", "float64")
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
 PICKLE_ADVICE = (
     "is a pickle, which can run any program when it is read, and minivit reads none; if you trust it, write it as "
     'safetensors: python -c "import torch, safetensors.torch as s; '
@@ -190,9 +191,25 @@ def open_tensors(path):
             return _open_npz(path)
         if start[8:] == b"{":
             return _open_safetensors(path)
-        if start[:1] == b"\x80" or path.suffix in (".bin", ".pt", ".pth", ".pkl"):
+        if start[:1] == b"\x80" or path.suffix in PICKLES:
             raise InputError(f"{path} {PICKLE_ADVICE}")
     raise InputError(f"{path} is neither an .npz nor a .safetensors file, or it is truncated")
+
+
+def is_foreign(path):
+    """Does a file look like one for `open_tensors`, rather than like a checkpoint of minivit, or like nothing?"""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[:2] != b"PK":
+        return start[8:] == b"{" or start[:1] == b"\x80" or path.suffix in PICKLES
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "meta.npy" not in archive.namelist()
+    except Exception:  # zipfile raises nearly anything for a broken file; the reader of checkpoints says what it is
+        return False
 
 
 def write_npz(path, arrays):

@@ -56,7 +56,7 @@ def show(config, notes, keys):
 
 def info(path, **options):
     """Print what is in a file."""
-    if checkpoint.is_checkpoint(path):
+    if not pretrained.is_readable(path):
         arrays, meta = checkpoint.load(path)
         config = checkpoint.config_of(meta, path)
         print(f"{path}: checkpoint of minivit, {', '.join(sorted({a.dtype.name for a in arrays.values()}))}")

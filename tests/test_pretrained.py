@@ -394,6 +394,13 @@ def test_what_was_written_is_read_as_it_was(tmp_path, layout, changes):
         np.testing.assert_array_equal(pretrained.read(path)[0].flat, model.flat)
 
 
+def test_timms_ratio_gives_the_mlp_its_width():
+    """timm cuts width * ratio off to a whole number, which may be one too small."""
+    for width, mlp_dim in ((28, 61), (44, 15), (44, 49), (12, 20), (8, 32)):
+        config = ViTConfig(width=width, num_heads=2, mlp_dim=mlp_dim)
+        assert int(width * pretrained.timm_arguments(config)["mlp_ratio"]) == mlp_dim
+
+
 @pytest.mark.parametrize("layout", pretrained.LAYOUTS)
 @pytest.mark.parametrize("positions", ["sincos2d", "none"])
 def test_fixed_positions_are_written_as_their_table(tmp_path, layout, positions):
