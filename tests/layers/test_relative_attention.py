@@ -27,8 +27,8 @@ def test_one_head_alone_is_a_batch_of_one(Q):
     dy = np.random.default_rng(1).standard_normal(y.shape)
     *gradients, dr = relative_attention_backward(dy, cache)
     *wanted, wanted_dr = relative_attention_backward(dy[None, None], expected_cache)
-    for a, b in zip([*gradients, dr[None]], [*(g[0] for g in wanted), wanted_dr[None]], strict=True):
-        np.testing.assert_allclose(a, b[0], rtol=1e-12, atol=1e-14)
+    for a, b in zip([*gradients, dr], [*(g[0, 0] for g in wanted), wanted_dr], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
     ydot = relative_attention_jvp(q, v[:, ::-1], k, 2 * r, cache)
     wanted = relative_attention_jvp(batch[0], batch[2][..., ::-1], batch[1], 2 * r, expected_cache)
     np.testing.assert_allclose(ydot, wanted[0, 0], rtol=1e-12, atol=1e-14)
