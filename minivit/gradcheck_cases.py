@@ -475,6 +475,7 @@ LAYERS = {
     "registers-front": _registers(0),
     "position": _position(0, 0),
     "position-registers": _position(1, 2),
+    "position-front": _position(0, 2),
     "position2d": _position2d,
     "corrupt": _corrupt,
     "gather": _gather,

@@ -48,7 +48,7 @@ def position2d_backward(dz, cache):
     """
     g, D = cache.grid_size, dz.shape[-1]
     # z' = z + [X, Y], X broadcast over pictures and rows, Y over pictures and columns
-    dgrid = dz[:, -g * g :].sum(axis=0, keepdims=True).reshape(1, g, g, D)
+    dgrid = dz[:, -g * g :].sum(axis=0).reshape(1, g, g, D)
     dX = dgrid[..., : D // 2].sum(axis=1)  # (1, g, D/2)
     dY = dgrid[..., D // 2 :].sum(axis=2)
     return dz, dX, dY
