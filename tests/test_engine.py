@@ -115,6 +115,21 @@ def test_accumulated_batches_are_one_batch(data, workers):
         assert np.isclose(total, loss, rtol=1e-12)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_frozen_parameters_have_no_gradient_and_the_others_the_same(data, workers):
+    images, labels = data
+    model = model_of()
+    trained = np.random.default_rng(2).integers(0, 2, model.flat.size).astype(float)
+    grads = []
+    for mask in (None, trained):
+        with Engine(model, workers=workers, micro_batch=4, trained=mask) as engine:
+            for k, part in enumerate((slice(0, 10), slice(10, 23))):
+                engine.gradient(images[part], labels[part], denominator=23, accumulate=k > 0)
+            grads.append(engine.grad.copy())
+    np.testing.assert_array_equal(grads[1], grads[0] * trained)
+    assert 0 < np.count_nonzero(grads[1]) < np.count_nonzero(grads[0])
+
+
 def test_predict_streams_every_picture(data):
     model = model_of()
     expected = model.predict(data[0])

@@ -162,6 +162,18 @@ def test_muon_moves_matrices_by_muon_and_the_rest_by_adamw():
     assert orthogonal == 4 * SMALL.depth and muon.steps == 3
 
 
+def test_muon_decays_what_the_mask_says():
+    """Without a gradient nothing else moves a matrix."""
+    model = ViT(SMALL, dtype=np.float64)
+    mask, name = parameters.decay_mask(model.table, np.float64), "blocks.0.mlp.fc1.weight"
+    parameters.views(mask, model.table)[name][...] = 0.0
+    before, muon = model.flat.copy(), Muon(model.flat, mask, table=model.table, weight_decay=0.5)
+    muon.step(model.flat, np.zeros_like(model.flat), 0.1)
+    np.testing.assert_allclose(model.flat, before * (1.0 - 0.05 * mask), rtol=1e-12)
+    assert parameters.views(before, model.table)[name].all()
+    np.testing.assert_array_equal(model.params[name], parameters.views(before, model.table)[name])
+
+
 def test_muon_gives_the_same_bits_in_threads():
     flats = []
     for threads in (False, True):
