@@ -40,5 +40,6 @@ import json, pathlib, sys
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*/summary.json")):
     summary = json.loads(path.read_text())
     name, figures = path.parent.name, f"{summary['epochs']:4d} epochs {summary['train_seconds']:7.0f} s"
-    print(f"{name:24s} {figures}   test accuracy {summary['test_accuracy']:.2%}, loss {summary['test_loss']:.4f}")
+    what = "of masked patches" if "chance_loss" in summary else "test accuracy"
+    print(f"{name:24s} {figures}   {what} {summary['test_accuracy']:.2%}, loss {summary['test_loss']:.4f}")
 END
