@@ -573,7 +573,7 @@ def save_trace(file, trace, *, title=""):
 
     # the whole network
     c, L, y = trace.config, trace.config.depth, 7.75
-    embed = ["stem", "patch_embed", "registers", "dropout"]
+    embed = ["patch_embed", "stem", "registers", "dropout"]
     xs = [3.3, 6.6, 9.9, 13.2]
     blocks = [f"blocks.{i}" for i in range(L)]
     for x, name, paths in zip(
