@@ -609,7 +609,7 @@ def save_trace(file, trace, *, title=""):
 
     # the whole network
     c, L, y = trace.config, trace.config.depth, 7.75
-    embed = ["stem", "patch_embed", "position2d", "registers", "dropout"]
+    embed = ["patch_embed", "stem", "position2d", "registers", "dropout"]
     xs = [3.3, 6.6, 9.9, 13.2]
     blocks = [f"blocks.{i}{part}" for part in ("", ".position", ".position2d") for i in range(L)]
     for x, name, paths in zip(

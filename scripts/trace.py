@@ -109,8 +109,8 @@ def batch_of(dataset, config, size, seed):
 
 
 def number(value):
-    """A number in 8 characters: 0, or one digit after the point and an exponent."""
-    return f"{value:8.1e}" if value else "       0"
+    """A number in 8 characters: 0, or one digit after the point and an exponent; "-" for NaN, where there is none."""
+    return f"{'-':>8}" if math.isnan(value) else f"{value:8.1e}" if value else "       0"
 
 
 def shown(path, arguments):
@@ -130,9 +130,12 @@ def print_pass(trace, direction, arguments):
             continue
         if r.function.startswith("drop") and not r.flops:  # nothing was dropped
             continue
-        name = "  " * r.depth + (r.path if r.depth == 0 else r.path.rpartition(".")[2])
+        parts = r.path.split(".")
+        name = "  " * r.depth + (
+            r.path if r.depth == 0 else ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+        )
         shape = "x".join(map(str, r.shape)) or "1"
-        size = f"{r.cached / MIB:10.3f}" if forward else f"{number(next(iter(r.norms.values()))):>10}"
+        size = f"{r.cached / MIB:10.3f}" if forward else f"{number(next(iter(r.norms.values()), math.nan)):>10}"
         values = f"{number(r.mean):>10}{number(r.std):>9}{number(r.largest):>9}"
         if r.nonfinite:
             values = f"{f'{r.nonfinite:,} not finite':>28}"

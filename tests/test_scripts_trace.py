@@ -174,3 +174,16 @@ def test_the_picture_overlaps_nowhere(tmp_path, monkeypatch, changes):
         assert f"dz_0\nnorm {back['blocks.0'].norms['dz']:.2g}" in written
     assert "cached" in written and f"{config.depth} block" in written
     assert f"{params.count(parameter_table(config)):,} parameters" in written
+
+
+def test_a_stem_is_traced(tmp_path, call, no_figures):
+    ended = call(
+        "trace", "--image-size", 8, "--patch-size", 1, "--stem", 1, "--stem-width", 4, "--stem-groups", 2, "--width", 8,
+        "--depth", 1, "--num-heads", 2, "--batch-size", 2, "--all", "--random-head", "--out", tmp_path,
+    )  # fmt: skip
+    assert ended.status == 0, ended.err
+    lines = ended.out.splitlines()
+    for start in ("stem ", "  root ", "    conv ", "  stages.0 ", "    blocks.0 "):
+        assert sum(line.startswith(start) for line in lines) == 2, start  # forward and backward
+    back = next(line for line in reversed(lines) if line.startswith("stem "))
+    assert back.split()[1:4] == ["dimages", "0", "-"]  # it hands no gradient on

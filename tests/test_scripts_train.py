@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from minivit import checkpoint
+from minivit import ViT, checkpoint
 from minivit.train import BEST, LAST, METRICS, SETTINGS, SUMMARY, read_metrics
 
 EVERYTHING = {LAST, BEST, METRICS, SUMMARY, SETTINGS, "curves.png", "predictions.png"}
@@ -160,3 +160,19 @@ def test_a_folder_of_pictures(tmp_path, call):
 def test_a_run_of_all_classes_is_not_resumed_with_some(run_copy, call):
     ended = call("train", "--resume", "--classes", "0-4", "--out", run_copy)
     assert ended.status == 2 and "was trained on all classes, not 0-4" in ended.err
+
+
+def test_a_stem_trains_and_comes_back(tmp_path, call, no_figures):
+    options = ["--stem", "root", "--stem-width", 8, "--stem-groups", 4, "--patch-size", 1]
+    ended = call("train", *TINY, *options, "--epochs", 1, "--out", tmp_path / "a")
+    assert ended.status == 0 and "ViT: patch 1, 5 tokens, width 16" in ended.out
+    model, _ = checkpoint.load_model(tmp_path / "a" / LAST)
+    assert model.config.stem == "root"
+    start = ViT(model.config).params
+    for name, value in model.params.items():
+        assert not np.array_equal(value, start[name]), name
+    assert call("evaluate", tmp_path / "a" / LAST, "--out", tmp_path / "e").status == 0
+    assert call("predict", tmp_path / "a" / LAST, "--test", 0, "--out", tmp_path / "p").status == 0
+    ended = call("train", *TINY, *options, "--patch-size", 3, "--epochs", 1, "--out", tmp_path / "b")
+    assert ended.status == 2 and ended.err.startswith("error: image_size 8 is not a multiple of 12: stem 'root'")
+    assert not (tmp_path / "b").exists()
