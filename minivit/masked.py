@@ -267,14 +267,14 @@ def painted(images, plan, values, config, masked):
     return unpatchify(patches, images.shape, P)
 
 
-class MaskedLossCache(NamedTuple):
-    """What `masked_loss_backward` reads."""
+class PatchLossCache(NamedTuple):
+    """What `patch_loss_gradient` reads."""
 
     loss: Any  # the cache of softmax cross-entropy or of the squared error
     shape: tuple  # of the predictions
 
 
-def masked_loss_forward(prediction, targets, num_classes=0, *, denominator=None):
+def patch_loss(prediction, targets, num_classes=0, *, denominator=None):
     """Mean loss over the predicted patches of all pictures, and how many guesses are right.
 
     Math    softmax cross-entropy of ``num_classes`` classes, or for 0 of them the squared error; the mean over pictures
@@ -288,15 +288,15 @@ def masked_loss_forward(prediction, targets, num_classes=0, *, denominator=None)
     if not num_classes:
         y = prediction.reshape(B * n, -1)
         loss, cache = squared_error_forward(y, targets.reshape(B * n, -1), denominator=denominator * n)
-        return loss, xp.zeros((), np.int64), MaskedLossCache(cache, prediction.shape)
+        return loss, xp.zeros((), np.int64), PatchLossCache(cache, prediction.shape)
     logits, labels = prediction.reshape(-1, num_classes), targets.reshape(-1)
     per_picture = labels.size // B
     loss, cache = softmax_cross_entropy_forward(logits, labels, denominator=denominator * per_picture)
-    return loss, (logits.argmax(axis=1) == labels).sum(), MaskedLossCache(cache, prediction.shape)
+    return loss, (logits.argmax(axis=1) == labels).sum(), PatchLossCache(cache, prediction.shape)
 
 
-def masked_loss_backward(dloss, cache):
-    """Backward of `masked_loss_forward`.
+def patch_loss_gradient(dloss, cache):
+    """Backward of `patch_loss`.
 
     Shapes  dloss ()  ->  dprediction (B, n, outputs)
     """

@@ -31,10 +31,10 @@ from minivit.masked import (
     check_fit,
     classes,
     draw_plan,
-    masked_loss_backward,
-    masked_loss_forward,
     masked_table,
     painted,
+    patch_loss,
+    patch_loss_gradient,
     patch_targets,
     predicted_count,
     shown,
@@ -54,8 +54,8 @@ class _MaskedTask:
         """One micro-batch: adds its gradient into ``grads`` and returns its `StepResult`."""
         prediction, cache = self.model.forward(images, plan, rng=rng, recompute=self.recompute)
         targets = self.model.targets(images, plan)
-        loss, right, loss_cache = masked_loss_forward(prediction, targets, self.model.classes, denominator=denominator)
-        self.model.backward(masked_loss_backward(1.0, loss_cache), cache, grads)
+        loss, right, loss_cache = patch_loss(prediction, targets, self.model.classes, denominator=denominator)
+        self.model.backward(patch_loss_gradient(1.0, loss_cache), cache, grads)
         return StepResult(loss, right)
 
     def measure(self, images, plan, model=None):
@@ -68,7 +68,7 @@ class _MaskedTask:
             part = slice(starts[i], starts[i] + size)
             prediction, _ = model.forward(images[part], plan[part])
             targets = model.targets(images[part], plan[part])
-            results[i] = masked_loss_forward(prediction, targets, model.classes, denominator=len(images))[:2]
+            results[i] = patch_loss(prediction, targets, model.classes, denominator=len(images))[:2]
 
         with cuda.rounded(model.flat) if array_module(model.flat) is not np else nullcontext():
             self.each(work, range(len(starts)))

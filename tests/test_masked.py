@@ -15,10 +15,10 @@ from minivit.masked import (
     class_colours,
     colour_classes,
     draw_plan,
-    masked_loss_backward,
-    masked_loss_forward,
     masked_table,
     painted,
+    patch_loss,
+    patch_loss_gradient,
     patch_targets,
     shown,
 )
@@ -56,9 +56,9 @@ def problem(config, masked, *, count=3, seed=0):
 def loss_and_gradient(model, images, plan, *, seed=1, recompute=False):
     rng = None if seed is None else np.random.default_rng(seed)
     prediction, cache = model.forward(images, plan, rng=rng, recompute=recompute)
-    loss, right, loss_cache = masked_loss_forward(prediction, model.targets(images, plan), model.classes)
+    loss, right, loss_cache = patch_loss(prediction, model.targets(images, plan), model.classes)
     flat, grads = model.gradient_buffer()
-    model.backward(masked_loss_backward(1.0, loss_cache), cache, grads)
+    model.backward(patch_loss_gradient(1.0, loss_cache), cache, grads)
     return loss, flat
 
 
@@ -243,7 +243,7 @@ def test_the_gradient_of_every_parameter(name):
         parameters.views(moved, model.table)[spec.name][...] += 1e-30j * direction
         other = MaskedViT(config, masked, flat=moved)
         prediction, _ = other.forward(images, plan, rng=np.random.default_rng(1))
-        expected = masked_loss_forward(prediction, targets, model.classes)[0].imag / 1e-30
+        expected = patch_loss(prediction, targets, model.classes)[0].imag / 1e-30
         actual = (found[spec.name] * direction).sum()
         assert abs(actual - expected) <= 1e-11 * max(1e-3, abs(expected)), spec.name
         unused = spec.name.startswith(("head.", "pre_logits.", "attention_pool."))
@@ -307,7 +307,7 @@ def test_the_autoencoder_with_all_tokens_in_their_places():
     squares = ((everything[:, 3:] - targets) ** 2).mean(axis=-1)  # (B, N)
     mask = np.zeros((B, N))
     np.put_along_axis(mask, plan[:, 0, :n], 1.0, axis=1)
-    loss, right, _ = masked_loss_forward(prediction, model.targets(images, plan))
+    loss, right, _ = patch_loss(prediction, model.targets(images, plan))
     assert right == 0
     np.testing.assert_allclose(loss, (squares * mask).sum() / mask.sum(), rtol=1e-12)
 
@@ -338,9 +338,9 @@ def test_parts_of_a_batch_add_up_to_it(name):
     for part in (slice(0, 1), slice(1, 3)):
         prediction, cache = model.forward(images[part], plan[part])
         targets = model.targets(images[part], plan[part])
-        one, _, loss_cache = masked_loss_forward(prediction, targets, model.classes, denominator=3)
+        one, _, loss_cache = patch_loss(prediction, targets, model.classes, denominator=3)
         total += one
-        model.backward(masked_loss_backward(1.0, loss_cache), cache, grads)
+        model.backward(patch_loss_gradient(1.0, loss_cache), cache, grads)
     np.testing.assert_allclose(total, loss, rtol=1e-12)
     np.testing.assert_allclose(flat, gradient, rtol=1e-9, atol=1e-12)
 
@@ -364,11 +364,11 @@ def test_a_right_guess_is_counted():
     prediction = np.zeros((2, 3, 8))
     targets = np.array([[1, 2, 3], [0, 0, 4]])
     prediction[0, 1, 2] = prediction[1, 2, 4] = prediction[0, 0, 5] = 1.0
-    loss, right, _ = masked_loss_forward(prediction, targets, 8)
+    loss, right, _ = patch_loss(prediction, targets, 8)
     assert right == 4  # two raised, and the two of class 0 that argmax takes where all are equal
     cost = np.log(7 + np.e)
     np.testing.assert_allclose(loss, (2 * (cost - 1) + cost + 3 * np.log(8)) / 6)
-    halves = masked_loss_forward(np.zeros((1, 2, 16)), np.zeros((1, 2, 2), int), 8)  # two guesses of a patch
+    halves = patch_loss(np.zeros((1, 2, 16)), np.zeros((1, 2, 2), int), 8)  # two guesses of a patch
     np.testing.assert_allclose(halves[0], np.log(8))
     assert halves[1] == 4
 
