@@ -65,6 +65,8 @@ def recipe_and_task(arguments):
 def start(arguments):
     """A `Pretrainer` at the beginning of a new run."""
     recipe, masked = recipe_and_task(arguments)
+    if recipe.start:
+        raise InputError("pre-training begins from nothing: leave [start] out of the settings file")
     out = Path(arguments.out) if arguments.out else free_folder(f"{masked.method}-{recipe.data['data']}")
     refuse_used(out)
     dataset, model, config, begins = prepare(recipe)
