@@ -281,14 +281,20 @@ def scaled_epochs(times, asked, budget):
     return best
 
 
-def sweep_of(context, name):
+def sweep_of(context, name, *, share=1.0, start=None):
     """The sweep configs/sweeps/NAME.toml with one seed, its epochs scaled to the budget, and the folder of its runs.
 
+    ``share``: of the context's share of the budget. Rows that begin with a checkpoint begin with ``start``.
     How many epochs fit is measured once and remembered: a sweep that was stopped goes on with the same.
     Raises  InputError: the budget is too small, or the folder holds the sweep as it was cut for another budget.
     """
     sweep = read_sweep(CONFIGS / "sweeps" / f"{name}.toml")
-    rows = [row._replace(recipe=row.recipe._replace(data=row.recipe.data | context.data)) for row in sweep.rows]
+
+    def here(recipe):
+        begins = recipe.start | {"checkpoint": str(start)} if recipe.start else recipe.start
+        return recipe._replace(data=recipe.data | context.data, start=begins)
+
+    rows = [row._replace(recipe=here(row.recipe)) for row in sweep.rows]
     sweep = sweep._replace(seeds=sweep.seeds[:1], rows=tuple(rows))
     folder = context.out / name
     plan = read_json(folder / PLAN)
@@ -302,7 +308,7 @@ def sweep_of(context, name):
         prepared = [prepare(row.recipe)[:3] for row in sweep.rows]
         print(f"{name}: measuring {len(prepared)} settings", flush=True)
         times = [time_of_epochs(*each, probe=PROBE) for each in prepared]
-        epochs = scaled_epochs(times, [config.epochs for *_, config in prepared], (1 - RESERVE) * context.share)
+        epochs = scaled_epochs(times, [config.epochs for *_, config in prepared], (1 - RESERVE) * share * context.share)
         plan = {
             "budget": context.budget,
             "of": made_of,
@@ -318,11 +324,12 @@ def sweep_of(context, name):
     return sweep._replace(rows=tuple(cut(row) for row in sweep.rows)), folder
 
 
-def make_sweep(context, name, title):
-    """A sweep of configs/sweeps, its table and its figure."""
-    from minivit import plots
+def carried_out(context, name, title, **settings):
+    """The sweep of `sweep_of`, once all its runs are finished, and their folder.
 
-    sweep, folder = sweep_of(context, name)
+    Raises  Stopped
+    """
+    sweep, folder = sweep_of(context, name, **settings)
     whole = sorted({row.recipe.train["epochs"] for row in sweep.rows})
     epochs = " to ".join(str(n) for n in dict.fromkeys((whole[0], whole[-1])))
     sweep = sweep._replace(title=f"{title}: seed {sweep.seeds[0]}, {epochs} epoch{'s' * (whole[-1] > 1)}")
@@ -330,6 +337,14 @@ def make_sweep(context, name, title):
     left = [run for run in runs_of(sweep, folder) if (run.row.name, run.seed) not in finished]
     if not carry_out(left, lambda: write_table(sweep, folder), progress=context.progress):
         raise Stopped
+    return sweep, folder
+
+
+def make_sweep(context, name, title, **settings):
+    """A sweep of configs/sweeps, its table and its figure."""
+    from minivit import plots
+
+    sweep, folder = carried_out(context, name, title, **settings)
     text = write_table(sweep, folder)
     path = context.figure(name)
     plots.save_sweep(path, read_json(folder / "table.json"))
@@ -339,6 +354,66 @@ def make_sweep(context, name, title):
         f"{sweep.title}: accuracy of the test pictures after the last one.",
         "\n".join(lines),
     )
+
+
+def make_fine_tuning(context):
+    """Section 3.2: a model of some of the classes learns the others, at two sizes of the pictures."""
+    sweep, folder = carried_out(context, "pretraining", "Pre-training", share=0.4)
+    (first,) = runs_of(sweep, folder)
+    before = result_of(first)
+    made = make_sweep(context, "finetuning", "Five other classes", share=0.6, start=first.folder / LAST)
+    said = f"The model of the first five classes had {before['accuracy']:.1%} after {before['epochs']} epochs."
+    return made._replace(caption=f"{made.caption} {said}")
+
+
+# How the runs of `make_self_supervision` learn with labels, but for the one that takes the recipe as it is.
+PLAIN = (
+    "--init", "official", "--no-whiten", "--half-size", 0, "--optimizer", "adamw", "--lr", 1e-3,
+    "--schedule", "cosine", "--warmup-epochs", 1,
+)  # fmt: skip
+
+
+def make_self_supervision(context):
+    """Section 4.6: a time spent with labels alone, or half of it without."""
+    from minivit import plots
+
+    folder, whole = context.out / "selfsupervision", context.share / 4
+    shared = [word for key, value in context.data.items() for word in ("--" + key.replace("_", "-"), value)]
+    shared += [] if context.progress else ["--quiet"]
+
+    def train(name, seconds, *flags, script="train.py"):
+        run = folder / name
+        if not read_json(run / SUMMARY):
+            begun = (run / LAST).exists()
+            rest = ["--resume"] if begun else [*flags, *shared, "--budget", f"{seconds:g}s"]
+            call_script(script, *rest, "--out", run)
+        return read_json(run / SUMMARY)
+
+    labels = ["--config", "cifar10"]
+    found = {"labels, as fine-tuned": train("plain", whole, *labels, *PLAIN)}
+    for method, name in (("mpp", "masked patches, then labels"), ("mae", "masked autoencoder, then labels")):
+        train(f"{method}-before", whole / 2, "--method", method, script="pretrain.py")
+        begin = ["--from", folder / f"{method}-before" / LAST]
+        found[name] = train(method, whole / 2, *labels, *PLAIN, *begin)
+    found["labels, configs/cifar10.toml"] = train("recipe", whole, *labels)
+    path, first = context.figure("selfsupervision"), found["labels, as fine-tuned"]["test_accuracy"]
+    rows = [
+        {"name": name, "mean": said["test_accuracy"], "runs": {"0": {"accuracy": said["test_accuracy"]}},
+         "gain": said["test_accuracy"] - first if number else None}
+        for number, (name, said) in enumerate(found.items())
+    ]  # fmt: skip
+    title = f"{whole:.0f} s of training each"
+    plots.save_sweep(path, {"title": f"Pre-training without labels: {title}, seed 0", "rows": rows})
+    lines = ["| | test accuracy | epochs with labels | seconds with labels |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {said['test_accuracy']:.2%} | {said['epochs']} | {said['train_seconds']:.0f} |"
+        for name, said in found.items()
+    ]
+    caption = (
+        f"{title}, all of it with labels, or half of it guessing masked patches: accuracy of the test pictures after "
+        "the last epoch. The fine-tuning takes the settings of the first row, the last row those of the recipe."
+    )
+    return Made((path.name,), caption, "\n".join(lines))
 
 
 def make_few_shot(context):
@@ -420,6 +495,12 @@ ENTRIES = (
     Entry("masked", "Section 4.6", "Masked patch prediction",
           "pre-trained on CIFAR-10's pictures within the budget, where the paper has B/16 and JFT", "training", 0,
           make_masked, without_file(SCRIPTS / "pretrain.py")),
+    Entry("selfsupervision", "Section 4.6", "Pre-training without labels, then fine-tuning",
+          "pre-trained and fine-tuned on the same CIFAR-10 pictures within the budget; the paper has JFT and ImageNet",
+          "training", 0, make_self_supervision, without_file(SCRIPTS / "pretrain.py")),
+    Entry("finetuning", "Section 3.2, B.1.1", "Fine-tuning, also at a higher resolution",
+          "from five classes of CIFAR-10 to the other five at 32 and 48 pixels; the paper goes from 224 to 384",
+          "training", 0, make_fine_tuning, without_file(CONFIGS / "sweeps" / "finetuning.toml")),
     sweep_entry("paper-optimizer", "Table 7", "SGD and Adam",
                 "a ViT " + SCRATCH + "; the paper compares them for ResNets"),
     sweep_entry("paper-shape", "Fig. 8", "Depth, width, MLP and patch size", SCRATCH),

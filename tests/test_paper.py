@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 from minivit import analysis, budget, checkpoint, paper, paper_plots
 from minivit.data import load
@@ -276,6 +276,63 @@ def test_masked_patches_by_another_script(tmp_path, monkeypatch):
     made = paper.make_masked(context)
     assert (tmp_path / "o" / "masked" / "argv").read_text() == f"{asked} --resume"
     assert "25.0% are right" in made.caption and "after 3 epochs; without looking 6.2%" in made.caption
+
+
+def test_half_of_the_time_without_labels(tmp_path, monkeypatch):
+    """Equal times for all; what is finished is left alone, what stopped goes on; the flags are those of the scripts."""
+    asked, stops = [], ["mae"]
+
+    def script(name, *arguments):
+        load_script(name.removesuffix(".py")).parse([str(a) for a in arguments])
+        out = Path(arguments[-1])
+        asked.append((out.name, arguments))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "last.npz").write_text("")
+        if out.name in stops:
+            stops.remove(out.name)
+            raise paper.Stopped
+        accuracy = {"plain": 0.5, "mae": 0.625}.get(out.name, 0.25)
+        (out / "summary.json").write_text(json.dumps({"test_accuracy": accuracy, "epochs": 2, "train_seconds": 3.5}))
+
+    monkeypatch.setattr(paper, "call_script", script)
+    context = paper.Context(tmp_path, data="digits", budget=400.0, progress=False)
+    with pytest.raises(paper.Stopped):
+        paper.make_self_supervision(context)
+    made = paper.make_self_supervision(context)
+    times = {name: words[words.index("--budget") + 1] for name, words in asked if "--budget" in words}
+    halves = dict.fromkeys(["mpp-before", "mpp", "mae-before", "mae"], "50s")
+    assert times == {"plain": "100s", "recipe": "100s"} | halves
+    assert [name for name, words in asked if "--resume" in words] == ["mae"] and len(asked) == 7
+    words = dict(asked)["mpp"]
+    assert words[words.index("--from") + 1] == tmp_path / "selfsupervision" / "mpp-before" / "last.npz"
+    assert (tmp_path / made.files[0]).stat().st_size > 1000
+    assert (
+        "| masked autoencoder, then labels | 62.50% | 2 | 4 |" in made.table
+        and "100 s of training each" in made.caption
+    )
+
+
+def test_fine_tuning_begins_with_the_model_of_the_first_classes(tmp_path, monkeypatch, no_figures):
+    tiny, read_sweep = {"width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}, paper.read_sweep
+
+    def small(path):
+        sweep = read_sweep(path)
+        recipes = [row.recipe._replace(model=row.recipe.model | tiny) for row in sweep.rows]
+        return sweep._replace(rows=tuple(row._replace(recipe=r) for row, r in zip(sweep.rows, recipes, strict=True)))
+
+    monkeypatch.setattr(paper, "read_sweep", small)
+    monkeypatch.setattr(paper, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
+    context = paper.Context(tmp_path, data="digits", budget=100.0, progress=False)
+    made = paper.make_fine_tuning(context)
+    plans = [
+        json.loads((tmp_path / name / "plan.json").read_text())["epochs"] for name in ("pretraining", "finetuning")
+    ]
+    assert plans == [{"pre-training": 3}, dict.fromkeys(plans[1], 1)] and len(plans[1]) == 5
+    settings = json.loads((tmp_path / "finetuning" / "fine-tuned-48-pixels-seed0" / "settings.json").read_text())
+    before = tmp_path / "pretraining" / "pre-training-seed0" / "last.npz"
+    assert settings["start"]["checkpoint"] == str(before) and settings["model"]["image_size"] == 48
+    assert settings["data"]["classes"] == "5-9"
+    assert "The model of the first five classes had" in made.caption and "| from scratch, 48 pixels | " in made.table
 
 
 @pytest.mark.parametrize(
