@@ -6,14 +6,17 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from strict_cupy import installed, ndarray
 
 from minivit import ViTConfig
+from minivit.backend import plain, to_host
 from minivit.budget import seconds_of_training
 from minivit.checkpoint import load as load_checkpoint
 from minivit.data import LazyPictures, chosen, load, mirrored
 from minivit.data import loader as loader_module
 from minivit.data.imagefolder import inception_box
 from minivit.data.loader import batches
+from minivit.engine_cuda import CudaEngine
 from minivit.errors import InputError
 from minivit.inference import predict_all
 from minivit.model import ViT
@@ -360,6 +363,23 @@ def test_predictions_are_those_of_the_same_pictures_in_memory(shared):
             predict_all(model, images, workers=2, micro_batch=2, **settings) for images in (pictures, pictures[:])
         )
         np.testing.assert_array_equal(lazily, held)
+
+
+def test_pictures_that_are_files_are_read_on_the_host(shared):
+    """Their batches arrive on the device, cut and augmented as on the host; predictions take them in parts."""
+    pictures = first(load("imagefolder", shared, image_size=8).train_images, 5)
+    labels, order = np.arange(5), np.array([4, 0, 3, 1, 2])
+    settings = {"seed": 0, "epoch": 1, "prefetch": 0, "crop_area": 0.3, "flip": True, "crop_padding": 1}
+    with installed() as cupy, plain():
+        found = list(batches(pictures, cupy.asarray(labels), order, 2, **settings))
+        model = ViT(MODEL, flat=cupy.asarray(ViT(MODEL).flat))
+        features = CudaEngine(model, micro_batch=2).predict(pictures, features=True)
+    for (_, images, truth), (_, ours, own) in zip(found, batches(pictures, labels, order, 2, **settings), strict=True):
+        assert type(images) is type(truth) is ndarray
+        np.testing.assert_array_equal(to_host(images), ours)
+        np.testing.assert_array_equal(to_host(truth), own)
+    assert type(features) is ndarray and features.shape == (5, 8)
+    np.testing.assert_allclose(to_host(features), ViT(MODEL).features(pictures[:]), rtol=1e-4, atol=1e-5)
 
 
 def test_a_budget_reads_the_files_too(shared, monkeypatch):

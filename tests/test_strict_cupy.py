@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import strict_cupy
 from emulator import Emulator
-from PIL import Image
 from strict_cupy import doubles, installed, launches, waits
 
 from minivit import backend, laboratory
 from minivit import params as parameters
 from minivit.backend import array_module, plain, to_host
-from minivit.data import Dataset, LazyPictures
+from minivit.data import Dataset
 from minivit.data.augment import augment
 from minivit.data.loader import augmented, batches
 from minivit.engine_cuda import CudaEngine, CudaStep
@@ -56,26 +55,6 @@ def step_of(cupy, config, *, average=False, muon=False):
         return [step(pictures, labels, step=number, lr=1e-3) for _, pictures, labels in stream][0]
 
     return run
-
-
-def test_pictures_that_are_files_are_read_on_the_host(cupy, tmp_path):
-    """Their batches arrive on the device, cut and augmented as on the host; predictions take them in parts."""
-    rng = np.random.default_rng(0)
-    for i in range(5):
-        Image.fromarray(rng.integers(0, 256, (11, 9, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    pictures = LazyPictures(tmp_path, [f"{i}.png" for i in range(5)], [0] * 5, 8)
-    labels, order = np.arange(5), np.array([4, 0, 3, 1, 2])
-    settings = {"seed": 0, "epoch": 1, "prefetch": 0, "crop_area": 0.3, "flip": True, "crop_padding": 1}
-    with plain():
-        found = list(batches(pictures, cupy.asarray(labels), order, 2, **settings))
-        model = ViT(NINE, flat=cupy.asarray(ViT(NINE).flat))
-        features = CudaEngine(model, micro_batch=2).predict(pictures, features=True)
-    for (_, images, truth), (_, ours, own) in zip(found, batches(pictures, labels, order, 2, **settings), strict=True):
-        assert type(images) is type(truth) is cupy.ndarray
-        np.testing.assert_array_equal(to_host(images), ours)
-        np.testing.assert_array_equal(to_host(truth), own)
-    assert type(features) is cupy.ndarray and features.shape == (5, 8)
-    np.testing.assert_allclose(to_host(features), ViT(NINE).features(pictures[:]), rtol=1e-4, atol=1e-5)
 
 
 def test_plain_functions_never_wait_and_never_compute_in_float64(cupy):
