@@ -367,7 +367,7 @@ def test_predictions_are_those_of_the_same_pictures_in_memory(shared):
 
 def test_pictures_that_are_files_are_read_on_the_host(shared):
     """Their batches arrive on the device, cut and augmented as on the host; predictions take them in parts."""
-    pictures = first(load("imagefolder", shared, image_size=8).train_images, 5)
+    pictures = chosen(load("imagefolder", shared, image_size=8).train_images, slice(5))
     labels, order = np.arange(5), np.array([4, 0, 3, 1, 2])
     settings = {"seed": 0, "epoch": 1, "prefetch": 0, "crop_area": 0.3, "flip": True, "crop_padding": 1}
     with installed() as cupy, plain():
