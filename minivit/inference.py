@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from minivit import checkpoint, pretrained
 from minivit.backend import to_device, to_host, use_device
 from minivit.data import FOLDERS, load, mirrored
 from minivit.engine import Engine
 from minivit.engine_cuda import CudaEngine
 from minivit.errors import InputError
 from minivit.model import ViT
+from minivit.pretrained import load_any
 from minivit.train import dataset_of, quiet_overflow
 
 CHUNK = 512  # pictures between two steps of the progress bar
-
-
-def load_any(path, *, weights="auto", changes=None, **options):
-    """A model from a checkpoint, or from a file of another program: see `checkpoint.load_model`, `pretrained.read`.
-
-    Returns  (ViT, meta, notes): meta has class names and which weights were taken; notes say what had to be assumed
-    Raises  InputError: the file is missing, damaged, or of no kind known here.
-    """
-    path = Path(path)
-    if not pretrained.is_readable(path):
-        model, meta = checkpoint.load_model(path, weights=weights)
-        checkpoint.class_names_of(meta, path)
-        if given := [name for name, value in options.items() if value]:
-            raise InputError(f"{path} is a checkpoint, which says itself what {given[0]} is")
-        return ViT(replace(model.config, **(changes or {})), flat=model.flat), meta, []
-    model, found = pretrained.read(path, changes=changes, **options)
-    names = found.class_names or [f"class {k}" for k in range(model.config.num_classes)]
-    return model, {"class_names": names, "weights": "params"}, found.notes
 
 
 def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_classes=False):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -628,6 +629,26 @@ def read(path, *, dtype=np.float32, **options):
     found = describe(path, **options)
     with refused(found.where):
         return build(found, dtype=dtype), found
+
+
+def load_any(path, *, weights="auto", changes=None, named=True, **options):
+    """A model from a checkpoint, or from a file of another program: see `checkpoint.load_model`, `read`.
+
+    Returns  (ViT, meta, notes): meta has class names, of a checkpoint if they are to be ``named``, and which weights
+    were taken; notes say what had to be assumed
+    Raises  InputError: the file is missing, damaged, or of no kind known here.
+    """
+    path = Path(path)
+    if not is_readable(path):
+        model, meta = checkpoint.load_model(path, weights=weights)
+        if named:
+            checkpoint.class_names_of(meta, path)
+        if given := [name for name, value in options.items() if value]:
+            raise InputError(f"{path} is a checkpoint, which says itself what {given[0]} is")
+        return ViT(replace(model.config, **(changes or {})), flat=model.flat), meta, []
+    model, found = read(path, changes=changes, **options)
+    names = found.class_names or [f"class {k}" for k in range(model.config.num_classes)]
+    return model, {"class_names": names, "weights": "params"}, found.notes
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ number of patches or their size changes (see `minivit.resize`).
 
 from __future__ import annotations
 
+import sys
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from minivit.backend import to_host
 from minivit.errors import InputError
 from minivit.layers.patch_embed import sincos2d
 from minivit.model import ViT
+from minivit.pretrained import load_any
 from minivit.resize import KINDS, PATCH_KINDS, resize_patch_embedding, resize_positions
 from minivit.settings import check_choice, check_types, setting
 
@@ -60,9 +62,13 @@ class Start(NamedTuple):
 def load_start(path):
     """The model that a file holds, and its meta; ``meta["weights"]`` says which of its parameters were taken.
 
+    The file may be another program's (see `minivit.pretrained`); what had to be assumed of it is printed.
     Raises  InputError: no such file, or nothing that minivit reads.
     """
-    return checkpoint.load_model(path)
+    model, meta, notes = load_any(path, named=False)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return model, meta
 
 
 def model_from(trained, asked, where, *, keep_head=False):
@@ -105,11 +111,11 @@ def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch
         array = named.get(name)
         if array is None:
             raise InputError(f"the start has no parameter {name}")
-        if name == "pos_embed":
+        if name.rpartition(".")[2] == "pos_embed":
             prefix = int(old.pooling == "cls")
             array = resize_positions(array, config.grid_size, prefix_tokens=prefix, kind=pos_resize)
         elif name == "patch_embed.proj.weight":
-            array = resize_patch_embedding(array, config.patch_size, channels=config.channels, kind=patch_resize)
+            array = resize_patch_embedding(array, config.patch_size, channels=config.patch_channels, kind=patch_resize)
         if array.shape != view.shape:
             raise InputError(f"the start's {name} has shape {array.shape}, the new model needs {view.shape}")
         view[...] = array

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from minivit import checkpoint
+from minivit.backend import to_host
 from minivit.data import Dataset, validated
 from minivit.data.folder import load_folder, pillow_modules
 from minivit.errors import InputError
-from minivit.model import ViT
+from minivit.start import Start, begin
 from minivit.train import LAST, TrainConfig, Trainer
 from minivit.transfer import PENALTIES, accuracy, choose, least_squares, logistic
 
@@ -134,42 +134,23 @@ def fit_features(method, train, test, dataset):
     return accuracy(chosen.classifier.scores(test), dataset.test_labels), chosen.l2
 
 
-class FineTuning(Trainer):
-    """A run that begins with a model's parameters, and a head of zeros for other classes in place of its own."""
-
-    def __init__(self, model, dataset, config, out, **settings):
-        self.start = model
-        K = len(dataset.class_names)
-        super().__init__(dataset, replace(model.config, num_classes=K, pre_logits=0), config, out, **settings)
-
-    def _initial(self, model_config):
-        model = ViT(model_config, seed=self.config.seed)  # whose head is zero, as the paper has it (section 3.2)
-        for name, view in model.params.items():
-            if not name.startswith("head."):
-                view[...] = self.start.params[name]
-        return model.flat
-
-
 def fine_tune(model, dataset, out, *, steps=STEPS, seed=0, workers=0, device="cpu", progress=True, **changes):
     """Train all of a model on a task's examples, by the paper's settings; goes on where an earlier call stopped.
 
-    ``changes`` are other settings of `TrainConfig`. The schedule has as many whole epochs as ``steps`` need.
+    ``changes`` are other settings of `TrainConfig`. The head begins at zero, as the paper has it (section 3.2).
     Returns  the run's summary, or None if it was stopped by a signal
     Raises  InputError: see `Trainer`, or the folder holds a run that began with another model.
     """
     settings = FINE_TUNING | {"batch_size": BATCH} | changes
-    batch = settings["batch_size"] = min(settings["batch_size"], len(dataset.train_labels))
-    per_epoch = -(-len(dataset.train_labels) // batch)
-    epochs = -(-steps // per_epoch)
+    settings["batch_size"] = min(settings["batch_size"], len(dataset.train_labels))
     config = TrainConfig(
-        epochs=epochs, warmup_epochs=WARMUP / STEPS * steps / per_epoch, evaluate_every=epochs, seed=seed,
-        workers=workers, device=device, **settings,
+        steps=steps, warmup_steps=round(WARMUP / STEPS * steps), evaluate_every=steps, seed=seed, workers=workers,
+        device=device, **settings,
     )  # fmt: skip
-    start = zlib.crc32(model.flat)
-    run = FineTuning(model, dataset, config, out, describe={"start": start}, progress=progress)
-    if (last := Path(out) / LAST).exists():
-        if checkpoint.load(last)[1].get("data", {}).get("start") != start:
-            raise InputError(f"{last} began with other parameters than those of this model; choose another --out")
+    made = replace(model.config, num_classes=len(dataset.class_names), pre_logits=0)
+    start = Start(begin(model, made), {"crc": zlib.crc32(to_host(model.flat))})
+    run = Trainer(dataset, made, config, out, start=start, progress=progress)
+    if (Path(out) / LAST).exists():
         run.restore()
     return run.run()
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from minivit import checkpoint, parameter_table, pretrained
 from minivit.cli import Parser, run
 from minivit.errors import InputError
-from minivit.inference import load_any
 from minivit.layers.gelu import KINDS
 from minivit.params import count
+from minivit.pretrained import load_any
 
 EXAMPLES = """
 examples:

@@ -13,8 +13,9 @@ from minivit.backend import find_device, to_device, to_host, use_device
 from minivit.cli import Parser, output_file, run
 from minivit.data import LazyPictures, read_image
 from minivit.errors import InputError
-from minivit.inference import attention_map, check_finite, load_any
+from minivit.inference import attention_map, check_finite
 from minivit.layers.softmax import softmax_forward
+from minivit.pretrained import load_any
 from minivit.train import dataset_of, quiet_overflow, write_json
 
 EXAMPLES = """

@@ -4,11 +4,12 @@ import sys
 import time
 from pathlib import Path
 
-from minivit import checkpoint, plots
+from minivit import plots
 from minivit.backend import device_name, find_device
 from minivit.cli import Parser, run
 from minivit.errors import InputError
 from minivit.inference import check_finite, predict_all
+from minivit.pretrained import load_any
 from minivit.train import check_workers, write_json
 from minivit.vtab import (
     BATCH,
@@ -76,7 +77,9 @@ def main(argv=None):
         raise InputError("--examples must be at least 5, --steps at least 1 and --seed at least 0")
     workers, device = check_workers(arguments.workers), find_device(arguments.device)
     path = Path(arguments.checkpoint)
-    model, meta = checkpoint.load_model(path, weights=arguments.weights)
+    model, meta, notes = load_any(path, weights=arguments.weights, named=False)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     names = arguments.tasks or find_tasks(arguments.data_dir)
     names = [name for name in TASKS if name in names]  # each once
     data = {"examples": arguments.examples, "seed": arguments.seed}

@@ -116,7 +116,7 @@ def test_a_model_with_other_positions_or_axial_attention(tmp_path, call, no_figu
     [
         (["--pos-embed", "relative"], 'with pos_embed "relative", pos_at must be "every" or "shared", got "input"'),
         (["--pos-at", "blocks"], "pos_at must be one of input, every, shared; got 'blocks'"),
-        (["--attention", "axial"], 'attention "axial" is between patches alone: set pooling to "mean" or "seq"'),
+        (["--attention", "axial"], 'attention "axial" is between patches alone: set pooling to "mean", "avg" or "seq"'),
         (["--pos-embed", "learned2d", "--half-size", 1], "pictures of half the size need fixed positions"),
     ],
     ids=lambda options: " ".join(map(str, options)) if isinstance(options, list) else "",
