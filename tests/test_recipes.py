@@ -85,7 +85,7 @@ def test_the_recipes_that_come_with_minivit_are_possible():
         sections = recipes.SECTIONS | {"pretraining": field_names(MaskedConfig)} if of_pretraining else recipes.SECTIONS
         recipe = read_recipe(path, sections=sections)
         sizes = {"digits": 8, "folder": 224}
-        others = ("paper-", "pretrain-", recipes.FINETUNE)
+        others = ("paper", "pretrain-", recipes.FINETUNE)
         assert path.stem.startswith(recipe.data["data"]) or path.stem.startswith(others)
         recipes.TrainConfig(**recipe.train)
         ViTConfig(**{"image_size": recipe.data["image_size"] or sizes.get(recipe.data["data"], 32)} | recipe.model)

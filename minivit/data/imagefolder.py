@@ -80,7 +80,6 @@ class LazyPictures:
         self.root, self.names, self.sizes = str(root), names, sizes
         self.image_size, self.mirror, self.threads = image_size, mirror, threads or min(8, os.cpu_count() or 1)
         self._modules = pillow_modules()
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="minivit-pictures")
         self._rows = np.arange(len(names))
 
     def __len__(self):
@@ -124,7 +123,8 @@ class LazyPictures:
             image = read_upright(path, cut, Image, ImageOps)
             images[i] = image[:, ::-1] if self.mirror else image
 
-        list(self._pool.map(fill, range(len(rows))))
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="minivit-pictures") as pool:
+            list(pool.map(fill, range(len(rows))))
         return images
 
     def _centre(self, image):
