@@ -74,7 +74,8 @@ def time_of_epochs(dataset, model, config, trainer_of=None, *, probe=PROBE_SECON
     predictions = len(dataset.test_images) / batch * step * PREDICTION * (2 if config.test_flip else 1)
 
     def time_of(epochs):
-        halved = round(config.half_size * epochs)
+        halved = config.half_size * epochs
+        halved = round(halved) if epochs == int(epochs) else halved
         return steps * (halved * small + (epochs - halved) * step) + epochs / config.evaluate_every * predictions
 
     return time_of

@@ -31,13 +31,16 @@ from minivit.errors import InputError
 from minivit.inference import check_finite, load_with_data
 from minivit.layers.softmax import softmax_forward
 from minivit.model import ViTConfig
-from minivit.recipes import CONFIGS, find_config, prepare, read_recipe, trainer_of
+from minivit.recipes import CONFIGS, find_config, prepare, read_recipe, sizes_of, trainer_of
 from minivit.sweep import Row, Run, carry_out, read_sweep, result_of, results_of, runs_of, write_table
 from minivit.train import LAST, SUMMARY, config_from, quiet_overflow, write_json
 
 SCRIPTS = CONFIGS.parent / "scripts"
 INDEX, PAGE, PLAN = "index.json", "index.md", "plan.json"
+MODEL_WEIGHT = 4.0  # of the budget, for the model that several figures are of
 PICTURES, SHEET = 128, 24  # test pictures whose attention is measured; and shown
+QUICK = "Nano/4"  # the model of what trains several of them
+LEAST = 5  # steps of a sweep's row
 PROBE = 2.0  # seconds of each measurement of a sweep's rows
 RESERVE = 0.05  # of a sweep's budget: for checkpoints, figures, and a machine that is slower later
 
@@ -65,6 +68,7 @@ class Entry(NamedTuple):
     seconds: float  # expected on two cores, beside training
     make: Callable[[Context], Made]
     missing: Callable[[], str] = lambda: ""  # why it cannot be made here, in words
+    weight: float = 2.0  # of the budget, beside the others that train
 
 
 class Context:
@@ -259,40 +263,38 @@ def make_cost(context):
 # ---- what trains -----------------------------------------------------------------------------------------------------
 
 
-def scaled_epochs(times, asked, budget):
-    """Epochs of each row of a sweep so that all rows together fit into a time, all shortened by the same share.
+def share_within(times, asked, budget):
+    """The share of each row's epochs at which all rows of a sweep together fit into a time; at most 1.
 
     ``times``: for each row a function, the seconds of so many epochs (`budget.time_of_epochs`); ``asked``: the epochs
-    of each row's settings, the most that it gets
-    Raises  InputError: one epoch of each takes longer.
+    of each row's settings
     """
-    best = None
-    for share in sorted({k / n for n in asked for k in range(1, n + 1)}):
-        epochs = [max(1, int(share * n + 1e-9)) for n in asked]
-        seconds = sum(time_of(n) for time_of, n in zip(times, epochs, strict=True))
-        if seconds > budget and best is not None:
-            break
-        if seconds > budget:
-            raise InputError(
-                f"one epoch of each of its {len(asked)} settings takes about {seconds:.0f} s here, it may take "
-                f"{budget:.0f} s; give a larger --budget"
-            )
-        best = epochs
-    return best
+
+    def seconds(share):
+        return sum(time_of(share * n) for time_of, n in zip(times, asked, strict=True))
+
+    low, high = 0.0, 1.0
+    if seconds(high) <= budget:
+        return high
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if seconds(middle) <= budget else (low, middle)
+    return low
 
 
-def sweep_of(context, name, *, share=1.0, start=None):
-    """The sweep configs/sweeps/NAME.toml with one seed, its epochs scaled to the budget, and the folder of its runs.
+def sweep_of(context, name, *, share=1.0, start=None, model=None):
+    """The sweep configs/sweeps/NAME.toml with one seed, cut to the budget, and the folder of its runs.
 
-    ``share``: of the context's share of the budget. Rows that begin with a checkpoint begin with ``start``.
-    How many epochs fit is measured once and remembered: a sweep that was stopped goes on with the same.
+    All rows get the same share of their epochs, as whole steps. ``share``: of the context's share of the budget. Rows
+    that begin with a checkpoint begin with ``start``; ``model`` are other settings of all models.
+    How many steps fit is measured once and remembered: a sweep that was stopped goes on with the same.
     Raises  InputError: the budget is too small, or the folder holds the sweep as it was cut for another budget.
     """
     sweep = read_sweep(CONFIGS / "sweeps" / f"{name}.toml")
 
     def here(recipe):
         begins = recipe.start | {"checkpoint": str(start)} if recipe.start else recipe.start
-        return recipe._replace(data=recipe.data | context.data, start=begins)
+        return recipe._replace(data=recipe.data | context.data, model=recipe.model | (model or {}), start=begins)
 
     rows = [row._replace(recipe=here(row.recipe)) for row in sweep.rows]
     sweep = sweep._replace(seeds=sweep.seeds[:1], rows=tuple(rows))
@@ -308,20 +310,29 @@ def sweep_of(context, name, *, share=1.0, start=None):
         prepared = [prepare(row.recipe)[:3] for row in sweep.rows]
         print(f"{name}: measuring {len(prepared)} settings", flush=True)
         times = [time_of_epochs(*each, probe=PROBE) for each in prepared]
-        epochs = scaled_epochs(times, [config.epochs for *_, config in prepared], (1 - RESERVE) * share * context.share)
-        plan = {
-            "budget": context.budget,
-            "of": made_of,
-            "epochs": dict(zip([r.name for r in rows], epochs, strict=True)),
-        }
+        asked, seconds = [config.epochs for *_, config in prepared], (1 - RESERVE) * share * context.share
+        cut = share_within(times, asked, seconds)
+        steps = {}
+        for row, (dataset, _, config), epochs in zip(rows, prepared, asked, strict=True):
+            group = config.batch_size * config.accumulate
+            steps[row.name] = int(cut * epochs * -(-len(dataset.train_images) // group))
+        if min(steps.values()) < LEAST:
+            raise InputError(
+                f"{name}: {seconds:.0f} s hold {min(steps.values())} steps of each of its {len(rows)} settings on this "
+                f"machine, too few to compare; give a larger --budget"
+            )
+        plan = {"budget": context.budget, "of": made_of, "steps": steps, "share": cut}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / PLAN, plan)
 
-    def cut(row):
-        train = row.recipe.train | {"epochs": plan["epochs"][row.name]}
-        return row._replace(recipe=row.recipe._replace(train=train))
+    def shorter(row):
+        train = {key: value for key, value in row.recipe.train.items() if key != "epochs"}
+        return row._replace(recipe=row.recipe._replace(train=train | {"steps": plan["steps"][row.name]}))
 
-    return sweep._replace(rows=tuple(cut(row) for row in sweep.rows)), folder
+    steps = sorted(set(plan["steps"].values()))
+    says = " to ".join(f"{n:,}" for n in dict.fromkeys((steps[0], steps[-1])))
+    says += f" steps, {plan['share']:.0%} of those of configs/sweeps/{name}.toml"
+    return sweep._replace(title=says, rows=tuple(map(shorter, sweep.rows))), folder
 
 
 def carried_out(context, name, title, **settings):
@@ -330,9 +341,7 @@ def carried_out(context, name, title, **settings):
     Raises  Stopped
     """
     sweep, folder = sweep_of(context, name, **settings)
-    whole = sorted({row.recipe.train["epochs"] for row in sweep.rows})
-    epochs = " to ".join(str(n) for n in dict.fromkeys((whole[0], whole[-1])))
-    sweep = sweep._replace(title=f"{title}: seed {sweep.seeds[0]}, {epochs} epoch{'s' * (whole[-1] > 1)}")
+    sweep = sweep._replace(title=f"{title}: seed {sweep.seeds[0]}, {sweep.title}")
     finished = results_of(sweep, folder)
     left = [run for run in runs_of(sweep, folder) if (run.row.name, run.seed) not in finished]
     if not carry_out(left, lambda: write_table(sweep, folder), progress=context.progress):
@@ -358,10 +367,11 @@ def make_sweep(context, name, title, **settings):
 
 def make_fine_tuning(context):
     """Section 3.2: a model of some of the classes learns the others, at two sizes of the pictures."""
-    sweep, folder = carried_out(context, "pretraining", "Pre-training", share=0.4)
+    sweep, folder = carried_out(context, "pretraining", "Pre-training", share=0.4, model=sizes_of(QUICK))
     (first,) = runs_of(sweep, folder)
     before = result_of(first)
-    made = make_sweep(context, "finetuning", "Five other classes", share=0.6, start=first.folder / LAST)
+    begin = {"start": first.folder / LAST, "model": sizes_of(QUICK)}
+    made = make_sweep(context, "finetuning", "Five other classes", share=0.6, **begin)
     said = f"The model of the first five classes had {before['accuracy']:.1%} after {before['epochs']} epochs."
     return made._replace(caption=f"{made.caption} {said}")
 
@@ -379,7 +389,7 @@ def make_self_supervision(context):
 
     folder, whole = context.out / "selfsupervision", context.share / 4
     shared = [word for key, value in context.data.items() for word in ("--" + key.replace("_", "-"), value)]
-    shared += [] if context.progress else ["--quiet"]
+    shared += ["--preset", QUICK, *([] if context.progress else ["--quiet"])]
 
     def train(name, seconds, *flags, script="train.py"):
         run = folder / name
@@ -494,10 +504,10 @@ ENTRIES = (
           "a model", 60, make_few_shot, without_file(SCRIPTS / "transfer.py")),
     Entry("masked", "Section 4.6", "Masked patch prediction",
           "pre-trained on CIFAR-10's pictures within the budget, where the paper has B/16 and JFT", "training", 0,
-          make_masked, without_file(SCRIPTS / "pretrain.py")),
+          make_masked, without_file(SCRIPTS / "pretrain.py"), 2.0),
     Entry("selfsupervision", "Section 4.6", "Pre-training without labels, then fine-tuning",
           "pre-trained and fine-tuned on the same CIFAR-10 pictures within the budget; the paper has JFT and ImageNet",
-          "training", 0, make_self_supervision, without_file(SCRIPTS / "pretrain.py")),
+          "training", 0, make_self_supervision, without_file(SCRIPTS / "pretrain.py"), 4.0),
     Entry("finetuning", "Section 3.2, B.1.1", "Fine-tuning, also at a higher resolution",
           "from five classes of CIFAR-10 to the other five at 32 and 48 pixels; the paper goes from 224 to 384",
           "training", 0, make_fine_tuning, without_file(CONFIGS / "sweeps" / "finetuning.toml")),

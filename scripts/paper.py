@@ -7,7 +7,7 @@ from minivit.budget import seconds_of
 from minivit.cli import Parser, run
 from minivit.data import DATASETS
 from minivit.errors import InputError
-from minivit.paper import ENTRIES, PAGE, Context, Stopped, entry_of, is_made, make
+from minivit.paper import ENTRIES, MODEL_WEIGHT, PAGE, Context, Stopped, entry_of, is_made, make
 
 EXAMPLES = """
 examples:
@@ -19,8 +19,8 @@ examples:
 
 Figures, tables and a page of all of them, index.md, go to --out. What is there is not made again, and what was
 interrupted goes on: the same command, given again, ends the work. Where no --run is named, a model is trained first, by
-configs/paper.toml or, with --data digits, configs/digits.toml. --budget is shared out evenly among all trainings; the
-epochs of the settings are the most that one gets. The exit status is 0, 130 if it was interrupted.
+configs/paper.toml or, with --data digits, configs/digits.toml. --budget is shared out among all trainings; they get at
+most the epochs of their settings. The exit status is 0, 130 if it was interrupted.
 """
 
 
@@ -79,15 +79,16 @@ def main(argv=None):
         if reason := entry.missing():
             raise InputError(f"{name} cannot be made: {reason}")
     left = [entry for entry in entries if arguments.again or not is_made(entry, context)]
-    trains = sum(entry.needs == "training" for entry in left)
-    trains += any(entry.needs == "a model" for entry in left) and context.checkpoint(train=False) is None
-    context.share = budget / max(trains, 1)
+    model = any(entry.needs == "a model" for entry in left) and context.checkpoint(train=False) is None
+    weights = [entry.weight for entry in left if entry.needs == "training"] + [MODEL_WEIGHT] * model
     failed = []
     for entry in entries:
         if entry not in left:
             print(f"{entry.name}: is in {context.out} already")
             continue
         print(f"{entry.name}: {entry.title} ({entry.mirrors})", flush=True)
+        weight = entry.weight if entry.needs == "training" else MODEL_WEIGHT
+        context.share = budget * min(weight / sum(weights), 1.0) if weights else budget
         try:
             made = make(entry, context, command_of(entry, arguments))
         except Stopped:

@@ -146,13 +146,11 @@ def test_a_model_is_trained_where_none_is_named(call, tmp_path, no_figures, monk
     assert ended.status == 2 and "width" in ended.err and "--out" in ended.err and ended.err.count("\n") == 1
 
 
-def test_epochs_are_cut_by_the_same_share():
-    times = [lambda n: 10.0 * n, lambda n: 1.0 * n]
-    assert paper.scaled_epochs(times, [4, 8], 1000) == [4, 8]
-    assert paper.scaled_epochs(times, [4, 8], 48) == [4, 8] and paper.scaled_epochs(times, [4, 8], 47.9) == [3, 7]
-    assert paper.scaled_epochs(times, [4, 8], 11) == [1, 1] and paper.scaled_epochs(times, [4, 8], 12.5) == [1, 2]
-    with pytest.raises(InputError, match="one epoch of each of its 2 settings takes about 11 s"):
-        paper.scaled_epochs(times, [4, 8], 10.9)
+def test_all_rows_get_the_same_share_of_their_epochs():
+    times = [lambda n: 10.0 * n, lambda n: 1.0 * n]  # 48 s for 4 and 8 epochs
+    assert paper.share_within(times, [4, 8], 1000) == paper.share_within(times, [4, 8], 48) == 1.0
+    assert 0.4998 < paper.share_within(times, [4, 8], 24) <= 0.5
+    assert paper.share_within(times, [4, 8], 0) == 0.0
 
 
 def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeypatch):
@@ -163,7 +161,8 @@ def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeyp
         patch.setattr(Trainer, "run", lambda self: None if self.config.optimizer == "sgd" else train(self))
         assert call("paper", *common, "--budget", "32s").status == 130
     assert not (tmp_path / "p" / "index.json").exists()
-    assert json.loads((tmp_path / "p" / "tiny" / "plan.json").read_text())["epochs"] == {"AdamW": 2, "SGD": 1}
+    plan = json.loads((tmp_path / "p" / "tiny" / "plan.json").read_text())  # 30.4 of 60 s, for 4 and 2 epochs
+    assert plan["steps"] == {"AdamW": 12, "SGD": 6}
     monkeypatch.setattr(paper, "time_of_epochs", None)  # measured once
     before = (tmp_path / "p" / "tiny" / "adamw-seed3" / "last.npz").stat().st_mtime_ns
     ended = call("paper", *common, "--budget", "32s")
@@ -173,7 +172,7 @@ def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeyp
     assert table["seeds"] == [3] and [row["epochs"] for row in table["rows"]] == [2, 1]
     page = (tmp_path / "p" / "index.md").read_text()
     assert (
-        "Tiny: seed 3, 1 to 2 epochs" in page
+        "Tiny: seed 3, 6 to 12 steps, 51% of those of configs/sweeps/tiny.toml" in page
         and table["title"] in page
         and "| SGD | " in page
         and "(tiny.png)" in page
@@ -194,11 +193,11 @@ def test_measured_times_of_two_sweeps(call, tmp_path, sweep, monkeypatch):
     monkeypatch.setattr(paper, "ENTRIES", entries)
     ended = call("paper", "tiny", "--out", tmp_path / "p", "--quiet", "--budget", "0.13s")  # 0.1235 after the reserve
     assert ended.status == 2 and "larger --budget" in ended.err and ended.err.count("\n") == 1
-    # four epochs of the one and two of the other take 0.388 s, three and one 0.259 s: each sweep has half of the budget
+    # four epochs of the one and two of the other take 0.388 s; each sweep has half of the budget, less its reserve
     ended = call("paper", "--all", "--out", tmp_path / "p", "--quiet", "--budget", "0.6s")
     assert ended.status == 0, ended.err
     for name in ("tiny", "other"):
-        assert json.loads((tmp_path / "p" / name / "plan.json").read_text())["epochs"] == {"AdamW": 3, "SGD": 1}
+        assert json.loads((tmp_path / "p" / name / "plan.json").read_text())["steps"] == {"AdamW": 17, "SGD": 8}
 
 
 def test_the_budget_is_shared_out(call, tmp_path, monkeypatch):
@@ -210,7 +209,7 @@ def test_the_budget_is_shared_out(call, tmp_path, monkeypatch):
 
     entry = paper.Entry("a", "Fig. 0", "A", "nothing", "training", 0, made)
     entries = (
-        entry,
+        entry._replace(weight=6.0),
         entry._replace(name="b"),
         entry._replace(name="c", needs="a model"),
         entry._replace(name="d", needs="nothing"),
@@ -219,7 +218,7 @@ def test_the_budget_is_shared_out(call, tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "made_from", lambda entry, context: {})
     monkeypatch.setattr(paper.Context, "says", "")
     assert call("paper", "--all", "--out", tmp_path, "--config", TINY, "--budget", "60s").status == 0
-    assert shares == [(60, 20)] * 4  # two sweeps and the model
+    assert shares == [(60, 30), (60, 10), (60, 20), (60, 20)]  # by weight: 6, 2, and the model's 4
     shares.clear()
     assert call("paper", "b", "--out", tmp_path / "x", "--config", TINY, "--budget", "60s").status == 0
     assert shares == [(60, 60)]
@@ -325,9 +324,10 @@ def test_fine_tuning_begins_with_the_model_of_the_first_classes(tmp_path, monkey
     context = paper.Context(tmp_path, data="digits", budget=100.0, progress=False)
     made = paper.make_fine_tuning(context)
     plans = [
-        json.loads((tmp_path / name / "plan.json").read_text())["epochs"] for name in ("pretraining", "finetuning")
+        json.loads((tmp_path / name / "plan.json").read_text())["steps"] for name in ("pretraining", "finetuning")
     ]
-    assert plans == [{"pre-training": 3}, dict.fromkeys(plans[1], 1)] and len(plans[1]) == 5
+    # 38 of 260 s and of 26 epochs, 57 of 250 s and of 5 epochs each: of 6 steps
+    assert plans == [{"pre-training": 22}, dict.fromkeys(plans[1], 6)] and len(plans[1]) == 5
     settings = json.loads((tmp_path / "finetuning" / "fine-tuned-48-pixels-seed0" / "settings.json").read_text())
     before = tmp_path / "pretraining" / "pre-training-seed0" / "last.npz"
     assert settings["start"]["checkpoint"] == str(before) and settings["model"]["image_size"] == 48
