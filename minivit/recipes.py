@@ -8,16 +8,19 @@ their names.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from minivit import checkpoint
+from minivit.budget import epochs_within, seconds_of
 from minivit.cli import add_settings, given, read_toml
 from minivit.data import DATASETS, load
 from minivit.errors import InputError
 from minivit.model import ViTConfig, preset_fields
 from minivit.settings import field_names
 from minivit.start import StartConfig, prepare_start
-from minivit.train import TrainConfig, Trainer, check_data
+from minivit.train import LAST, TrainConfig, Trainer, check_data, dataset_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FINETUNE = "finetune"  # the settings file of runs that begin with a trained model, unless they name another
@@ -163,6 +166,46 @@ def prepare(recipe):
         return dataset, ViTConfig(**asked), config, {"describe": describe, "start": None}
     fitted, begins = prepare_start(start, asked, dataset.class_names)
     return dataset, fitted, config, {"describe": describe, "start": begins}
+
+
+def within_budget(arguments, dataset, model, config, trainer_of=None):
+    """The settings of a training with as many epochs as fit into ``--budget`` on this machine; told in one line.
+
+    ``trainer_of`` makes the trainer of such a run [Trainer].
+    Raises  InputError: epochs or steps were asked for too, or not even one epoch fits.
+    """
+    if asked := {"epochs", "steps"} & set(given(arguments, TrainConfig)):
+        raise InputError(f"--budget finds the number of epochs: leave --{asked.pop()} out")
+    epochs, each = epochs_within(seconds_of(arguments.budget), dataset, model, config, trainer_of)
+    print(f"an epoch takes about {each:.3g} s on this machine: {epochs} fit into {arguments.budget}", flush=True)
+    return replace(config, epochs=epochs, steps=0)
+
+
+def stopped_run(arguments):
+    """The run in ``--out`` that ``--resume`` goes on with: (path of its checkpoint, its meta, Dataset, describe).
+
+    Raises  InputError: no run is named, its checkpoint or data are missing or damaged.
+    """
+    if arguments.budget is not None:
+        raise InputError("--budget is for a new run; one that stopped goes on to the end that it was given")
+    if not arguments.out:
+        raise InputError("--resume needs --out, the folder of the run to go on with")
+    path = Path(arguments.out) / LAST
+    _, meta = checkpoint.load(path)
+    dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
+    describe = {key: meta["data"].get(key) for key in DATA_KEYS}
+    describe["data_dir"] = arguments.data_dir or describe["data_dir"]
+    return path, meta, dataset, describe
+
+
+def check_same_data(arguments, asked, describe, path):
+    """Raises InputError if flags, or settings ``asked`` for by a file, name other data than a run was trained on."""
+    classes = arguments.classes or asked.get("classes")
+    if classes not in (None, found := describe["classes"]):
+        raise InputError(f"{path} was trained on {f'the classes {found}' if found else 'all classes'}, not {classes}")
+    name = arguments.data or asked.get("data", describe["data"])
+    if name != describe["data"]:
+        raise InputError(f"{path} was trained on {describe['data']}, not on {name}")
 
 
 def trainer_of(recipe, out, *, progress=True):

@@ -6,14 +6,23 @@ from functools import partial
 from pathlib import Path
 
 from minivit import ViTConfig, checkpoint
-from minivit.budget import epochs_within, seconds_of
 from minivit.cli import Parser, add_settings, given, read_toml, run
 from minivit.errors import InputError
 from minivit.masked import MaskedConfig
 from minivit.pretrain import Pretrainer, masked_of
-from minivit.recipes import DATA_KEYS, SECTIONS, add_recipe, file_of_flags, free_folder, prepare, recipe_of_flags
+from minivit.recipes import (
+    SECTIONS,
+    add_recipe,
+    check_same_data,
+    file_of_flags,
+    free_folder,
+    prepare,
+    recipe_of_flags,
+    stopped_run,
+    within_budget,
+)
 from minivit.settings import field_names
-from minivit.train import LAST, TrainConfig, config_from, dataset_of, refuse_used
+from minivit.train import TrainConfig, config_from, refuse_used
 
 EXAMPLES = """
 examples:
@@ -72,39 +81,21 @@ def start(arguments):
     dataset, model, config, begins = prepare(recipe)
     trainer_of = partial(Pretrainer, masked=masked)
     if arguments.budget is not None:
-        if asked := {"epochs", "steps"} & set(given(arguments, TrainConfig)):
-            raise InputError(f"--budget finds the number of epochs: leave --{asked.pop()} out")
-        seconds = seconds_of(arguments.budget)
-        epochs, each = epochs_within(seconds, dataset, model, config, trainer_of)
-        print(f"an epoch takes about {each:.3g} s on this machine: {epochs} fit into {arguments.budget}", flush=True)
-        config = replace(config, epochs=epochs, steps=0)
+        config = within_budget(arguments, dataset, model, config, trainer_of)
     return trainer_of(dataset, model, config, out, progress=not arguments.quiet, **begins)
 
 
 def resume(arguments):
     """A `Pretrainer` where the run in --out stopped; settings asked for again must be those of the run."""
-    if arguments.budget is not None:
-        raise InputError("--budget is for a new run; one that stopped goes on to the end that it was given")
-    if not arguments.out:
-        raise InputError("--resume needs --out, the folder of the run to go on with")
-    path = Path(arguments.out) / LAST
-    _, meta = checkpoint.load(path)
+    path, meta, dataset, describe = stopped_run(arguments)
     masked = masked_of(meta, path)
     model, train = checkpoint.config_of(meta, path), config_from(meta, path)
-    dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
-    describe = {key: meta["data"].get(key) for key in DATA_KEYS}
-    describe["data_dir"] = arguments.data_dir or describe["data_dir"]
     asked_data, asked_model, asked_train = {}, given(arguments, ViTConfig), given(arguments, TrainConfig)
     asked_task = given(arguments, MaskedConfig)
     if arguments.preset or arguments.config:
         (asked_data, asked_model, asked_train, _), task = recipe_and_task(arguments)
         asked_task = {name: getattr(task, name) for name in field_names(MaskedConfig)}
-    classes = arguments.classes or asked_data.get("classes")
-    if classes not in (None, found := describe["classes"]):
-        raise InputError(f"{path} was trained on {f'the classes {found}' if found else 'all classes'}, not {classes}")
-    name = arguments.data or asked_data.get("data", describe["data"])
-    if name != describe["data"]:
-        raise InputError(f"{path} was trained on {describe['data']}, not on {name}")
+    check_same_data(arguments, asked_data, describe, path)
     model, train, masked = replace(model, **asked_model), replace(train, **asked_train), replace(masked, **asked_task)
     trainer = Pretrainer(
         dataset, model, train, arguments.out, masked=masked, describe=describe, progress=not arguments.quiet

@@ -5,13 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from minivit import ViTConfig, checkpoint
-from minivit.budget import epochs_within, seconds_of
 from minivit.cli import Parser, given, run
 from minivit.errors import InputError
 from minivit.params import count
-from minivit.recipes import DATA_KEYS, add_recipe, free_folder, prepare, recipe_of_flags, trainer_of
+from minivit.recipes import (
+    add_recipe,
+    check_same_data,
+    free_folder,
+    prepare,
+    recipe_of_flags,
+    stopped_run,
+    trainer_of,
+    within_budget,
+)
 from minivit.start import Start, StartConfig
-from minivit.train import LAST, TrainConfig, Trainer, config_from, dataset_of, origin_of, refuse_used
+from minivit.train import TrainConfig, Trainer, config_from, origin_of, refuse_used
 
 EXAMPLES = """
 examples:
@@ -53,42 +61,23 @@ def start(arguments):
     refuse_used(out)
     if arguments.budget is None:
         return trainer_of(recipe, out, progress=not arguments.quiet)
-    if asked := {"epochs", "steps"} & set(given(arguments, TrainConfig)):
-        raise InputError(f"--budget finds the number of epochs: leave --{asked.pop()} out")
-    seconds = seconds_of(arguments.budget)
     dataset, model, config, begins = prepare(recipe)
-    epochs, each = epochs_within(seconds, dataset, model, config)
-    print(f"an epoch takes about {each:.3g} s on this machine: {epochs} fit into {arguments.budget}", flush=True)
-    config = replace(config, epochs=epochs, steps=0)
+    config = within_budget(arguments, dataset, model, config)
     return Trainer(dataset, model, config, out, progress=not arguments.quiet, **begins)
 
 
 def resume(arguments):
     """A `Trainer` where the run in --out stopped; settings asked for again must be those of the run."""
-    if arguments.budget is not None:
-        raise InputError("--budget is for a new run; one that stopped goes on to the end that it was given")
-    if not arguments.out:
-        raise InputError("--resume needs --out, the folder of the run to go on with")
-    path = Path(arguments.out) / LAST
-    _, meta = checkpoint.load(path)
+    path, meta, dataset, describe = stopped_run(arguments)
     model, train = checkpoint.config_of(meta, path), config_from(meta, path)
-    dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
-    describe = {key: meta["data"].get(key) for key in DATA_KEYS}
-    describe["data_dir"] = arguments.data_dir or describe["data_dir"]
     origin, asked_start = origin_of(meta), given(arguments, StartConfig)
     asked_data, asked_model, asked_train = {}, given(arguments, ViTConfig), given(arguments, TrainConfig)
-    if arguments.classes is not None:
-        asked_data["classes"] = arguments.classes
     if arguments.preset or arguments.config:
         asked_data, asked_model, asked_train, asked_start = recipe_of_flags(arguments, describe["data"])
     for key, value in asked_start.items():
         if (found := (origin or {}).get(key)) != value:
             raise InputError(f"{path} began with {key} {found}, not {value}; start a new run with another --out")
-    if (asked := asked_data.get("classes")) not in (None, found := describe["classes"]):
-        raise InputError(f"{path} was trained on {f'the classes {found}' if found else 'all classes'}, not {asked}")
-    name = arguments.data or asked_data.get("data", describe["data"])
-    if name != describe["data"]:
-        raise InputError(f"{path} was trained on {describe['data']}, not on {name}")
+    check_same_data(arguments, asked_data, describe, path)
     model, train = replace(model, **asked_model), replace(train, **asked_train)
     start = Start(None, origin) if origin else None
     trainer = Trainer(
