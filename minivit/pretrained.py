@@ -11,10 +11,11 @@ All of them hold the same numbers. What differs is names, `NAMES`, and how a mat
     the patches         (P P C, D)              (P, P, C, D)                (D, C, P, P)
     q, k and v          (D, 3D)                 three of (D, h, Dh)         (3D, D), or three of (D, D)
     the heads' output   (D, D)                  (h, Dh, D)                  (D, D)
+    a hybrid's stem     (kh, kw, I, O)          (kh, kw, I, O)              (O, I, kh, kw), not in Hugging Face's ViT
 
 A file does not say all of a model. The GELU and LayerNorm's eps are its program's (official: tanh, 1e-6; timm: erf,
-1e-6; Hugging Face: those of ``config.json``, else erf, 1e-12), and so is the number
-of heads, where shapes do not show it.
+1e-6; Hugging Face: those of ``config.json``, else erf, 1e-12), and so are the number of heads, where shapes do not show
+it, and the 32 groups of a stem's GroupNorm.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from minivit import params as parameters
 from minivit.checkpoint import is_finite, write_atomically
 from minivit.errors import InputError
 from minivit.layers.patch_embed import sincos2d
-from minivit.model import PAPER_SIZES, ViT, ViTConfig, parameter_table
+from minivit.layers.resnet import convolutions, official_name, output_of
+from minivit.model import PAPER_SIZES, STEM, ViT, ViTConfig, parameter_table
 from minivit.settings import field_names
 from minivit.tensorfiles import (
     FLOATS,
@@ -53,7 +55,7 @@ MODEL_FILE = "model.safetensors"
 _QKV = ("query", "key", "value")
 _OFFICIAL, _HF = "Transformer/encoderblock_{i}", "vit.encoder.layer.{i}"
 # Ours: official, timm, Hugging Face; None: not in that layout. A new part of the model needs a row here, nothing else
-# if its matrices lie as those of a linear map do.
+# if its matrices lie as those of a linear map do. (The stem's are in `minivit.layers.resnet.official_name`.)
 NAMES = {
     "cls_token": ("cls", "cls_token", "vit.embeddings.cls_token"),
     "reg_token": (None, "reg_token", None),
@@ -111,6 +113,18 @@ GELU_NAMES = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "g
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of its pixels, red, green, blue, in 0..1
 # timm's models whose heads are not 64 wide
 WIDE_HEADS = {"huge": 16, "giant": 16, "gigantic": 16, "so400m": 16}
+# timm's model with each stem, any size of which can be changed, but for the stem's width of 64 and its 32 groups
+TIMM_STEMS = {
+    "": "vit_base_patch16_224",
+    "root": "vit_tiny_r_s16_p8_224",
+    "2,2,2,2": "vit_small_r26_s32_224",
+    "3,4,9": "vit_base_r50_s16_224",
+    "3,4,6,3": "vit_large_r50_s32_224",
+}
+TIMM_EPS = (
+    "timm's hybrids have other eps in GroupNorm and in the standardisation of kernels than the official code and "
+    "minivit: its logits differ by about 1e-5 of the largest"
+)
 
 
 class Found(NamedTuple):
@@ -135,6 +149,8 @@ class Found(NamedTuple):
 
 def keys_of(name, layout):
     """A parameter's keys in a layout: one, or three where queries, keys and values lie apart; None if it has none."""
+    if name.startswith(STEM):
+        return {"official": (official_name(name.removeprefix(STEM)),), "timm": (name,)}.get(layout)
     number = re.search(r"(?<=^blocks\.)\d+", name)
     pattern = re.sub(r"^blocks\.\d+", "blocks.{i}", name)
     module, _, leaf = pattern.rpartition(".")
@@ -160,9 +176,11 @@ def _keys_in(tensors, name, layout):
 
 def _their_shape(name, shape, config, layout):
     """The shape of a parameter, or of a third of ``attn.qkv``, in a layout, given ours."""
-    D, h, P, C = config.width, config.num_heads, config.patch_size, config.channels
+    D, h, P = config.width, config.num_heads, config.patch_size
     if name == "patch_embed.proj.weight":
-        return (P, P, C, D) if layout == "official" else (D, C, P, P)
+        shape = (P, P, config.patch_channels, D)
+    if len(shape) == 4:
+        return shape if layout == "official" else (shape[3], shape[2], *shape[:2])
     if layout == "official":
         heads = {"attn.qkv.weight": (D, h, D // h), "attn.qkv.bias": (h, D // h), "attn.proj.weight": (h, D // h, D)}
         return heads.get(name.split(".", 2)[-1], shape)
@@ -181,8 +199,7 @@ def _to_theirs(array, shape, layout):
     if layout == "official" or len(shape) not in (2, 4):
         return array.reshape(shape)
     if len(shape) == 4:
-        D, C, P, _ = shape
-        return array.reshape(P, P, C, D).transpose(3, 2, 0, 1)
+        return array.reshape(*shape[2:], *shape[1::-1]).transpose(3, 2, 0, 1)
     return array.T
 
 
@@ -209,6 +226,7 @@ class _Source:
                 if name in self.tensors:
                     raise InputError(f"{where} holds {name} under two names")
                 self.tensors[name] = one
+        self.stem_units = self._stem_units()
         self._refuse_unknown()
 
     def _recognise(self, tensors):
@@ -230,6 +248,8 @@ class _Source:
 
     def _unstacked(self, key, tensor):
         """A tensor of all blocks, as big_vision's scan makes it, as those of single blocks; others as they are."""
+        if self.layout == "official" and re.search(r"(^|/)gn[^/]*/[a-z]+$", key) and set(tensor.shape[:-1]) == {1}:
+            return [(key, tensor._replace(shape=tensor.shape[-1:]))]  # (1, 1, 1, C) of old files; `build` reshapes it
         if not key.startswith("Transformer/encoderblock/"):
             return [(key, tensor)]
         if not tensor.shape or tensor.shape[0] > 10_000:
@@ -246,12 +266,43 @@ class _Source:
             for i in range(tensor.shape[0])
         ]
 
+    def _stem_units(self):
+        """How many units each stage of the stem has: () for the root alone, None without a stem; refuses gaps."""
+        official = self.layout == "official"
+        begins = r"(conv_root|gn_root|block\d+)/" if official else re.escape(STEM)
+        if self.layout == "hf" or not any(re.match(begins, key) for key in self.tensors):
+            return None
+        first, place = (1, "block{}/unit{}/") if official else (0, STEM + "stages.{}.blocks.{}.")
+        pattern = re.escape(place).replace(r"\{\}", r"(\d{1,4})")
+        seen = {(int(found[1]), int(found[2])) for key in self.tensors if (found := re.match(pattern, key))}
+        units = []
+        while seen:
+            units.append(sum(s == first + len(units) for s, _ in seen))
+            needed = {(first + len(units) - 1, first + u) for u in range(max(1, units[-1]))}
+            if lacking := needed - seen:
+                raise InputError(f"{self.where} lacks {place.format(*min(lacking))}, and holds later ones")
+            seen -= needed
+        return tuple(units)
+
+    def stem_fields(self):
+        """The settings of the stem, and how many pixels of the picture a step on its map is."""
+        units = self.stem_units
+        if units is None:
+            return {}, 1
+        root = f"{STEM}{'stem.' if units else ''}conv.weight"
+        shape = self.shape(root, 4)
+        channels, width = shape[2:] if self.layout == "official" else shape[1::-1]
+        fields = {"channels": channels, "stem": ",".join(map(str, units)) or "root", "stem_width": width}
+        return fields, output_of(width, units)[0]
+
     def _refuse_unknown(self):
         names = [row[LAYOUTS.index(self.layout)] for row in NAMES.values()]
         known = {each for name in names if name for each in (name if isinstance(name, tuple) else (name,))}
         known |= {"fc_norm"} if self.layout == "timm" else set()
+        stem = [] if self.stem_units is None else convolutions(1, 1, self.stem_units)
+        stem = {self.key(STEM + name) for names, _, _ in stem for name in names}
         unknown = []
-        for key in self.tensors:
+        for key in self.tensors.keys() - stem:
             pattern = re.sub(r"(?<=encoderblock_)\d+|(?<=^blocks\.)\d+|(?<=encoder\.layer\.)\d+", "{i}", key)
             if pattern not in known and re.sub(r"[./](weight|bias|kernel|scale)$", "", pattern) not in known:
                 unknown.append(key)
@@ -325,6 +376,7 @@ def _timm_says(extra, where):
         "no_embed_class": arguments.get("no_embed_class"),
         "layer_scale": arguments.get("init_values"),
         "architecture": extra.get("architecture"),
+        "stem_groups": extra.get("stem_groups"),
     }
 
 
@@ -394,7 +446,10 @@ def _side(size, P, where):
 
 
 def _token_fields(source, said, P, pooling, image_size):
-    """The settings that tell which tokens there are, and whether those before the patches have positions."""
+    """The settings that tell which tokens there are, and whether those before the patches have positions.
+
+    P is in pixels of the picture, with a stem too.
+    """
     has_cls = source.has("cls_token")
     registers = source.shape("reg_token", 3)[1] if source.has("reg_token") else 0
     fields = {"pooling": _pooling(said, pooling, has_cls, source)}
@@ -434,6 +489,10 @@ def describe_tensors(
     if P != P2:
         raise InputError(f"{where} has patches of {P} x {P2} pixels; only square ones are known here")
     fields = {"patch_size": P, "channels": C, "width": D, "depth": source.depth()}
+    stem, stride = source.stem_fields()
+    fields |= stem
+    if stem and layout == "timm":
+        notes.append(TIMM_EPS)
     fields |= {"gelu": GELU_NAMES[said["gelu"]], "layernorm_eps": said["layernorm_eps"]}
     fields["mlp_dim"] = source.shape("blocks.0.mlp.fc1.weight", 2)[out]
     if layout == "official":
@@ -460,12 +519,15 @@ def describe_tensors(
         notes.append(f"the file has no head: one of zeros, for {fields['num_classes']} classes (--num-classes)")
     else:
         raise InputError(f"{where} has no head; say how many classes a new one, of zeros, shall have (--num-classes)")
-    more, embedded = _token_fields(source, said, P, pooling, image_size)
+    more, embedded = _token_fields(source, said, P * stride, pooling, image_size)
     fields |= more
+    if stem and said.get("stem_groups") is not None:
+        fields["stem_groups"] = said["stem_groups"]
     try:
         config = ViTConfig(**(fields | (changes or {})))
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        advice = " (--stem-groups)" if "stem_groups" in str(error) else ""
+        raise InputError(f"{where}: {error}{advice}") from None
     names = said.get("class_names")
     if not (isinstance(names, list) and len(names) == config.num_classes and all(isinstance(n, str) for n in names)):
         names = None
@@ -484,6 +546,11 @@ def _normalisation(said, config, source):
         raise InputError(f"{source.where}: its pictures are normalised by mean {mean}, std {std}, which cannot be")
     if (mean == 0.5).all() and (std == 0.5).all():
         return ()
+    if config.stem:
+        raise InputError(
+            f"{source.where}: its pictures are normalised by mean {mean}, std {std}; the standardised kernels of a "
+            "hybrid's stem cannot take ours instead"
+        )
     source.notes.append(f"pictures normalised by mean {mean}, std {std}: made part of the patch embedding")
     return mean, std
 
@@ -657,13 +724,14 @@ _SIZES = dict.fromkeys(
     ("image_size", "patch_size", "channels", "num_classes", "width", "depth", "num_heads", "mlp_dim")
     + ("dropout", "attention_dropout", "drop_path")  # of training, not of the model
 )
+_STEM = dict.fromkeys(("stem", "stem_width"))
 _TABLES = {"pos_embed": ("learned", "sincos2d", "none")}
 # What a layout, and the program that reads it, can express: the values of each setting, or None for all. Every other
 # setting must be that of a plain model.
 HOLDS = {
-    "official": {**_SIZES, **_TABLES, "pooling": ("cls", "mean"), "pre_logits": None},
-    "timm": {**_SIZES, **_TABLES, "pooling": ("cls", "mean", "avg"), "gelu": None}
-    | dict.fromkeys(("registers", "qk_norm", "layer_scale")),
+    "official": {**_SIZES, **_TABLES, **_STEM, "pooling": ("cls", "mean"), "pre_logits": None},
+    "timm": {**_SIZES, **_TABLES, **_STEM, "pooling": ("cls", "mean", "avg"), "gelu": None}
+    | dict.fromkeys(("registers", "qk_norm", "layer_scale", "stem_groups")),
     "hf": {**_SIZES, **_TABLES, "pooling": ("cls",), "gelu": None, "layernorm_eps": None},
 }
 
@@ -678,7 +746,7 @@ def check_held(config, layout):
             advice = f"; --{name.replace('_', '-')} {allowed[0]} writes the same parameters as if they were trained so"
             raise InputError(
                 f"the layout {layout} cannot hold {name} = {value!r} (only {' or '.join(map(str, allowed))})"
-                + (advice if name in ("gelu", "layernorm_eps") else "")
+                + (advice if name in ("gelu", "layernorm_eps", "stem_groups") else "")
             )
 
 
@@ -717,7 +785,7 @@ def tensors_of(model, layout, *, naming="published"):
 
 
 def timm_arguments(config):
-    """The arguments with which ``timm.models.VisionTransformer`` makes the same model."""
+    """The arguments with which ``timm.models.VisionTransformer`` makes the same model; without its stem."""
     c, cls = config, config.pooling == "cls"
     ratio = c.mlp_dim // c.width if c.mlp_dim % c.width == 0 else c.mlp_dim / c.width
     if int(c.width * ratio) != c.mlp_dim:
@@ -733,11 +801,39 @@ def timm_arguments(config):
     return arguments | ({"act_layer": "gelu_tanh"} if c.gelu == "tanh" else {})
 
 
+def timm_call(config):
+    """The Python expression that makes the same model, after ``import functools, timm, timm.models.resnetv2``."""
+    given = [f"{name}={value!r}" for name, value in timm_arguments(config).items()]
+    if config.stem:
+        # timm's own models have GroupNorm's eps 1e-5; its kernels' eps, added to the variance, cannot be the official
+        pieces = (
+            f"in_chans={config.channels}, preact=False, stem_type='same', "
+            "conv_layer=functools.partial(timm.layers.StdConv2dSame, eps=1e-8), "
+            f"norm_layer=functools.partial(timm.layers.GroupNormAct, num_groups={config.stem_groups}, eps=1e-6)"
+        )
+        if units := config.stem_units:
+            channels = [output_of(config.stem_width, units[: s + 1])[1] for s in range(len(units))]
+            backbone = f"ResNetV2(layers={units}, channels={channels}, stem_chs={config.stem_width}, num_classes=0, "
+            backbone += f"global_pool='', {pieces})"
+        else:
+            backbone = f"create_resnetv2_stem(out_chs={config.stem_width}, {pieces})".replace("in_chans", "in_chs")
+        backbone = f"timm.models.resnetv2.{backbone}"
+        given.append(f"embed_layer=functools.partial(timm.layers.HybridEmbed, backbone={backbone})")
+    return f"timm.models.VisionTransformer({', '.join(given)})"
+
+
+def timm_architecture(config):
+    """timm's name of a model with this stem, every other size of which `timm_arguments` change; "" if it has none."""
+    own = (config.stem_width, config.stem_groups) == (64, 32) or not config.stem
+    return TIMM_STEMS.get(config.stem, "") if own else ""
+
+
 def _timm_config(config, names):
     """The config.json of a timm model, for ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
     arguments = timm_arguments(config)
+    root = f"{STEM}{'stem.' if config.stem_units else ''}conv"
     return {
-        "architecture": "vit_base_patch16_224",  # every size of which model_args changes
+        "architecture": timm_architecture(config) or "hybrid without a name in timm",  # so that timm says what it lacks
         "num_classes": config.num_classes,
         "num_features": config.width,
         "global_pool": arguments["global_pool"],
@@ -749,10 +845,10 @@ def _timm_config(config, names):
             "mean": [0.5] * config.channels,
             "std": [0.5] * config.channels,
             "num_classes": config.num_classes,
-            "first_conv": "patch_embed.proj",
+            "first_conv": root if config.stem else "patch_embed.proj",
             "classifier": "head",
         },
-    }
+    } | ({"stem_groups": config.stem_groups} if config.stem else {})
 
 
 def hf_config(config, names):

@@ -14,6 +14,7 @@ EXAMPLES = """
 examples:
   python scripts/convert.py --info ViT-B_16.npz                      what is in it: settings, parameters, assumptions
   python scripts/convert.py ViT-B_16.npz b16.npz --to minivit        for predict.py, evaluate.py, trace.py, ...
+  python scripts/convert.py R26_S_32.npz r26.npz --to minivit        a hybrid: its ResNet is seen from the names
   python scripts/convert.py model.safetensors b16.npz --to minivit --heads 12 --class-names imagenet.txt
   python scripts/convert.py runs/cifar10/best.npz cifar10.npz --to official
   python scripts/convert.py runs/cifar10/best.npz out --to timm      timm.create_model("local-dir:out", pretrained=True)
@@ -22,6 +23,9 @@ examples:
 IN is an .npz or .safetensors file, a folder with model.safetensors, or a checkpoint of minivit; which layout it has is
 seen from its content, and a config.json beside it is read. Pickles (.bin, .pt) are never read.
 """
+
+
+CHANGES = ("gelu", "layernorm_eps", "stem_groups")  # settings that a file does not hold
 
 
 def read_names(path, classes):
@@ -84,6 +88,7 @@ def main(argv=None):
     add("--heads", type=int, default=0, metavar="N", help="attention heads [what IN or its config.json says]")
     add("--gelu", choices=KINDS, help="GELU form [that of IN's program]")
     add("--layernorm-eps", type=float, metavar="X", help="eps of LayerNorm [that of IN's program]")
+    add("--stem-groups", type=int, metavar="N", help="groups of GroupNorm in a hybrid's stem [32]")
     add("--image-size", type=int, default=0, metavar="N", help="pixels, where IN does not tell")
     add("--pooling", choices=("cls", "mean"), default="", help="what is classified, where IN does not tell")
     add("--num-classes", type=int, default=0, metavar="K", help="give a file without a head one of zeros")
@@ -101,7 +106,7 @@ def main(argv=None):
     )
     add("--overwrite", action="store_true", help="OUT may be there already")  # fmt: skip
     arguments = parser.parse_args(argv)
-    changes = {name: value for name in ("gelu", "layernorm_eps") if (value := getattr(arguments, name)) is not None}
+    changes = {name: value for name in CHANGES if (value := getattr(arguments, name)) is not None}
     options = {
         name: getattr(arguments, name) for name in ("heads", "image_size", "pooling", "num_classes", "imagenet_pixels")
     }
@@ -114,6 +119,8 @@ def main(argv=None):
     if arguments.output is None or arguments.to is None:
         raise InputError("say where to write and in which layout: convert.py IN OUT --to minivit, official, timm or hf")
     model, meta, notes = load_any(path, weights=arguments.weights, changes=changes, **options)
+    if "stem_groups" in changes and not model.config.stem:
+        raise InputError(f"{path} is no hybrid: leave --stem-groups out")
     names = meta["class_names"]
     if arguments.class_names:
         names = read_names(arguments.class_names, model.config.num_classes)
@@ -124,8 +131,14 @@ def main(argv=None):
     )
     print(f"{model.flat.size:,} parameters in {' and '.join(map(str, written))}")
     if arguments.to == "timm":
-        given = ", ".join(f"{name}={value!r}" for name, value in pretrained.timm_arguments(model.config).items())
-        print(f"timm.models.VisionTransformer({given})")
+        if model.config.stem:
+            print(f"note: {pretrained.TIMM_EPS}")
+            if not pretrained.timm_architecture(model.config):
+                print(
+                    "note: timm has no name for a model with this stem, so that create_model cannot make it: make it "
+                    f"as below, then model.load_state_dict(safetensors.torch.load_file({str(written[-1])!r}))"
+                )
+        print(pretrained.timm_call(model.config))
     return 0
 
 

@@ -239,6 +239,37 @@ def stem_units(config):
     return tuple(map(int, config["stem"].split(","))) if config.get("stem") else ()
 
 
+def timm_stem(config):
+    """Return what makes timm's model a hybrid: its ResNetV2, with the official numbers; {} without a stem."""
+    if not config.get("stem"):
+        return {}
+    import torch
+    from timm.layers import GroupNormAct, HybridEmbed, StdConv2dSame, pad_same
+    from timm.models.resnetv2 import ResNetV2
+
+    class OfficialConv(StdConv2dSame):
+        def forward(self, x):
+            x = pad_same(x, self.kernel_size, self.stride) if self.same_pad else x
+            std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
+            weight = (self.weight - mean) / (std + 1e-5)
+            return torch.nn.functional.conv2d(x, weight, None, self.stride, self.padding)
+
+    units, width = stem_units(config), config["stem_width"]
+    backbone = ResNetV2(
+        layers=units,
+        channels=[4 * width * 2**s for s in range(len(units))],
+        stem_chs=width,
+        num_classes=0,
+        global_pool="",
+        in_chans=config["channels"],
+        preact=False,
+        stem_type="same",
+        conv_layer=OfficialConv,
+        norm_layer=partial(GroupNormAct, num_groups=config["stem_groups"], eps=1e-6),
+    )
+    return {"embed_layer": partial(HybridEmbed, backbone=backbone)}
+
+
 def stem_convolutions(config):
     """Return [(names of kernel, scale and shift in timm; place in the official tree; kernel's shape; stride)]."""
 
@@ -352,7 +383,7 @@ class TimmReference:
 
         self.torch, self.config = torch, config
         self.model = VisionTransformer(
-            **self.hybrid(),
+            **timm_stem(config),
             img_size=config["image_size"],
             patch_size=config["patch_size"],
             in_chans=config["channels"],
@@ -370,39 +401,6 @@ class TimmReference:
         self.images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
         self.answers = torch.from_numpy(answers)
         self.label_smoothing = label_smoothing
-
-    def hybrid(self):
-        """Return what makes the model a hybrid: timm's ResNetV2, with the official numbers; {} without a stem."""
-        if not self.config.get("stem"):
-            return {}
-        from functools import partial
-
-        from timm.layers import GroupNormAct, HybridEmbed, StdConv2dSame, pad_same
-        from timm.models.resnetv2 import ResNetV2
-
-        torch = self.torch
-
-        class OfficialConv(StdConv2dSame):
-            def forward(self, x):
-                x = pad_same(x, self.kernel_size, self.stride) if self.same_pad else x
-                std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
-                weight = (self.weight - mean) / (std + 1e-5)
-                return torch.nn.functional.conv2d(x, weight, None, self.stride, self.padding)
-
-        units, width = stem_units(self.config), self.config["stem_width"]
-        backbone = ResNetV2(
-            layers=units,
-            channels=[4 * width * 2**s for s in range(len(units))],
-            stem_chs=width,
-            num_classes=0,
-            global_pool="",
-            in_chans=self.config["channels"],
-            preact=False,
-            stem_type="same",
-            conv_layer=OfficialConv,
-            norm_layer=partial(GroupNormAct, num_groups=self.config["stem_groups"], eps=1e-6),
-        )
-        return {"embed_layer": partial(HybridEmbed, backbone=backbone)}
 
     def load(self, params):
         """Copy minivit's arrays into the model."""
@@ -529,7 +527,7 @@ def make_flax_model(config, dtype="float64"):
             return layernorm("encoder_norm")(x), features
 
     def groupnorm(name):
-        return nn.GroupNorm(config["stem_groups"], param_dtype=jnp.float64, name=name)  # eps 1e-6
+        return nn.GroupNorm(config["stem_groups"], name=name, **dtypes)  # eps 1e-6
 
     class StandardizedConv(nn.Conv):
         def param(self, name, *arguments):
@@ -537,9 +535,7 @@ def make_flax_model(config, dtype="float64"):
             return (w - w.mean(axis=(0, 1, 2))) / (w.std(axis=(0, 1, 2)) + 1e-5)
 
     def conv(features, kernel, stride, name):  # padding is SAME
-        return StandardizedConv(
-            features, (kernel, kernel), (stride, stride), use_bias=False, param_dtype=jnp.float64, name=name
-        )
+        return StandardizedConv(features, (kernel, kernel), (stride, stride), use_bias=False, name=name, **dtypes)
 
     class Unit(nn.Module):
         features: int
@@ -566,21 +562,15 @@ def make_flax_model(config, dtype="float64"):
                 x = Unit(self.features, 1 if u else self.stride, name=f"unit{u + 1}")(x)
             return x
 
-    class Stem(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            width = config["stem_width"]
-            x = nn.relu(groupnorm("gn_root")(conv(width, 7, 2, "conv_root")(x)))
-            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
-            for s, units in enumerate(stem_units(config)):
-                x = Stage(units, width * 2**s, 2 if s else 1, name=f"block{s + 1}")(x)
-            return x
-
     class VisionTransformer(nn.Module):
         @nn.compact
         def __call__(self, images):
             if config.get("stem"):
-                images = Stem(name="stem")(images)
+                width = config["stem_width"]
+                images = nn.relu(groupnorm("gn_root")(conv(width, 7, 2, "conv_root")(images)))
+                images = nn.max_pool(images, (3, 3), (2, 2), "SAME")
+                for s, units in enumerate(stem_units(config)):
+                    images = Stage(units, width * 2**s, 2 if s else 1, name=f"block{s + 1}")(images)
             D, patch = config["width"], (config["patch_size"], config["patch_size"])
             x = nn.Conv(D, patch, patch, padding="VALID", name="embedding", **dtypes)(images)
             x = x.reshape(x.shape[0], -1, D)
@@ -644,7 +634,7 @@ class FlaxReference:
         for (kernel, scale, shift), places, _, _ in stem_convolutions(self.config):
             leaves = {"kernel": params[kernel]}, {"scale": params[scale], "bias": params[shift]}
             for place, leaf in zip(places, leaves, strict=True):
-                node = tree.setdefault("stem", {})
+                node = tree
                 for part in place[:-1]:
                     node = node.setdefault(part, {})
                 node[place[-1]] = leaf
@@ -689,7 +679,7 @@ class FlaxReference:
         for names, places, _, _ in stem_convolutions(self.config):
             nodes = []
             for place in places:
-                node = tree["stem"]
+                node = tree
                 for part in place:
                     node = node[part]
                 nodes.append(node)
@@ -1028,6 +1018,12 @@ LAYOUTS = {
         {"image_size": 6, "patch_size": 2, "num_labels": 5, "hidden_size": 8, "num_hidden_layers": 2}
         | {"num_attention_heads": 2, "intermediate_size": 11},
     ),
+    "layout_official_hybrid": (
+        "flax",
+        SMALL
+        | {"image_size": 16, "patch_size": 1, "channels": 3, "pooling": "cls", "pre_logits": 0}
+        | {"layernorm_eps": 1e-6, "stem": "2,1", "stem_width": 4, "stem_groups": 2},
+    ),
 }
 
 
@@ -1089,7 +1085,8 @@ def make_layout(name):
     """Compute one of the files ``layout_*``."""
     library, arguments = LAYOUTS[name]
     rng = np.random.default_rng(31 + list(LAYOUTS).index(name))
-    images = rng.standard_normal((4, 6, 6, arguments.get("in_chans", 3)))
+    side = arguments["img_size" if library == "timm" else "image_size"]
+    images = rng.standard_normal((4, side, side, arguments.get("in_chans", 3)))
     dlogits = rng.standard_normal((4, 5))
     make = flax_layout if library == "flax" else partial(torch_layout, library)
     weights, grads, logits = make(arguments, images, dlogits, rng)

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from minivit import InputError, ViT, ViTConfig, checkpoint, parameter_table, params, pretrained
 from minivit.layers.patch_embed import sincos2d
-from minivit.tensorfiles import of_arrays
+from minivit.model import HYBRIDS
+from minivit.tensorfiles import Tensor, of_arrays
 
 FILES = {  # file: what the settings come to
     "layout_official": {"pooling": "cls", "pre_logits": 7, "gelu": "tanh", "layernorm_eps": 1e-6, "mlp_dim": 11},
@@ -24,6 +25,7 @@ FILES = {  # file: what the settings come to
     "layout_timm_average": {"pooling": "avg", "registers": 1, "channels": 1, "gelu": "erf", "layernorm_eps": 1e-6},
     "layout_timm_deit3": {"pooling": "cls", "layer_scale": 1e-5, "registers": 0, "qk_norm": False},
     "layout_hf": {"pooling": "cls", "gelu": "erf", "layernorm_eps": 1e-12, "num_heads": 2, "mlp_dim": 11},
+    "layout_official_hybrid": {"image_size": 16, "patch_size": 1, "channels": 3, "stem": "2,1", "stem_width": 4},
 }
 COMMON = {"image_size": 6, "patch_size": 2, "num_classes": 5, "width": 8, "depth": 2, "num_heads": 2}
 
@@ -57,6 +59,11 @@ def load(path, **options):
     return pretrained.read(path, **({"dtype": np.float64, "heads": 2} | options))
 
 
+def groups(name):
+    """What has to be said of a reference file's hybrid."""
+    return {"changes": {"stem_groups": 2}} if name.endswith("hybrid") else {}
+
+
 def logits_of(model, arrays):
     return model.forward(arrays["images"])[0]
 
@@ -71,7 +78,7 @@ def close(actual, expected, name=""):
 @pytest.mark.parametrize("name", FILES)
 def test_settings_logits_and_every_gradient(tmp_path, name):
     weights, theirs, arrays = stored(name)
-    model, found = load(put(tmp_path, weights))
+    model, found = load(put(tmp_path, weights), **groups(name))
     for field, value in (COMMON | FILES[name]).items():
         assert getattr(model.config, field) == value, field
     logits, cache = model.forward(arrays["images"])
@@ -79,7 +86,7 @@ def test_settings_logits_and_every_gradient(tmp_path, name):
     _, grads = model.gradient_buffer()
     model.backward(arrays["dlogits"], cache, grads)
     # their gradients have the names and shapes of their weights
-    about = pretrained.describe_tensors(of_arrays(theirs), {}, "the gradients", heads=2)
+    about = pretrained.describe_tensors(of_arrays(theirs), {}, "the gradients", heads=2, **groups(name))
     expected = pretrained.build(about, dtype=np.float64).params
     if FILES[name].get("registers"):  # the sum of two of theirs, each with this gradient
         expected["reg_token"] /= 2
@@ -268,6 +275,41 @@ def test_half_precision_and_bfloat16_in_safetensors(tmp_path):
     )
 
 
+HYBRID_FORMS = {
+    "published": published,
+    "stacked, prefixed": lambda w: prefixed("params/", stacked(w)),
+    "opt/target/": lambda w: prefixed("opt/target/", published(w)),
+    "GroupNorm of four axes": lambda w: {k: a.reshape(1, 1, 1, -1) if "/gn" in f"/{k}" else a for k, a in w.items()},
+}
+
+
+@pytest.mark.parametrize("form", HYBRID_FORMS)
+def test_official_forms_of_a_hybrid(tmp_path, form):
+    weights, _, arrays = stored("layout_official_hybrid")
+    changed_ones = HYBRID_FORMS[form](weights)
+    assert changed_ones.keys() != weights.keys() or changed_ones["gn_root/scale"].shape == (1, 1, 1, 4)
+    model, found = load(put(tmp_path, changed_ones), **groups("hybrid"))
+    close(logits_of(model, arrays), arrays["logits"])
+    assert model.config.stem_units == (2, 1)
+
+
+def test_the_settings_of_the_papers_hybrids_are_seen_in_the_shapes():
+    """Tensors without numbers: their shapes are all that is asked."""
+    for preset in HYBRIDS:
+        config = ViTConfig.preset(preset)
+        for layout, gelu in (("official", "tanh"), ("timm", "erf")):
+            tensors = {}
+            for spec in parameter_table(config):
+                part = pretrained._part_shape(spec.name, spec.shape, layout)
+                for key in pretrained.keys_of(spec.name, layout):
+                    shape = pretrained._their_shape(spec.name, part, config, layout)
+                    tensors[key] = Tensor(shape, "float32", None)
+            found = pretrained.describe_tensors(tensors, {}, preset)
+            assert found.config == replace(config, gelu=gelu), preset
+            assert any("other eps in GroupNorm" in note for note in found.notes) == (layout == "timm")
+            assert ("conv_root/kernel" in tensors) == (layout == "official")
+
+
 def test_without_pre_logits(tmp_path):
     weights, _, _ = stored("layout_official")
     weights = {k: a for k, a in weights.items() if not k.startswith("pre_logits")}
@@ -370,9 +412,61 @@ def test_from_the_official_layout_through_all_others_and_back_bit_for_bit(tmp_pa
     np.testing.assert_array_equal(model.flat, random_model().flat)
 
 
+SMALL_HYBRID = {"image_size": 16, "patch_size": 1, "stem": "2,1", "stem_width": 32}  # GroupNorm has 32 groups
+ROOT = {"image_size": 8, "stem": "root", "stem_width": 64}
+
+
+@pytest.mark.parametrize("changes", [SMALL_HYBRID, ROOT])
+@pytest.mark.parametrize("naming", ["published", "current"])
+def test_a_hybrid_from_the_official_layout_to_timm_and_back_bit_for_bit(tmp_path, changes, naming):
+    model = random_model(**changes)
+    write(tmp_path / "a.npz", model, "official", naming=naming)
+    first, found = pretrained.read(tmp_path / "a.npz")
+    assert first.config == model.config and not found.notes
+    np.testing.assert_array_equal(first.flat, model.flat)
+    write(tmp_path / "timm", first, "timm")
+    state = load_file(tmp_path / "timm" / "model.safetensors")
+    kernels = {key: a for key, a in state.items() if a.ndim == 4}
+    for key, kernel in kernels.items():
+        ours = model.params[key]
+        ours = ours.reshape(*kernel.shape[2:], -1, kernel.shape[0])  # patches are rows of a matrix
+        np.testing.assert_array_equal(kernel, ours.transpose(3, 2, 0, 1), key)
+    second, found = pretrained.read(tmp_path / "timm")
+    assert second.config == model.config and found.class_names == list("abcde")
+    write(tmp_path / "b.npz", second, "minivit")
+    third, _ = checkpoint.load_model(tmp_path / "b.npz")
+    write(tmp_path / "c.npz", third, "official", naming=naming)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "c.npz").read_bytes()
+
+
+def test_a_hybrid_is_written_under_the_names_of_the_official_model():
+    weights, _, _ = stored("layout_official_hybrid")
+    written = pretrained.tensors_of(random_model(**SMALL_HYBRID), "official", naming="current")
+    assert written.keys() == weights.keys()
+    for key, array in written.items():
+        assert array.ndim == weights[key].ndim, key
+        assert key.startswith(("Transformer", "block2")) or array.shape[:2] == weights[key].shape[:2] or array.ndim < 4
+
+
+def test_timms_names_of_hybrids():
+    """Only those that timm.create_model can make as they are."""
+    assert [pretrained.timm_architecture(ViTConfig.preset(name)) for name in ("R26+S/32", "R+Ti/16")] == [
+        "vit_small_r26_s32_224", "vit_tiny_r_s16_p8_224",
+    ]  # fmt: skip
+    assert pretrained.timm_architecture(ViTConfig()) == "vit_base_patch16_224"
+    for changes in ({"stem_width": 128}, {"stem_groups": 16}, {"stem": "1,1"}):
+        assert pretrained.timm_architecture(ViTConfig.preset("R26+S/32", **changes)) == ""
+    config = ViTConfig(**COMMON | SMALL_HYBRID | {"stem_groups": 8})
+    content = pretrained._timm_config(config, list("abcde"))
+    assert (content["architecture"], content["stem_groups"]) == ("hybrid without a name in timm", 8)
+    assert content["pretrained_cfg"]["first_conv"] == "patch_embed.backbone.stem.conv"
+
+
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [
+        ("timm", SMALL_HYBRID | {"stem_groups": 4, "pooling": "avg", "channels": 1}),
+        ("timm", ROOT | {"registers": 2, "stem_groups": 1}), ("official", ROOT | {"pooling": "mean"}),
         ("official", {"pre_logits": 3}), ("official", {"pooling": "mean"}), ("official", {"num_heads": 4}),
         ("timm", {"pooling": "mean", "registers": 2}), ("timm", {"pooling": "avg", "gelu": "erf"}),
         ("timm", {"registers": 3, "layer_scale": 0.1, "qk_norm": True}), ("timm", {"num_heads": 1, "mlp_dim": 24}),
@@ -426,6 +520,19 @@ def test_fixed_positions_are_written_as_their_table(tmp_path, layout, positions)
         ("hf", {"pooling": "mean"}, "(only cls)"), ("hf", {"pre_logits": 4}, "pre_logits"),
         ("hf", {"registers": 1}, "registers"), ("hf", {"qk_norm": True}, "qk_norm"),
         ("hf", {"layer_scale": 0.5}, "layer_scale"),
+        ("hf", ROOT, "cannot hold stem = 'root'"),
+        ("official", ROOT | {"stem_groups": 8}, "stem_groups = 8 (only 32); --stem-groups 32 writes"),
+        *[
+            (layout, changes, message)
+            for layout in pretrained.LAYOUTS
+            for changes, message in (
+                ({"pos_at": "every"}, "pos_at = 'every'"), ({"pos_at": "shared"}, "pos_at = 'shared'"),
+                ({"pos_embed": "learned2d"}, "pos_embed = 'learned2d'"),
+                ({"pos_embed": "relative", "pos_at": "every"}, "pos_embed = 'relative'"),
+                ({"attention": "axial", "pooling": "mean"}, "pooling" if layout == "hf" else "attention = 'axial'"),
+                (ROOT | {"pos_at": "every"}, "pos_at = 'every'"),
+            )
+        ],
     ],
 )  # fmt: skip
 def test_what_a_layout_cannot_hold_is_refused_before_anything_is_written(tmp_path, layout, changes, message):
@@ -494,6 +601,20 @@ BROKEN = {  # file, key -> array or None, what the message says
     "more than the rest": ("layout_timm_deit3", {"blocks.1.attn.q_norm.bias": np.zeros(4)}, "no place for: blocks.1"),
     "a bias too few": ("layout_timm_deit3", {"blocks.1.attn.qkv.bias": None}, "lacks blocks.1.attn.qkv.bias"),
     "two names": ("layout_official", {f"{B}1/LayerNorm_2/scale": np.ones(8)}, "under two names"),
+    "a gap in a stage": ("layout_official_hybrid", {"block1/unit9/conv1/kernel": np.zeros((1, 1, 16, 4))},
+                         "lacks block1/unit3/, and holds later ones"),
+    "a stage too few": ("layout_official_hybrid", {"block4/unit1/gn1/bias": np.zeros(4)}, "lacks block3/unit1/"),
+    "no root": ("layout_official_hybrid", {"conv_root/kernel": None}, "lacks conv_root/kernel"),
+    "half a unit": ("layout_official_hybrid", {"block1/unit2/gn2/scale": None}, "lacks block1/unit2/gn2/scale"),
+    "a second shortcut": ("layout_official_hybrid", {"block1/unit2/conv_proj/kernel": np.zeros((1, 1, 16, 16))},
+                          "no part of the model takes: block1/unit2/conv_proj/kernel"),
+    "a wide kernel": ("layout_official_hybrid", {"block1/unit1/conv2/kernel": np.zeros((5, 5, 4, 4))},
+                      "conv2/kernel has shape (5, 5, 4, 4), the model needs (3, 3, 4, 4)"),
+    "a batch of scales": ("layout_official_hybrid", {"gn_root/scale": np.zeros((2, 1, 1, 4))}, "gn_root/scale has sh"),
+    "patches of a picture": ("layout_official_hybrid", {"embedding/kernel": np.zeros((1, 1, 3, 8))},
+                             "embedding/kernel has shape (1, 1, 3, 8), the model needs (1, 1, 32, 8)"),
+    "a stem alone": ("layout_timm_deit3", {"patch_embed.backbone.conv1.weight": np.zeros((4, 3, 7, 7))},
+                     "no part of the model takes: patch_embed.backbone.conv1.weight"),
     "nothing at all": ("layout_official", {"embedding/kernel": None}, "has no layout known here"),
 }  # fmt: skip
 
@@ -503,13 +624,28 @@ def test_a_model_that_is_none_is_refused_in_one_sentence(tmp_path, name):
     file, changes, message = BROKEN[name]
     weights = changed(stored(file)[0], **changes)
     path = tmp_path / "x.npz"
-    if file == "layout_official":
+    if file.startswith("layout_official"):
         np.savez(path, **weights)
     else:
         path = put(tmp_path, weights)
     with pytest.raises(InputError, match=re.escape(message)) as error:
-        load(path, dtype=np.float32)
+        load(path, dtype=np.float32, **groups(file))
     assert str(path) in str(error.value) and len(str(error.value)) < 400
+
+
+def test_what_a_hybrid_has_to_be_told(tmp_path):
+    weights, _, _ = stored("layout_official_hybrid")
+    path = put(tmp_path, weights)
+    with pytest.raises(InputError, match="stem_width 4 is not a multiple of stem_groups 32 .--stem-groups."):
+        load(path)
+    with pytest.raises(InputError, match="stem cannot take ours"):
+        load(path, imagenet_pixels=True, **groups("hybrid"))
+    with pytest.raises(InputError, match="are not 1 x 1"):
+        load(path, image_size=8, **groups("hybrid"))
+    with pytest.raises(InputError, match="20 pixels are no multiple of the patches' 8"):
+        load(path, image_size=20, **groups("hybrid"))
+    del weights["Transformer/posembed_input/pos_embedding"]
+    assert load(put(tmp_path, weights), **groups("hybrid"))[0].config.image_size == 224
 
 
 def test_a_missing_block_is_named(tmp_path):

@@ -94,17 +94,15 @@ def output_of(width, units):
     return ROOT_STRIDE * 2**later, width * 2**later * (EXPANSION if units else 1)
 
 
-def official_names(units):
-    """{our name: its name in the official .npz files} of every parameter; kernels are (kh, kw, I, O) in both."""
-    official = {}
-    for names, _, _ in convolutions(3, 1, units):
-        conv, norm = "conv_root", "gn_root"
-        if names[0].startswith("stages."):
-            _, s, _, u, layer, *_ = names[0].split(".")  # stages.S.blocks.U.conv1.weight
-            layer = "_proj" if layer == "downsample" else layer.removeprefix("conv")
-            conv, norm = (f"block{int(s) + 1}/unit{int(u) + 1}/{kind}{layer}" for kind in ("conv", "gn"))
-        official |= dict(zip(names, (f"{conv}/kernel", f"{norm}/scale", f"{norm}/bias"), strict=True))
-    return official
+def official_name(name):
+    """The name of a parameter in the official .npz files; kernels are (kh, kw, I, O) in both."""
+    place, number, parts = "", "_root", name.split(".")
+    if parts[0] == "stages":  # stages.S.blocks.U.conv1.weight, stages.S.blocks.U.downsample.conv.weight
+        place = f"block{int(parts[1]) + 1}/unit{int(parts[3]) + 1}/"
+        number = "_proj" if parts[4] == "downsample" else parts[4][-1]
+    if parts[-2].startswith("conv"):
+        return f"{place}conv{number}/kernel"
+    return f"{place}gn{number}/{'scale' if parts[-1] == 'weight' else 'bias'}"
 
 
 def _part(named, prefix):

@@ -9,7 +9,7 @@ from minivit.layers.groupnorm import groupnorm_forward
 from minivit.layers.layernorm import layernorm_forward
 from minivit.layers.max_pool import max_pool_backward, max_pool_forward
 from minivit.layers.relu import relu_backward, relu_forward
-from minivit.layers.resnet import bottleneck_forward, convolutions, official_names, output_of, resnet_forward
+from minivit.layers.resnet import bottleneck_forward, convolutions, official_name, output_of, resnet_forward
 from minivit.layers.weight_standardization import weight_standardization_backward, weight_standardization_forward
 
 
@@ -149,16 +149,15 @@ def test_conv2_has_the_stride():
 
 
 def test_official_names():
-    names = official_names((1, 2))
+    names = {name: official_name(name) for name in parameters((1, 2))}
     assert names["stem.conv.weight"] == "conv_root/kernel" and names["stem.norm.bias"] == "gn_root/bias"
     assert names["stages.1.blocks.0.downsample.norm.weight"] == "block2/unit1/gn_proj/scale"
     assert names["stages.1.blocks.1.conv2.weight"] == "block2/unit2/conv2/kernel"
     assert names["stages.0.blocks.0.norm3.bias"] == "block1/unit1/gn3/bias"
     assert names["stages.0.blocks.0.downsample.conv.weight"] == "block1/unit1/conv_proj/kernel"
-    assert list(names) == list(parameters((1, 2))) and len(set(names.values())) == len(names)
-    assert official_names(()) == {
-        "conv.weight": "conv_root/kernel", "norm.weight": "gn_root/scale", "norm.bias": "gn_root/bias",
-    }  # fmt: skip
+    assert len(set(names.values())) == len(names)
+    root = ["conv_root/kernel", "gn_root/scale", "gn_root/bias"]
+    assert [official_name(name) for name in parameters(())] == list(names.values())[:3] == root
 
 
 def test_gradients_of_a_map_of_one_position():
