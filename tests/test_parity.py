@@ -27,32 +27,42 @@ def test_logits_maps_and_every_gradient(library, preset, dtype):
     assert found.attention < (1e-10 if exact else 1e-5)
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("library", ["flax", "timm"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_logits_maps_and_every_gradient_of_an_r26_hybrid(library, dtype):
+    script = parity()
+    found = script.compare_hybrid(library, dtype)
+    assert script.passes(found) and found.logits < script.LIMITS[dtype]
+    assert found.attention < script.HYBRID_LIMITS[dtype]
+
+
+FIELDS = {
+    "image_size": 12, "patch_size": 4, "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20, "num_classes": 5,
+}  # fmt: skip
+
+
 def written(tmp_path, layout, **changes):
-    fields = {
-        "image_size": 12,
-        "patch_size": 4,
-        "width": 12,
-        "depth": 2,
-        "num_heads": 3,
-        "mlp_dim": 20,
-        "num_classes": 5,
-    }
-    config = ViTConfig(**fields | changes)
+    config = ViTConfig(**FIELDS | changes)
     flat = np.random.default_rng(1).standard_normal(params.count(parameter_table(config)), np.float32)
     path = tmp_path / ("x.npz" if layout == "official" else "x")
     options = {"naming": "current"} if layout == "official" else {}
     pretrained.write(path, ViT(config, flat=flat), layout, class_names=NAMES, **options)
-    images = np.random.default_rng(2).uniform(-1, 1, (3, 12, 12, 3)).astype(np.float32)
+    images = np.random.default_rng(2).uniform(-1, 1, (3, config.image_size, config.image_size, 3)).astype(np.float32)
     return path, images, ViT(config, flat=flat).predict(images)
 
 
-def close(ours, theirs):
-    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+def close(ours, theirs, limit=1e-5):
+    assert np.abs(ours - theirs).max() < limit * np.abs(theirs).max()
+
+
+STAGES = {"image_size": 16, "patch_size": 1, "stem": "2,1", "stem_width": 32}
+ROOT = {"image_size": 8, "patch_size": 2, "stem": "root"}
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    "changes", [{}, {"pooling": "mean"}, {"pre_logits": 7, "pos_embed": "sincos2d"}, {"pos_embed": "none"}]
+    "changes", [{}, {"pooling": "mean"}, {"pre_logits": 7, "pos_embed": "sincos2d"}, {"pos_embed": "none"}, STAGES]
 )
 def test_the_official_model_takes_what_is_written(tmp_path, changes):
     import jax
@@ -90,6 +100,36 @@ def test_timm_takes_what_is_written(tmp_path, changes):
         model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
         close(logits, model(pixels).numpy())
     assert tuple(model.pretrained_cfg["mean"]) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("changes", "named"), [(STAGES | {"gelu": "erf"}, False), (ROOT, True)])
+def test_timm_takes_a_hybrid_that_is_written(tmp_path, changes, named):
+    """With eps of its own, and so with a small difference; the official ones leave none (test_hybrid.py)."""
+    import functools
+
+    import timm
+    import timm.models.resnetv2
+    import torch
+    from safetensors.torch import load_file
+
+    path, images, logits = written(tmp_path, "timm", **changes)
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    config = pretrained.read(path)[0].config
+    assert config == ViTConfig(**FIELDS | changes)
+    model = eval(pretrained.timm_call(config), {"functools": functools, "timm": timm})
+    model.load_state_dict(load_file(path / "model.safetensors"), strict=True)
+    with torch.no_grad():
+        close(logits, model.eval()(pixels).numpy(), 1e-4)
+    if not named:
+        with pytest.raises(RuntimeError, match="Unknown model .hybrid without a name in timm"):
+            timm.create_model(f"local-dir:{path}", pretrained=True)
+        return
+    model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    for key, tensor in load_file(path / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+    with torch.no_grad():
+        close(logits, model(pixels).numpy(), 1e-4)
 
 
 @pytest.mark.torch

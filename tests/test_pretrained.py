@@ -520,7 +520,7 @@ def test_fixed_positions_are_written_as_their_table(tmp_path, layout, positions)
         ("hf", {"pooling": "mean"}, "(only cls)"), ("hf", {"pre_logits": 4}, "pre_logits"),
         ("hf", {"registers": 1}, "registers"), ("hf", {"qk_norm": True}, "qk_norm"),
         ("hf", {"layer_scale": 0.5}, "layer_scale"),
-        ("hf", ROOT, "cannot hold stem = 'root'"),
+        ("hf", ROOT, "cannot hold stem = 'root' (only none)"),
         ("official", ROOT | {"stem_groups": 8}, "stem_groups = 8 (only 32); --stem-groups 32 writes"),
         *[
             (layout, changes, message)

@@ -91,6 +91,30 @@ def test_settings_are_overruled(call, digits, tmp_path):
         assert "Transformer/encoderblock_1/MlpBlock_0/Dense_0/kernel" in file
 
 
+def test_a_hybrid(call, tmp_path):
+    fields = {"patch_size": 1, "width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 12, "image_size": 16}
+    model = random_model(ViTConfig(**fields, stem="1,1", stem_width=32))
+    pretrained.write(tmp_path / "a.npz", model, "official", class_names=[])
+    ended = call("convert", "--info", tmp_path / "a.npz")
+    assert re.search(r"stem +1,1\n", ended.out) and "block2/unit1/conv_proj/kernel" in ended.out
+    ended = call("convert", tmp_path / "a.npz", tmp_path / "b", "--to", "timm")
+    assert "backbone=timm.models.resnetv2.ResNetV2(layers=(1, 1), channels=[128, 256], stem_chs=32" in ended.out
+    assert "timm's hybrids have other eps" in ended.out and "timm has no name for a model with this stem" in ended.out
+    ended = call("convert", tmp_path / "b", tmp_path / "c.npz", "--to", "official")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "c.npz").read_bytes()
+    fails(call("convert", tmp_path / "a.npz", tmp_path / "d", "--to", "hf"), "cannot hold stem")
+    flags = ["--to", "minivit", "--stem-groups"]
+    call("convert", tmp_path / "a.npz", tmp_path / "e.npz", *flags, 8)
+    assert checkpoint.load_model(tmp_path / "e.npz")[0].config.stem_groups == 8
+    fails(call("convert", tmp_path / "e.npz", tmp_path / "f.npz", "--to", "official"), "--stem-groups 32 writes")
+    fails(call("convert", tmp_path / "a.npz", tmp_path / "f.npz", *flags, 5), "not a multiple of stem_groups 5")
+    fails(call("convert", tmp_path / "a.npz", tmp_path / "f.npz", *flags, 0), "stem_groups")
+    plain = random_model(CONFIG)
+    pretrained.write(tmp_path / "p.npz", plain, "official", class_names=[])
+    fails(call("convert", tmp_path / "p.npz", tmp_path / "f.npz", *flags, 8), "is no hybrid")
+    assert not (tmp_path / "f.npz").exists() and not (tmp_path / "d").exists()
+
+
 def test_the_average_is_converted(call, run_copy, tmp_path):
     for weights in ("params", "ema"):
         call("convert", run_copy / "last.npz", tmp_path / weights, "--to", "timm", "--weights", weights)
