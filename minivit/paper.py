@@ -26,6 +26,7 @@ import numpy as np
 from minivit import analysis, checkpoint
 from minivit.budget import epochs_within, time_of_epochs
 from minivit.checkpoint import write_atomically
+from minivit.cli import counted
 from minivit.engine import available_cores
 from minivit.errors import InputError
 from minivit.inference import check_finite, load_with_data
@@ -117,7 +118,7 @@ class Context:
             dataset, model, config, *_ = prepare(recipe)
             epochs, each = epochs_within(self.share, dataset, model, config)
             epochs = min(epochs, config.epochs)
-            print(f"training a model: {epochs} epochs of about {each:.3g} s, in {folder}", flush=True)
+            print(f"training a model: {counted(epochs, 'epoch')} of about {each:.3g} s, in {folder}", flush=True)
         trainer = trainer_of(recipe._replace(train=recipe.train | {"epochs": epochs}), folder, progress=self.progress)
         if begun:
             trainer.restore()
@@ -138,7 +139,7 @@ class Context:
         text = f"{dataset.name}, patch {c.patch_size}, width {c.width}, {c.depth} blocks, {c.num_heads} heads"
         try:
             summary = json.loads((self.checkpoint().parent / SUMMARY).read_text(encoding="utf-8"))
-            return f"{text}; test accuracy {summary['test_accuracy']:.1%} after {summary['epochs']} epochs"
+            return f"{text}; test accuracy {summary['test_accuracy']:.1%} after {counted(summary['epochs'], 'epoch')}"
         except (OSError, ValueError, KeyError, TypeError):
             return text
 
@@ -372,7 +373,9 @@ def make_fine_tuning(context):
     before = result_of(first)
     begin = {"start": first.folder / LAST, "model": sizes_of(QUICK)}
     made = make_sweep(context, "finetuning", "Five other classes", share=0.6, **begin)
-    said = f"The model of the first five classes had {before['accuracy']:.1%} after {before['epochs']} epochs."
+    said = (
+        f"The model of the first five classes had {before['accuracy']:.1%} after {counted(before['epochs'], 'epoch')}."
+    )
     return made._replace(caption=f"{made.caption} {said}")
 
 
@@ -450,7 +453,7 @@ def make_masked(context):
     return Made(
         ("masked/reconstructions.png",),
         "Test pictures, what the model sees of them, and the mean colours that it guesses under the masks: "
-        f"{said['test_accuracy']:.1%} are right, of 512 colours, after {said['epochs']} epochs; without looking "
+        f"{said['test_accuracy']:.1%} are right, of 512 colours, after {counted(said['epochs'], 'epoch')}; without looking "
         f"{said['chance_accuracy']:.1%}.",
     )
 

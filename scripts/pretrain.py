@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from minivit import ViTConfig, checkpoint
-from minivit.cli import Parser, add_settings, given, read_toml, run
+from minivit.cli import Parser, add_settings, counted, given, read_toml, run
 from minivit.errors import InputError
 from minivit.masked import MaskedConfig
 from minivit.pretrain import Pretrainer, masked_of
@@ -130,7 +130,7 @@ def main(argv=None):
     figure = "right guesses" if trainer.model.classes else "variance explained"
     print(
         f"test loss {summary['test_loss']:.4f}, {figure} {summary['test_accuracy']:.2%} at the masked patches (without "
-        f"looking {summary['chance_loss']:.4f}, {summary['chance_accuracy']:.2%}) after {summary['epochs']} epochs in "
+        f"looking {summary['chance_loss']:.4f}, {summary['chance_accuracy']:.2%}) after {counted(summary['epochs'], 'epoch')} in "
         f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} pictures/s); "
         f"figures and checkpoints in {trainer.out}"
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minivit import ViTConfig, checkpoint
-from minivit.cli import Parser, given, run
+from minivit.cli import Parser, counted, given, run
 from minivit.errors import InputError
 from minivit.params import count
 from minivit.recipes import (
@@ -115,7 +115,7 @@ def main(argv=None):
     if summary is None:
         return 130
     steps = trainer.config.steps
-    after = f"{steps:,} steps" if steps else f"{summary['epochs']} epochs"
+    after = counted(steps, "step") if steps else counted(summary["epochs"], "epoch")
     print(
         f"test accuracy {summary['test_accuracy']:.2%} after {after} in "
         f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} pictures/s); "
