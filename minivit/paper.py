@@ -453,8 +453,8 @@ def make_masked(context):
     return Made(
         ("masked/reconstructions.png",),
         "Test pictures, what the model sees of them, and the mean colours that it guesses under the masks: "
-        f"{said['test_accuracy']:.1%} are right, of 512 colours, after {counted(said['epochs'], 'epoch')}; without looking "
-        f"{said['chance_accuracy']:.1%}.",
+        f"{said['test_accuracy']:.1%} are right, of 512 colours, after {counted(said['epochs'], 'epoch')}; without "
+        f"looking {said['chance_accuracy']:.1%}.",
     )
 
 
