@@ -131,7 +131,8 @@ def main(argv=None):
     print(
         f"test loss {summary['test_loss']:.4f}, {figure} {summary['test_accuracy']:.2%} at the masked patches (without "
         f"looking {summary['chance_loss']:.4f}, {summary['chance_accuracy']:.2%}) after "
-        f"{counted(summary['epochs'], 'epoch')} in {summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} pictures/s); "
+        f"{counted(summary['epochs'], 'epoch')} in {summary['train_seconds']:.0f} s "
+        f"({summary['images_per_second']:,.0f} pictures/s); "
         f"figures and checkpoints in {trainer.out}"
     )
     return 0
