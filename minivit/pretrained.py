@@ -676,8 +676,9 @@ def check_held(config, layout):
         allowed = HOLDS[layout].get(name, (getattr(plain, name),))
         if allowed is not None and value not in allowed:
             advice = f"; --{name.replace('_', '-')} {allowed[0]} writes the same parameters as if they were trained so"
+            possible = " or ".join(str(each) or "none" for each in allowed)
             raise InputError(
-                f"the layout {layout} cannot hold {name} = {value!r} (only {' or '.join(map(str, allowed))})"
+                f"the layout {layout} cannot hold {name} = {value!r} (only {possible})"
                 + (advice if name in ("gelu", "layernorm_eps") else "")
             )
 

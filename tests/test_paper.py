@@ -323,9 +323,7 @@ def test_fine_tuning_begins_with_the_model_of_the_first_classes(tmp_path, monkey
     monkeypatch.setattr(paper, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
     context = paper.Context(tmp_path, data="digits", budget=100.0, progress=False)
     made = paper.make_fine_tuning(context)
-    plans = [
-        json.loads((tmp_path / name / "plan.json").read_text())["steps"] for name in ("pretraining", "finetuning")
-    ]
+    plans = [json.loads((tmp_path / name / "plan.json").read_text())["steps"] for name in ("pretraining", "finetuning")]
     # 38 of 260 s and of 26 epochs, 57 of 250 s and of 5 epochs each: of 6 steps
     assert plans == [{"pre-training": 22}, dict.fromkeys(plans[1], 6)] and len(plans[1]) == 5
     settings = json.loads((tmp_path / "finetuning" / "fine-tuned-48-pixels-seed0" / "settings.json").read_text())
