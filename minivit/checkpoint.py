@@ -174,6 +174,15 @@ def class_names_of(meta, path):
     return names
 
 
+def few_classes(meta):
+    """The first few of a model's class names, for a message; and what to do where its file named none."""
+    names = meta.get("class_names")
+    names = [str(name) for name in names] if isinstance(names, list) else []
+    few = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    numbered = names and names == [f"class {k}" for k in range(len(names))]
+    return few + (" (scripts/convert.py --class-names FILE gives them their names)" if numbered else "")
+
+
 def is_finite(array):
     """Does it hold floating-point numbers, none of them NaN or infinite?"""
     return array.dtype.kind == "f" and bool(np.isfinite(array).all())

@@ -297,7 +297,10 @@ def sweep_of(context, name, *, share=1.0, start=None, model=None):
         begins = recipe.start | {"checkpoint": str(start)} if recipe.start else recipe.start
         return recipe._replace(data=recipe.data | context.data, model=recipe.model | (model or {}), start=begins)
 
-    rows = [row._replace(recipe=here(row.recipe)) for row in sweep.rows]
+    def told(changes):
+        return {key: value for key, value in changes.items() if key != "checkpoint"}  # of the file, not of `here`
+
+    rows = [row._replace(recipe=here(row.recipe), changes=told(row.changes)) for row in sweep.rows]
     sweep = sweep._replace(seeds=sweep.seeds[:1], rows=tuple(rows))
     folder = context.out / name
     plan = read_json(folder / PLAN)
@@ -332,7 +335,7 @@ def sweep_of(context, name, *, share=1.0, start=None, model=None):
 
     steps = sorted(set(plan["steps"].values()))
     says = " to ".join(f"{n:,}" for n in dict.fromkeys((steps[0], steps[-1])))
-    says += f" steps, {plan['share']:.0%} of those of configs/sweeps/{name}.toml"
+    says += f" steps ({plan['share']:.0%})"
     return sweep._replace(title=says, rows=tuple(map(shorter, sweep.rows))), folder
 
 
@@ -361,7 +364,7 @@ def make_sweep(context, name, title, **settings):
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return Made(
         (path.name,),
-        f"{sweep.title}: accuracy of the test pictures after the last one.",
+        f"{sweep.title} of configs/sweeps/{name}.toml: accuracy of the test pictures after the last one.",
         "\n".join(lines),
     )
 

@@ -44,6 +44,7 @@ from minivit.train import CURVES, METRICS, RECONSTRUCTIONS, Trainer, read_metric
 
 MASK_STREAM, TEST_STREAM = 4, 5  # random numbers apart from those of shuffling (1), augmentation (2) and dropout (3)
 TEST_SEED = 0  # the test pictures are masked alike in all runs
+CHUNK = 500  # pictures that are read at a time, for `chance_of`
 PICTURES = 12  # that a figure shows
 
 
@@ -62,15 +63,17 @@ class _MaskedTask:
         """Mean loss of many pictures and how many guesses are right, streamed through the workers: `StepResult`."""
         model, size = model or self.model, self.micro_batch or PREDICT
         starts = range(0, len(images), size)
+        xp = array_module(model.flat)
         results = [None] * len(starts)
 
         def work(i):
             part = slice(starts[i], starts[i] + size)
-            prediction, _ = model.forward(images[part], plan[part])
-            targets = model.targets(images[part], plan[part])
+            pictures = xp.asarray(images[part])  # those of a folder are read now
+            prediction, _ = model.forward(pictures, plan[part])
+            targets = model.targets(pictures, plan[part])
             results[i] = patch_loss(prediction, targets, model.classes, denominator=len(images))[:2]
 
-        with cuda.rounded(model.flat) if array_module(model.flat) is not np else nullcontext():
+        with cuda.rounded(model.flat) if xp is not np else nullcontext():
             self.each(work, range(len(starts)))
         return StepResult(sum(loss for loss, _ in results), sum(right for _, right in results))
 
@@ -94,14 +97,24 @@ def chance_of(images, config, masked, plan):
     The guess is the most frequent class, or the mean of the targets; the loss is the entropy of the classes, or the
     mean squared distance from the mean.
     """
-    targets = patch_targets(images, config, masked)
-    targets = targets[np.arange(len(plan))[:, None], plan[:, 0, : predicted_count(config, masked)]]
-    if classes(config, masked):
-        frequency = np.bincount(targets.ravel()) / targets.size
-        seen = frequency[frequency > 0]
-        return float(frequency.max()), float(-(seen * np.log(seen)).sum())
-    numbers = targets.reshape(-1, targets.shape[-1]).astype(np.float64)
-    return 0.0, float(numbers.var(axis=0).mean())
+    counts = np.zeros(classes(config, masked), np.int64)
+    count, mean, scatter = 0, 0.0, 0.0  # of the numbers of a patch, for regression
+    for i in range(0, len(plan), CHUNK):
+        part = plan[i : i + CHUNK, 0, : predicted_count(config, masked)]
+        targets = patch_targets(images[i : i + CHUNK], config, masked)[np.arange(len(part))[:, None], part]
+        if len(counts):
+            counts += np.bincount(targets.ravel(), minlength=len(counts))
+            continue
+        numbers = targets.reshape(-1, targets.shape[-1]).astype(np.float64)
+        n, step = len(numbers), numbers.mean(axis=0) - mean
+        scatter += n * numbers.var(axis=0) + step * step * (count * n / (count + n))
+        mean += step * (n / (count + n))
+        count += n
+    if not len(counts):
+        return 0.0, float((scatter / count).mean())
+    frequency = counts / counts.sum()
+    seen = frequency[frequency > 0]
+    return float(frequency.max()), float(-(seen * np.log(seen)).sum())
 
 
 class Pretrainer(Trainer):

@@ -84,13 +84,18 @@ def model_from(trained, asked, where, *, keep_head=False):
         to_learned = name == "pos_embed" and (before, value) == ("sincos2d", "learned")
         if value != before and name not in MAY_CHANGE and not to_learned:
             raise InputError(
-                f"{where} has {name} {before}, {value} was asked for; leave it out, or begin without --from"
+                f"{where} has {name} {_shown(before)}, {_shown(value)} was asked for; leave it out, or begin without "
+                "--from"
             )
     if not keep_head and made.pre_logits:
         raise InputError("a new head has no pre-logits layer; leave pre_logits out, or keep the head with --keep-head")
     if keep_head and made.pre_logits != trained.pre_logits:
         raise InputError(f"{where} has pre_logits {trained.pre_logits}, which --keep-head keeps; leave pre_logits out")
     return made
+
+
+def _shown(value):
+    return "none" if value == "" else value
 
 
 def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch_resize="pi"):
@@ -117,7 +122,15 @@ def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch
         elif name == "patch_embed.proj.weight":
             array = resize_patch_embedding(array, config.patch_size, channels=config.patch_channels, kind=patch_resize)
         if array.shape != view.shape:
-            raise InputError(f"the start's {name} has shape {array.shape}, the new model needs {view.shape}")
+            raise InputError(
+                f"the start's {name} has shape {array.shape}, the new model needs {view.shape}"
+                + (
+                    "; positions of this kind cannot be resized: leave the size of pictures and patches as it was, "
+                    f"{old.image_size} and {old.patch_size}"
+                    if "pos" in name
+                    else ""
+                )
+            )
         view[...] = array
     return new.flat
 
@@ -132,9 +145,8 @@ def prepare_start(start, asked, class_names):
     trained, meta = load_start(start.checkpoint)
     config = model_from(trained.config, asked, start.checkpoint, keep_head=start.keep_head)
     if start.keep_head:
-        before = checkpoint.class_names_of(meta, start.checkpoint)
-        if before != list(class_names):
-            few = ", ".join(before[:5]) + (", ..." if len(before) > 5 else "")
+        if list(class_names) != meta.get("class_names"):
+            few = checkpoint.few_classes(meta)
             raise InputError(f"{start.checkpoint} was trained for the classes {few}: leave --keep-head out for others")
     settings = {"pos_resize": start.pos_resize, "patch_resize": start.patch_resize, "keep_head": start.keep_head}
     flat = begin(trained, config, **settings)

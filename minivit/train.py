@@ -240,7 +240,10 @@ def dataset_of(meta, path, *, name=None, data_dir=None):
     except InputError as error:
         raise InputError(f"{error}; if the data lie elsewhere now, name the place with --data-dir") from None
     if list(dataset.class_names) != meta.get("class_names"):
-        raise InputError(f"{path} was trained for other classes than those of {dataset.name} ({dataset.source})")
+        raise InputError(
+            f"{path} was trained for other classes than those of {dataset.name} ({dataset.source}): "
+            f"{checkpoint.few_classes(meta)}"
+        )
     return dataset
 
 

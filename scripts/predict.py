@@ -11,7 +11,7 @@ from minivit import ViT, plots
 from minivit.analysis import attention_rollout
 from minivit.backend import find_device, to_device, to_host, use_device
 from minivit.cli import Parser, output_file, run
-from minivit.data import LazyPictures, read_image
+from minivit.data import DATASETS, LazyPictures, read_image
 from minivit.errors import InputError
 from minivit.inference import attention_map, check_finite
 from minivit.layers.softmax import softmax_forward
@@ -115,7 +115,7 @@ def gather(arguments, model, meta):
             image = 255 - image if image.dtype == np.uint8 else -image
         pictures.append((path.stem, image, None))
     if arguments.test:
-        dataset = dataset_of(meta, arguments.checkpoint, data_dir=arguments.data_dir)
+        dataset = dataset_of(meta, arguments.checkpoint, name=arguments.data, data_dir=arguments.data_dir)
         count = len(dataset.test_images)
         for index in arguments.test:
             if not 0 <= index < count:
@@ -133,10 +133,11 @@ def main(argv=None):
         help="a checkpoint, such as runs/digits/last.npz, or official, timm or Hugging Face weights",
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files or .npy arrays")
+    parser.add_argument("--test", nargs="+", type=int, default=[], metavar="INDEX", help="pictures of the test set")
     parser.add_argument(
-        "--test", nargs="+", type=int, default=[], metavar="INDEX", help="pictures of the run's own test set"
+        "--data", choices=DATASETS, help="data set of --test, of the same classes [that of its training]"
     )
-    parser.add_argument("--data-dir", metavar="DIR", help="where its data lie [where they lay in training]")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
     parser.add_argument(
         "--invert", action="store_true", help="take the negative of the files (dark ink on white paper)"
     )

@@ -127,12 +127,13 @@ def main(argv=None):
     summary = trainer.run()
     if summary is None:
         return 130
+    steps = trainer.config.steps
+    after = counted(steps, "step") if steps else counted(summary["epochs"], "epoch")
     figure = "right guesses" if trainer.model.classes else "variance explained"
     print(
         f"test loss {summary['test_loss']:.4f}, {figure} {summary['test_accuracy']:.2%} at the masked patches (without "
-        f"looking {summary['chance_loss']:.4f}, {summary['chance_accuracy']:.2%}) after "
-        f"{counted(summary['epochs'], 'epoch')} in {summary['train_seconds']:.0f} s "
-        f"({summary['images_per_second']:,.0f} pictures/s); "
+        f"looking {summary['chance_loss']:.4f}, {summary['chance_accuracy']:.2%}) after {after} in "
+        f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} pictures/s); "
         f"figures and checkpoints in {trainer.out}"
     )
     return 0

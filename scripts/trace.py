@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from minivit import ViT, ViTConfig, checkpoint, params
+from minivit import ViT, ViTConfig, params
 from minivit.cli import Parser, add_settings, given, output_file, run
 from minivit.data import load
 from minivit.engine import DROPOUT_STREAM
 from minivit.errors import InputError
 from minivit.model import parameter_table, preset_fields
+from minivit.pretrained import load_any
 from minivit.trace import expected_cache_bytes, expected_flops, first_non_finite, norm, trace_batch
 from minivit.train import dataset_of, quiet_overflow, write_json
 
@@ -35,7 +36,8 @@ def parse(argv):
     """The command line as a namespace; settings of the model that were not given are absent from it."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="trace.py")
     what = parser.add_argument_group("what is traced")
-    what.add_argument("--checkpoint", metavar="FILE", help="a checkpoint, such as runs/digits/last.npz")
+    what.add_argument("--checkpoint", metavar="FILE",
+                      help="a checkpoint, such as runs/digits/last.npz, or weights of another program")  # fmt: skip
     what.add_argument("--preset", metavar="NAME", help="a named size, such as Micro/4 or Ti/16")
     what.add_argument("--data", choices=("digits", "cifar10", "random"),
                       help="pictures [those of the checkpoint's data set; random without a checkpoint]")  # fmt: skip
@@ -71,7 +73,9 @@ def parse(argv):
 def model_and_data(arguments):
     """The model that was asked for, and its data set: (ViT, Dataset or None for random pictures, name of the model)."""
     if arguments.checkpoint:
-        model, meta = checkpoint.load_model(arguments.checkpoint)
+        model, meta, notes = load_any(arguments.checkpoint, named=False)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
         dataset = None
         if arguments.data != "random":
             dataset = dataset_of(meta, arguments.checkpoint, name=arguments.data, data_dir=arguments.data_dir)

@@ -259,7 +259,9 @@ def draw_journey(arguments):
     from minivit import journey  # matplotlib is slow to import
 
     path = Path(arguments.checkpoint)
-    model, _, dataset = load_with_data(path, weights=arguments.weights, data_dir=arguments.data_dir)
+    model, _, dataset = load_with_data(
+        path, weights=arguments.weights, name=arguments.data, data_dir=arguments.data_dir
+    )  # fmt: skip
     count = len(dataset.test_images)
     if not 0 <= arguments.picture < count:
         raise InputError(f"there is no test picture {arguments.picture}; {dataset.name} has 0 to {count - 1}")
@@ -358,6 +360,7 @@ def main(argv=None):
     parts = commands.add_parser("journey", help=about, description=about, epilog=EXAMPLES)
     parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
     parts.add_argument("--picture", type=int, default=0, metavar="N", help="number of the test picture [0]")
+    parts.add_argument("--data", choices=DATASETS, help="data set, of the same classes [that of its training]")
     parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
     parts.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
                        help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip

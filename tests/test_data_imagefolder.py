@@ -19,8 +19,10 @@ from minivit.data.loader import batches
 from minivit.engine_cuda import CudaEngine
 from minivit.errors import InputError
 from minivit.inference import predict_all
+from minivit.masked import MaskedConfig, MaskedViT
 from minivit.model import ViT
-from minivit.train import LAST, TrainConfig, Trainer, fingerprint
+from minivit.pretrain import MaskedCudaEngine, MaskedEngine, Pretrainer, chance_of, plan_of_test
+from minivit.train import LAST, RECONSTRUCTIONS, TrainConfig, Trainer, fingerprint
 
 CLASSES = ("n01440764", "n01443537", "n02102040")
 SIZES = ((40, 28), (25, 25), (20, 50), (33, 31))  # width, height
@@ -460,3 +462,29 @@ def test_crops_are_refused_where_pictures_have_their_size(tmp_path, call):
     assert ended.status == 2 and "crop_area cuts pictures out of larger files; digits has none" in ended.err
     assert not (tmp_path / "run").exists()
     assert call("train", "--crop-area", 1.5, "--out", tmp_path / "run").status == 2
+
+
+@pytest.mark.parametrize("masked", [MaskedConfig(), MaskedConfig(method="mae", decoder_width=8, decoder_heads=2)])
+def test_pre_training_reads_them_as_they_are_needed(tmp_path, shared, monkeypatch, masked):
+    monkeypatch.setattr("minivit.pretrain.CHUNK", 4)  # of 6 test pictures
+    lazy = load("imagefolder", shared, image_size=8)
+    held = lazy._replace(train_images=lazy.train_images[:], test_images=lazy.test_images[:])
+    model = ViTConfig(image_size=8, patch_size=2, num_classes=3, width=8, depth=1, num_heads=1, mlp_dim=8)
+    config = TrainConfig(steps=2, batch_size=4, workers=1)
+    settings = {"masked": masked, "describe": {"data": "imagefolder"}, "progress": False}
+    runs = [
+        Pretrainer(data, model, config, tmp_path / name, **settings) for name, data in (("lazy", lazy), ("held", held))
+    ]
+    assert runs[0].chance == runs[1].chance and runs[0].chance_loss == runs[1].chance_loss > 0
+    monkeypatch.setattr("minivit.pretrain.CHUNK", 500)
+    plan = plan_of_test(model, masked, 6)
+    np.testing.assert_allclose(chance_of(held.test_images, model, masked, plan), (runs[0].chance, runs[0].chance_loss))
+    a, b = (run.run() for run in runs)
+    assert a["test_loss"] == b["test_loss"] and (tmp_path / "lazy" / RECONSTRUCTIONS).exists()
+    with MaskedEngine(runs[0].model, workers=1) as engine:
+        here = engine.measure(held.test_images, plan)
+    with installed() as cupy, plain():
+        there = MaskedCudaEngine(MaskedViT(model, masked, flat=cupy.asarray(runs[0].model.flat)))
+        result = there.measure(lazy.test_images, cupy.asarray(plan))
+        assert isinstance(result.loss, ndarray)
+    np.testing.assert_allclose(float(to_host(result.loss)), float(here.loss), rtol=1e-5)

@@ -172,7 +172,7 @@ def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeyp
     assert table["seeds"] == [3] and [row["epochs"] for row in table["rows"]] == [2, 1]
     page = (tmp_path / "p" / "index.md").read_text()
     assert (
-        "Tiny: seed 3, 6 to 12 steps, 51% of those of configs/sweeps/tiny.toml" in page
+        "Tiny: seed 3, 6 to 12 steps (51%) of configs/sweeps/tiny.toml" in page
         and table["title"] in page
         and "| SGD | " in page
         and "(tiny.png)" in page

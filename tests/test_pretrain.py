@@ -262,6 +262,8 @@ def test_the_script(tmp_path, call):
     for script, asked in (("evaluate", out / LAST), ("report", out)):
         ended = call(script, asked)
         assert ended.status == 2 and "is of pre-training, its head knows no classes yet" in ended.err
+    ended = call("pretrain", *TINY, "--decoder-width", 8, "--steps", 2, "--out", tmp_path / "steps", "--method", "mae")
+    assert " after 2 steps in " in ended.out
     used = call("pretrain", *TINY, "--method", "mae", "--out", out)
     assert used.status == 2 and "already holds a run's last.npz" in used.err
     other = call("pretrain", "--resume", "--quiet", "--out", out, "--ratio", 0.5)

@@ -157,8 +157,15 @@ def test_predict_and_evaluate_take_them(call, digits, tmp_path, no_figures):
         seen.append(json.loads((tmp_path / "p.json").read_text())["predictions"][0]["top"])
     assert seen[0] == seen[1] == seen[2] and seen[0][0]["name"].startswith("class ")
     fails(call("predict", digits, "--test", 0), "which data set")
+    for source in (digits, tmp_path / "b"):
+        ended = call("trace", "--checkpoint", source, "--data", "random", "--batch-size", 2)
+        assert ended.status == 0, ended.err
     (tmp_path / "names.txt").write_text("\n".join(map(str, range(10))))
     call("convert", digits, tmp_path / "c.npz", "--to", "minivit", "--class-names", tmp_path / "names.txt")
     ended = call("evaluate", tmp_path / "c.npz", "--data", "digits", "--json", tmp_path / "e.json")
     assert ended.status == 0 and json.loads((tmp_path / "e.json").read_text())["accuracy"] < 0.5
-    fails(call("evaluate", digits, "--data", "digits"), "other classes")
+    fails(call("evaluate", digits, "--data", "digits"), "other classes .* class 0, class 1, .*--class-names FILE")
+    ended = call("predict", tmp_path / "c.npz", "--test", 0, "--data", "digits", "--out", tmp_path / "o")
+    assert ended.status == 0 and "test-0: truly 5" in ended.out
+    ended = call("visualize", "journey", tmp_path / "c.npz", "--data", "digits", "--picture", 360)
+    fails(ended, "there is no test picture 360; digits has 0 to 359")

@@ -109,6 +109,7 @@ def test_sine_cosine_positions_stay_or_are_learned_from_there_on():
         ({"channels": 1}, "x.npz takes pictures of 3 channels, not of 1"),
         ({"image_size": 13}, "image_size 13 is not a multiple of patch_size 4"),
         ({"pre_logits": 4}, "a new head has no pre-logits layer"),
+        ({"stem": "root", "patch_size": 1}, "x.npz has stem none, root was asked for"),
     ],
 )
 def test_what_cannot_change(changes, said):
@@ -128,6 +129,9 @@ def test_parameters_that_do_not_fit_are_refused_by_name():
         InputError, match=r"the start's cls_token has shape \(1, 1, 8\), the new model needs \(1, 1, 16\)"
     ):
         begin(random_model(), replace(CONFIG, width=16))
+    old = random_model(pos_embed="learned2d")
+    with pytest.raises(InputError, match="pos_embed_x .* leave the size of pictures and patches as it was, 12 and 4$"):
+        begin(old, replace(old.config, image_size=16))
     with pytest.raises(InputError, match=r"the start's head.weight has shape \(8, 4\)"):
         begin(random_model(), replace(CONFIG, num_classes=5), keep_head=True)
 
@@ -191,6 +195,21 @@ def test_a_kept_head_makes_the_same_predictions(tmp_path, trained, call):
     np.testing.assert_array_equal(
         checkpoint.load_model(tmp_path / "a" / LAST)[0].flat, load_start(trained / LAST)[0].flat
     )
+
+
+def test_a_head_of_another_program_is_kept(tmp_path, trained, call):
+    other = tmp_path / "other"
+    assert call("convert", trained / LAST, other, "--to", "timm").status == 0
+    kept = [*TINY, "--from", other, "--keep-head", "--steps", 1, "--lr", 1e-20]
+    ended = call("train", *kept, "--out", tmp_path / "a")
+    assert ended.status == 0, ended.err
+    after, before = (checkpoint.load_model(path / LAST)[0].params["head.weight"] for path in (tmp_path / "a", trained))
+    np.testing.assert_allclose(after, before, rtol=1e-6)
+    ended = call("train", *kept, "--classes", "0-4", "--out", tmp_path / "b")
+    assert ended.status == 2 and "classes 0, 1, 2, 3, 4, ...: leave --keep-head out" in ended.err
+    assert call("convert", other, tmp_path / "unnamed.npz", "--to", "official").status == 0
+    ended = call("train", *TINY, "--from", tmp_path / "unnamed.npz", "--keep-head", "--out", tmp_path / "b")
+    assert ended.status == 2 and "class 4, ... (scripts/convert.py --class-names FILE gives" in ended.err
 
 
 def test_it_resumes_exactly_also_when_the_start_is_gone(tmp_path, run_copy, call):
