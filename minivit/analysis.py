@@ -50,7 +50,8 @@ def filters(W, patch_size, count=28):
     C = size // patch_size**2
     if C * patch_size**2 != size or not 1 <= C <= 4:
         raise InputError(
-            f"filters of {size} numbers are no pictures of {patch_size}x{patch_size} pixels in colour; behind a stem, patches are of features"
+            f"filters of {size} numbers are no pictures of {patch_size}x{patch_size} pixels in colour; "
+            "behind a stem, patches are of features"
         )
     U, S, _ = np.linalg.svd(W - W.mean(axis=1, keepdims=True), full_matrices=False)
     n = min(count, size, D - 1)
