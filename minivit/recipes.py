@@ -15,11 +15,11 @@ from typing import NamedTuple
 from minivit import checkpoint
 from minivit.budget import epochs_within, seconds_of
 from minivit.cli import add_settings, given, read_toml
-from minivit.data import DATASETS, load
+from minivit.data import DATASETS, FOLDERS, load
 from minivit.errors import InputError
 from minivit.model import ViTConfig, preset_fields
 from minivit.settings import field_names
-from minivit.start import StartConfig, prepare_start
+from minivit.start import StartConfig, load_start, prepare_start
 from minivit.train import LAST, TrainConfig, Trainer, check_data, dataset_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -158,13 +158,16 @@ def prepare(recipe):
     data, model, train, start = recipe
     config, start = TrainConfig(**train), StartConfig(**start)
     image_size = model.get("image_size") or data["image_size"]
+    found = load_start(start.checkpoint) if start.checkpoint else None
+    if found and not image_size and data["data"] in FOLDERS:  # whose pictures have no size of their own
+        image_size = found[0].config.image_size
     dataset = load(data["data"], data["data_dir"], image_size=image_size, classes=data["classes"])
     _, size, _, channels = dataset.train_images.shape
     asked = {"image_size": size, "channels": channels, "num_classes": len(dataset.class_names), **model}
     describe = {**data, "data_dir": str(data["data_dir"]), "image_size": image_size}
     if not start.checkpoint:
         return dataset, ViTConfig(**asked), config, {"describe": describe, "start": None}
-    fitted, begins = prepare_start(start, asked, dataset.class_names)
+    fitted, begins = prepare_start(start, asked, dataset.class_names, found)
     return dataset, fitted, config, {"describe": describe, "start": begins}
 
 

@@ -135,14 +135,15 @@ def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch
     return new.flat
 
 
-def prepare_start(start, asked, class_names):
+def prepare_start(start, asked, class_names, found=None):
     """The model and the first parameters of a run that a `StartConfig` means: (ViTConfig, `Start`).
 
-    ``asked`` are the fields of `ViTConfig` that the data and the user want, ``class_names`` those of the data.
+    ``asked`` are the fields of `ViTConfig` that the data and the user want, ``class_names`` those of the data,
+    ``found`` what `load_start` returned, if it has been called.
 
     Raises  InputError: see `load_start`, `model_from` and `begin`; the head is to be kept for other classes.
     """
-    trained, meta = load_start(start.checkpoint)
+    trained, meta = found or load_start(start.checkpoint)
     config = model_from(trained.config, asked, start.checkpoint, keep_head=start.keep_head)
     if start.keep_head:
         if list(class_names) != meta.get("class_names"):

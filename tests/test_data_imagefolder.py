@@ -22,6 +22,7 @@ from minivit.inference import predict_all
 from minivit.masked import MaskedConfig, MaskedViT
 from minivit.model import ViT
 from minivit.pretrain import MaskedCudaEngine, MaskedEngine, Pretrainer, chance_of, plan_of_test
+from minivit.recipes import read_recipe, trainer_of
 from minivit.train import LAST, RECONSTRUCTIONS, TrainConfig, Trainer, fingerprint
 
 CLASSES = ("n01440764", "n01443537", "n02102040")
@@ -488,3 +489,19 @@ def test_pre_training_reads_them_as_they_are_needed(tmp_path, shared, monkeypatc
         result = there.measure(lazy.test_images, cupy.asarray(plan))
         assert isinstance(result.loss, ndarray)
     np.testing.assert_allclose(float(to_host(result.loss)), float(here.loss), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "folder"])
+def test_a_run_that_begins_with_a_model_takes_its_size(tmp_path, root, name):
+    (root / "val").rename(root / "test")
+    for path in root.rglob("*.JPEG"):
+        path.rename(path.with_suffix(".png"))
+    flags = {"data": name, "data_dir": str(root)}
+    sizes = {"image_size": 16, "patch_size": 8, "width": 8, "depth": 1, "num_heads": 1}
+    train = {"steps": 1, "batch_size": 4, "workers": 1, "warmup_epochs": 0.0}
+    trainer_of(read_recipe(None, data=flags, model=sizes, train=train), tmp_path / "a", progress=False).run()
+    start = {"checkpoint": str(tmp_path / "a" / LAST)}
+    run = trainer_of(read_recipe(None, data=flags, train=train, start=start), tmp_path / "b", progress=False)
+    assert run.model.config.image_size == 16 and run.describe["image_size"] == 16
+    larger = read_recipe(None, data=flags, model={"image_size": 24}, train=train, start=start)
+    assert trainer_of(larger, tmp_path / "c", progress=False).model.config.image_size == 24

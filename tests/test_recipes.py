@@ -102,7 +102,8 @@ FINE_TUNING = {  # Table 4: steps, learning rates tried
 def test_fine_tuning_as_in_the_paper(name):
     data, _, train, _ = read_recipe(find_config(f"paper-finetune-{name}"))
     steps, rates = FINE_TUNING[name]
-    assert data["image_size"] == 384 and data["data"] in (name, "folder")
+    assert data["image_size"] == 384 and data["data"] in (name, "folder", "imagefolder")
+    assert train.get("crop_area", 0.0) == (0.05 if data["data"] == "imagefolder" else 0.0)  # else it is refused
     assert train["steps"] == steps and train["lr"] in rates
     expected = {"optimizer": "sgd", "momentum": 0.9, "schedule": "cosine", "batch_size": 512, "weight_decay": 0.0}
     assert expected | {"clip_norm": 1.0} == {key: train[key] for key in [*expected, "clip_norm"]}
@@ -123,6 +124,7 @@ PRE_TRAINING = {  # Table 3: epochs, base learning rate, its decay, weight decay
 def test_pre_training_as_in_the_paper(name):
     data, model, train, _ = read_recipe(find_config(f"paper-pretrain-{name}"))
     config = TrainConfig(**train)
+    assert data["data"] == "imagefolder" and config.crop_area == 0.05  # no memory holds so many pictures
     made = ViTConfig(**model, image_size=data["image_size"], num_classes=1000)
     found = (config.epochs, config.lr, config.schedule, config.weight_decay, made.dropout)
     *expected, count = PRE_TRAINING[name]
