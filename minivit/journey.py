@@ -107,7 +107,8 @@ def save_still(path, journey):
     chosen = sorted(set(np.linspace(1, L, min(L, 6)).round().astype(int)))
     half = -(-len(chosen) // 2)
     figure = _figure(13.0, 3.5)
-    parts = figure.subfigures(1, 5, width_ratios=[1, 1.08, 1.15, 0.56 * half + 0.1, 1.15])
+    # the fourth is wide enough for its heading, however few the blocks
+    parts = figure.subfigures(1, 5, width_ratios=[1, 1.08, 1.15, max(0.56 * half + 0.1, 1.35), 1.15])
     original, cut, tokens, bars = (part.subplots() for part in (*parts[:3], parts[4]))
     shown = _shown(journey.image)
     _show(original, shown)

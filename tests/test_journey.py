@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
@@ -119,6 +120,19 @@ def test_the_still_figure_of_any_model(tmp_path, changes, end):
     path = tmp_path / f"j.{end}"
     journey.save_still(path, journey_of(**changes)[2])
     assert path.read_bytes()[:5] == {"png": b"\x89PNG\r", "pdf": b"%PDF-", "svg": b"<?xml"}[end]
+
+
+@pytest.mark.parametrize("changes", [{}, {"pooling": "mean"}, {"depth": 4, "pooling": "mean"}])
+def test_headings_do_not_touch(monkeypatch, changes):
+    figures = []
+    monkeypatch.setattr(journey, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setitem(globals(), "NAMES", tuple("01234"))  # long ones would push the last panel away
+    journey.save_still("j.png", journey_of(**changes)[2])
+    canvas = FigureCanvasAgg(figures[0])
+    canvas.draw()
+    headings = figures[0].findobj(lambda each: hasattr(each, "get_text") and each.get_text()[1:3] == "  ")
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in sorted(headings, key=lambda h: h.get_text())]
+    assert len(boxes) == 5 and all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
 
 
 def test_the_script(call, trained, tmp_path, monkeypatch):
