@@ -578,7 +578,15 @@ MODELS = {
     "vit-pre_logits": {**_TINY, "pre_logits": 10, "pos_embed": "sincos2d"},
     "vit-layer_scale": {**_TINY, "layer_scale": 0.1},
     "vit-qk_norm": {**_TINY, "qk_norm": True},
-    "vit-learned2d": {**_TINY, "pos_embed": "learned2d", "registers": 2, "pos_at": "shared"},
+    # no class token: without a position of its own it is so small that LayerNorm bends its central differences
+    "vit-learned2d": {
+        **_TINY,
+        "image_size": 6,
+        "pooling": "mean",
+        "pos_embed": "learned2d",
+        "registers": 2,
+        "pos_at": "shared",
+    },
     "vit-relative": {**_TINY, "pos_embed": "relative", "pos_at": "shared"},
     "vit-every": {**_TINY, "pos_at": "every", "registers": 2},
     "vit-axial": {**_TINY, "image_size": 6, "pooling": "mean", "attention": "axial"},
