@@ -47,7 +47,7 @@ class Library(NamedTuple):
 class Difference(NamedTuple):
     """Largest differences from a library, each relative to the largest number of the array that differs."""
 
-    library: str
+    program: str
     model: str
     dtype: str
     logits: float
@@ -225,7 +225,7 @@ def table(found):
     rows = ["| library | model | precision | logits | attention maps | gradients | the largest is that of |"]
     rows.append("|---|---|---|---|---|---|---|")
     for d in found:
-        packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES[d.library])
+        packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES[d.program])
         numbers = " | ".join(f"{x:.1e}" for x in (d.logits, d.attention, d.gradients))
         rows.append(f"| {packages} | {d.model} | {d.dtype} | {numbers} | `{d.worst}` |")
     return "\n".join(rows)
