@@ -189,7 +189,9 @@ class CudaStep:
 
         stream = cupy.cuda.get_current_stream()
         if self._graph is None:
-            # memory that the graph uses must stay its own, also between two replays
+            # memory that the graph uses must stay its own, also between two replays; what the first step used is
+            # given back first, or a step would take its memory twice
+            _free_memory(self._images)
             self.pool = cupy.cuda.MemoryPool()
             try:
                 with cupy.cuda.using_allocator(self.pool.malloc):

@@ -753,7 +753,7 @@ def save_data(path, report, *, title=""):
 
 
 def save_layers(path, report, *, title=""):
-    """Where a step's time goes, layer by layer, and how much of it is each one's floor."""
+    """Where a step's time goes, layer by layer or kernel by kernel, and how much of it is each one's floor."""
     rows = [row for row in report["layers"] if not row["inside_another"] and row["share_of_step"] >= 0.001]
     step = report["step"]["median"]
     figure = _figure(10, 0.27 * len(rows) + 1.9)
@@ -765,20 +765,31 @@ def save_layers(path, report, *, title=""):
         axes.barh(y, share, color=color, alpha=0.35, height=0.72)
         axes.barh(y, share * min(row["floor_fraction"], 1.0), color=color, height=0.72)
         axes.text(
-            share + 0.01 * largest, y, f"{share:.1f} %, floor {row['floor_fraction']:.0%}", va="center", fontsize=8
-        )
+            share + 0.01 * largest, y,
+            f"{share:.1f} %, floor {row['floor_fraction']:.0%}"
+            + (f", {1e-9 * row['bytes_per_second']:,.0f} GB/s" if "bytes_per_second" in row else ""),
+            va="center", fontsize=8,
+        )  # fmt: skip
     rest = 100 * report["rest_of_step"]
     axes.barh(len(rows), max(rest, 0.0), color=THEIRS, alpha=0.5, height=0.72)
     axes.text(max(rest, 0) + 0.01 * largest, len(rows), f"{rest:.1f} %",
               va="center", fontsize=8)  # fmt: skip
-    labels = [f"{row['layer']} {row['direction']}" for row in rows] + ["additions, sums, waiting"]
+    kernels = "copy_rate" in report
+    labels = [
+        f"{row['times']} x {row['layer']}, {1e-6 * row['bytes']:.3g} MB" if kernels
+        else f"{row['layer']} {row['direction']}" for row in rows
+    ] + ["matrix products, CuPy's own" if kernels else "additions, sums, waiting"]  # fmt: skip
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(0, 1.25 * largest)
-    at = report["settings"]
+    if kernels:
+        milliseconds, how = f"{1e3 * step:,.2f}", f"copies at {1e-9 * report['copy_rate']['median']:,.0f} GB/s"
+    else:
+        at, milliseconds = report["settings"], f"{1e3 * step:,.0f}"
+        how = f"{at['workers']} workers, micro-batches of {at['micro_batch']}"
     _style(axes, "share of a step's time, % (dark: the floor; calls below 0.1 % are left out)", "",
-           f"a step of {report['batch']} pictures, {1e3 * step:,.0f} ms; all floors together "
-           f"{report['floor_fraction']:.0%}; {at['workers']} workers, micro-batches of {at['micro_batch']}",
+           f"a step of {report['batch']} pictures, {milliseconds} ms; all floors together "
+           f"{report['floor_fraction']:.0%}; {how}",
     )  # fmt: skip
     axes.grid(axis="y", visible=False)
     figure.suptitle(label(title, 100), fontsize=12, x=0.01, ha="left", weight="bold")

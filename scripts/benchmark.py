@@ -25,6 +25,7 @@ examples:
   python scripts/benchmark.py data                                        the input pipeline
   python scripts/benchmark.py data --config cifar10-gpu-30min             with the augmentation and model of a recipe
   python scripts/benchmark.py step --against plain                        with and without the accelerated twins
+  python scripts/benchmark.py kernels --precision bf16                    a GPU's kernels, against its rate of copying
 
 Everybody runs in a process of its own and steps in turn; a ratio is the median of the ratios round by round, ours to
 theirs: below 1 we are quicker, or smaller. The floor is the step's matrix products alone. The exit status is 0; 1 if
@@ -37,6 +38,7 @@ TASKS = {
     "layers": ("each layer's forward and backward alone, against its own floor", 128, 20),
     "scaling": ("a step's time against batch size, depth, tokens and workers", 32, 5),
     "data": ("the input pipeline, with the augmentation of CIFAR or of a recipe", 128, 20),
+    "kernels": ("each CUDA kernel of a step alone, against a copy of as many bytes", 128, 20),
 }
 NOT_COMPARED = ("dropout", "attention_dropout", "drop_path")  # random numbers: no two libraries draw the same
 
@@ -48,22 +50,24 @@ def parse(argv):
     for name, (text, batch, pairs) in TASKS.items():
         task = tasks.add_parser(name, help=text, description=text, epilog=EXAMPLES)
         how = task.add_argument_group("measurement")
-        if name not in ("layers", "data"):
+        if name not in ("layers", "data", "kernels"):
             how.add_argument("--against", default="", metavar="NAME,...",
                              help=f"contenders, any of {', '.join(bench.AGAINST)} [none]")  # fmt: skip
         if name == "data":
             how.add_argument("--config", metavar="FILE", help="a recipe's augmentation, batch and model")
         how.add_argument("--batch", type=int, default=batch, metavar="N", help=f"pictures [{batch}]")
         how.add_argument("--pairs", type=int, default=pairs, metavar="N", help=f"rounds that count [{pairs}]")
-        if name != "layers":
+        if name not in ("layers", "kernels"):
             how.add_argument("--patience", type=float, default=0.0, metavar="X",
                              help="seconds to spend on new rounds for disturbed ones [0]")  # fmt: skip
-        how.add_argument("--threads", type=int, default=0, metavar="N", help="cores for everybody [0: all]")
-        how.add_argument("--workers", type=int, default=0, metavar="N", help="our workers [0: one per core]")
+        if name != "kernels":
+            how.add_argument("--threads", type=int, default=0, metavar="N", help="cores for everybody [0: all]")
+            how.add_argument("--workers", type=int, default=0, metavar="N", help="our workers [0: one per core]")
         how.add_argument("--micro-batch", type=int, default=0, metavar="N", help="our micro-batch [0: the engine's]")
         how.add_argument("--seed", type=int, default=0, metavar="N", help="seed of parameters and pictures [0]")
-        if name in ("step", "infer"):
-            how.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda, for everybody [cpu]")
+        if name in ("step", "infer", "kernels"):
+            device = "cuda" if name == "kernels" else "cpu"
+            how.add_argument("--device", default=device, metavar="NAME", help=f"cpu or cuda, for everybody [{device}]")
             how.add_argument("--precision", choices=PRECISIONS, default="float32",
                              help="on a GPU; PyTorch's allow_tf32, or its autocast to bfloat16 [float32]")  # fmt: skip
         how.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -76,11 +80,11 @@ def parse(argv):
         add_settings(model, ViTConfig, skip=NOT_COMPARED)
     arguments = parser.parse_args(argv)
     for name, low in (("batch", 1), ("pairs", 1), ("threads", 0), ("workers", 0), ("micro_batch", 0), ("seed", 0)):
-        if getattr(arguments, name) < low:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(arguments, name)}")
+        if (value := getattr(arguments, name, low)) < low:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
     if not 0.0 <= getattr(arguments, "patience", 0.0) < float("inf"):
         raise InputError(f"--patience must be a number of seconds, got {arguments.patience}")
-    check_workers(arguments.workers)
+    check_workers(getattr(arguments, "workers", 0))
     arguments.against = [name for name in getattr(arguments, "against", "").split(",") if name]
     return arguments
 
@@ -154,6 +158,19 @@ def print_layers(report):
     print(f"a whole step: {1e3 * report['step']['median']:.1f} ms; all floors together {report['floor_fraction']:.1%}")
 
 
+def print_kernels(report):
+    """The table of `bandwidth.kernels_report`."""
+    print("\none launch of each kernel of a step; its floor: a copy that reads and writes as many bytes in all")
+    print(f"{'':26}{'launches':>9}{'MB':>10}{'us':>10}{'floor':>10}{'GB/s':>9}{'floor / it':>12}{'of the step':>13}")
+    for row in report["layers"]:
+        print(f"{row['layer']:26}{row['times']:9}{1e-6 * row['bytes']:10.3f}{1e6 * row['seconds']['median']:10.2f}"
+              f"{1e6 * row['floor']['median']:10.2f}{1e-9 * row['bytes_per_second']:9,.0f}"
+              f"{row['floor_fraction']:12.1%}{row['share_of_step']:13.1%}")  # fmt: skip
+    print(f"{'the rest':86}{report['rest_of_step']:13.1%}  matrix products, and what CuPy launches")
+    print(f"a whole step: {1e3 * report['step']['median']:.3f} ms; all floors together {report['floor_fraction']:.1%}; "
+          f"the card copies 256 MiB at {1e-9 * report['copy_rate']['median']:,.0f} GB/s, read and written")  # fmt: skip
+
+
 def print_scaling(report):
     """The table of `bench.scaling_report`."""
     for panel, found in report["panels"].items():
@@ -205,24 +222,26 @@ def main(argv=None):
         config = config_of(arguments)
     bench.check_config(config)
     bench.check_contenders(arguments.against)
-    engine = {name: getattr(arguments, name) for name in ("workers", "micro_batch") if getattr(arguments, name)}
+    engine = {name: getattr(arguments, name) for name in ("workers", "micro_batch") if getattr(arguments, name, 0)}
     common = {
         "batch": arguments.batch, "engine": engine, "pairs": arguments.pairs, "seed": arguments.seed,
         "progress": not arguments.quiet,
     }  # fmt: skip
-    if arguments.task != "layers":
+    if arguments.task not in ("layers", "kernels"):
         common["patience"] = arguments.patience
     if loading:
         common["loading"] = loading
-    if arguments.task in ("step", "infer"):
+    if hasattr(arguments, "device"):
         device = find_device(arguments.device)
+        if arguments.task == "kernels" and device == "cpu":
+            raise InputError("the kernels are a GPU's: --device cuda")
         if device not in ("cpu", "cuda:0"):
             raise InputError("the benchmark takes the first GPU: --device cuda")
         if device == "cpu" and arguments.precision != "float32":
             raise InputError(f"--precision {arguments.precision} is for a GPU: --device cuda")
         common |= {"device": device.partition(":")[0], "precision": arguments.precision}
     try:
-        with bench.only_cores(arguments.threads):
+        with bench.only_cores(getattr(arguments, "threads", 0)):
             place = bench.machine()
             c = config
             print(f"{arguments.preset}: {c.image_size}x{c.image_size}x{c.channels} pictures, patch {c.patch_size}, "
@@ -238,6 +257,11 @@ def main(argv=None):
             if arguments.task == "layers":
                 report = bench.layers_report(config, **common)
                 print_layers(report)
+            elif arguments.task == "kernels":
+                from minivit.kernels import bandwidth
+
+                report = bandwidth.kernels_report(config, **common)
+                print_kernels(report)
             elif arguments.task == "data":
                 report = bench.data_report(config, **common)
                 print_data(report)
@@ -268,7 +292,14 @@ def main(argv=None):
         from minivit import plots  # matplotlib is slow to import
 
         title = f"{arguments.preset} on {place['cores']} cores of {place['processor']}"
-        draw = {"layers": plots.save_layers, "scaling": plots.save_scaling, "data": plots.save_data}
+        if arguments.task == "kernels":
+            title = f"{arguments.preset} on {place['device']}, {arguments.precision}"
+        draw = {
+            "layers": plots.save_layers,
+            "kernels": plots.save_layers,
+            "scaling": plots.save_scaling,
+            "data": plots.save_data,
+        }
         draw.get(arguments.task, plots.save_contest)(arguments.png, report, title=title)
     return 0
 

@@ -2,12 +2,12 @@
 
 ``launches`` counts kernels by name, ``waits`` what makes the host wait for the device, ``doubles`` the results in
 float64. The names that CuPy 14.2 has are in tests/data; arrays are NumPy's, of a class that mixes with no other.
-``np.asarray(x)`` slips through.
+``np.asarray(x)`` slips through. A graph's kernels run once, while it is recorded, when nothing may wait.
 """
 
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -102,7 +102,19 @@ class ndarray(np.ndarray):
         launches["fill"] += 1
         self.view(np.ndarray)[_bare(index)] = _bare(value)
 
+    @property
+    def data(self):
+        memory = self.view(np.ndarray).reshape(-1).view(np.uint8)
+
+        def copy_from_device_async(source, size, stream):
+            launches["memcpy"] += 1
+            memory[:size] = source.memory[:size]
+
+        return SimpleNamespace(ptr=memory.ctypes.data, memory=memory, copy_from_device_async=copy_from_device_async)
+
     def _wait(self, what):
+        if STREAM.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
         waits[what] += 1
         return self.view(np.ndarray)
 
@@ -166,6 +178,29 @@ ndarray.argmax = _argmax
 ndarray.__module__ = "cupy"
 
 
+class Stream:
+    """The one stream, which records graphs."""
+
+    capturing = False
+
+    def use(self):
+        return self
+
+    def begin_capture(self):
+        assert not self.capturing
+        self.capturing = True
+
+    def end_capture(self):
+        self.capturing = False
+        return SimpleNamespace(upload=lambda stream: None, launch=lambda stream: launches.update(["graph"]))
+
+    def synchronize(self):
+        ndarray((0,))._wait("synchronize")
+
+
+STREAM = Stream()
+
+
 class Module(ModuleType):
     """What ``import cupy`` gives."""
 
@@ -173,12 +208,24 @@ class Module(ModuleType):
         super().__init__("cupy")
         self.ndarray, self.lib = ndarray, SimpleNamespace(stride_tricks=self)
         NAMES.update(STRIDE_TRICKS)  # of cupy.lib.stride_tricks
-        chosen = SimpleNamespace(use=lambda: None)
+        self.__version__, self.freed = "14.2", 0
+        chosen = SimpleNamespace(use=lambda: None, synchronize=STREAM.synchronize)
         runtime = SimpleNamespace(
             getDeviceCount=lambda: 1, getDeviceProperties=lambda number: {"name": b"stand-in"},
             CUDARuntimeError=RuntimeError,
         )  # fmt: skip
-        self.cuda = SimpleNamespace(runtime=runtime, Device=lambda number: chosen, Stream=lambda **settings: chosen)
+        self.cuda = SimpleNamespace(
+            runtime=runtime, Device=lambda number=0: chosen, Stream=lambda **settings: STREAM,
+            get_current_stream=lambda: STREAM, using_allocator=nullcontext,
+            MemoryPool=lambda: SimpleNamespace(malloc=None, total_bytes=lambda: 0),
+        )  # fmt: skip
+
+    def get_default_memory_pool(self):
+        return SimpleNamespace(free_all_blocks=self._free)
+
+    def _free(self):
+        assert not STREAM.capturing, "cudaFree while a stream is capturing"
+        self.freed += 1
 
     def __getattr__(self, name):
         if name not in NAMES:

@@ -36,7 +36,7 @@ def cupy():
         yield module
 
 
-def step_of(cupy, config, *, average=False, muon=False):
+def step_of(cupy, config, *, average=False, muon=False, graph=False):
     """A training step on arrays of the stand-in, as `minivit.train` makes them: call it with the step's number."""
     model = ViT(config, flat=cupy.asarray(ViT(config).flat))
     optimizer = make_optimizer(
@@ -44,13 +44,13 @@ def step_of(cupy, config, *, average=False, muon=False):
         weight_decay=0.05,
     )  # fmt: skip
     ema = EMA(model.flat, 0.99) if average else None
-    step = CudaStep(CudaEngine(model, label_smoothing=0.1), optimizer, ema, clip_norm=1.0, graph=False)
+    step = CudaStep(CudaEngine(model, label_smoothing=0.1), optimizer, ema, clip_norm=1.0, graph=graph)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, config.image_size, config.image_size, 3), dtype=np.uint8)
     data = cupy.asarray(images), cupy.asarray(rng.integers(0, 10, 8))
 
     def run(number):
-        run.optimizer = optimizer
+        run.optimizer, run.step = optimizer, step
         stream = batches(*data, np.arange(8), 4, seed=0, epoch=number, prefetch=0, crop_padding=1, flip=True)
         return [step(pictures, labels, step=number, lr=1e-3) for _, pictures, labels in stream][0]
 
@@ -78,6 +78,39 @@ def test_kernels_never_wait_and_are_few(cupy, precision):
     assert not waits and not doubles
     per_step = (launches.total() + machine.launches.total()) / 2
     assert per_step == LAUNCHES[precision] <= 330, (launches, machine.launches)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_step_can_be_recorded_as_a_graph_in_memory_of_its_own(cupy, muon):
+    """Nothing waits while it is recorded, and what the first step used is given back before."""
+    losses = {}
+    for graph in (False, True):
+        with cuda.using(Emulator()):
+            step = step_of(cupy, replace(NINE, depth=2, dropout=0.1), muon=muon, graph=graph)
+            losses[graph] = float(step(1)[0])
+            assert cupy.freed == step.step.replays == graph
+            if graph:
+                strict_cupy.clear()
+                step(2)
+                assert step.step.replays == 3 and cupy.freed == 1
+                assert launches["graph"] == 2 and launches.total() == 16, launches  # the rest are the batches
+    assert losses[True] == losses[False]
+
+
+def test_a_step_that_cannot_be_recorded_goes_on_kernel_by_kernel(cupy, monkeypatch):
+    forward = ViT.forward
+
+    def waiting(self, images, **settings):
+        strict_cupy.STREAM.synchronize()
+        return forward(self, images, **settings)
+
+    monkeypatch.setattr(ViT, "forward", waiting)
+    with cuda.using(Emulator()):
+        step = step_of(cupy, replace(NINE, depth=2), graph=True)
+        with pytest.warns(UserWarning, match="steps run kernel by kernel: no CUDA graph could be made .*not permitted"):
+            first = step(1)
+        second = step(2)
+    assert step.step.replays == 0 and launches["graph"] == 0 and float(second[0]) != float(first[0])
 
 
 def test_muon_never_waits_and_takes_all_blocks_at_once(cupy):

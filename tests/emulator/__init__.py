@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from minivit.kernels import cuda
+from minivit.kernels.bandwidth import SIGNATURE
 from minivit.kernels.cublas import Cublas
 
 HERE = Path(__file__).parent
-SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([\w, ]+\)\s)?(\w+)\(([^)]*)\)', re.S)
 SHARED = re.compile(r"__shared__ (\w+) (\w+)((?:\[[^\]]+\])+);")
 DTYPES = {"float": np.float32, "int": np.int32, "unsigned char": np.uint8, "size_t": np.uint64}
 SCALARS = {
