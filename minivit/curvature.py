@@ -22,33 +22,38 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit import gradcheck
+from minivit.backend import to_device, to_host
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT
 
 
-def loss_gradient(config, flat, images, labels, *, label_smoothing=0.0):
+def loss_gradient(config, flat, images, labels, *, label_smoothing=0.0, device="cpu"):
     """Mean cross-entropy of a batch and its gradient at a parameter vector, real or complex.
 
     Shapes  flat (n,), images (B, H, W, C), labels (B,) or (B, K)  ->  loss (), gradient (n,)
+    All of them are on the host, here and in the functions below; ``device``, which must be in use, does the work.
     """
-    model = ViT(config, flat=flat)
-    logits, cache = model.forward(images)
-    loss, loss_cache = softmax_cross_entropy_forward(logits, labels, label_smoothing=label_smoothing)
+    model = ViT(config, flat=to_device(flat, device))
+    logits, cache = model.forward(to_device(images, device))
+    loss, loss_cache = softmax_cross_entropy_forward(
+        logits, to_device(labels, device), label_smoothing=label_smoothing
+    )  # fmt: skip
     gradient, grads = model.gradient_buffer()
     model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads)
-    return loss, gradient
+    return to_host(loss), to_host(gradient)
 
 
-def hessian_vector_product(config, flat, images, labels, vector, *, label_smoothing=0.0):
+def hessian_vector_product(config, flat, images, labels, vector, **settings):
     """H v for the Hessian H of the mean cross-entropy of a batch, exact to float64 rounding.
 
     Math    H v = Im g(theta + i h v) / h,  h = 1e-30
     Shapes  flat (n,), vector (n,)  ->  (n,) float64
+    ``settings``: the keywords of `loss_gradient`.
     The work is that of one gradient in complex arithmetic, some three to four times a real one.
     """
 
     def forward(flat):  # the gradient is all that the backward needs
-        return loss_gradient(config, flat, images, labels, label_smoothing=label_smoothing)
+        return loss_gradient(config, flat, images, labels, **settings)
 
     (product,) = gradcheck.hessian_vector_product(
         forward, lambda dloss, gradient: gradient, [flat], [vector], verify=False
@@ -104,19 +109,19 @@ def lanczos(product, size, *, count=1, steps=40, seed=0, rtol=1e-3):
     return Spectrum(values[largest], vectors[:, largest].T @ Q, residuals[largest], converged, made)
 
 
-def sharpness(config, flat, images, labels, *, label_smoothing=0.0, scale=None, count=1, steps=40, seed=0):
+def sharpness(config, flat, images, labels, *, scale=None, count=1, steps=40, seed=0, **settings):
     """The largest eigenvalues of the loss's Hessian, or of the Hessian as an adaptive optimiser sees it.
 
     Math    of H; with ``scale`` = p (n,), of P^(-1/2) H P^(-1/2), P = diag(p): an optimiser that divides each
             gradient by p_i does gradient descent in the coordinates sqrt(p_i) theta_i, whose Hessian this is
     Shapes  flat (n,)  ->  `Spectrum`
+    ``settings``: the keywords of `loss_gradient`.
     """
     root = 1.0 if scale is None else 1.0 / np.sqrt(scale)
     flat = flat.astype(np.float64)
 
     def product(v):
-        Hv = hessian_vector_product(config, flat, images, labels, root * v, label_smoothing=label_smoothing)
-        return root * Hv
+        return root * hessian_vector_product(config, flat, images, labels, root * v, **settings)
 
     return lanczos(product, flat.size, count=count, steps=steps, seed=seed)
 
@@ -138,21 +143,22 @@ def adam_scale(optimizer):
     """What Adam divides a gradient by: sqrt(v / (1 - b2^t)) + eps, (n,) float64; None for other optimisers."""
     if not hasattr(optimizer, "betas") or not optimizer.steps:
         return None
-    v = optimizer.state["v"].astype(np.float64)
+    v = to_host(optimizer.state["v"]).astype(np.float64)
     return np.sqrt(v / (1.0 - optimizer.betas[1] ** optimizer.steps)) + optimizer.eps
 
 
-def loss_slice(config, flat, images, labels, directions, radius, *, points=25, label_smoothing=0.0):
+def loss_slice(config, flat, images, labels, directions, radius, *, points=25, label_smoothing=0.0, device="cpu"):
     """The loss on a square around a parameter vector, in the plane of two directions.
 
     Shapes  flat (n,), directions (2, n), radius: half the side, in lengths of the directions
             ->  offsets (points,), losses (points, points): row i, column j at flat + o_i d_2 + o_j d_1
     """
-    flat = flat.astype(np.float64)
+    flat, images, labels = flat.astype(np.float64), to_device(images, device), to_device(labels, device)
     offsets = np.linspace(-radius, radius, points)
     losses = np.empty((points, points))
     for i, j in np.ndindex(points, points):
-        model = ViT(config, flat=flat + offsets[j] * directions[0] + offsets[i] * directions[1])
-        logits = model.predict(images)
-        losses[i, j], _ = softmax_cross_entropy_forward(logits, labels, label_smoothing=label_smoothing)
+        here = flat + offsets[j] * directions[0] + offsets[i] * directions[1]
+        logits = ViT(config, flat=to_device(here, device)).predict(images)
+        loss, _ = softmax_cross_entropy_forward(logits, labels, label_smoothing=label_smoothing)
+        losses[i, j] = to_host(loss)
     return offsets, losses

@@ -51,6 +51,12 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_clas
     return model, meta, dataset
 
 
+def on_device(model, device):
+    """The model with its parameters on a device of `find_device`, which becomes the one in use."""
+    use_device(device)
+    return ViT(model.config, flat=to_device(model.flat, device))
+
+
 def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=False, features=False):
     """Logits of all pictures on the host, with a progress bar if it takes over a second.
 
@@ -62,8 +68,7 @@ def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=F
     if device == "cpu":
         engine = Engine(model, workers=workers, micro_batch=micro_batch)
     else:
-        use_device(device)
-        engine = CudaEngine(ViT(model.config, flat=to_device(model.flat, device)))
+        engine = CudaEngine(on_device(model, device))
     results = []  # of each view
     with engine, bar, quiet_overflow():
         for view in views:

@@ -29,7 +29,7 @@ from minivit.checkpoint import write_atomically
 from minivit.cli import counted
 from minivit.engine import available_cores
 from minivit.errors import InputError
-from minivit.inference import check_finite, load_with_data
+from minivit.inference import check_finite, load_with_data, on_device
 from minivit.layers.softmax import softmax_forward
 from minivit.model import ViTConfig
 from minivit.recipes import CONFIGS, find_config, prepare, read_recipe, sizes_of, trainer_of
@@ -77,15 +77,15 @@ class Context:
 
     ``run``: a run's folder or a checkpoint, or None: a model is trained in the folder ``out``/model with the settings
     file ``config``, whose epochs are the most that it gets. ``budget`` are the seconds for all that is trained,
-    ``share`` those of them for one training.
+    ``share`` those of them for one training. ``device``: where all that is done.
     """
 
     def __init__(self, out, *, run=None, config="paper", data=None, data_dir=None, budget=300.0, suffix=".png",
-                 progress=True):  # fmt: skip
+                 device="cpu", progress=True):  # fmt: skip
         self.out, self.run, self.config, self.suffix = Path(out), run, config, suffix
         self.budget = self.share = budget
         self.data = {key: value for key, value in (("data", data), ("data_dir", data_dir)) if value is not None}
-        self.progress = progress
+        self.device, self.progress = device, progress
 
     def figure(self, name):
         """The path of a figure."""
@@ -111,6 +111,7 @@ class Context:
 
     def _train(self, recipe, folder):
         """Train the model, or go on where its training stopped."""
+        recipe = recipe._replace(train=recipe.train | {"device": self.device})
         begun = (folder / LAST).exists()
         if begun:
             epochs = config_from(checkpoint.load(folder / LAST)[1], folder / LAST).epochs
@@ -129,7 +130,7 @@ class Context:
     def trained(self):
         """(ViT, Dataset): the model to analyse and the data set that it was trained on."""
         model, _, dataset = load_with_data(self.checkpoint(), data_dir=self.data.get("data_dir"))
-        return model, dataset
+        return on_device(model, self.device), dataset
 
     @property
     def says(self):
@@ -311,7 +312,8 @@ def sweep_of(context, name, *, share=1.0, start=None, model=None):
             f"{context.budget:.0f} s); choose another --out"
         )
     if not plan:
-        prepared = [prepare(row.recipe)[:3] for row in sweep.rows]
+        place = {"device": context.device}
+        prepared = [prepare(row.recipe._replace(train=row.recipe.train | place))[:3] for row in sweep.rows]
         print(f"{name}: measuring {len(prepared)} settings", flush=True)
         times = [time_of_epochs(*each, probe=PROBE) for each in prepared]
         asked, seconds = [config.epochs for *_, config in prepared], (1 - RESERVE) * share * context.share
@@ -348,7 +350,8 @@ def carried_out(context, name, title, **settings):
     sweep = sweep._replace(title=f"{title}: seed {sweep.seeds[0]}, {sweep.title}")
     finished = results_of(sweep, folder)
     left = [run for run in runs_of(sweep, folder) if (run.row.name, run.seed) not in finished]
-    if not carry_out(left, lambda: write_table(sweep, folder), progress=context.progress):
+    after = lambda: write_table(sweep, folder)  # noqa: E731
+    if not carry_out(left, after, device=context.device, progress=context.progress):
         raise Stopped
     return sweep, folder
 
@@ -395,13 +398,14 @@ def make_self_supervision(context):
 
     folder, whole = context.out / "selfsupervision", context.share / 4
     shared = [word for key, value in context.data.items() for word in ("--" + key.replace("_", "-"), value)]
-    shared += ["--preset", QUICK, *([] if context.progress else ["--quiet"])]
+    shared += ["--preset", QUICK, "--device", context.device, *([] if context.progress else ["--quiet"])]
 
     def train(name, seconds, *flags, script="train.py"):
         run = folder / name
         if not read_json(run / SUMMARY):
             begun = (run / LAST).exists()
-            rest = ["--resume"] if begun else [*flags, *shared, "--budget", f"{seconds:g}s"]
+            rest = ["--resume", "--device", context.device]
+            rest = rest if begun else [*flags, *shared, "--budget", f"{seconds:g}s"]
             call_script(script, *rest, "--out", run)
         return read_json(run / SUMMARY)
 
@@ -435,7 +439,8 @@ def make_self_supervision(context):
 def make_few_shot(context):
     """Fig. 4, by scripts/transfer.py."""
     folder = context.out / "fewshot"
-    call_script("transfer.py", context.checkpoint(), "--untrained", "--pixels", "--out", folder)
+    where = ["--device", context.device, "--out", folder]
+    call_script("transfer.py", context.checkpoint(), "--untrained", "--pixels", *where)
     (figure,) = sorted(folder.glob("transfer-fewshot-*.png"))
     return Made(
         (f"fewshot/{figure.name}",),
@@ -447,7 +452,8 @@ def make_few_shot(context):
 def make_masked(context):
     """Section 4.6, by scripts/pretrain.py."""
     run = context.out / "masked"
-    asked = ["--method", "mpp", "--out", run, *([] if context.progress else ["--quiet"])]
+    asked = ["--method", "mpp", "--device", context.device, "--out", run]
+    asked += [] if context.progress else ["--quiet"]
     for key, value in context.data.items():
         asked += ["--" + key.replace("_", "-"), value]
     asked += ["--resume"] if (run / LAST).exists() else ["--budget", f"{context.share:g}s"]

@@ -153,7 +153,7 @@ def result_of(run):
             if key == "epochs" and recipe.train.get("steps"):
                 continue  # they follow the steps
             # 0 workers, 0 for the micro-batch, ... : the run writes what it chose
-            if found != value and value not in (0, None) and key not in ("data_dir", "mlp_dim"):
+            if found != value and value not in (0, None) and key not in ("data_dir", "device", "mlp_dim"):
                 raise InputError(
                     f"{run.folder} holds a run with {key} {found}, the sweep asks for {value}; choose another --out"
                 )
@@ -263,17 +263,23 @@ def write_table(sweep, out):
     return text
 
 
-def carry_out(runs, after, *, progress=True):
+def carry_out(runs, after, *, device=None, progress=True):
     """Make runs one after the other, each from where it stopped; ``after()`` is called after each.
 
+    ``device``: where they are made, if not where their settings say. Results of several devices are one table's.
     Returns  whether all were finished; False if a signal stopped one
     Raises  InputError: one has impossible settings: all are looked at before the first begins.
     """
+
+    def recipe(run):
+        made = recipe_of(run)
+        return made._replace(train=made.train | {"device": device}) if device else made
+
     for each in {each.row.name: each for each in runs}.values():
-        trainer_of(recipe_of(each), each.folder, progress=False)
+        trainer_of(recipe(each), each.folder, progress=False)
     for number, each in enumerate(runs, start=1):
         print(f"\n{number} of {len(runs)}: {each.row.name}, seed {each.seed}", flush=True)
-        trainer = trainer_of(recipe_of(each), each.folder, progress=progress)
+        trainer = trainer_of(recipe(each), each.folder, progress=progress)
         if (each.folder / LAST).exists():
             trainer.restore()
         started_at = time.monotonic()

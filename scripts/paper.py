@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from minivit.backend import find_device
 from minivit.budget import seconds_of
 from minivit.cli import Parser, run
 from minivit.data import DATASETS
@@ -56,11 +57,12 @@ def main(argv=None):
     parser.add_argument("--data", choices=DATASETS, help="data set of what trains [that of the settings]")
     parser.add_argument("--data-dir", metavar="DIR", help="where the data lie [data, or where they lay in training]")
     parser.add_argument("--config", metavar="FILE", help="settings of the model that is trained [paper, or digits]")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [cpu]")
     parser.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="of the figures [png]")
     parser.add_argument("--again", action="store_true", help="draw what is there already anew")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args(argv)
-    budget = seconds_of(arguments.budget)
+    budget, device = seconds_of(arguments.budget), find_device(arguments.device)
     if arguments.all and arguments.names:
         raise InputError("--all makes everything: name nothing, or leave it out")
     if arguments.run is not None and not Path(arguments.run).exists():
@@ -68,7 +70,7 @@ def main(argv=None):
     config = arguments.config or ("digits" if arguments.data == "digits" else "paper")
     context = Context(
         arguments.out, run=arguments.run, config=config, data=arguments.data, data_dir=arguments.data_dir,
-        budget=budget, suffix=f".{arguments.format}", progress=not arguments.quiet,
+        budget=budget, suffix=f".{arguments.format}", device=device, progress=not arguments.quiet,
     )  # fmt: skip
     if not arguments.all and [name.lower() for name in arguments.names] in ([], ["list"]):
         show_list(context)

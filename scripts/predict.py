@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minivit import ViT, plots
+from minivit import plots
 from minivit.analysis import attention_rollout
-from minivit.backend import find_device, to_device, to_host, use_device
+from minivit.backend import find_device, to_device, to_host
 from minivit.cli import Parser, output_file, run
 from minivit.data import DATASETS, LazyPictures, read_image
 from minivit.errors import InputError
-from minivit.inference import attention_map, check_finite
+from minivit.inference import attention_map, check_finite, on_device
 from minivit.layers.softmax import softmax_forward
 from minivit.pretrained import load_any
 from minivit.train import dataset_of, quiet_overflow, write_json
@@ -156,8 +156,7 @@ def main(argv=None):
     names = meta["class_names"]
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    use_device(device)
-    model = ViT(model.config, flat=to_device(model.flat, device))
+    model = on_device(model, device)
     pictures = gather(arguments, model, meta)
     out = Path(arguments.out or Path(arguments.checkpoint).parent)
     out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from minivit.backend import find_device
 from minivit.cli import Parser, run
 from minivit.errors import InputError
 from minivit.sweep import carry_out, known_results, read_sweep, results_of, runs_of, write_table
@@ -27,9 +28,11 @@ def main(argv=None):
     parser.add_argument("--out", metavar="DIR", help="folder for the runs and the table [runs/sweep-NAME]")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="other seeds than the file's")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="some of the rows alone")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [where the settings say]")
     parser.add_argument("--table", action="store_true", help="run nothing, write the table")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args(argv)
+    device = find_device(arguments.device) if arguments.device else None
     sweep = whole = read_sweep(arguments.sweep)
     out = Path(arguments.out or Path("runs") / f"sweep-{Path(arguments.sweep).stem}")
     if arguments.seeds:
@@ -48,7 +51,8 @@ def main(argv=None):
     runs, finished = runs_of(sweep, out), results_of(whole, out)
     left = [each for each in runs if (each.row.name, each.seed) not in finished]
     print(f"{sweep.title}: {len(sweep.rows)} rows, {len(sweep.seeds)} seeds; {len(runs) - len(left)} runs are finished")
-    if not arguments.table and not carry_out(left, lambda: write_table(whole, out), progress=not arguments.quiet):
+    how = {"device": device, "progress": not arguments.quiet}
+    if not arguments.table and not carry_out(left, lambda: write_table(whole, out), **how):
         return 130
     if not out.is_dir():
         raise InputError(f"there is no {out}: nothing has been run")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from minivit import checkpoint, curvature, lr_finder
+from minivit.backend import find_device, to_host, use_device
 from minivit.cli import Parser, output_file, run
 from minivit.data import (
     DATASETS,
@@ -23,7 +24,7 @@ from minivit.data import (
 from minivit.data.mixing import one_hot
 from minivit.data.operations import OPERATIONS, wide_space
 from minivit.errors import InputError
-from minivit.inference import check_finite, load_with_data
+from minivit.inference import check_finite, load_with_data, on_device
 from minivit.pretrain import draw_reconstructions, load_masked
 from minivit.recipes import add_recipe, prepare, recipe_of_flags
 from minivit.train import (
@@ -99,21 +100,17 @@ def along_training(dataset, config, settings, images, labels, *, every, count, s
     def measure(trainer):
         if trainer.epoch % every and trainer.epoch != settings.epochs:
             return
-        smoothing = settings.label_smoothing
-        flat = trainer.model.flat.astype(np.float64)
-        loss, _ = curvature.loss_gradient(config, flat, images, labels, label_smoothing=smoothing)
-        spectrum = curvature.sharpness(
-            config, flat, images, labels, label_smoothing=smoothing, count=count, steps=steps
-        )
+        how = {"label_smoothing": settings.label_smoothing, "device": find_device(settings.device)}
+        flat = to_host(trainer.model.flat).astype(np.float64)
+        loss, _ = curvature.loss_gradient(config, flat, images, labels, **how)
+        spectrum = curvature.sharpness(config, flat, images, labels, count=count, steps=steps, **how)
         lr = trainer.learning_rate(trainer.step - 1)
         record = {"epoch": trainer.epoch, "loss": float(loss), "lr": lr}
         record |= figures_of(spectrum)
         record["edge"] = curvature.stability_edge(trainer.optimizer, lr) if lr else None
         shown = f"largest eigenvalue {in_words(record)}"
         if (scale := curvature.adam_scale(trainer.optimizer)) is not None:
-            seen = curvature.sharpness(
-                config, flat, images, labels, label_smoothing=smoothing, scale=scale, steps=steps
-            )
+            seen = curvature.sharpness(config, flat, images, labels, scale=scale, steps=steps, **how)
             record["preconditioned"] = figures_of(seen)
             shown += f", as Adam sees it {in_words(record['preconditioned'])}"
         edge = f", edge {record['edge']:9.3g}" if lr else ""
@@ -125,7 +122,7 @@ def along_training(dataset, config, settings, images, labels, *, every, count, s
         trainer = Trainer(dataset, config, quiet, Path(folder) / "run", progress=False, on_epoch=measure)
         if trainer.run() is None:
             return None
-    return records, trainer.model.flat
+    return records, to_host(trainer.model.flat)
 
 
 def draw_curvature(arguments):
@@ -134,7 +131,7 @@ def draw_curvature(arguments):
 
     path = Path(arguments.checkpoint)
     model, meta = checkpoint.load_model(path, weights="params")
-    settings = config_from(meta, path)
+    settings = dataclasses.replace(config_from(meta, path), device=find_device(arguments.device))
     changes = {key: value for key in ("optimizer", "lr", "epochs") if (value := getattr(arguments, key)) is not None}
     settings = dataclasses.replace(settings, **changes, **({"steps": 0} if "epochs" in changes else {}))
     if origin := origin_of(meta):
@@ -164,15 +161,13 @@ def draw_curvature(arguments):
             f"of the {arguments.count} eigenvalues asked for only {fewest} were found: "
             f"--steps {arguments.steps} products give no more, or there are no more distinct ones"
         )
-    smoothing = settings.label_smoothing
-    spectrum = curvature.sharpness(
-        model.config, flat, images, labels, label_smoothing=smoothing, count=2, steps=2 * arguments.steps
-    )
+    how = {"label_smoothing": settings.label_smoothing, "device": settings.device}
+    use_device(settings.device)
+    spectrum = curvature.sharpness(model.config, flat, images, labels, count=2, steps=2 * arguments.steps, **how)
     # far enough along the sharpest direction to raise the loss by about one
     radius = float(np.sqrt(2.0 / max(spectrum.eigenvalues[0], 1e-6)))
     surface = curvature.loss_slice(
-        model.config, flat, images, labels, spectrum.eigenvectors, radius, points=arguments.points,
-        label_smoothing=smoothing,
+        model.config, flat, images, labels, spectrum.eigenvectors, radius, points=arguments.points, **how
     )  # fmt: skip
     figure = out / "curvature.png"
     momentum = f"momentum {settings.momentum:g}" if settings.optimizer == "sgd" else settings.optimizer
@@ -258,7 +253,7 @@ def draw_journey(arguments):
     """The subcommand ``journey``; returns the exit status."""
     from minivit import journey  # matplotlib is slow to import
 
-    path = Path(arguments.checkpoint)
+    path, device = Path(arguments.checkpoint), find_device(arguments.device)
     model, _, dataset = load_with_data(
         path, weights=arguments.weights, name=arguments.data, data_dir=arguments.data_dir
     )  # fmt: skip
@@ -267,7 +262,7 @@ def draw_journey(arguments):
         raise InputError(f"there is no test picture {arguments.picture}; {dataset.name} has 0 to {count - 1}")
     image, truth = dataset.test_images[arguments.picture], int(dataset.test_labels[arguments.picture])
     with quiet_overflow():
-        found = journey.journey_of(model, image, dataset.class_names, truth=truth)
+        found = journey.journey_of(on_device(model, device), image, dataset.class_names, truth=truth)
     check_finite(found.probabilities, path)
     out = Path(arguments.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
@@ -345,6 +340,7 @@ def main(argv=None):
     parts.add_argument("--lr", type=float, metavar="X", help="train with this peak learning rate [the run's]")
     parts.add_argument("--epochs", type=int, metavar="N", help="train for so long [the run's]")
     parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
+    parts.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [cpu]")
     parts.add_argument("--out", metavar="DIR", help="folder for curvature.png and .json [the checkpoint's]")
     parts.add_argument("--json", type=output_file, metavar="FILE", help="the measurements [curvature.json in --out]")
     parts.set_defaults(draw=draw_curvature)
@@ -364,6 +360,7 @@ def main(argv=None):
     parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
     parts.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
                        help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
+    parts.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [cpu]")
     parts.add_argument("--out", metavar="DIR", help="folder for journey.gif and journey.png [the checkpoint's]")
     parts.set_defaults(draw=draw_journey)
     about = "a sheet of training pictures, a row for each augmentation"

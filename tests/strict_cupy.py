@@ -2,9 +2,14 @@
 
 ``launches`` counts kernels by name, ``waits`` what makes the host wait for the device, ``doubles`` the results in
 float64. The names that CuPy 14.2 has are in tests/data; arrays are NumPy's, of a class that mixes with no other.
-``np.asarray(x)`` slips through. A graph's kernels run once, while it is recorded, when nothing may wait.
+``np.asarray(x)`` slips through.
+
+A graph is recorded as on a GPU: what is launched meanwhile is repeated by each replay, on the same memory, and nothing
+else of the program is; nothing may wait meanwhile. Here the recording does the work of the first replay, which then
+does nothing.
 """
 
+import itertools
 import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -64,6 +69,61 @@ def _wrap(value, name):
     return value
 
 
+class Stream:
+    """The one stream, which records graphs."""
+
+    tape = None  # while a graph is recorded: a list of calls, each of which makes one launch again
+
+    def use(self):
+        return self
+
+    def begin_capture(self):
+        assert self.tape is None
+        self.tape, self.kept = [], []
+
+    def end_capture(self):
+        tape, kept, self.tape = self.tape, self.kept, None
+        replays = itertools.count()
+
+        def launch(stream, kept=kept):
+            launches["graph"] += 1
+            for again in tape if next(replays) else ():
+                again()
+
+        return SimpleNamespace(upload=lambda stream: None, launch=launch)
+
+    def refuse(self, what):
+        """Raise an error if a graph is being recorded."""
+        if self.tape is not None:
+            raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
+
+    def synchronize(self):
+        self.refuse("synchronize")
+        waits["synchronize"] += 1
+
+    def do(self, function, *kept):
+        """``function()``, which launches something; a replay writes its results where those of now are."""
+        made = function()
+        if self.tape is not None:
+
+            def again():
+                for old, new in zip(_arrays(made), _arrays(function()), strict=True):
+                    old[...] = new
+
+            self.tape.append(again)
+            self.kept.append(kept)  # what the function knows the address of alone
+        return made
+
+
+def _arrays(value):
+    if isinstance(value, (tuple, list)):
+        return [one for each in value for one in _arrays(each)]
+    return [] if value is None else [value]
+
+
+STREAM = Stream()
+
+
 class ndarray(np.ndarray):
     """An array on the device that is not there."""
 
@@ -76,14 +136,15 @@ class ndarray(np.ndarray):
             raise AttributeError(f"cupy has no {name}")
         if (name, method) == ("add", "at") and inputs[0].dtype != np.int64:  # of whole numbers, CuPy has 32 bits alone
             launches["add.at"] += 1
-            return _check(inputs) or ufunc.at(*_bare(inputs))
+            return _check(inputs) or STREAM.do(lambda: ufunc.at(*_bare(inputs)))
         if method != "__call__" or set(keywords) - {"dtype", "casting"}:
             raise TypeError(f"cupy.{name} does not take {method} {sorted(keywords)}")
         _check([*inputs, *(out or ())])
         launches[name] += 1
         if name == "matmul":  # of more than two axes, operands that are not contiguous are copied first
             launches["copy"] += sum(x.ndim > 2 and not x.flags.c_contiguous for x in inputs)
-        result = ufunc(*_bare(inputs), **({"out": _bare(out)} if out else {}), **keywords)
+        settings = {"out": _bare(out)} if out else {}
+        result = STREAM.do(lambda: np.asanyarray(ufunc(*_bare(inputs), **settings, **keywords)))
         return out[0] if out else _wrap(result, name)
 
     def __array_function__(self, function, types, arguments, keywords):
@@ -94,13 +155,16 @@ class ndarray(np.ndarray):
         _check([part for part in parts if isinstance(part, np.ndarray)])
         if any(isinstance(part, np.ndarray) and part.dtype == bool for part in parts):
             waits["mask"] += 1
-        launches["take"] += any(isinstance(part, np.ndarray) for part in parts)
-        return _wrap(self.view(np.ndarray)[_bare(index)], "take")
+        if not any(isinstance(part, np.ndarray) for part in parts):
+            rest = () if any(part is Ellipsis for part in parts) else (Ellipsis,)
+            return _wrap(self.view(np.ndarray)[*parts, *rest], "take")  # of one element a view too, not its value
+        launches["take"] += 1
+        return _wrap(STREAM.do(lambda: self.view(np.ndarray)[_bare(index)]), "take")
 
     def __setitem__(self, index, value):
         _check(value)
         launches["fill"] += 1
-        self.view(np.ndarray)[_bare(index)] = _bare(value)
+        STREAM.do(lambda: self.view(np.ndarray).__setitem__(_bare(index), _bare(value)))
 
     @property
     def data(self):
@@ -108,13 +172,12 @@ class ndarray(np.ndarray):
 
         def copy_from_device_async(source, size, stream):
             launches["memcpy"] += 1
-            memory[:size] = source.memory[:size]
+            STREAM.do(lambda: memory.__setitem__(slice(size), source.memory[:size]))
 
         return SimpleNamespace(ptr=memory.ctypes.data, memory=memory, copy_from_device_async=copy_from_device_async)
 
     def _wait(self, what):
-        if STREAM.capturing:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        STREAM.refuse(what)
         waits[what] += 1
         return self.view(np.ndarray)
 
@@ -140,18 +203,19 @@ class ndarray(np.ndarray):
         """Copy from the host, which need not wait."""
         if isinstance(host, ndarray) or host.dtype != self.dtype or host.shape != self.shape:
             raise TypeError(f"set takes a host array of {self.dtype} {self.shape}")
+        STREAM.refuse("set")
         self.view(np.ndarray)[...] = host
 
     def astype(self, dtype, copy=True):
         launches["astype"] += copy or np.dtype(dtype) != self.dtype
-        return _wrap(self.view(np.ndarray).astype(dtype, copy=copy), "astype")
+        return _wrap(STREAM.do(lambda: self.view(np.ndarray).astype(dtype, copy=copy)), "astype")
 
     def copy(self):
         launches["copy"] += 1
-        return _wrap(self.view(np.ndarray).copy(), "copy")
+        return _wrap(STREAM.do(lambda: self.view(np.ndarray).copy()), "copy")
 
     def reshape(self, *shape):
-        result = self.view(np.ndarray).reshape(*shape)
+        result = STREAM.do(lambda: self.view(np.ndarray).reshape(*shape))
         launches["copy"] += not np.shares_memory(result, self.view(np.ndarray)) and result.size > 0
         return _wrap(result, "reshape")
 
@@ -160,7 +224,8 @@ def _reduction(name):
     def reduce(self, axis=None, dtype=None, out=None, keepdims=False):
         launches[name] += 1
         keywords = {} if name in ("max", "min") else {"dtype": dtype}
-        return _wrap(getattr(self.view(np.ndarray), name)(axis=axis, keepdims=keepdims, **keywords), name)
+        bare = getattr(self.view(np.ndarray), name)
+        return _wrap(STREAM.do(lambda: np.asarray(bare(axis=axis, keepdims=keepdims, **keywords))), name)
 
     return reduce
 
@@ -171,34 +236,11 @@ for _name in ("sum", "mean", "max", "min"):
 
 def _argmax(self, axis=None):
     launches["argmax"] += 1
-    return _wrap(self.view(np.ndarray).argmax(axis=axis), "argmax")
+    return _wrap(STREAM.do(lambda: np.asarray(self.view(np.ndarray).argmax(axis=axis))), "argmax")
 
 
 ndarray.argmax = _argmax
 ndarray.__module__ = "cupy"
-
-
-class Stream:
-    """The one stream, which records graphs."""
-
-    capturing = False
-
-    def use(self):
-        return self
-
-    def begin_capture(self):
-        assert not self.capturing
-        self.capturing = True
-
-    def end_capture(self):
-        self.capturing = False
-        return SimpleNamespace(upload=lambda stream: None, launch=lambda stream: launches.update(["graph"]))
-
-    def synchronize(self):
-        ndarray((0,))._wait("synchronize")
-
-
-STREAM = Stream()
 
 
 class Module(ModuleType):
@@ -224,7 +266,7 @@ class Module(ModuleType):
         return SimpleNamespace(free_all_blocks=self._free)
 
     def _free(self):
-        assert not STREAM.capturing, "cudaFree while a stream is capturing"
+        STREAM.refuse("cudaFree")
         self.freed += 1
 
     def __getattr__(self, name):
@@ -239,7 +281,11 @@ class Module(ModuleType):
                 _check([*arguments, *keywords.values()])
             if set(keywords) & {"where", "initial"}:
                 raise TypeError(f"cupy.{name} takes no {sorted(keywords)}")
-            result = function(*_bare(arguments), **{key: _bare(value) for key, value in keywords.items()})
+            if any(isinstance(x, np.ndarray) and not isinstance(x, ndarray) for x in arguments):
+                STREAM.refuse("copying from the host")
+            bare = {key: _bare(value) for key, value in keywords.items()}
+            run = lambda: function(*_bare(arguments), **bare)  # noqa: E731
+            result = run() if name in NO_LAUNCH else STREAM.do(run)
             copied = name == "ascontiguousarray" and not np.shares_memory(result, _bare(arguments[0]))
             launches[name] += copied if name == "ascontiguousarray" else name not in NO_LAUNCH
             return _wrap(result, name)

@@ -8,16 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import strict_cupy
+from conftest import ROOT
 from emulator import Emulator
 from strict_cupy import doubles, installed, launches, waits
 
-from minivit import backend, laboratory
+from minivit import analysis, backend, curvature, journey, laboratory, paper
 from minivit import params as parameters
 from minivit.backend import array_module, plain, to_host
 from minivit.data import Dataset
 from minivit.data.augment import augment
 from minivit.data.loader import augmented, batches
 from minivit.engine_cuda import CudaEngine, CudaStep
+from minivit.inference import load_with_data, on_device
+from minivit.journey import journey_of
 from minivit.kernels import cuda
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, make_optimizer
@@ -50,7 +53,7 @@ def step_of(cupy, config, *, average=False, muon=False, graph=False):
     data = cupy.asarray(images), cupy.asarray(rng.integers(0, 10, 8))
 
     def run(number):
-        run.optimizer, run.step = optimizer, step
+        run.model, run.optimizer, run.average, run.step = model, optimizer, ema, step
         stream = batches(*data, np.arange(8), 4, seed=0, epoch=number, prefetch=0, crop_padding=1, flip=True)
         return [step(pictures, labels, step=number, lr=1e-3) for _, pictures, labels in stream][0]
 
@@ -80,21 +83,28 @@ def test_kernels_never_wait_and_are_few(cupy, precision):
     assert per_step == LAUNCHES[precision] <= 330, (launches, machine.launches)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("muon", [False, True])
-def test_a_step_can_be_recorded_as_a_graph_in_memory_of_its_own(cupy, muon):
+def test_a_replayed_graph_gives_the_bits_of_single_kernels(cupy, muon, precision):
     """Nothing waits while it is recorded, and what the first step used is given back before."""
-    losses = {}
+    config, found = replace(NINE, depth=2, dropout=0.1, drop_path=0.2), {}
     for graph in (False, True):
-        with cuda.using(Emulator()):
-            step = step_of(cupy, replace(NINE, depth=2, dropout=0.1), muon=muon, graph=graph)
-            losses[graph] = float(step(1)[0])
-            assert cupy.freed == step.step.replays == graph
+        with cuda.using(Emulator()) as machine:
+            machine.precision = precision
+            step = step_of(cupy, config, muon=muon, average=True, graph=graph)
+            losses = [float(step(number)[0]) for number in (1, 2)]  # four steps
+            assert step.step.replays == 3 * graph and cupy.freed == graph
             if graph:
                 strict_cupy.clear()
-                step(2)
-                assert step.step.replays == 3 and cupy.freed == 1
-                assert launches["graph"] == 2 and launches.total() == 16, launches  # the rest are the batches
-    assert losses[True] == losses[False]
+                step(3)
+                assert launches["graph"] == 2 and not waits
+            else:
+                step(3)
+        state = [step.model.flat, step.average.flat, *step.optimizer.state.values()]
+        found[graph] = losses, [to_host(vector) for vector in state]
+    assert found[True][0] == found[False][0] and len({*found[True][0]}) == 2
+    for one, other in zip(found[True][1], found[False][1], strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_step_that_cannot_be_recorded_goes_on_kernel_by_kernel(cupy, monkeypatch):
@@ -300,3 +310,104 @@ def test_the_recipes_for_a_gpu_train_there_as_on_the_cpu(cupy, recipe, kernels, 
         found[device] = np.array([*losses, summary["test_loss"]])
     np.testing.assert_allclose(found["cuda"], found["cpu"], rtol=1e-4)
     assert len(found["cpu"]) == 5 and len({*found["cpu"]}) == 5
+
+
+def test_analyses_give_the_same_on_a_device(cupy, trained):
+    model, _, dataset = load_with_data(trained / "last.npz")
+    images = dataset.test_images[:5]
+    found = []
+    for device in ("cuda:0", "cpu"):
+        launches.clear()
+        here = on_device(model, device)
+        seen, along = analysis.rollout_maps(here, images), journey_of(here, images[0], dataset.class_names)
+        found.append([
+            *seen, analysis.head_distances(here, images), analysis.position_embedding(here),
+            along.tokens, along.gaze, along.maps, along.probabilities,
+        ])  # fmt: skip
+        assert (launches.total() > 0) == (device != "cpu")
+    for one, other in zip(*found, strict=True):
+        assert type(one) is np.ndarray
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_curvature_is_the_same_on_a_device(cupy):
+    config = replace(NINE, depth=1)
+    flat = ViT(config).flat.astype(np.float64)
+    rng = np.random.default_rng(0)
+    flat += 0.1 * rng.standard_normal(flat.size)
+    batch = rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8), rng.integers(0, 10, 4)
+    found = []
+    for device in ("cuda:0", "cpu"):
+        launches.clear()
+        how = {"label_smoothing": 0.1, "device": device}
+        spectrum = curvature.sharpness(config, flat, *batch, count=2, steps=12, **how)
+        _, losses = curvature.loss_slice(config, flat, *batch, spectrum.eigenvectors, 0.5, points=2, **how)
+        found.append([*spectrum[:3], losses, *curvature.loss_gradient(config, flat, *batch, **how)])
+        assert (launches.total() > 0) == (device != "cpu")
+    for one, other in zip(*found, strict=True):
+        assert type(one) is np.ndarray
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_pictures_of_a_run_are_drawn_on_a_device(cupy, trained, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(journey, "save_moving", lambda path, found, progress: path.write_bytes(b""))
+    few = ["--pictures", 4, "--points", 2, "--epochs", 1, "--count", 1, "--steps", 2]
+    for arguments in (["journey", trained / "last.npz"], ["curvature", trained / "last.npz", *few]):
+        launches.clear()
+        with cuda.using(Emulator()), plain():
+            ended = call("visualize", *arguments, "--out", tmp_path, "--device", "cuda")
+        assert ended.status == 0 and launches.total() > 0, ended.err
+        ended = call("visualize", *arguments, "--out", tmp_path, "--device", "gpu")
+        assert ended.status == 2 and ended.err.startswith("error: device must be cpu, cuda")
+
+
+def test_a_sweep_may_move_to_a_device_and_back(cupy, tmp_path, call, no_figures):
+    """Each run's device is where it was made; the table is of all."""
+    file = tmp_path / "s.toml"
+    file.write_text(f"""
+        title = "tiny"
+        config = "{ROOT}/tests/tiny.toml"
+        seeds = [0, 1]
+        [base.train]
+        epochs = 1
+        checkpoint_seconds = 1000.0
+        [[row]]
+        name = "one"
+    """)
+    devices = ("cuda", "cpu")
+    for seed, device in enumerate(devices):
+        with cuda.using(Emulator()), plain():
+            ended = call("sweep", file, "--out", tmp_path / "o", "--quiet", "--seeds", seed, "--device", device)
+        assert ended.status == 0, ended.err
+        summary = json.loads((tmp_path / "o" / f"one-seed{seed}" / "summary.json").read_text())
+        assert summary["device"] == {"cuda": "stand-in", "cpu": "cpu"}[device]
+    ended = call("sweep", file, "--out", tmp_path / "o", "--table")
+    assert ended.status == 0 and "2 runs are finished" in ended.out
+    ended = call("sweep", file, "--out", tmp_path / "p", "--device", "tpu")
+    assert ended.status == 2 and ended.err.startswith("error: device must be") and not (tmp_path / "p").exists()
+
+
+def test_the_papers_figures_are_made_on_a_device(cupy, tmp_path, call, no_figures, monkeypatch):
+    """The model that is trained for them, a sweep, and what looks at the model."""
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "tiny.toml").write_text(
+        f'config = "{ROOT}/tests/tiny.toml"\nbase.train.epochs = 1\n[[row]]\nname = "one"\n'
+    )
+    monkeypatch.setattr(paper, "CONFIGS", tmp_path)
+    monkeypatch.setattr(paper, "time_of_epochs", lambda dataset, model, config, probe: times(config.device))
+    monkeypatch.setattr(paper, "epochs_within", lambda share, dataset, model, config: (times(config.device)(1), 1.0))
+    monkeypatch.setattr(paper, "ENTRIES", (paper.entry_of("distance"), paper.sweep_entry("tiny", "Table 0", "T", "")))
+
+    def times(device):
+        asked.append(device)
+        return lambda epochs: epochs
+
+    asked, common = [], ["--config", ROOT / "tests" / "tiny.toml", "--out", tmp_path / "o", "--quiet"]
+    with cuda.using(Emulator()), plain():
+        ended = call("paper", "--all", *common, "--device", "cuda", "--budget", "3s")
+    assert ended.status == 0, ended.err + ended.out
+    assert asked == ["cuda:0"] * 2
+    for folder in ("model", "tiny/one-seed0"):
+        assert json.loads((tmp_path / "o" / folder / "summary.json").read_text())["device"] == "stand-in"
+    ended = call("paper", "distance", *common, "--device", "tpu")
+    assert ended.status == 2 and ended.err.startswith("error: device must be cpu, cuda")

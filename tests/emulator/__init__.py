@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from strict_cupy import STREAM
 
 from minivit.kernels import cuda
 from minivit.kernels.bandwidth import SIGNATURE
@@ -77,11 +78,11 @@ class CountedCublas(Cublas):
 
     def matmul(self, a, b, out, **settings):
         self.launches["matmul"] += 1
-        super().matmul(a, b, out, **settings)
+        STREAM.do(lambda: Cublas.matmul(self, a, b, out, **settings))
 
     def matmul_of_addresses(self, *arguments, **settings):
         self.launches["matmul_of_addresses"] += 1
-        super().matmul_of_addresses(*arguments, **settings)
+        STREAM.do(lambda: Cublas.matmul_of_addresses(self, *arguments, **settings))
 
 
 class Emulator:
@@ -155,7 +156,10 @@ class Emulator:
             pointers[i] = ctypes.addressof(kept[-1])
         self.launches[name] += 1
         g, b = ((ctypes.c_uint * 3)(*(*extent, 1, 1)[:3]) for extent in (grid, block))
-        getattr(library, f"launch_{name}")(g, b, ctypes.c_size_t(shared), pointers)
+        run = getattr(library, f"launch_{name}")
+        # a graph that is recorded (see strict_cupy) keeps the arguments
+        run.restype = None
+        STREAM.do(lambda: run(g, b, ctypes.c_size_t(shared), pointers), kept, arguments)
 
     def blas(self):
         """The library that stands for cuBLAS."""
