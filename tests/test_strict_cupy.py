@@ -371,6 +371,7 @@ def test_a_sweep_may_move_to_a_device_and_back(cupy, tmp_path, call, no_figures)
         [base.train]
         epochs = 1
         checkpoint_seconds = 1000.0
+        device = "cpu"
         [[row]]
         name = "one"
     """)
@@ -409,5 +410,8 @@ def test_the_papers_figures_are_made_on_a_device(cupy, tmp_path, call, no_figure
     assert asked == ["cuda:0"] * 2
     for folder in ("model", "tiny/one-seed0"):
         assert json.loads((tmp_path / "o" / folder / "summary.json").read_text())["device"] == "stand-in"
+    launches.clear()
+    ended = call("paper", "distance", *common, "--again", "--device", "cuda")
+    assert ended.status == 0 and launches["matmul"] > 0
     ended = call("paper", "distance", *common, "--device", "tpu")
     assert ended.status == 2 and ended.err.startswith("error: device must be cpu, cuda")
