@@ -34,6 +34,7 @@ from minivit.layers.softmax import softmax_forward
 from minivit.model import ViTConfig
 from minivit.recipes import CONFIGS, find_config, prepare, read_recipe, sizes_of, trainer_of
 from minivit.sweep import Row, Run, carry_out, read_sweep, result_of, results_of, runs_of, write_table
+from minivit.trace import expected_flops
 from minivit.train import LAST, SUMMARY, config_from, quiet_overflow, write_json
 
 SCRIPTS = CONFIGS.parent / "scripts"
@@ -43,6 +44,7 @@ PICTURES, SHEET = 128, 24  # test pictures whose attention is measured; and show
 QUICK = "Nano/4"  # the model of what trains several of them
 LEAST = 5  # steps of a sweep's row
 PROBE = 2.0  # seconds of each measurement of a sweep's rows
+SPEED_BATCH, SPEED_TURNS = 256, 7  # pictures of a timed prediction; and how often it is timed
 RESERVE = 0.05  # of a sweep's budget: for checkpoints, figures, and a machine that is slower later
 
 
@@ -432,6 +434,42 @@ def make_self_supervision(context):
     return Made((path.name,), caption, "\n".join(lines))
 
 
+def make_axial(context):
+    """Fig. 13: accuracy against the work of training, and against the speed of predictions."""
+    from minivit import paper_plots
+
+    sweep, folder = carried_out(context, "paper-axial", "Full and axial attention")
+    results, points = results_of(sweep, folder), []
+    for run in runs_of(sweep, folder):
+        dataset, c, config, _ = prepare(run.row.recipe)
+        points.append(
+            {
+                "attention": c.attention, "blocks": c.depth, "patch": c.patch_size,
+                "accuracy": results[run.row.name, run.seed]["accuracy"],
+                "training_flops": config.steps * sum(expected_flops(c, config.batch_size * config.accumulate)),
+                "prediction_flops": expected_flops(c, 1).forward,
+                "batch": SPEED_BATCH, **analysis.speed(c, "infer", SPEED_BATCH, SPEED_TURNS),
+            }
+        )  # fmt: skip
+    path = context.figure("paper-axial")
+    paper_plots.save_axial(path, points, title=f"{dataset.name}: {sweep.title}")
+    write_json(context.out / "paper-axial.json", points)
+    lines = ["| attention | blocks | patch | test accuracy | training, TFLOP | a prediction, MFLOP | predictions/s |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        f"| {p['attention']} | {p['blocks']} | {p['patch']} | {p['accuracy']:.2%} | "
+        f"{1e-12 * p['training_flops']:.3g} | {1e-6 * p['prediction_flops']:.3g} | {p['images_per_second']:,.0f} |"
+        for p in points
+    ]
+    caption = (
+        f"{sweep.title} of configs/sweeps/paper-axial.toml: accuracy of the test pictures after the last one, against "
+        "the work of the training's matrix products, forward and backward, and against predictions per second on "
+        f"{available_cores()} cores, float32, in batches of {SPEED_BATCH}. An axial block looks along rows or along "
+        "columns: twice as many blocks, as the paper's Axial-ViT has, look along both as often as a full one does."
+    )
+    return Made((path.name,), caption, "\n".join(lines))
+
+
 def make_few_shot(context):
     """Fig. 4, by scripts/transfer.py."""
     folder = context.out / "fewshot"
@@ -522,6 +560,10 @@ ENTRIES = (
     sweep_entry("paper-shape", "Fig. 8", "Depth, width, MLP and patch size", SCRATCH),
     sweep_entry("paper-pooling", "Fig. 9", "Class token or mean, by learning rate", SCRATCH),
     sweep_entry("paper-table8", "Table 8", "Position embeddings", SCRATCH),
+    Entry("paper-axial", "Fig. 13", "Axial attention: accuracy, compute and speed",
+          SCRATCH + ", on a TPU core where this is a processor, and has an AxialResNet too; the mean is classified in "
+          "place of a class token; grids of 4 x 4 and 8 x 8 patches leave axial attention little to save",
+          "training", 0, make_axial, without_file(CONFIGS / "sweeps" / "paper-axial.toml")),
 )  # fmt: skip
 
 
