@@ -14,7 +14,7 @@ from minivit.data import load
 from minivit.errors import InputError
 from minivit.layers.patch_embed import sincos2d
 from minivit.model import ViT
-from minivit.resize import resize_patch_embedding, resize_positions
+from minivit.resize import resize_patch_embedding, resize_positions, resize_table
 from minivit.start import Start, StartConfig, begin, load_start, model_from, prepare_start
 from minivit.train import LAST, SETTINGS, SUMMARY, TrainConfig, Trainer, origin_of
 
@@ -74,6 +74,19 @@ def test_positions_and_patches_are_resized(pooling):
             np.testing.assert_array_equal(made["reg_token"], model.params["reg_token"])
 
 
+@pytest.mark.parametrize("at", ["input", "every", "shared"])
+@pytest.mark.parametrize("kind", ["align-corners", "bilinear"])
+def test_positions_of_rows_and_columns_are_resized(at, kind):
+    model = random_model(pos_embed="learned2d", pos_at=at, registers=3)
+    for changes in ({"image_size": 20}, {"image_size": 8}, {"image_size": 30, "patch_size": 5}):
+        config = model_from(model.config, changes, "x.npz")
+        made = ViT(config, flat=begin(model, config, pos_resize=kind)).params
+        tables = [name for name in made if "pos_embed" in name]
+        assert len(tables) == (4 if at == "every" else 2)
+        for name in tables:
+            np.testing.assert_array_equal(made[name], resize_table(model.params[name], config.grid_size, kind))
+
+
 def test_a_larger_picture_in_larger_patches_is_the_same_to_the_model():
     """Pictures of patches that are each of one colour look the same at any size: so must the logits be."""
     model = random_model()
@@ -129,8 +142,8 @@ def test_parameters_that_do_not_fit_are_refused_by_name():
         InputError, match=r"the start's cls_token has shape \(1, 1, 8\), the new model needs \(1, 1, 16\)"
     ):
         begin(random_model(), replace(CONFIG, width=16))
-    old = random_model(pos_embed="learned2d")
-    with pytest.raises(InputError, match="pos_embed_x .* leave the size of pictures and patches as it was, 12 and 4$"):
+    old = random_model(pos_embed="relative", pos_at="shared")
+    with pytest.raises(InputError, match="rel_pos .* leave the size of pictures and patches as it was, 12 and 4$"):
         begin(old, replace(old.config, image_size=16))
     with pytest.raises(InputError, match=r"the start's head.weight has shape \(8, 4\)"):
         begin(random_model(), replace(CONFIG, num_classes=5), keep_head=True)
