@@ -8,6 +8,7 @@ their names.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +65,8 @@ def add_recipe(
         group.add_argument(
             "--from", dest="checkpoint", metavar="FILE", default=argparse.SUPPRESS,
             help="begin with this checkpoint's model (its moving average if it has one) and its width, depth, ...; "
-            "size of pictures and patches, classes, dropout rates may differ, and sincos2d positions be learned on",
+            "size of pictures (the data's own, unless --image-size is given) and patches, classes, dropout rates may "
+            "differ, and sincos2d positions be learned on",
         )  # fmt: skip
         add_settings(group, StartConfig, skip=("checkpoint",))
     model = parser.add_argument_group("model")
@@ -168,6 +170,12 @@ def prepare(recipe):
     if not start.checkpoint:
         return dataset, ViTConfig(**asked), config, {"describe": describe, "start": None}
     fitted, begins = prepare_start(start, asked, dataset.class_names, found)
+    if not image_size and size != (before := found[0].config.image_size):
+        print(
+            f"note: the model goes on at the size of the data, {size}x{size} pixels; {start.checkpoint} is of "
+            f"{before}x{before}, to which --image-size {before} scales the data",
+            file=sys.stderr,
+        )
     return dataset, fitted, config, {"describe": describe, "start": begins}
 
 

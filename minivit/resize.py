@@ -1,7 +1,8 @@
 r"""Resizing of what a model learned for one size of picture or patch, and is to use at another.
 
 Every kind is linear and separable: a vector of o numbers becomes M x, M (n, o), a grid G becomes M G M^T; positions of
-rows and of columns are two such vectors, for each of their numbers. Rows of M add up to 1. With the scale r = o / n, output i lies at
+rows and of columns are two such vectors, for each of their numbers. Rows of M add up to 1. With the scale r = o / n,
+output i lies at
 
     align-corners      c_i = i (o - 1) / (n - 1): the corner tokens stay where they are
     all others         c_i = (i + 1/2) r - 1/2: numbers stand for the middles of pixels, which share the whole width

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import TINY
+from PIL import Image
 
 from minivit import ViTConfig, checkpoint
 from minivit.data import load
@@ -200,6 +201,32 @@ def test_a_run_begins_where_the_other_ended_and_says_so(tmp_path, trained, call)
     assert ended.status == 0 and ended.err == ""
     page = (out / "report.html").read_text()
     assert f"--from {source}" in page and "--classes 0-4" in page and "--image-size 12" in page
+
+
+def test_another_size_of_the_data_is_told(tmp_path, trained, call):
+    """Once, unless it was asked for; a folder's pictures have no size of their own and take the model's."""
+    quick = [*TINY, "--epochs", 1, "--lr", 0]
+    assert call("train", *quick, "--image-size", 12, "--out", tmp_path / "a").status == 0
+    source = tmp_path / "a" / LAST
+    ended = call("train", *quick, "--from", source, "--out", tmp_path / "b")
+    assert ended.status == 0 and "pictures of 8x8x1" in ended.out
+    assert ended.err == (
+        f"note: the model goes on at the size of the data, 8x8 pixels; {source} is of 12x12, to which --image-size 12 "
+        "scales the data\n"
+    )
+    for flags in (["--image-size", 12], ["--image-size", 8], ["--image-size", 16]):
+        ended = call("train", *quick, "--from", source, *flags, "--out", tmp_path / "-".join(map(str, flags)))
+        assert ended.status == 0 and ended.err == ""
+    ended = call("train", *quick, "--from", trained / LAST, "--out", tmp_path / "c")
+    assert ended.status == 0 and ended.err == ""
+    for split in ("train", "test"):
+        for name in "01":
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            Image.new("L", (9, 9), 99).save(tmp_path / "pictures" / split / name / "x.png")
+    folder = [*quick, "--data", "folder", "--data-dir", tmp_path / "pictures"]
+    assert call("train", *folder, "--image-size", 12, "--out", tmp_path / "d").status == 0
+    ended = call("train", *folder, "--from", tmp_path / "d" / LAST, "--out", tmp_path / "e")
+    assert ended.status == 0 and ended.err == "" and "pictures of 12x12x3" in ended.out
 
 
 def test_a_kept_head_makes_the_same_predictions(tmp_path, trained, call):
