@@ -76,6 +76,8 @@ def start(arguments):
     recipe, masked = recipe_and_task(arguments)
     if recipe.start:
         raise InputError("pre-training begins from nothing: leave [start] out of the settings file")
+    if recipe.model.get("pre_logits"):
+        raise InputError("pre_logits is a layer of the head, which pre-training does not train: leave it out")
     out = Path(arguments.out) if arguments.out else free_folder(f"{masked.method}-{recipe.data['data']}")
     refuse_used(out)
     dataset, model, config, begins = prepare(recipe)
