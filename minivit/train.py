@@ -373,7 +373,10 @@ class Trainer:
         if config.cutout >= height:
             raise InputError(f"cutout {config.cutout} may hide whole pictures; they have {height} pixels")
         if config.crop_area and not is_lazy(dataset.train_images):
-            raise InputError(f"crop_area cuts pictures out of larger files; {dataset.name} has none: leave it 0")
+            raise InputError(
+                "crop_area cuts parts out of pictures as their files are read, which is done with data imagefolder "
+                f"alone; those of {dataset.name} are in memory, all of one size: leave it 0"
+            )
         _check_memory(model_config, config)
         if model_config.gelu == "erf":
             erf(np.zeros(1))  # SciPy is optional: say so before anything is written
