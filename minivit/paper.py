@@ -32,6 +32,7 @@ from minivit.errors import InputError
 from minivit.inference import check_finite, load_with_data
 from minivit.layers.softmax import softmax_forward
 from minivit.model import ViTConfig
+from minivit.pretrained import file_of, is_readable, load_any
 from minivit.recipes import CONFIGS, find_config, prepare, read_recipe, sizes_of, trainer_of
 from minivit.sweep import Row, Run, carry_out, read_sweep, result_of, results_of, runs_of, write_table
 from minivit.trace import expected_flops
@@ -100,7 +101,7 @@ class Context:
         """
         if self.run is not None:
             path = Path(self.run)
-            return path / LAST if path.is_dir() else path
+            return path / LAST if path.is_dir() and not is_readable(path) else path
         folder = self.out / "model"
         recipe = read_recipe(find_config(self.config), data=self.data)
         settings = {key: value for key, value in recipe.train.items() if key != "epochs"}
@@ -128,9 +129,16 @@ class Context:
             raise Stopped
 
     @cached_property
+    def analysed(self):
+        """On which data the model is analysed: {"name", "data_dir"}, the name that was given if its file says none."""
+        _, meta, _ = load_any(self.checkpoint(), named=False)
+        known = isinstance(meta.get("data"), dict)
+        return {"name": None if known else self.data.get("data"), "data_dir": self.data.get("data_dir")}
+
+    @cached_property
     def trained(self):
         """(ViT, Dataset): the model to analyse and the data set that it was trained on."""
-        model, _, dataset = load_with_data(self.checkpoint(), data_dir=self.data.get("data_dir"))
+        model, _, dataset = load_with_data(self.checkpoint(), **self.analysed)
         return model, dataset
 
     @property
@@ -473,7 +481,9 @@ def make_axial(context):
 def make_few_shot(context):
     """Fig. 4, by scripts/transfer.py."""
     folder = context.out / "fewshot"
-    call_script("transfer.py", context.checkpoint(), "--untrained", "--pixels", "--out", folder)
+    name, data_dir = context.analysed.values()
+    data = [*(["--data", name] if name else []), *(["--data-dir", data_dir] if data_dir else [])]
+    call_script("transfer.py", context.checkpoint(), "--untrained", "--pixels", *data, "--out", folder)
     (figure,) = sorted(folder.glob("transfer-fewshot-*.png"))
     return Made(
         (f"fewshot/{figure.name}",),
@@ -598,8 +608,9 @@ def fingerprint_of(content):
 def made_from(entry, context):
     """What an entry's figure depends on, for JSON: where it is the same, nothing is to be made again."""
     content: dict[str, Any] = {"suffix": context.suffix}
-    if entry.needs == "a model" and (path := context.checkpoint(train=False)) is not None and path.is_file():
-        content["checkpoint"] = zlib.crc32(path.read_bytes())
+    if entry.needs == "a model" and (path := context.checkpoint(train=False)) is not None:
+        if (path := file_of(path)).is_file():
+            content["checkpoint"] = zlib.crc32(path.read_bytes())
     if entry.needs == "training":
         content |= {"budget": context.budget, "data": context.data}
     return content

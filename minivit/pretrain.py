@@ -39,6 +39,7 @@ from minivit.masked import (
     predicted_count,
     shown,
 )
+from minivit.pretrained import load_any
 from minivit.settings import field_names, refuse_unknown
 from minivit.train import CURVES, METRICS, RECONSTRUCTIONS, Trainer, read_metrics
 
@@ -180,7 +181,7 @@ def load_masked(path, *, weights="auto"):
     ``weights`` are as in `checkpoint.load_model`.
     Raises  InputError: it is damaged, or not one of pre-training.
     """
-    _, meta = checkpoint.load_model(path, weights=weights)  # the encoder alone: refuses what does not fit together
+    _, meta, _ = load_any(path, weights=weights, named=False)  # the encoder alone: refuses what does not fit together
     masked, config = masked_of(meta, path), checkpoint.config_of(meta, path)
     arrays, _ = checkpoint.load(path)
     table = masked_table(config, masked)

@@ -40,7 +40,7 @@ from minivit import __version__, checkpoint
 from minivit import params as parameters
 from minivit.backend import device_name, erf, find_device, to_device, to_host, use_device
 from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
-from minivit.data import is_lazy, mirrored
+from minivit.data import FOLDERS, is_lazy, mirrored
 from minivit.data import load as load_data
 from minivit.data.augment import CROP_MODES
 from minivit.data.loader import batches, epoch_order, is_epoch_order
@@ -224,9 +224,10 @@ def fingerprint(dataset):
     return crc
 
 
-def dataset_of(meta, path, *, name=None, data_dir=None):
+def dataset_of(meta, path, *, name=None, data_dir=None, image_size=None):
     """The data set that a checkpoint's meta describes, or the one that is named instead.
 
+    ``image_size``: the model's, at which folders are read for which the meta says no other
     Raises  InputError: meta does not say, or the data are missing, damaged or of other classes than the checkpoint's.
     """
     stored = meta.get("data")
@@ -235,6 +236,8 @@ def dataset_of(meta, path, *, name=None, data_dir=None):
     if name is None:
         raise InputError(f"{path} does not say which data set it was trained on; name one with --data")
     same = {key: stored.get(key) for key in ("image_size", "classes")} if name == stored.get("data") else {}
+    if name in FOLDERS and not same.get("image_size"):
+        same["image_size"] = image_size
     try:
         dataset = load_data(name, data_dir or stored.get("data_dir", "data"), **same)
     except InputError as error:
@@ -950,7 +953,7 @@ def config_from(meta, path):
     """
     settings = meta.get("settings")
     if not isinstance(settings, dict):
-        raise InputError(f"{path} does not say how its model was trained")
+        raise InputError(f"{path} does not say how its model was trained; the checkpoints of scripts/train.py do")
     refuse_unknown(settings, field_names(TrainConfig), path)
     try:
         return TrainConfig(**settings)

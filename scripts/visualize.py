@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minivit import checkpoint, curvature, lr_finder
+from minivit import curvature, lr_finder
 from minivit.cli import Parser, output_file, run
 from minivit.data import (
     DATASETS,
@@ -27,6 +27,7 @@ from minivit.data.operations import OPERATIONS, wide_space
 from minivit.errors import InputError
 from minivit.inference import check_finite, load_with_data
 from minivit.pretrain import draw_reconstructions, load_masked
+from minivit.pretrained import load_any
 from minivit.recipes import add_recipe, prepare, recipe_of_flags
 from minivit.train import (
     RECONSTRUCTIONS,
@@ -136,7 +137,7 @@ def draw_curvature(arguments):
     from minivit import plots  # matplotlib is slow to import
 
     path = Path(arguments.checkpoint)
-    model, meta = checkpoint.load_model(path, weights="params")
+    model, meta, _ = load_any(path, weights="params", named=False)
     settings = config_from(meta, path)
     changes = {key: value for key in ("optimizer", "lr", "epochs") if (value := getattr(arguments, key)) is not None}
     settings = dataclasses.replace(settings, **changes, **({"steps": 0} if "epochs" in changes else {}))

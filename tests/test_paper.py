@@ -249,13 +249,45 @@ def test_a_figure_of_another_script(tmp_path, trained, call, monkeypatch):
         "def main(argv):\n    out = Path(argv[-1])\n    out.mkdir(parents=True)\n"
         "    (out / 'transfer-fewshot-digits.png').write_text(' '.join(argv))\n    return len(argv) - 5\n"
     )
-    context = paper.Context(tmp_path / "o", run=trained)
+    context = paper.Context(tmp_path / "o", run=trained, data="cifar10")  # the run's own are the digits
     made = paper.make_few_shot(context)
     assert made.files == ("fewshot/transfer-fewshot-digits.png",)
     asked = (tmp_path / "o" / made.files[0]).read_text()
     assert asked == f"{trained / 'last.npz'} --untrained --pixels --out {tmp_path / 'o' / 'fewshot'}"
+    context = paper.Context(tmp_path / "o2", run=trained, data_dir="there")
+    with pytest.raises(InputError, match="ended with status 2"):
+        paper.make_few_shot(context)
+    assert " --data-dir there --out " in (tmp_path / "o2" / made.files[0]).read_text()
     with pytest.raises(InputError, match="ended with status 1"):
         paper.call_script("transfer.py", 1, 2, 3, 4, 5, tmp_path / "y")
+
+
+def test_figures_of_weights_of_another_program(call, tmp_path, trained):
+    """What its file does not say is the data set that is named; other weights in the same place are another model."""
+    entries, common = ("filters", "positions"), ["--run", tmp_path / "timm", "--out", tmp_path / "p"]
+    for layout, name in (("timm", "timm"), ("official", "o.npz")):
+        assert call("convert", trained / "last.npz", tmp_path / name, "--to", layout).status == 0
+    ended = call("paper", *entries, *common)
+    assert ended.status == 2 and ended.err.endswith("name one with --data\n") and ended.err.count("\n") == 1
+    ended = call("paper", *entries, "fewshot", *common, "--data", "digits")
+    assert ended.status == 0, ended.err
+    index = index_of(tmp_path / "p")
+    assert list(index) == [*entries, "fewshot"] and index["filters"]["model"].startswith("digits, patch ")
+    assert (
+        f"python scripts/paper.py filters --run {tmp_path / 'timm'} --data digits\n"
+        in (tmp_path / "p" / "index.md").read_text()
+    )
+    again = [*entries, *common, "--data", "digits"]
+    assert call("paper", *again).out.count("already") == 2
+    arrays, meta = checkpoint.load(trained / "last.npz")
+    changed = arrays | {"ema/head.bias": arrays["ema/head.bias"] + 1}
+    checkpoint.save(tmp_path / "other.npz", changed, meta)
+    for path in (tmp_path / "timm").iterdir():
+        path.unlink()
+    assert call("convert", tmp_path / "other.npz", tmp_path / "timm", "--to", "timm").status == 0
+    assert "already" not in call("paper", *again).out
+    ended = call("paper", "filters", "--run", tmp_path / "o.npz", "--data", "digits", "--out", tmp_path / "p")
+    assert ended.status == 2 and "scripts/convert.py --class-names FILE gives them their names" in ended.err
 
 
 def test_masked_patches_by_another_script(tmp_path, monkeypatch):

@@ -73,6 +73,21 @@ def test_bad_checkpoints(call, tmp_path):
         assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1
 
 
+def test_weights_of_other_programs_are_told_from_broken_checkpoints(call, trained, tmp_path):
+    """They do not say how they were trained, nor what of pre-training; a checkpoint that was made of them neither."""
+    converted = {"official": "o.npz", "timm": "timm", "minivit": "m.npz"}
+    for layout, name in converted.items():
+        assert call("convert", trained / "last.npz", tmp_path / name, "--to", layout).status == 0
+    for name in (*converted.values(), "timm/model.safetensors"):
+        for command, said in (
+            ("curvature", "does not say how its model was trained; the checkpoints of scripts/train.py do"),
+            ("masked", "is not of pre-training; scripts/pretrain.py makes such checkpoints"),
+        ):
+            ended = call("visualize", command, tmp_path / name, "--out", tmp_path / "new")
+            assert ended.status == 2 and ended.err == f"error: {tmp_path / name} {said}\n"
+    assert not (tmp_path / "new").exists()
+
+
 def test_sheet_of_augmentations(call, tmp_path, monkeypatch):
     sheets = []
     monkeypatch.setattr(plots, "save_contact_sheet", lambda path, rows, *, title: sheets.append((path, rows)))
