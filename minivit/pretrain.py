@@ -40,7 +40,7 @@ from minivit.masked import (
     shown,
 )
 from minivit.pretrained import load_any
-from minivit.settings import field_names, refuse_unknown
+from minivit.settings import settings_of
 from minivit.train import CURVES, METRICS, RECONSTRUCTIONS, Trainer, read_metrics
 
 MASK_STREAM, TEST_STREAM = 4, 5  # random numbers apart from those of shuffling (1), augmentation (2) and dropout (3)
@@ -198,11 +198,7 @@ def masked_of(meta, path):
     settings = meta.get("pretraining")
     if not isinstance(settings, dict):
         raise InputError(f"{path} is not of pre-training; scripts/pretrain.py makes such checkpoints")
-    refuse_unknown(settings, field_names(MaskedConfig), path)
-    try:
-        return MaskedConfig(**settings)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return settings_of(MaskedConfig, settings, path)
 
 
 def reconstructions(model, images, plan):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from minivit import checkpoint
 from minivit.budget import epochs_within, seconds_of
-from minivit.cli import add_settings, given, read_toml
+from minivit.cli import add_settings, counted, given, read_toml
 from minivit.data import DATASETS, FOLDERS, load
 from minivit.errors import InputError
 from minivit.model import ViTConfig, preset_fields
@@ -74,6 +74,16 @@ def add_recipe(
     add_settings(model, ViTConfig)
     add_settings(parser.add_argument_group("training"), TrainConfig, skip=skip)
     return where
+
+
+def add_run(where, name):
+    """Add the flags of a run's folder and time to a group; ``name`` is what the help calls the folder in runs."""
+    where.add_argument(
+        "--out", metavar="DIR", help=f"folder for the run [runs/{name}, or the first free runs/{name}-2, ...]"
+    )
+    where.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    where.add_argument("--budget", metavar="TIME", help="as many epochs as fit into 90s, 10m or 2.5h on this machine")
+    where.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def file_of_flags(arguments, name=None):
@@ -217,6 +227,19 @@ def check_same_data(arguments, asked, describe, path):
     name = arguments.data or asked.get("data", describe["data"])
     if name != describe["data"]:
         raise InputError(f"{path} was trained on {describe['data']}, not on {name}")
+
+
+def run_to_end(trainer, *, resumed):
+    """Train to the end, and say where a run that was ``resumed`` goes on: (summary, its length in words).
+
+    The summary is None if a signal stopped the run.
+    """
+    if resumed and trainer.finished:
+        print(f"this run has made all of its {trainer.total_steps} steps: its figures are drawn again")
+    elif resumed:
+        print(f"resuming at step {trainer.step} of {trainer.total_steps}")
+    steps, epochs = trainer.config.steps, trainer.config.epochs
+    return trainer.run(), counted(steps, "step") if steps else counted(epochs, "epoch")
 
 
 def trainer_of(recipe, out, *, progress=True):

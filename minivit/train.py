@@ -53,7 +53,7 @@ from minivit.kernels import cuda
 from minivit.loss import softmax_cross_entropy_forward
 from minivit.model import ViT, parameter_table
 from minivit.optim import EMA, OPTIMIZERS, SCHEDULES, Muon, clip_by_global_norm, learning_rate, make_optimizer
-from minivit.settings import check_choice, check_range, check_types, field_names, refuse_unknown, setting
+from minivit.settings import check_choice, check_range, check_types, setting, settings_of
 from minivit.trace import first_non_finite, recording
 
 MAX_WORKERS = 1024
@@ -954,11 +954,7 @@ def config_from(meta, path):
     settings = meta.get("settings")
     if not isinstance(settings, dict):
         raise InputError(f"{path} does not say how its model was trained; the checkpoints of scripts/train.py do")
-    refuse_unknown(settings, field_names(TrainConfig), path)
-    try:
-        return TrainConfig(**settings)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return settings_of(TrainConfig, settings, path)
 
 
 def _log(file, **record):
