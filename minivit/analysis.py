@@ -207,14 +207,17 @@ def cost(models, sizes, *, batch=8, rounds=3, progress=True):
     for name, c, size in tqdm(points, "models", disable=None if progress else True):
         config = replace(c, image_size=size)
         for task, turns in (("infer", rounds), ("step", 1)):
-            with Child("minivit", Job(task, config, batch, 0, {})) as child:
-                child.ask("turn", 1)
-                times = quartiles([child.ask("turn", 1)[0] for _ in range(turns)])
-                memory = child.ask("memory")
-            found.append(
-                {
-                    "model": name, "size": size, "tokens": config.num_tokens, "task": task, "batch": batch,
-                    "images_per_second": batch / times["median"], **times, "peak_memory": memory,
-                }
-            )  # fmt: skip
+            point = {"model": name, "size": size, "tokens": config.num_tokens, "task": task, "batch": batch}
+            found.append(point | speed(config, task, batch, turns))
     return found
+
+
+def speed(config, task, batch, turns):
+    """What a batch costs in a process of its own: {"images_per_second", "median", "q1", "q3", "peak_memory"}.
+
+    ``task``: "infer" or "step"; ``turns``: how often it is timed, after a first time for nothing
+    """
+    with Child("minivit", Job(task, config, batch, 0, {})) as child:
+        child.ask("turn", 1)
+        times = quartiles([child.ask("turn", 1)[0] for _ in range(turns)])
+        return {"images_per_second": batch / times["median"], **times, "peak_memory": child.ask("memory")}

@@ -34,7 +34,7 @@ from minivit import params as parameters
 from minivit.backend import to_host
 from minivit.errors import InputError
 from minivit.model import BLOCK_PARAMETERS, ViT, ViTConfig, parameter_table
-from minivit.settings import field_names, refuse_unknown
+from minivit.settings import settings_of
 
 FORMAT = "minivit checkpoint"
 VERSION = 1
@@ -154,11 +154,7 @@ def config_of(meta, path):
     config = meta.get("config")
     if not isinstance(config, dict):
         raise InputError(f"{path} does not say which model it holds")
-    refuse_unknown(config, field_names(ViTConfig), path)
-    try:
-        return ViTConfig(**config)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return settings_of(ViTConfig, config, path)
 
 
 def class_names_of(meta, path):

@@ -41,7 +41,7 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_clas
     if name is not None and other_classes:
         dataset = load(name, data_dir or "data", image_size=c.image_size if name in FOLDERS else None)
     else:
-        dataset = dataset_of(meta, path, name=name, data_dir=data_dir)
+        dataset = dataset_of(meta, path, name=name, data_dir=data_dir, image_size=c.image_size)
     shape, classes = dataset.test_images.shape[1:], len(dataset.class_names)
     if shape != (c.image_size, c.image_size, c.channels) or (classes != c.num_classes and not other_classes):
         raise InputError(

@@ -32,8 +32,10 @@ from minivit.errors import InputError
 from minivit.inference import check_finite, load_with_data, on_device
 from minivit.layers.softmax import softmax_forward
 from minivit.model import ViTConfig
+from minivit.pretrained import file_of, is_readable, load_any
 from minivit.recipes import CONFIGS, find_config, prepare, read_recipe, sizes_of, trainer_of
 from minivit.sweep import Row, Run, carry_out, read_sweep, result_of, results_of, runs_of, write_table
+from minivit.trace import expected_flops
 from minivit.train import LAST, SUMMARY, config_from, quiet_overflow, write_json
 
 SCRIPTS = CONFIGS.parent / "scripts"
@@ -43,6 +45,7 @@ PICTURES, SHEET = 128, 24  # test pictures whose attention is measured; and show
 QUICK = "Nano/4"  # the model of what trains several of them
 LEAST = 5  # steps of a sweep's row
 PROBE = 2.0  # seconds of each measurement of a sweep's rows
+SPEED_BATCH, SPEED_TURNS = 256, 7  # pictures of a timed prediction; and how often it is timed
 RESERVE = 0.05  # of a sweep's budget: for checkpoints, figures, and a machine that is slower later
 
 
@@ -98,7 +101,7 @@ class Context:
         """
         if self.run is not None:
             path = Path(self.run)
-            return path / LAST if path.is_dir() else path
+            return path / LAST if path.is_dir() and not is_readable(path) else path
         folder = self.out / "model"
         recipe = read_recipe(find_config(self.config), data=self.data)
         settings = {key: value for key, value in recipe.train.items() if key != "epochs"}
@@ -127,9 +130,16 @@ class Context:
             raise Stopped
 
     @cached_property
+    def analysed(self):
+        """On which data the model is analysed: {"name", "data_dir"}, the name that was given if its file says none."""
+        _, meta, _ = load_any(self.checkpoint(), named=False)
+        known = isinstance(meta.get("data"), dict)
+        return {"name": None if known else self.data.get("data"), "data_dir": self.data.get("data_dir")}
+
+    @cached_property
     def trained(self):
         """(ViT, Dataset): the model to analyse and the data set that it was trained on."""
-        model, _, dataset = load_with_data(self.checkpoint(), data_dir=self.data.get("data_dir"))
+        model, _, dataset = load_with_data(self.checkpoint(), **self.analysed)
         return on_device(model, self.device), dataset
 
     @property
@@ -436,11 +446,49 @@ def make_self_supervision(context):
     return Made((path.name,), caption, "\n".join(lines))
 
 
+def make_axial(context):
+    """Fig. 13: accuracy against the work of training, and against the speed of predictions."""
+    from minivit import paper_plots
+
+    sweep, folder = carried_out(context, "paper-axial", "Full and axial attention")
+    results, points = results_of(sweep, folder), []
+    for run in runs_of(sweep, folder):
+        dataset, c, config, _ = prepare(run.row.recipe)
+        points.append(
+            {
+                "attention": c.attention, "blocks": c.depth, "patch": c.patch_size,
+                "accuracy": results[run.row.name, run.seed]["accuracy"],
+                "training_flops": config.steps * sum(expected_flops(c, config.batch_size * config.accumulate)),
+                "prediction_flops": expected_flops(c, 1).forward,
+                "batch": SPEED_BATCH, **analysis.speed(c, "infer", SPEED_BATCH, SPEED_TURNS),
+            }
+        )  # fmt: skip
+    path = context.figure("paper-axial")
+    paper_plots.save_axial(path, points, title=f"{dataset.name}: {sweep.title}")
+    write_json(context.out / "paper-axial.json", points)
+    lines = ["| attention | blocks | patch | test accuracy | training, TFLOP | a prediction, MFLOP | predictions/s |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        f"| {p['attention']} | {p['blocks']} | {p['patch']} | {p['accuracy']:.2%} | "
+        f"{1e-12 * p['training_flops']:.3g} | {1e-6 * p['prediction_flops']:.3g} | {p['images_per_second']:,.0f} |"
+        for p in points
+    ]
+    caption = (
+        f"{sweep.title} of configs/sweeps/paper-axial.toml: accuracy of the test pictures after the last one, against "
+        "the work of the training's matrix products, forward and backward, and against predictions per second on "
+        f"{available_cores()} cores, float32, in batches of {SPEED_BATCH}. An axial block looks along rows or along "
+        "columns: twice as many blocks, as the paper's Axial-ViT has, look along both as often as a full one does."
+    )
+    return Made((path.name,), caption, "\n".join(lines))
+
+
 def make_few_shot(context):
     """Fig. 4, by scripts/transfer.py."""
     folder = context.out / "fewshot"
+    name, data_dir = context.analysed.values()
+    data = [*(["--data", name] if name else []), *(["--data-dir", data_dir] if data_dir else [])]
     where = ["--device", context.device, "--out", folder]
-    call_script("transfer.py", context.checkpoint(), "--untrained", "--pixels", *where)
+    call_script("transfer.py", context.checkpoint(), "--untrained", "--pixels", *data, *where)
     (figure,) = sorted(folder.glob("transfer-fewshot-*.png"))
     return Made(
         (f"fewshot/{figure.name}",),
@@ -528,6 +576,10 @@ ENTRIES = (
     sweep_entry("paper-shape", "Fig. 8", "Depth, width, MLP and patch size", SCRATCH),
     sweep_entry("paper-pooling", "Fig. 9", "Class token or mean, by learning rate", SCRATCH),
     sweep_entry("paper-table8", "Table 8", "Position embeddings", SCRATCH),
+    Entry("paper-axial", "Fig. 13", "Axial attention: accuracy, compute and speed",
+          SCRATCH + ", on a TPU core where this is a processor, and has an AxialResNet too; the mean is classified in "
+          "place of a class token; grids of 4 x 4 and 8 x 8 patches leave axial attention little to save",
+          "training", 0, make_axial, without_file(CONFIGS / "sweeps" / "paper-axial.toml")),
 )  # fmt: skip
 
 
@@ -562,8 +614,9 @@ def fingerprint_of(content):
 def made_from(entry, context):
     """What an entry's figure depends on, for JSON: where it is the same, nothing is to be made again."""
     content: dict[str, Any] = {"suffix": context.suffix}
-    if entry.needs == "a model" and (path := context.checkpoint(train=False)) is not None and path.is_file():
-        content["checkpoint"] = zlib.crc32(path.read_bytes())
+    if entry.needs == "a model" and (path := context.checkpoint(train=False)) is not None:
+        if (path := file_of(path)).is_file():
+            content["checkpoint"] = zlib.crc32(path.read_bytes())
     if entry.needs == "training":
         content |= {"budget": context.budget, "data": context.data}
     return content

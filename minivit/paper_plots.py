@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import LogFormatter, LogLocator, MaxNLocator, NullLocator
 
 from minivit.analysis import patch_distances
 from minivit.plots import OURS, TEST, THEIRS, _figure, _save, _show, _style, label, picture
@@ -162,5 +162,41 @@ def save_cost(path, points, *, title=""):
     _style(training, "side of the picture, pixels", "pictures per second", f"training step, batches of {batch}")
     _style(memory, "side of the picture, pixels", "MiB", "peak memory (dotted: prediction)")
     speed.legend(frameon=False, fontsize=8)
+    figure.suptitle(label(title, 120), fontsize=10, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def save_axial(path, points, *, title=""):
+    """Accuracy of `paper.make_axial`'s models against the FLOPs of their training and against predictions per second.
+
+    A line joins the models of one kind of attention and number of blocks; beside each stands its patch size.
+    """
+    figure = _figure(9.5, 4.0)
+    compute, speed = figure.subplots(1, 2, sharey=True)
+    kinds = dict.fromkeys((p["attention"], p["blocks"]) for p in points)
+    for (attention, blocks), color, marker in zip(kinds, LINES, "os^Dvp", strict=False):
+        mine = [p for p in points if (p["attention"], p["blocks"]) == (attention, blocks)]
+        y = [100 * p["accuracy"] for p in mine]
+        for axes, x in (
+            (compute, [1e-12 * p["training_flops"] for p in mine]),
+            (speed, [p["images_per_second"] for p in mine]),
+        ):
+            axes.plot(x, y, marker=marker, ms=6, lw=1.4, color=color, label=f"{attention}, {blocks} blocks")
+            for p, place in zip(mine, zip(x, y, strict=True), strict=True):
+                axes.annotate(
+                    f"/{p['patch']}", place, (0, 6), textcoords="offset points", ha="center", fontsize=8, color=color
+                )
+    for axes in (compute, speed):
+        axes.set_xscale("log")
+        axes.margins(0.15)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    _style(compute, "training, TFLOP in matrix products", "test accuracy, %", "")
+    _style(speed, f"predictions per second, batches of {points[0]['batch']}", "", "")
+    shown = compute.get_legend_handles_labels()
+    figure.legend(
+        *shown, loc="outside right center", frameon=False, fontsize=8, title="/4: patches of 4", title_fontsize=8
+    )
     figure.suptitle(label(title, 120), fontsize=10, x=0.01, ha="left")
     _save(figure, path)

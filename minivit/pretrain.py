@@ -39,7 +39,8 @@ from minivit.masked import (
     predicted_count,
     shown,
 )
-from minivit.settings import field_names, refuse_unknown
+from minivit.pretrained import load_any
+from minivit.settings import settings_of
 from minivit.train import CURVES, METRICS, RECONSTRUCTIONS, Trainer, read_metrics
 
 MASK_STREAM, TEST_STREAM = 4, 5  # random numbers apart from those of shuffling (1), augmentation (2) and dropout (3)
@@ -180,7 +181,7 @@ def load_masked(path, *, weights="auto"):
     ``weights`` are as in `checkpoint.load_model`.
     Raises  InputError: it is damaged, or not one of pre-training.
     """
-    _, meta = checkpoint.load_model(path, weights=weights)  # the encoder alone: refuses what does not fit together
+    _, meta, _ = load_any(path, weights=weights, named=False)  # the encoder alone: refuses what does not fit together
     masked, config = masked_of(meta, path), checkpoint.config_of(meta, path)
     arrays, _ = checkpoint.load(path)
     table = masked_table(config, masked)
@@ -197,11 +198,7 @@ def masked_of(meta, path):
     settings = meta.get("pretraining")
     if not isinstance(settings, dict):
         raise InputError(f"{path} is not of pre-training; scripts/pretrain.py makes such checkpoints")
-    refuse_unknown(settings, field_names(MaskedConfig), path)
-    try:
-        return MaskedConfig(**settings)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return settings_of(MaskedConfig, settings, path)
 
 
 def reconstructions(model, images, plan):

@@ -663,14 +663,15 @@ def _tokens(found):
     return tokens | {"cls_token": prefix[:c], "reg_token": prefix[c:]}
 
 
-def _file_of(path):
+def file_of(path):
+    """The path of a model's weights: ``model.safetensors`` in a folder, or the path itself."""
     path = Path(path)
     return path / MODEL_FILE if path.is_dir() else path
 
 
 def is_readable(path):
     """Is this a file, or a folder with one, for `read`, rather than a checkpoint of minivit?"""
-    return is_foreign(_file_of(path))
+    return is_foreign(file_of(path))
 
 
 def describe(path, **options):
@@ -682,7 +683,7 @@ def describe(path, **options):
     `ViTConfig` to be set whatever the file says.
     Raises  InputError: there is no such file, it is broken, of no layout known here, or of a model that ours is not.
     """
-    path = _file_of(path)
+    path = file_of(path)
     tensors = open_tensors(path)
     with refused(path):
         return describe_tensors(tensors, read_json(path.with_name("config.json")), str(path), **options)

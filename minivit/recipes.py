@@ -8,13 +8,14 @@ their names.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from minivit import checkpoint
 from minivit.budget import epochs_within, seconds_of
-from minivit.cli import add_settings, given, read_toml
+from minivit.cli import add_settings, counted, given, read_toml
 from minivit.data import DATASETS, FOLDERS, load
 from minivit.errors import InputError
 from minivit.model import ViTConfig, preset_fields
@@ -64,7 +65,8 @@ def add_recipe(
         group.add_argument(
             "--from", dest="checkpoint", metavar="FILE", default=argparse.SUPPRESS,
             help="begin with this checkpoint's model (its moving average if it has one) and its width, depth, ...; "
-            "size of pictures and patches, classes, dropout rates may differ, and sincos2d positions be learned on",
+            "size of pictures (the data's own, unless --image-size is given) and patches, classes, dropout rates may "
+            "differ, and sincos2d positions be learned on",
         )  # fmt: skip
         add_settings(group, StartConfig, skip=("checkpoint",))
     model = parser.add_argument_group("model")
@@ -72,6 +74,16 @@ def add_recipe(
     add_settings(model, ViTConfig)
     add_settings(parser.add_argument_group("training"), TrainConfig, skip=skip)
     return where
+
+
+def add_run(where, name):
+    """Add the flags of a run's folder and time to a group; ``name`` is what the help calls the folder in runs."""
+    where.add_argument(
+        "--out", metavar="DIR", help=f"folder for the run [runs/{name}, or the first free runs/{name}-2, ...]"
+    )
+    where.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    where.add_argument("--budget", metavar="TIME", help="as many epochs as fit into 90s, 10m or 2.5h on this machine")
+    where.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def file_of_flags(arguments, name=None):
@@ -168,6 +180,12 @@ def prepare(recipe):
     if not start.checkpoint:
         return dataset, ViTConfig(**asked), config, {"describe": describe, "start": None}
     fitted, begins = prepare_start(start, asked, dataset.class_names, found)
+    if not image_size and size != (before := found[0].config.image_size):
+        print(
+            f"note: the model goes on at the size of the data, {size}x{size} pixels; {start.checkpoint} is of "
+            f"{before}x{before}, to which --image-size {before} scales the data",
+            file=sys.stderr,
+        )
     return dataset, fitted, config, {"describe": describe, "start": begins}
 
 
@@ -209,6 +227,19 @@ def check_same_data(arguments, asked, describe, path):
     name = arguments.data or asked.get("data", describe["data"])
     if name != describe["data"]:
         raise InputError(f"{path} was trained on {describe['data']}, not on {name}")
+
+
+def run_to_end(trainer, *, resumed):
+    """Train to the end, and say where a run that was ``resumed`` goes on: (summary, its length in words).
+
+    The summary is None if a signal stopped the run.
+    """
+    if resumed and trainer.finished:
+        print(f"this run has made all of its {trainer.total_steps} steps: its figures are drawn again")
+    elif resumed:
+        print(f"resuming at step {trainer.step} of {trainer.total_steps}")
+    steps, epochs = trainer.config.steps, trainer.config.epochs
+    return trainer.run(), counted(steps, "step") if steps else counted(epochs, "epoch")
 
 
 def trainer_of(recipe, out, *, progress=True):

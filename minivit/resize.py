@@ -1,7 +1,8 @@
 r"""Resizing of what a model learned for one size of picture or patch, and is to use at another.
 
-Every kind is linear and separable: a vector of o numbers becomes M x, M (n, o), a grid G becomes M G M^T. Rows of M add
-up to 1. With the scale r = o / n, output i lies at
+Every kind is linear and separable: a vector of o numbers becomes M x, M (n, o), a grid G becomes M G M^T; positions of
+rows and of columns are two such vectors, for each of their numbers. Rows of M add up to 1. With the scale r = o / n,
+output i lies at
 
     align-corners      c_i = i (o - 1) / (n - 1): the corner tokens stay where they are
     all others         c_i = (i + 1/2) r - 1/2: numbers stand for the middles of pixels, which share the whole width
@@ -99,6 +100,17 @@ def resize_positions(position, grid_size, *, prefix_tokens, kind="align-corners"
     grid = np.einsum("ia,jb,abd->ijd", M, M, grid, optimize=True)  # (grid_size, grid_size, D)
     grid = grid.reshape(1, -1, D).astype(position.dtype)
     return np.concatenate([position[:, :prefix_tokens], grid], axis=1)
+
+
+def resize_table(table, size, kind="align-corners"):
+    """One of the two tables of a position embedding of rows and columns, for another number of them.
+
+    Math    M x: the tables' grid [x_b, y_a] becomes what `resize_positions` makes of it, since rows of M add up to 1
+    Shapes  table (1, g, D/2)  ->  (1, size, D/2) of the same dtype
+    Raises  InputError: unknown kind.
+    """
+    M = interpolation(size, table.shape[1], kind)
+    return (M @ table.astype(np.float64)).astype(table.dtype)
 
 
 def resize_patch_embedding(W, patch_size, *, channels, kind="pi", interpolated=PATCHES):

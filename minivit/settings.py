@@ -56,6 +56,18 @@ def refuse_unknown(given, known, where):
             raise InputError(f"unknown setting {name!r} in {where}{hint}")
 
 
+def settings_of(cls, stored, where):
+    """The settings class that a dict from a file describes.
+
+    Raises  InputError: it holds unknown or impossible settings; the message names ``where``.
+    """
+    refuse_unknown(stored, field_names(cls), where)
+    try:
+        return cls(**stored)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
 def field_names(cls):
     """The names of a settings class's fields."""
     return [f.name for f in dataclasses.fields(cls)]

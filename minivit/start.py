@@ -18,7 +18,7 @@ from minivit.errors import InputError
 from minivit.layers.patch_embed import sincos2d
 from minivit.model import ViT
 from minivit.pretrained import load_any
-from minivit.resize import KINDS, PATCH_KINDS, resize_patch_embedding, resize_positions
+from minivit.resize import KINDS, PATCH_KINDS, resize_patch_embedding, resize_positions, resize_table
 from minivit.settings import check_choice, check_types, setting
 
 # Settings of the model that may differ from the start's; the others come from it.
@@ -116,9 +116,12 @@ def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch
         array = named.get(name)
         if array is None:
             raise InputError(f"the start has no parameter {name}")
-        if name.rpartition(".")[2] == "pos_embed":
+        last = name.rpartition(".")[2]
+        if last == "pos_embed":
             prefix = int(old.pooling == "cls")
             array = resize_positions(array, config.grid_size, prefix_tokens=prefix, kind=pos_resize)
+        elif last in ("pos_embed_x", "pos_embed_y"):
+            array = resize_table(array, config.grid_size, pos_resize)
         elif name == "patch_embed.proj.weight":
             array = resize_patch_embedding(array, config.patch_size, channels=config.patch_channels, kind=patch_resize)
         if array.shape != view.shape:

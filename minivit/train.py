@@ -40,7 +40,7 @@ from minivit import __version__, checkpoint
 from minivit import params as parameters
 from minivit.backend import device_name, erf, find_device, to_device, to_host, use_device
 from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
-from minivit.data import is_lazy, mirrored
+from minivit.data import FOLDERS, is_lazy, mirrored
 from minivit.data import load as load_data
 from minivit.data.augment import CROP_MODES
 from minivit.data.loader import batches, epoch_order, is_epoch_order
@@ -53,7 +53,7 @@ from minivit.kernels import cuda
 from minivit.loss import softmax_cross_entropy_forward
 from minivit.model import ViT, parameter_table
 from minivit.optim import EMA, OPTIMIZERS, SCHEDULES, Muon, clip_by_global_norm, learning_rate, make_optimizer
-from minivit.settings import check_choice, check_range, check_types, field_names, refuse_unknown, setting
+from minivit.settings import check_choice, check_range, check_types, setting, settings_of
 from minivit.trace import first_non_finite, recording
 
 MAX_WORKERS = 1024
@@ -224,9 +224,10 @@ def fingerprint(dataset):
     return crc
 
 
-def dataset_of(meta, path, *, name=None, data_dir=None):
+def dataset_of(meta, path, *, name=None, data_dir=None, image_size=None):
     """The data set that a checkpoint's meta describes, or the one that is named instead.
 
+    ``image_size``: the model's, at which folders are read for which the meta says no other
     Raises  InputError: meta does not say, or the data are missing, damaged or of other classes than the checkpoint's.
     """
     stored = meta.get("data")
@@ -235,6 +236,8 @@ def dataset_of(meta, path, *, name=None, data_dir=None):
     if name is None:
         raise InputError(f"{path} does not say which data set it was trained on; name one with --data")
     same = {key: stored.get(key) for key in ("image_size", "classes")} if name == stored.get("data") else {}
+    if name in FOLDERS and not same.get("image_size"):
+        same["image_size"] = image_size
     try:
         dataset = load_data(name, data_dir or stored.get("data_dir", "data"), **same)
     except InputError as error:
@@ -373,7 +376,10 @@ class Trainer:
         if config.cutout >= height:
             raise InputError(f"cutout {config.cutout} may hide whole pictures; they have {height} pixels")
         if config.crop_area and not is_lazy(dataset.train_images):
-            raise InputError(f"crop_area cuts pictures out of larger files; {dataset.name} has none: leave it 0")
+            raise InputError(
+                "crop_area cuts parts out of pictures as their files are read, which is done with data imagefolder "
+                f"alone; those of {dataset.name} are in memory, all of one size: leave it 0"
+            )
         _check_memory(model_config, config)
         if model_config.gelu == "erf":
             erf(np.zeros(1))  # SciPy is optional: say so before anything is written
@@ -947,12 +953,8 @@ def config_from(meta, path):
     """
     settings = meta.get("settings")
     if not isinstance(settings, dict):
-        raise InputError(f"{path} does not say how its model was trained")
-    refuse_unknown(settings, field_names(TrainConfig), path)
-    try:
-        return TrainConfig(**settings)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path} does not say how its model was trained; the checkpoints of scripts/train.py do")
+    return settings_of(TrainConfig, settings, path)
 
 
 def _log(file, **record):

@@ -103,12 +103,18 @@ def config_of(arguments):
 def use_recipe(arguments):
     """Take model, batch and augmentation from a settings file: (ViTConfig, keyword settings of `data.batches`).
 
-    Raises  InputError: no such file, or model settings were given beside it.
+    Raises  InputError: no such file, it is for pictures that are read from files, or model settings were given beside
+            it.
     """
     if given(arguments, ViTConfig) or arguments.preset != "Mini/4":
         raise InputError("--config brings its own model: leave --preset and the model's flags out")
     recipe = read_recipe(find_config(arguments.config))
     config, train = ViTConfig(**recipe.model), TrainConfig(**recipe.train)
+    if train.crop_area:
+        raise InputError(
+            f"{arguments.config} has crop_area, parts that are cut out as files are read; this benchmark times "
+            "pictures that are in memory: choose another settings file"
+        )
     arguments.preset, arguments.batch = str(arguments.config), train.batch_size
     return config, loading_settings(train, config.num_classes)
 

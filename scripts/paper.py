@@ -51,10 +51,18 @@ def main(argv=None):
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="paper.py")
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to make, or list [list]")
     parser.add_argument("--all", action="store_true", help="make everything that can be made")
-    parser.add_argument("--run", metavar="PATH", help="a run's folder or a checkpoint to analyse [one is trained]")
+    parser.add_argument(
+        "--run",
+        metavar="PATH",
+        help="what to analyse: a run's folder, a checkpoint, or weights of another program [a model is trained]",
+    )
     parser.add_argument("--budget", default="5m", metavar="TIME", help="for all that trains: 90s, 10m or 2.5h [5m]")
     parser.add_argument("--out", default="runs/paper", metavar="DIR", help="folder for everything [runs/paper]")
-    parser.add_argument("--data", choices=DATASETS, help="data set of what trains [that of the settings]")
+    parser.add_argument(
+        "--data",
+        choices=DATASETS,
+        help="data set of what trains [that of the settings], and of a model in --run whose file does not say its own",
+    )
     parser.add_argument("--data-dir", metavar="DIR", help="where the data lie [data, or where they lay in training]")
     parser.add_argument("--config", metavar="FILE", help="settings of the model that is trained [paper, or digits]")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [cpu]")

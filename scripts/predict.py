@@ -115,7 +115,9 @@ def gather(arguments, model, meta):
             image = 255 - image if image.dtype == np.uint8 else -image
         pictures.append((path.stem, image, None))
     if arguments.test:
-        dataset = dataset_of(meta, arguments.checkpoint, name=arguments.data, data_dir=arguments.data_dir)
+        dataset = dataset_of(
+            meta, arguments.checkpoint, name=arguments.data, data_dir=arguments.data_dir, image_size=size
+        )
         count = len(dataset.test_images)
         for index in arguments.test:
             if not 0 <= index < count:

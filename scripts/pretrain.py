@@ -6,18 +6,20 @@ from functools import partial
 from pathlib import Path
 
 from minivit import ViTConfig, checkpoint
-from minivit.cli import Parser, add_settings, counted, given, read_toml, run
+from minivit.cli import Parser, add_settings, given, read_toml, run
 from minivit.errors import InputError
 from minivit.masked import MaskedConfig
 from minivit.pretrain import Pretrainer, masked_of
 from minivit.recipes import (
     SECTIONS,
     add_recipe,
+    add_run,
     check_same_data,
     file_of_flags,
     free_folder,
     prepare,
     recipe_of_flags,
+    run_to_end,
     stopped_run,
     within_budget,
 )
@@ -50,12 +52,7 @@ def parse(argv):
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="pretrain.py")
     add_settings(parser.add_argument_group("pre-training"), MaskedConfig)
     where = add_recipe(parser, data="that of the settings file", file="pretrain-METHOD", start=False)
-    where.add_argument(
-        "--out", metavar="DIR", help="folder for the run [runs/METHOD-NAME, or the first free runs/METHOD-NAME-2, ...]"
-    )
-    where.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    where.add_argument("--budget", metavar="TIME", help="as many epochs as fit into 90s, 10m or 2.5h on this machine")
-    where.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_run(where, "METHOD-NAME")
     return parser.parse_args(argv)
 
 
@@ -76,6 +73,8 @@ def start(arguments):
     recipe, masked = recipe_and_task(arguments)
     if recipe.start:
         raise InputError("pre-training begins from nothing: leave [start] out of the settings file")
+    if recipe.model.get("pre_logits"):
+        raise InputError("pre_logits is a layer of the head, which pre-training does not train: leave it out")
     out = Path(arguments.out) if arguments.out else free_folder(f"{masked.method}-{recipe.data['data']}")
     refuse_used(out)
     dataset, model, config, begins = prepare(recipe)
@@ -119,20 +118,13 @@ def main(argv=None):
         f"{m.target}; width {c.width}, {c.depth} blocks, {trainer.model.flat.size:,} parameters, of which "
         f"{trainer.model.encoder.flat.size:,} are the encoder's; writing to {trainer.out}"
     )
-    if arguments.resume:
-        if trainer.finished:
-            print(f"this run has made all of its {trainer.total_steps} steps: its figures are drawn again")
-        else:
-            print(f"resuming at step {trainer.step} of {trainer.total_steps}")
-    summary = trainer.run()
+    summary, length = run_to_end(trainer, resumed=arguments.resume)
     if summary is None:
         return 130
-    steps = trainer.config.steps
-    after = counted(steps, "step") if steps else counted(summary["epochs"], "epoch")
     figure = "right guesses" if trainer.model.classes else "variance explained"
     print(
         f"test loss {summary['test_loss']:.4f}, {figure} {summary['test_accuracy']:.2%} at the masked patches (without "
-        f"looking {summary['chance_loss']:.4f}, {summary['chance_accuracy']:.2%}) after {after} in "
+        f"looking {summary['chance_loss']:.4f}, {summary['chance_accuracy']:.2%}) after {length} in "
         f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} pictures/s); "
         f"figures and checkpoints in {trainer.out}"
     )

@@ -57,6 +57,11 @@ def main(argv=None):
     if out.is_dir():
         raise InputError(f"{out} is a folder; name a file with --out")
     path = folder / LAST
+    if not path.exists():
+        raise InputError(
+            f"there is no checkpoint at {path}; a report is of a run of scripts/train.py; scripts/evaluate.py "
+            "tests a model alone"
+        )
     model, meta, dataset = load_with_data(path, weights=arguments.weights, data_dir=arguments.data_dir)
     train = config_from(meta, path)
     logits = predict_all(model, dataset.test_images, workers=workers, device=device, flip=train.test_flip)

@@ -5,15 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from minivit import ViTConfig, checkpoint
-from minivit.cli import Parser, counted, given, run
+from minivit.cli import Parser, given, run
 from minivit.errors import InputError
 from minivit.params import count
 from minivit.recipes import (
     add_recipe,
+    add_run,
     check_same_data,
     free_folder,
     prepare,
     recipe_of_flags,
+    run_to_end,
     stopped_run,
     trainer_of,
     within_budget,
@@ -45,12 +47,7 @@ def parse(argv):
     """The command line as a namespace; settings that were not given are absent from it."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, prog="train.py")
     where = add_recipe(parser)
-    where.add_argument(
-        "--out", metavar="DIR", help="folder for the run [runs/NAME, or the first free runs/NAME-2, ...]"
-    )
-    where.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    where.add_argument("--budget", metavar="TIME", help="as many epochs as fit into 90s, 10m or 2.5h on this machine")
-    where.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_run(where, "NAME")
     return parser.parse_args(argv)
 
 
@@ -106,18 +103,11 @@ def main(argv=None):
     if trainer.frozen:
         frozen = count([spec for spec in trainer.model.table if spec.name in trainer.frozen])
         print(f"{frozen:,} of the parameters stay as they are")
-    if arguments.resume:
-        if trainer.finished:
-            print(f"this run has made all of its {trainer.total_steps} steps: its figures are drawn again")
-        else:
-            print(f"resuming at step {trainer.step} of {trainer.total_steps}")
-    summary = trainer.run()
+    summary, length = run_to_end(trainer, resumed=arguments.resume)
     if summary is None:
         return 130
-    steps = trainer.config.steps
-    after = counted(steps, "step") if steps else counted(summary["epochs"], "epoch")
     print(
-        f"test accuracy {summary['test_accuracy']:.2%} after {after} in "
+        f"test accuracy {summary['test_accuracy']:.2%} after {length} in "
         f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} pictures/s); "
         f"figures and checkpoints in {trainer.out}"
     )

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from minivit import checkpoint, curvature, lr_finder
+from minivit import curvature, lr_finder
 from minivit.backend import find_device, to_host, use_device
 from minivit.cli import Parser, output_file, run
 from minivit.data import (
     DATASETS,
+    FOLDERS,
     augment,
     auto_augment,
     cutmix,
@@ -19,6 +20,7 @@ from minivit.data import (
     mixup,
     operate,
     rand_augment,
+    scaled,
     trivial_augment,
 )
 from minivit.data.mixing import one_hot
@@ -26,6 +28,7 @@ from minivit.data.operations import OPERATIONS, wide_space
 from minivit.errors import InputError
 from minivit.inference import check_finite, load_with_data, on_device
 from minivit.pretrain import draw_reconstructions, load_masked
+from minivit.pretrained import load_any
 from minivit.recipes import add_recipe, prepare, recipe_of_flags
 from minivit.train import (
     RECONSTRUCTIONS,
@@ -47,6 +50,7 @@ examples:
   python scripts/visualize.py journey runs/cifar10/last.npz --picture 409
   python scripts/visualize.py augment
   python scripts/visualize.py augment --data cifar10 --columns 16 --seed 1 --out figures
+  python scripts/visualize.py augment --data imagefolder --data-dir pictures --image-size 96
   python scripts/visualize.py lr --data cifar10
   python scripts/visualize.py lr --config my.toml --optimizer muon --lr-min 1e-5 --lr-max 10 --steps 400
 
@@ -130,7 +134,7 @@ def draw_curvature(arguments):
     from minivit import plots  # matplotlib is slow to import
 
     path = Path(arguments.checkpoint)
-    model, meta = checkpoint.load_model(path, weights="params")
+    model, meta, _ = load_any(path, weights="params", named=False)
     settings = dataclasses.replace(config_from(meta, path), device=find_device(arguments.device))
     changes = {key: value for key in ("optimizer", "lr", "epochs") if (value := getattr(arguments, key)) is not None}
     settings = dataclasses.replace(settings, **changes, **({"steps": 0} if "epochs" in changes else {}))
@@ -236,11 +240,14 @@ def draw_augment(arguments):
     """The subcommand ``augment``; returns the exit status."""
     from minivit import plots  # matplotlib is slow to import
 
-    for name, low in (("columns", 2), ("seed", 0)):
-        if getattr(arguments, name) < low:
-            raise InputError(f"--{name} must be at least {low}, got {getattr(arguments, name)}")
-    dataset = load(arguments.data, arguments.data_dir)
+    size = arguments.image_size
+    for name, low in (("columns", 2), ("seed", 0), ("image_size", 2)):
+        if (value := getattr(arguments, name)) is not None and value < low:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+    dataset = load(arguments.data, arguments.data_dir, image_size=size if arguments.data in FOLDERS else None)
     images, _ = measured_pictures(dataset, arguments.columns, arguments.seed)
+    if size is not None:
+        images = scaled(images, size)  # no others than these
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     figure = out / f"augment-{arguments.data}.png"
@@ -367,6 +374,8 @@ def main(argv=None):
     parts = commands.add_parser("augment", help=about, description=about, epilog=EXAMPLES)
     parts.add_argument("--data", choices=DATASETS, default="digits", help="data set [digits]")
     parts.add_argument("--data-dir", default="data", metavar="DIR", help="where the data lie [data]")
+    parts.add_argument("--image-size", type=int, metavar="N", help="height and width of the pictures, pixels; those of "
+                       "a data set are scaled to it [their own; of a folder 32, of an imagefolder 224]")  # fmt: skip
     parts.add_argument("--columns", type=int, default=12, metavar="N", help="pictures in a row [12]")
     parts.add_argument("--seed", type=int, default=0, metavar="N", help="draws pictures and augmentations [0]")
     parts.add_argument("--out", default="runs", metavar="DIR", help="folder for augment-DATA.png [runs]")

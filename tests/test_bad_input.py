@@ -168,7 +168,7 @@ CASES = {
             "nothing": "nothing does not exist; name the folder of a run",
             "file": "file is a file; name the folder of a run",
             "run/last.npz": "run/last.npz is a file; name the folder of a run",
-            "full": "there is no checkpoint at full/last.npz",
+            "full": "there is no checkpoint at full/last.npz; a report is of a run of scripts/train.py",
             "run-cut": "run-cut/last.npz is not a minivit checkpoint",
             "run-huge": "run-huge/last.npz gives logits that are not finite numbers",
             "run-nan": "ema/head.bias holds values that are not finite numbers",

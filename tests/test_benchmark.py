@@ -491,6 +491,8 @@ def test_the_pipeline_of_a_recipe(tmp_path, call):
     assert report["loading"]["mixing"]["cutmix_alpha"] == 1.0
     ended = call("benchmark", *flags, "--width", 24)
     assert ended.status == 2 and "--config brings its own model" in ended.err
+    ended = call("benchmark", "data", "--config", "imagefolder", *flags[3:])
+    assert ended.status == 2 and "imagefolder has crop_area, parts that are cut out as files are read" in ended.err
 
 
 def test_presets_and_flags_make_the_model():

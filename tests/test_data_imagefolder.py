@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import TINY
 from PIL import Image
 from strict_cupy import installed, ndarray
 
@@ -459,8 +460,11 @@ def test_validation_pictures_alone_are_there_to_be_tested_on(root, tmp_path, cal
 
 
 def test_crops_are_refused_where_pictures_have_their_size(tmp_path, call):
-    ended = call("train", "--crop-area", 0.08, "--out", tmp_path / "run")
-    assert ended.status == 2 and "crop_area cuts pictures out of larger files; digits has none" in ended.err
+    for words in (("train",), ("pretrain", *TINY, "--label-smoothing", 0), ("visualize", "lr")):
+        ended = call(*words, "--crop-area", 0.08, "--data", "digits", "--out", tmp_path / words[0])
+        assert ended.status == 2 and ended.err.startswith("error: crop_area cuts parts out of pictures as their files")
+        assert "imagefolder alone; those of digits are in memory" in ended.err and ended.err.count("\n") == 1
+        assert not list(tmp_path.glob("*/*"))
     assert not (tmp_path / "run").exists()
     assert call("train", "--crop-area", 1.5, "--out", tmp_path / "run").status == 2
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 
-from minivit import analysis, budget, checkpoint, paper, paper_plots
+from minivit import analysis, budget, checkpoint, paper, paper_plots, plots
 from minivit.data import load
 from minivit.errors import InputError
+from minivit.model import ViTConfig
+from minivit.trace import expected_flops
 from minivit.train import Trainer
 
 TINY = ROOT / "tests" / "tiny.toml"
@@ -247,13 +249,45 @@ def test_a_figure_of_another_script(tmp_path, trained, call, monkeypatch):
         "def main(argv):\n    out = Path(argv[-1])\n    out.mkdir(parents=True)\n"
         "    (out / 'transfer-fewshot-digits.png').write_text(' '.join(argv))\n    return len(argv) - 5\n"
     )
-    context = paper.Context(tmp_path / "o", run=trained)
+    context = paper.Context(tmp_path / "o", run=trained, data="cifar10")  # the run's own are the digits
     made = paper.make_few_shot(context)
     assert made.files == ("fewshot/transfer-fewshot-digits.png",)
     asked = (tmp_path / "o" / made.files[0]).read_text()
     assert asked == f"{trained / 'last.npz'} --untrained --pixels --out {tmp_path / 'o' / 'fewshot'}"
+    context = paper.Context(tmp_path / "o2", run=trained, data_dir="there")
+    with pytest.raises(InputError, match="ended with status 2"):
+        paper.make_few_shot(context)
+    assert " --data-dir there --out " in (tmp_path / "o2" / made.files[0]).read_text()
     with pytest.raises(InputError, match="ended with status 1"):
         paper.call_script("transfer.py", 1, 2, 3, 4, 5, tmp_path / "y")
+
+
+def test_figures_of_weights_of_another_program(call, tmp_path, trained):
+    """What its file does not say is the data set that is named; other weights in the same place are another model."""
+    entries, common = ("filters", "positions"), ["--run", tmp_path / "timm", "--out", tmp_path / "p"]
+    for layout, name in (("timm", "timm"), ("official", "o.npz")):
+        assert call("convert", trained / "last.npz", tmp_path / name, "--to", layout).status == 0
+    ended = call("paper", *entries, *common)
+    assert ended.status == 2 and ended.err.endswith("name one with --data\n") and ended.err.count("\n") == 1
+    ended = call("paper", *entries, "fewshot", *common, "--data", "digits")
+    assert ended.status == 0, ended.err
+    index = index_of(tmp_path / "p")
+    assert list(index) == [*entries, "fewshot"] and index["filters"]["model"].startswith("digits, patch ")
+    assert (
+        f"python scripts/paper.py filters --run {tmp_path / 'timm'} --data digits\n"
+        in (tmp_path / "p" / "index.md").read_text()
+    )
+    again = [*entries, *common, "--data", "digits"]
+    assert call("paper", *again).out.count("already") == 2
+    arrays, meta = checkpoint.load(trained / "last.npz")
+    changed = arrays | {"ema/head.bias": arrays["ema/head.bias"] + 1}
+    checkpoint.save(tmp_path / "other.npz", changed, meta)
+    for path in (tmp_path / "timm").iterdir():
+        path.unlink()
+    assert call("convert", tmp_path / "other.npz", tmp_path / "timm", "--to", "timm").status == 0
+    assert "already" not in call("paper", *again).out
+    ended = call("paper", "filters", "--run", tmp_path / "o.npz", "--data", "digits", "--out", tmp_path / "p")
+    assert ended.status == 2 and "scripts/convert.py --class-names FILE gives them their names" in ended.err
 
 
 def test_masked_patches_by_another_script(tmp_path, monkeypatch):
@@ -331,6 +365,46 @@ def test_fine_tuning_begins_with_the_model_of_the_first_classes(tmp_path, monkey
     assert settings["start"]["checkpoint"] == str(before) and settings["model"]["image_size"] == 48
     assert settings["data"]["classes"] == "5-9"
     assert "The model of the first five classes had" in made.caption and "| from scratch, 48 pixels | " in made.table
+
+
+def test_axial_attention_against_compute_and_speed(call, tmp_path, monkeypatch, no_figures):
+    """Every row of configs/sweeps/paper-axial.toml, made small, is trained, timed and drawn; FLOPs are of its steps."""
+    tiny, read_sweep, timed, drawn = {"width": 8, "num_heads": 2, "mlp_dim": 8}, paper.read_sweep, [], []
+
+    def small(path):
+        sweep = read_sweep(path)
+        recipes = [row.recipe._replace(model=row.recipe.model | tiny) for row in sweep.rows]
+        return sweep._replace(rows=tuple(row._replace(recipe=r) for row, r in zip(sweep.rows, recipes, strict=True)))
+
+    def speed(config, task, batch, turns):
+        timed.append((config.attention, config.depth, config.patch_size))
+        return {"images_per_second": 1000.0 * len(timed)} if task == "infer" and turns > 1 else None
+
+    monkeypatch.setattr(paper, "read_sweep", small)
+    monkeypatch.setattr(paper, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
+    monkeypatch.setattr(analysis, "speed", speed)
+    monkeypatch.setattr(plots, "save_sweep", lambda *_: None)
+    real = paper_plots.save_axial
+    monkeypatch.setattr(paper_plots, "save_axial", lambda path, *a, **k: (drawn.append(a), real(path, *a, **k)))
+    flags = ["--data", "digits", "--budget", "100s", "--quiet", "--out", tmp_path / "p"]  # 95 of 180 s: 18 of 36 steps
+    ended = call("paper", "paper-axial", *flags)
+    assert ended.status == 0, ended.err
+    kinds = [("full", 4, 8), ("full", 4, 4), ("axial", 4, 8), ("axial", 4, 4), ("axial", 8, 8), ("axial", 8, 4)]
+    ((points,),) = drawn
+    assert timed == [(p["attention"], p["blocks"], p["patch"]) for p in points] == kinds
+    assert json.loads((tmp_path / "p" / "paper-axial.json").read_text()) == points
+    table = json.loads((tmp_path / "p" / "paper-axial" / "table.json").read_text())
+    assert [p["accuracy"] for p in points] == [row["mean"] for row in table["rows"]]
+    model = ViTConfig(
+        image_size=8, channels=1, patch_size=4, width=8, num_heads=2, mlp_dim=8, depth=8, pooling="mean",
+        attention="axial",
+    )  # fmt: skip
+    assert points[5]["training_flops"] == 18 * sum(expected_flops(model, 128))
+    assert points[5]["prediction_flops"] == expected_flops(model, 1).forward
+    page = (tmp_path / "p" / "index.md").read_text()
+    assert "(paper-axial.png)" in page and "Fig. 13" in page and page.count("\n| axial | ") == 4
+    assert f"| full | 4 | 4 | {points[1]['accuracy']:.2%} | " in page and "| 2,000 |" in page
+    assert (tmp_path / "p" / "paper-axial.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

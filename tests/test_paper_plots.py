@@ -98,3 +98,18 @@ def test_cost(tmp_path, drawn, end):
     assert sorted(line.get_xydata().tolist() for line in memory.lines if len(line.get_xdata())) == [
         [[32, 1]], [[32, 3]], [[64, 2]],
     ]  # fmt: skip
+
+
+def test_axial(tmp_path, drawn):
+    def point(attention, blocks, patch, accuracy, flops, rate):
+        return {"attention": attention, "blocks": blocks, "patch": patch, "accuracy": accuracy,
+                "training_flops": flops * 1e12, "images_per_second": rate, "batch": 8}  # fmt: skip
+
+    points = [point("full", 4, 8, 0.25, 1, 900), point("full", 4, 4, 0.5, 5, 200), point("axial", 8, 4, 0.75, 9, 100)]
+    paper_plots.save_axial(tmp_path / "a.png", points, title=NAMES[1])
+    whole(tmp_path / "a.png")
+    compute, speed = drawn[0].axes
+    assert [line.get_xydata().tolist() for line in compute.lines] == [[[1, 25], [5, 50]], [[9, 75]]]
+    assert [line.get_xydata().tolist() for line in speed.lines] == [[[900, 25], [200, 50]], [[100, 75]]]
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["full, 4 blocks", "axial, 8 blocks"]
+    assert [text.get_text() for text in speed.texts] == ["/8", "/4", "/4"]

@@ -279,6 +279,7 @@ def test_what_the_script_refuses(tmp_path, call, trained):
         (["--target", "downsized"], "error: target downsized needs a patch_size that is a multiple of 4, not 2"),
         (["--label-smoothing", 0.1], "error: label_smoothing means nothing in pre-training"),
         (["--budget", "1s", "--epochs", 3], "error: --budget finds the number of epochs"),
+        (["--pre-logits", 4], "error: pre_logits is a layer of the head, which pre-training does not train"),
     ):
         ended = call("pretrain", *TINY, *out, *flags)
         assert ended.status == 2 and ended.err.startswith(message) and ended.err.count("\n") == 1, ended.err

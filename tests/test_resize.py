@@ -10,7 +10,7 @@ import pytest
 
 from minivit.errors import InputError
 from minivit.layers.patch_embed import patch_embed_forward, patchify
-from minivit.resize import KINDS, PATCHES, interpolation, resize_patch_embedding, resize_positions
+from minivit.resize import KINDS, PATCHES, interpolation, resize_patch_embedding, resize_positions, resize_table
 
 with np.load(Path(__file__).parent / "data" / "resize.npz") as archive:
     REFERENCE = dict(archive)
@@ -32,6 +32,21 @@ def test_positions_as_other_libraries_resize_them(name, prefix):
     after = resize_positions(before, new, prefix_tokens=prefix, kind=kind)
     np.testing.assert_array_equal(after[:, :prefix], first)
     np.testing.assert_allclose(after[0, prefix:].reshape(new, new, 2), REFERENCE[name], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_tables_of_rows_and_columns_as_the_grid_that_they_stand_for(name):
+    kind, sizes = name.split("/")
+    old, new = map(int, sizes.split("-"))
+    x, y = (np.random.default_rng(seed).standard_normal((1, old, 3)) for seed in (1, 2))
+
+    def grid(x, y):
+        g = x.shape[1]
+        return np.concatenate(np.broadcast_arrays(x[0], y[0][:, None]), axis=-1).reshape(1, g * g, 6)  # [x_b, y_a]
+
+    made = grid(resize_table(x, new, kind), resize_table(y, new, kind))
+    np.testing.assert_allclose(made, resize_positions(grid(x, y), new, prefix_tokens=0, kind=kind), rtol=0, atol=1e-13)
+    assert resize_table(x.astype(np.float32), new, kind).dtype == np.float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,6 +81,9 @@ def test_the_same_size_changes_no_bit_and_shares_no_memory():
     position, W = rng.standard_normal((1, 10, 3)).astype(np.float32), rng.standard_normal((48, 3)).astype(np.float32)
     for kind in KINDS:
         same = resize_positions(position, 3, prefix_tokens=1, kind=kind)
+        np.testing.assert_array_equal(same, position)
+        assert not np.shares_memory(same, position)
+        same = resize_table(position, 10, kind)
         np.testing.assert_array_equal(same, position)
         assert not np.shares_memory(same, position)
     same = resize_patch_embedding(W, 4, channels=3)

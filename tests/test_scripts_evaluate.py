@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivit import checkpoint, train
+from minivit import ViTConfig, checkpoint, train
+from minivit.checkpoint import named_arrays
 from minivit.data import load
+from minivit.model import ViT
 from minivit.train import LAST, SUMMARY
 
 
@@ -42,6 +44,31 @@ def test_the_figures(trained, tmp_path, call):
         assert shown in ended.out
     rows = [line for line in ended.out.splitlines() if line.endswith("%") and line[0].isdigit()]
     assert len(rows) == 10 and rows[3].split()[:2] == ["3", "37"]
+
+
+def test_folders_are_read_at_the_size_of_the_model(tmp_path, call):
+    """Also where the model says no size of its own pictures, as weights of another program, or had those of another."""
+    rng = np.random.default_rng(0)
+    for k in range(10):
+        for split in ("train", "test"):
+            (tmp_path / split / str(k)).mkdir(parents=True)
+            picture = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+            picture.save(tmp_path / split / str(k) / "x.png")
+    model = ViT(ViTConfig(image_size=12, width=8, depth=1, num_heads=2))
+    classes = {"class_names": list("0123456789")}
+    checkpoint.save(
+        tmp_path / "m.npz",
+        named_arrays("params", model.flat, model.table),
+        checkpoint.model_meta(model.config) | classes,
+    )
+    assert call("convert", tmp_path / "m.npz", tmp_path / "timm", "--to", "timm").status == 0
+    for data in ("folder", "imagefolder"):
+        for name in ("m.npz", "timm"):
+            flags = ["--data", data, "--data-dir", tmp_path, "--out", tmp_path / "new"]
+            ended = call("evaluate", tmp_path / name, *flags, "--json", tmp_path / "e.json")
+            assert ended.status == 0, ended.err
+            assert json.loads((tmp_path / "e.json").read_text())["accuracy"] == 0.1
+            assert call("predict", tmp_path / name, "--test", 3, *flags).status == 0
 
 
 def test_mirror_images_count_as_in_the_run(trained, tmp_path, call, no_figures):

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 from conftest import TINY
+from PIL import Image
 
 from minivit import lr_finder, plots
+from minivit.data import load
 from minivit.data.operations import OPERATIONS
 from minivit.train import METRICS, SETTINGS, read_metrics
 
@@ -71,6 +73,21 @@ def test_bad_checkpoints(call, tmp_path):
         assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1
 
 
+def test_weights_of_other_programs_are_told_from_broken_checkpoints(call, trained, tmp_path):
+    """They do not say how they were trained, nor what of pre-training; a checkpoint that was made of them neither."""
+    converted = {"official": "o.npz", "timm": "timm", "minivit": "m.npz"}
+    for layout, name in converted.items():
+        assert call("convert", trained / "last.npz", tmp_path / name, "--to", layout).status == 0
+    for name in (*converted.values(), "timm/model.safetensors"):
+        for command, said in (
+            ("curvature", "does not say how its model was trained; the checkpoints of scripts/train.py do"),
+            ("masked", "is not of pre-training; scripts/pretrain.py makes such checkpoints"),
+        ):
+            ended = call("visualize", command, tmp_path / name, "--out", tmp_path / "new")
+            assert ended.status == 2 and ended.err == f"error: {tmp_path / name} {said}\n"
+    assert not (tmp_path / "new").exists()
+
+
 def test_sheet_of_augmentations(call, tmp_path, monkeypatch):
     sheets = []
     monkeypatch.setattr(plots, "save_contact_sheet", lambda path, rows, *, title: sheets.append((path, rows)))
@@ -97,14 +114,39 @@ def test_sheet_of_augmentations(call, tmp_path, monkeypatch):
     assert not np.array_equal(first["as they are"], other["as they are"])
 
 
+def test_sheet_of_pictures_of_another_size(call, tmp_path, monkeypatch):
+    """Folders are read at the size; of other data the few pictures that are drawn are scaled as training scales all."""
+    sheets = []
+    monkeypatch.setattr(plots, "save_contact_sheet", lambda path, rows, *, title: sheets.append(rows))
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        for split, n in (("train", 3), ("val", 1), ("test", 1)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(n):
+                picture = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+                picture.save(tmp_path / split / name / f"{i}.png")
+    flags = ["--data-dir", tmp_path, "--image-size", 10, "--columns", 4, "--out", tmp_path / "new"]
+    for data in ("digits", "imagefolder", "folder"):
+        ended = call("visualize", "augment", "--data", data, *flags)
+        assert ended.status == 0, ended.err
+        images = load(data, tmp_path, image_size=10).train_images
+        rows = np.random.default_rng(0).permutation(len(images))[:4]
+        np.testing.assert_array_equal(sheets[-1]["as they are"], images[rows])
+        assert {pictures.shape for pictures in sheets[-1].values()} == {(4, 10, 10, images.shape[3])}
+
+
 def test_sheet_is_drawn(call, tmp_path):
     assert call("visualize", "augment", "--out", tmp_path).status == 0
     assert (tmp_path / "augment-digits.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--columns", 1], ["--seed", -1], ["--data", "x"], ["--data", "cifar10", "--data-dir", "x"]]
-)
+    "arguments",
+    [
+        ["--columns", 1], ["--seed", -1], ["--data", "x"], ["--data", "cifar10", "--data-dir", "x"],
+        ["--image-size", 1], ["--image-size", 4097],
+    ],
+)  # fmt: skip
 def test_bad_settings_of_a_sheet(call, tmp_path, arguments):
     ended = call("visualize", "augment", "--out", tmp_path / "new", *arguments)
     assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import TINY
+from PIL import Image
 
 from minivit import ViTConfig, checkpoint
 from minivit.data import load
 from minivit.errors import InputError
 from minivit.layers.patch_embed import sincos2d
 from minivit.model import ViT
-from minivit.resize import resize_patch_embedding, resize_positions
+from minivit.resize import resize_patch_embedding, resize_positions, resize_table
 from minivit.start import Start, StartConfig, begin, load_start, model_from, prepare_start
 from minivit.train import LAST, SETTINGS, SUMMARY, TrainConfig, Trainer, origin_of
 
@@ -74,6 +75,19 @@ def test_positions_and_patches_are_resized(pooling):
             np.testing.assert_array_equal(made["reg_token"], model.params["reg_token"])
 
 
+@pytest.mark.parametrize("at", ["input", "every", "shared"])
+@pytest.mark.parametrize("kind", ["align-corners", "bilinear"])
+def test_positions_of_rows_and_columns_are_resized(at, kind):
+    model = random_model(pos_embed="learned2d", pos_at=at, registers=3)
+    for changes in ({"image_size": 20}, {"image_size": 8}, {"image_size": 30, "patch_size": 5}):
+        config = model_from(model.config, changes, "x.npz")
+        made = ViT(config, flat=begin(model, config, pos_resize=kind)).params
+        tables = [name for name in made if "pos_embed" in name]
+        assert len(tables) == (4 if at == "every" else 2)
+        for name in tables:
+            np.testing.assert_array_equal(made[name], resize_table(model.params[name], config.grid_size, kind))
+
+
 def test_a_larger_picture_in_larger_patches_is_the_same_to_the_model():
     """Pictures of patches that are each of one colour look the same at any size: so must the logits be."""
     model = random_model()
@@ -129,8 +143,8 @@ def test_parameters_that_do_not_fit_are_refused_by_name():
         InputError, match=r"the start's cls_token has shape \(1, 1, 8\), the new model needs \(1, 1, 16\)"
     ):
         begin(random_model(), replace(CONFIG, width=16))
-    old = random_model(pos_embed="learned2d")
-    with pytest.raises(InputError, match="pos_embed_x .* leave the size of pictures and patches as it was, 12 and 4$"):
+    old = random_model(pos_embed="relative", pos_at="shared")
+    with pytest.raises(InputError, match="rel_pos .* leave the size of pictures and patches as it was, 12 and 4$"):
         begin(old, replace(old.config, image_size=16))
     with pytest.raises(InputError, match=r"the start's head.weight has shape \(8, 4\)"):
         begin(random_model(), replace(CONFIG, num_classes=5), keep_head=True)
@@ -187,6 +201,32 @@ def test_a_run_begins_where_the_other_ended_and_says_so(tmp_path, trained, call)
     assert ended.status == 0 and ended.err == ""
     page = (out / "report.html").read_text()
     assert f"--from {source}" in page and "--classes 0-4" in page and "--image-size 12" in page
+
+
+def test_another_size_of_the_data_is_told(tmp_path, trained, call):
+    """Once, unless it was asked for; a folder's pictures have no size of their own and take the model's."""
+    quick = [*TINY, "--epochs", 1, "--lr", 0]
+    assert call("train", *quick, "--image-size", 12, "--out", tmp_path / "a").status == 0
+    source = tmp_path / "a" / LAST
+    ended = call("train", *quick, "--from", source, "--out", tmp_path / "b")
+    assert ended.status == 0 and "pictures of 8x8x1" in ended.out
+    assert ended.err == (
+        f"note: the model goes on at the size of the data, 8x8 pixels; {source} is of 12x12, to which --image-size 12 "
+        "scales the data\n"
+    )
+    for flags in (["--image-size", 12], ["--image-size", 8], ["--image-size", 16]):
+        ended = call("train", *quick, "--from", source, *flags, "--out", tmp_path / "-".join(map(str, flags)))
+        assert ended.status == 0 and ended.err == ""
+    ended = call("train", *quick, "--from", trained / LAST, "--out", tmp_path / "c")
+    assert ended.status == 0 and ended.err == ""
+    for split in ("train", "test"):
+        for name in "01":
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            Image.new("L", (9, 9), 99).save(tmp_path / "pictures" / split / name / "x.png")
+    folder = [*quick, "--data", "folder", "--data-dir", tmp_path / "pictures"]
+    assert call("train", *folder, "--image-size", 12, "--out", tmp_path / "d").status == 0
+    ended = call("train", *folder, "--from", tmp_path / "d" / LAST, "--out", tmp_path / "e")
+    assert ended.status == 0 and ended.err == "" and "pictures of 12x12x3" in ended.out
 
 
 def test_a_kept_head_makes_the_same_predictions(tmp_path, trained, call):
