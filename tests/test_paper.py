@@ -247,19 +247,19 @@ def test_a_figure_of_another_script(tmp_path, trained, call, monkeypatch):
     (tmp_path / "transfer.py").write_text(
         "import sys\nfrom pathlib import Path\n"
         "def main(argv):\n    out = Path(argv[-1])\n    out.mkdir(parents=True)\n"
-        "    (out / 'transfer-fewshot-digits.png').write_text(' '.join(argv))\n    return len(argv) - 5\n"
+        "    (out / 'transfer-fewshot-digits.png').write_text(' '.join(argv))\n    return len(argv) - 7\n"
     )
     context = paper.Context(tmp_path / "o", run=trained, data="cifar10")  # the run's own are the digits
     made = paper.make_few_shot(context)
     assert made.files == ("fewshot/transfer-fewshot-digits.png",)
     asked = (tmp_path / "o" / made.files[0]).read_text()
-    assert asked == f"{trained / 'last.npz'} --untrained --pixels --out {tmp_path / 'o' / 'fewshot'}"
+    assert asked == f"{trained / 'last.npz'} --untrained --pixels --device cpu --out {tmp_path / 'o' / 'fewshot'}"
     context = paper.Context(tmp_path / "o2", run=trained, data_dir="there")
     with pytest.raises(InputError, match="ended with status 2"):
         paper.make_few_shot(context)
-    assert " --data-dir there --out " in (tmp_path / "o2" / made.files[0]).read_text()
+    assert " --data-dir there --device cpu --out " in (tmp_path / "o2" / made.files[0]).read_text()
     with pytest.raises(InputError, match="ended with status 1"):
-        paper.call_script("transfer.py", 1, 2, 3, 4, 5, tmp_path / "y")
+        paper.call_script("transfer.py", *range(1, 8), tmp_path / "y")
 
 
 def test_figures_of_weights_of_another_program(call, tmp_path, trained):
@@ -302,7 +302,7 @@ def test_masked_patches_by_another_script(tmp_path, monkeypatch):
         "    return 0 if '--resume' in argv else 130\n"
     )
     context = paper.Context(tmp_path / "o", data_dir="d", budget=60.5, progress=False)
-    asked = f"--method mpp --out {tmp_path / 'o' / 'masked'} --quiet --data-dir d"
+    asked = f"--method mpp --device cpu --out {tmp_path / 'o' / 'masked'} --quiet --data-dir d"
     with pytest.raises(paper.Stopped):
         paper.make_masked(context)
     assert (tmp_path / "o" / "masked" / "argv").read_text() == f"{asked} --budget 60.5s"
