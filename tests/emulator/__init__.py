@@ -22,8 +22,6 @@ from minivit.kernels.cublas import Cublas
 
 HERE = Path(__file__).parent
 SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([\w, ]+\)\s)?(\w+)\(([^)]*)\)', re.S)
-# What of kernels.cu is compiled together: the rest is left out, so that a change there compiles nothing anew.
-SECTION = re.compile(r"^#if(?:def | defined\()(WIDTH|ROWS|TOKENS|TENSOR)\b.*?^#endif  // \1[^\n]*\n", re.S | re.M)
 SHARED = re.compile(r"__shared__ (\w+) (\w+)((?:\[[^\]]+\])+);")
 DTYPES = {"float": np.float32, "int": np.int32, "unsigned char": np.uint8, "size_t": np.uint64}
 SCALARS = {
@@ -31,6 +29,8 @@ SCALARS = {
     "int": (np.int32, ctypes.c_int),
     "size_t": (np.uint64, ctypes.c_size_t),
 }
+# What of kernels.cu is compiled together: the rest is left out, so that a change there compiles nothing anew.
+SECTION = re.compile(r"^#if(?:def | defined\()(WIDTH|ROWS|TOKENS|TENSOR)\b.*?^#endif  // \1[^\n]*\n", re.S | re.M)
 
 
 def compiler(language):
