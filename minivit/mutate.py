@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import re
 import textwrap
 from pathlib import Path
@@ -484,13 +485,14 @@ def units_of(path, *, root=ROOT):
 CHOSEN = {"model": ("ViT.gradient_buffer", "ViT._position_backward", "ViT.backward", "ViT.jvp"), "backend": ("matmul",)}
 
 
+@functools.cache  # the files are parsed once
 def all_units(root=ROOT):
     """Every unit of the project, in reading order: layers, model, matrix product, loss, optimisers, engine."""
     package = root / "minivit"
     files = [p for p in sorted((package / "layers").glob("*.py")) if p.stem != "__init__"]
     files += [package / f"{name}.py" for name in (*CHOSEN, "loss", "optim", "engine")]
     units = [unit for path in files for unit in units_of(path, root=root)]
-    return [u for u in units if u.function in CHOSEN.get(Path(u.file).stem, (u.function,))]
+    return tuple(u for u in units if u.function in CHOSEN.get(Path(u.file).stem, (u.function,)))
 
 
 def _signatures(tree):

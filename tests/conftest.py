@@ -1,9 +1,13 @@
 """What several test files share: scripts called in this process, and one small run on the digits."""
 
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
+
+# Arrays of tests are small, and pytest -n has a worker for each core: more threads would wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 

@@ -237,7 +237,7 @@ def test_subcommands_complain_in_the_same_way(capsys):
 def subprocess_of(script, *arguments, **keywords):
     return subprocess.run(
         [sys.executable, "-W", "error", script, *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | keywords, capture_output=True, timeout=60, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | keywords, capture_output=True, timeout=600, check=False,
     )  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def test_a_reader_that_leaves_is_no_error():
     )  # fmt: skip
     process.stdout.readline()
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(30) == 1
+    assert process.stderr.read() == b"" and process.wait(600) == 1
     process.stderr.close()
 
 

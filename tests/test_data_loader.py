@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import numpy as np
@@ -219,7 +220,7 @@ def test_an_error_reaches_the_consumer_in_its_place(data, prefetch):
     assert not worker_threads()
 
 
-def test_breaking_off_ends_the_thread_and_the_work(data):
+def test_breaking_off_ends_the_thread_and_the_work(data, monkeypatch):
     begun, resume, calls = threading.Semaphore(0), threading.Event(), []
 
     class Slow:
@@ -227,14 +228,21 @@ def test_breaking_off_ends_the_thread_and_the_work(data):
             calls.append(rows)
             begun.release()
             if rows[0] == 1:
-                resume.wait(timeout=10)
+                resume.wait(timeout=60)
             return data[0][rows]
 
     generator = batches(Slow(), data[1], np.arange(N), 1, seed=0, epoch=0, prefetch=3)
     next(generator)
-    assert begun.acquire(timeout=10) and begun.acquire(timeout=10)
+    assert begun.acquire(timeout=60) and begun.acquire(timeout=60)
     assert len(worker_threads()) == 1
-    threading.Timer(0.05, resume.set).start()
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def noticed(pool, **settings):  # the batch in hand is finished when those behind it have been cancelled
+        shutdown(pool, **settings | {"wait": False})
+        resume.set()
+        shutdown(pool, **settings)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", noticed)
     generator.close()
     assert not worker_threads()
     assert len(calls) == 2  # the batch in hand was finished, the two behind it were not begun
@@ -258,7 +266,7 @@ def test_work_ahead_is_bounded_and_in_another_thread(data):
     generator = batches(Noting(), data[1], np.arange(N), 1, seed=0, epoch=0, prefetch=3)
     next(generator)
     for _ in range(4):  # the one in hand and three ahead
-        assert started.acquire(timeout=10)
+        assert started.acquire(timeout=60)
     assert not started.acquire(timeout=0.05)
     generator.close()
     assert all(name.startswith("minivit-batches") for name in names)
@@ -271,7 +279,7 @@ def test_a_generator_left_open_does_not_keep_the_program_alive():
         "g = batches(x, np.zeros(9, np.int64), np.arange(9), 1, seed=0, epoch=0)\n"
         "next(g)\n"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=30)
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=600)
 
 
 def test_batch_size_must_be_positive(data):

@@ -165,10 +165,12 @@ def test_blas_has_one_thread_inside_and_the_callers_setting_after():
     def threads():
         return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
 
-    before = threads()
-    with Engine(model_of(), workers=2):
-        assert set(threads()) == {1}
-    assert threads() == before
+    with threadpool_limits(2, user_api="blas"):
+        before = threads()
+        assert 2 in before
+        with Engine(model_of(), workers=2):
+            assert set(threads()) == {1}
+        assert threads() == before
 
 
 def test_an_error_in_a_worker_reaches_the_caller_and_threads_end(data):

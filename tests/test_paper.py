@@ -346,7 +346,8 @@ def test_half_of_the_time_without_labels(tmp_path, monkeypatch):
 
 
 def test_fine_tuning_begins_with_the_model_of_the_first_classes(tmp_path, monkeypatch, no_figures):
-    tiny, read_sweep = {"width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}, paper.read_sweep
+    tiny = {"patch_size": 8, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}
+    read_sweep = paper.read_sweep
 
     def small(path):
         sweep = read_sweep(path)

@@ -28,8 +28,8 @@ def test_the_snippets_run(index, capsys):
 
 
 def test_ci_runs_the_readmes_test_command():
-    assert 'pip install -e ".[test]" && python -m pytest' in README
-    assert 'pip install -e ".[test]" && python -m pytest\n' in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert re.search(r'^pip install -e "\.\[test\]" && python -m pytest -n auto +#', README, re.M)
+    assert 'pip install -e ".[test]" && python -m pytest -n auto\n' in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
 
 def test_files_that_are_named_exist():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minivit import InputError, gradcheck_cases
+from minivit import InputError, gradcheck_cases, laboratory
 from minivit.facts import FACTS
 from minivit.mistakes import BY_NAME, planted
 
@@ -22,7 +22,17 @@ def main():
     return runpy.run_path(str(SCRIPT), run_name="gradcheck_script")["main"]
 
 
-def test_it_passes_and_reports(main, tmp_path, capsys):
+@pytest.fixture
+def few(monkeypatch):
+    """A mistake is exposed by the checks of three layers alone: those of all are run where nothing is typed."""
+    layers = {name: gradcheck_cases.LAYERS[name] for name in ("linear", "softmax", "attention")}
+    monkeypatch.setattr(laboratory, "LAYERS", layers)
+    monkeypatch.setattr(laboratory, "MODELS", {})
+
+
+def test_it_passes_and_reports(main, tmp_path, capsys, monkeypatch):
+    tiny = {"image_size": 4, "patch_size": 2, "width": 4, "depth": 1, "num_heads": 2, "mlp_dim": 6, "num_classes": 3}
+    monkeypatch.setitem(gradcheck_cases.MODELS, "vit-mean", {"pooling": "mean", **tiny})
     names = ["layernorm", "gelu-erf", "loss-soft", "vit-mean"]
     assert main([*names, "--json", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
@@ -105,13 +115,19 @@ def test_depth_finds_the_slopes_of_theory(main, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["softmax-square", "adam-frozen-step", "model-position-not-trained", "patch-not-transposed"]
-)
-def test_planting_shows_what_exposes_it(main, capsys, name):
+    ("name", "case"),
+    [
+        ("softmax-square", "softmax"), ("adam-frozen-step", "linear"),  # that one is seen by a fact
+        ("model-position-not-trained", "vit"), ("patch-not-transposed", "patch_embed"),
+    ],
+)  # fmt: skip
+def test_planting_shows_what_exposes_it(main, capsys, name, case):
     assert main(["--plant", name]) == 0
     printed = capsys.readouterr().out
     assert BY_NAME[name].about in printed and "exposed by\n" in printed and "\n  - " in printed and "\n  + " in printed
-    assert main(["--all"]) == 0  # nothing is left behind
+    with planted(name):
+        assert main([case, "--all"]) == 1
+    assert main([case, "--all"]) == 0  # nothing is left behind
 
 
 def test_the_zoo_can_be_listed(main, capsys):
@@ -141,15 +157,18 @@ def test_the_hunt(main, capsys, monkeypatch):
         after = after.partition(part)[2]
 
 
-def test_the_hunt_can_be_repeated(main, capsys, monkeypatch):
+def test_the_hunt_can_be_repeated(main, few, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(random, "randrange", lambda n: drawn.append(n) or int(hiding("attention-scale-twice")))
     first = hunt(main, monkeypatch, capsys, ["answer"])
     (seed,) = re.findall(r"--seed (\d+) hides the same again", first)
+    assert drawn == [10**6] and seed == hiding("attention-scale-twice")
     again = hunt(main, monkeypatch, capsys, ["answer"], "--seed", seed)
     assert first.partition("In which function")[2] == again.partition("In which function")[2]
 
 
 @pytest.mark.parametrize("typed", [[], ["softmax_backward"], ["quit"]])
-def test_the_answer_is_not_shown_unasked(main, capsys, monkeypatch, typed):
+def test_the_answer_is_not_shown_unasked(main, few, capsys, monkeypatch, typed):
     mistake = BY_NAME["attention-scale-twice"]
     printed = hunt(main, monkeypatch, capsys, typed, "--seed", hiding(mistake.name))
     assert mistake.about not in printed and mistake.name not in printed
@@ -176,7 +195,7 @@ def test_what_is_too_small_to_tell_is_marked(main, capsys, monkeypatch):
     assert capsys.readouterr().out.count("too small to tell") == 2
 
 
-def test_the_hunter_can_go_on_checking_with_the_mistake_in_place(main, capsys, monkeypatch, tmp_path):
+def test_the_hunter_can_go_on_checking_with_the_mistake_in_place(main, few, capsys, monkeypatch, tmp_path):
     typed = ["check attention softmax", "adjoint attention", "facts", "depth attention", "depth vit", "check", "quit"]
     printed = hunt(
         main, monkeypatch, capsys, typed, "--seed", hiding("attention-scale-forward"), "--out", str(tmp_path)
@@ -190,7 +209,7 @@ def test_the_hunter_can_go_on_checking_with_the_mistake_in_place(main, capsys, m
     assert main(["attention", "--all"]) == 0
 
 
-def test_a_check_that_breaks_down_does_not_end_the_hunt(main, capsys, monkeypatch):
+def test_a_check_that_breaks_down_does_not_end_the_hunt(main, few, capsys, monkeypatch):
     mistake = BY_NAME["linear-input-abs-weight"]
     printed = hunt(
         main, monkeypatch, capsys, ["adjoint nonsense", "adjoint linear", "hint", "answer"],

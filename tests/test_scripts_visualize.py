@@ -33,7 +33,13 @@ def test_curvature_of_a_run(call, trained, tmp_path):
     assert report["ends_at_checkpoint"] and "at the end, which is the checkpoint" in ended.out
 
 
-def test_another_optimizer(call, trained, tmp_path):
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No figure of the curvature: drawing it takes most of the time."""
+    monkeypatch.setattr(plots, "save_curvature", lambda *arguments, **keywords: None)
+
+
+def test_another_optimizer(call, trained, tmp_path, undrawn):
     few = ["--pictures", 8, "--points", 2, "--epochs", 1, "--out", tmp_path, "--json", tmp_path / "x.json"]
     ended = call("visualize", "curvature", trained / "last.npz", "--optimizer", "sgd", "--lr", 0.1, *few)
     assert ended.status == 0, ended.err
@@ -45,7 +51,7 @@ def test_another_optimizer(call, trained, tmp_path):
     assert report["at_end"]["eigenvalues"][0] == pytest.approx(record["eigenvalues"][0], rel=1e-2)
 
 
-def test_an_eigenvalue_that_is_not_found_is_marked(call, trained, tmp_path):
+def test_an_eigenvalue_that_is_not_found_is_marked(call, trained, tmp_path, undrawn):
     few = ["--pictures", 8, "--points", 2, "--epochs", 1, "--steps", 2, "--out", tmp_path]
     more = call("visualize", "curvature", trained / "last.npz", *few, "--count", 3)
     assert more.status == 0 and "of the 3 eigenvalues asked for only 2 were found: --steps 2 products" in more.out

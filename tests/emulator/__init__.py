@@ -30,6 +30,8 @@ SCALARS = {
     "int": (np.int32, ctypes.c_int),
     "size_t": (np.uint64, ctypes.c_size_t),
 }
+# What of kernels.cu is compiled together: the rest is left out, so that a change there compiles nothing anew.
+SECTION = re.compile(r"^#if(?:def | defined\()(WIDTH|ROWS|TOKENS|TENSOR)\b.*?^#endif  // \1[^\n]*\n", re.S | re.M)
 
 
 def compiler(language):
@@ -105,20 +107,20 @@ class Emulator:
 
     def _module(self, sizes):
         if sizes not in self._modules:
-            code = SHARED.sub(r"static \1 \2\3; emulator::fresh(\2, sizeof \2);", self.source)
+            section = next(name for name in ("WIDTH", "ROWS", "TENSOR", "TOKENS") if name in dict(sizes))
+            source = SECTION.sub(lambda found: found[0] if found[1] == section else "", self.source)
+            code = SHARED.sub(r"static \1 \2\3; emulator::fresh(\2, sizeof \2);", source)
             code = code.replace("extern __shared__ float shared[];", "float* shared = emulator::dynamic_shared();")
             defines = "".join(f"#define {name} {value}\n" for name, value in sizes)
             parts, signatures = [f'{defines}#include "cuda.h"\n{code}\n'], {}
-            section = next(name for name in ("WIDTH", "ROWS", "TENSOR", "TOKENS") if name in dict(sizes))
-            for text in re.findall(rf"#if(?:def | defined\(){section}\b(.*?)#endif  // {section}", self.source, re.S):
-                for name, arguments in SIGNATURE.findall(text):
-                    types = [self._type(argument) for argument in arguments.split(",")]
-                    signatures[name] = types
-                    values = ", ".join(f"*({t}*)a[{i}]" for i, t in enumerate(types))
-                    parts.append(
-                        f'extern "C" void launch_{name}(const unsigned* g, const unsigned* b, size_t s, void** a)'
-                        f"{{ emulator::run(g, b, s, [&] {{ {name}({values}); }}); }}\n"
-                    )
+            for name, arguments in SIGNATURE.findall(source):
+                types = [self._type(argument) for argument in arguments.split(",")]
+                signatures[name] = types
+                values = ", ".join(f"*({t}*)a[{i}]" for i, t in enumerate(types))
+                parts.append(
+                    f'extern "C" void launch_{name}(const unsigned* g, const unsigned* b, size_t s, void** a)'
+                    f"{{ emulator::run(g, b, s, a, [](void** a) {{ {name}({values}); }}); }}\n"
+                )
             self._modules[sizes] = build("".join(parts), "cpp"), signatures
         return self._modules[sizes]
 

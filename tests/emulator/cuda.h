@@ -6,13 +6,13 @@
 // written; not races within a warp, and nothing about speed.
 #pragma once
 #define EMULATED
+#undef _FORTIFY_SOURCE  // it takes jumps from stack to stack for mistakes
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <set>
 #include <vector>
 
 #define __global__
@@ -32,24 +32,46 @@ static inline float __uint_as_float(unsigned u) { float v; memcpy(&v, &u, 4); re
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
-struct Thread { ucontext_t context; std::vector<char> stack; uint3 index; bool ended, waits; float shown[6]; };
+struct Thread { jmp_buf place; std::vector<char> stack; uint3 index; bool ended, waits; float shown[6]; };
 static std::vector<Thread> threads;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static size_t current, alive;
-static std::function<void()> kernel;
+static void (*kernel)(void**);
+static void** arguments;
 static std::vector<char> dynamic;
-static std::set<void*> fresh_arrays;
+static std::vector<void*> fresh_arrays;
 
-static void pause() { swapcontext(&threads[current].context, &scheduler); }
+// Jumps change stacks without a system call, which swapcontext makes each time: a context only begins a coroutine.
+[[gnu::noinline]] static void pause() {
+  if (!_setjmp(threads[current].place)) _longjmp(scheduler, 1);
+}
 static void body() {
-  kernel();
-  threads[current].ended = true;
-  --alive;
-  pause();
+  for (;;) {  // the coroutine of a thread serves all blocks
+    kernel(arguments);
+    threads[current].ended = true;
+    --alive;
+    pause();
+  }
+}
+[[gnu::noinline]] static void go_on() {
+  Thread& t = threads[current];
+  if (_setjmp(scheduler)) return;
+  if (!t.stack.empty()) _longjmp(t.place, 1);
+  t.stack.resize(64 << 10);
+  static ucontext_t beginning;
+  getcontext(&beginning);
+  beginning.uc_stack.ss_sp = t.stack.data();
+  beginning.uc_stack.ss_size = t.stack.size();
+  beginning.uc_link = nullptr;
+  makecontext(&beginning, body, 0);
+  setcontext(&beginning);
 }
 // Fills a __shared__ array with NaN when the first thread of a block comes to it.
 static void fresh(void* array, size_t bytes) {
-  if (fresh_arrays.insert(array).second) memset(array, 0xFF, bytes);
+  for (void* known : fresh_arrays)
+    if (known == array) return;
+  fresh_arrays.push_back(array);
+  memset(array, 0xFF, bytes);
 }
 static void run_block() {
   const size_t n = blockDim.x * blockDim.y * blockDim.z, warps = (n + 31) / 32;
@@ -60,12 +82,6 @@ static void run_block() {
     Thread& t = threads[i];
     t.ended = t.waits = false;
     t.index = {(unsigned)(i % blockDim.x), (unsigned)(i / blockDim.x % blockDim.y), (unsigned)(i / blockDim.x / blockDim.y)};
-    t.stack.resize(64 << 10);
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.data();
-    t.context.uc_stack.ss_size = t.stack.size();
-    t.context.uc_link = nullptr;
-    makecontext(&t.context, body, 0);
   }
   const bool reverse = (blockIdx.x + blockIdx.y) % 2;
   while (alive) {
@@ -78,18 +94,20 @@ static void run_block() {
             moved = true;
             current = i;
             threadIdx = threads[i].index;
-            swapcontext(&scheduler, &threads[i].context);
+            go_on();
           }
       }
     }
-    for (auto& t : threads) t.waits = false;
+    for (size_t i = 0; i < n; ++i) threads[i].waits = false;
   }
 }
-static void run(const unsigned* grid, const unsigned* block, size_t shared, std::function<void()> f) {
+static void run(const unsigned* grid, const unsigned* block, size_t shared, void** a, void (*f)(void**)) {
   gridDim = {grid[0], grid[1], grid[2]};
   blockDim = {block[0], block[1], block[2]};
   kernel = f;
-  threads.resize(blockDim.x * blockDim.y * blockDim.z);
+  arguments = a;
+  const size_t n = blockDim.x * blockDim.y * blockDim.z;
+  if (threads.size() < n) threads.resize(n);
   dynamic.resize(shared + 64);
   for (unsigned z = 0; z < gridDim.z; ++z)
     for (unsigned y = 0; y < gridDim.y; ++y)
