@@ -208,7 +208,7 @@ class Muon(AdamW):
         if not inside:
             return
         ends = list(itertools.accumulate(spec.size for spec in table))
-        starts = [0, *ends[:-1]]
+        starts = [0, *ends]
         first, last = starts[inside[0]], ends[inside[-1]]
         of_block = [i for i in inside if table[i].name.startswith("blocks.0.")]
         self.depth = depth = len(inside) // len(of_block)

@@ -47,7 +47,7 @@ EQUIVALENT = ROOT / "tests" / "equivalent_mutants.toml"
 TESTS = (
     "layers",
     *(f"test_{name}.py" for name in ("loss", "optim", "engine", "model", "masked", "facts", "reference")),
-    "test_train.py::test_sam_takes_the_gradient_uphill",
+    "test_train.py::test_sam_goes_as_far_uphill_as_asked_for_and_comes_back",
 )
 # the gradient checks here are the same, and of whole models the adjoint test says as much in a hundredth of the time
 TOO_SLOW = "element_by_element"

@@ -130,7 +130,16 @@ def test_orthogonalised_matrices_keep_their_singular_vectors(shape):
     np.testing.assert_allclose(found, (U * x[..., None, :]) @ Vt, atol=1e-10)
     assert np.all((x > 0.6) & (x < 1.25)) or S.min() < 0.02 * S.max()
     np.testing.assert_allclose(orthogonalise(1e-6 * matrices), found, atol=1e-5)  # whatever the length
+    if shape[-2] != shape[-1]:  # the same products, those of the short side
+        np.testing.assert_array_equal(orthogonalise(matrices.swapaxes(-1, -2)), found.swapaxes(-1, -2))
+
+
+def test_the_tiny_number_of_the_orthogonalisation_is_1e_12():
     assert not orthogonalise(np.zeros((3, 4))).any()
+    x = 1.0 / 2.0  # of a matrix of length 1e-12
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    np.testing.assert_allclose(orthogonalise(np.array([[1e-12, 0.0, 0.0]])), [[x, 0.0, 0.0]], rtol=1e-12)
 
 
 SMALL = ViTConfig(image_size=8, patch_size=4, width=12, depth=2, num_heads=3, mlp_dim=20)
