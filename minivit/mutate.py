@@ -482,12 +482,20 @@ def units_of(path, *, root=ROOT):
 
 
 # Of files that do much else, what computes derivatives.
-CHOSEN = {"model": ("ViT.gradient_buffer", "ViT._position_backward", "ViT.backward", "ViT.jvp"), "backend": ("matmul",)}
+CHOSEN = {
+    "model": ("ViT.gradient_buffer", "ViT._position_backward", "ViT.backward", "ViT.jvp"),
+    "masked": (
+        "patch_loss_gradient", "MaskedViT.gradient_buffer", "MaskedViT._blocks_backward", "MaskedViT._blocks_jvp",
+        "MaskedViT.backward", "MaskedViT.jvp",
+    ),
+    "backend": ("matmul",),
+    "train": ("Trainer._gradient_uphill",),
+}  # fmt: skip
 
 
 @functools.cache  # the files are parsed once
 def all_units(root=ROOT):
-    """Every unit of the project, in reading order: layers, model, matrix product, loss, optimisers, engine."""
+    """Every unit of the project, in reading order: layers, models, matrix product, SAM, loss, optimisers, engine."""
     package = root / "minivit"
     files = [p for p in sorted((package / "layers").glob("*.py")) if p.stem != "__init__"]
     files += [package / f"{name}.py" for name in (*CHOSEN, "loss", "optim", "engine")]

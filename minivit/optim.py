@@ -203,16 +203,19 @@ class Muon(AdamW):
     def __init__(self, flat, decay_mask, *, table, momentum=0.95, **settings):
         AdamW.__init__(self, flat, decay_mask, **settings)  # super() is a closure, which mutate.py cannot exchange
         self.momentum, self.each = momentum, one_by_one
-        ends = list(itertools.accumulate(spec.size for spec in table))
-        starts = [0, *ends[:-1]]
+        self.matrices, self.others = [], _pieces(flat)
         inside = [i for i, spec in enumerate(table) if spec.name.startswith("blocks.")]
-        first, last = (starts[inside[0]], ends[inside[-1]]) if inside else (0, 0)
+        if not inside:
+            return
+        ends = list(itertools.accumulate(spec.size for spec in table))
+        starts = [0, *ends]
+        first, last = starts[inside[0]], ends[inside[-1]]
         of_block = [i for i in inside if table[i].name.startswith("blocks.0.")]
-        self.depth = depth = len(inside) // max(len(of_block), 1)
+        self.depth = depth = len(inside) // len(of_block)
         # on a GPU all blocks at once, where each launch counts; on the CPU one by one, so that threads can share them
         together = type(flat).__module__ != "numpy"
         rows = [slice(0, depth)] if together else [slice(i, i + 1) for i in range(depth)]
-        size, matrices = (last - first) // max(depth, 1), [i for i in of_block if len(table[i].shape) == 2]
+        size, matrices = (last - first) // depth, [i for i in of_block if len(table[i].shape) == 2]
         self.matrices = [
             Matrices(
                 slice(first, last), some, slice(starts[i] - first, ends[i] - first), table[i].shape,
@@ -281,7 +284,8 @@ def make_optimizer(
 
 
 SCHEDULES = ("cosine", "linear", "constant", "trapezoid", "onecycle")
-ONE_CYCLE_RISE, ONE_CYCLE_START = 0.3, 1 / 25  # share of the steps, and of the peak
+ONE_CYCLE_RISE = 0.3  # share of the steps
+ONE_CYCLE_START = 1 / 25  # share of the peak
 
 
 def learning_rate(step, total_steps, *, lr, schedule="cosine", warmup_steps=0, final_lr=0.0, cooldown=0.2):

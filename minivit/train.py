@@ -778,7 +778,7 @@ class Trainer:
         """Replace a batch's gradient g by that at theta + rho g / |g| (Foret et al. 2020, arXiv:2010.01412)."""
         flat, kept = self.model.flat, self.model.flat.copy()
         norm = clip_by_global_norm(engine.grad, 0.0)
-        flat += engine.grad * (self.config.sam / (norm + 1e-12)).astype(flat.dtype)
+        flat += engine.grad * (self.config.sam / (norm + 1e-12))
         engine.gradient(images, labels, step=number, denominator=size)
         flat[...] = kept
 

@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from strict_cupy import installed
 
 from minivit import InputError, ViT, ViTConfig
 from minivit import params as parameters
+from minivit.backend import plain, to_host
 from minivit.engine import Engine
 from minivit.optim import (
     EMA,
@@ -23,6 +25,7 @@ from minivit.optim import (
     make_optimizer,
     orthogonalise,
 )
+from minivit.params import ParameterSpec
 
 MASK = np.array([1.0, 1.0, 0.0])
 
@@ -127,7 +130,16 @@ def test_orthogonalised_matrices_keep_their_singular_vectors(shape):
     np.testing.assert_allclose(found, (U * x[..., None, :]) @ Vt, atol=1e-10)
     assert np.all((x > 0.6) & (x < 1.25)) or S.min() < 0.02 * S.max()
     np.testing.assert_allclose(orthogonalise(1e-6 * matrices), found, atol=1e-5)  # whatever the length
+    if shape[-2] != shape[-1]:  # the same products, those of the short side
+        np.testing.assert_array_equal(orthogonalise(matrices.swapaxes(-1, -2)), found.swapaxes(-1, -2))
+
+
+def test_the_tiny_number_of_the_orthogonalisation_is_1e_12():
     assert not orthogonalise(np.zeros((3, 4))).any()
+    x = 1.0 / 2.0  # of a matrix of length 1e-12
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    np.testing.assert_allclose(orthogonalise(np.array([[1e-12, 0.0, 0.0]])), [[x, 0.0, 0.0]], rtol=1e-12)
 
 
 SMALL = ViTConfig(image_size=8, patch_size=4, width=12, depth=2, num_heads=3, mlp_dim=20)
@@ -172,6 +184,34 @@ def test_muon_decays_what_the_mask_says():
     np.testing.assert_allclose(model.flat, before * (1.0 - 0.05 * mask), rtol=1e-12)
     assert parameters.views(before, model.table)[name].all()
     np.testing.assert_array_equal(model.params[name], parameters.views(before, model.table)[name])
+
+
+MATRICES = tuple(  # nothing before the blocks or behind them
+    ParameterSpec(f"blocks.{i}.{name}", shape, None, True)
+    for i in range(3)
+    for name, shape in [("qkv.weight", (2, 12)), ("bias", (5,)), ("fc.weight", (4, 3))]
+)
+
+
+def test_muon_takes_one_block_at_a_time_on_the_cpu_and_all_together_on_a_gpu():
+    count, rng = parameters.count(MATRICES), np.random.default_rng(0)
+    flat, mask = rng.standard_normal((2, count))
+    gradients, flats = rng.standard_normal((2, count)), []
+    with installed() as cupy, plain():
+        for asarray, rows in ((np.array, [(0, 1), (1, 2), (2, 3)]), (cupy.asarray, [(0, 3)])):
+            theta = asarray(flat.copy())
+            muon = Muon(theta, asarray(mask), table=MATRICES, weight_decay=0.1)
+            assert [(m.rows.start, m.rows.stop, m.columns, m.shape, m.count) for m in muon.matrices] == [
+                (*row, columns, shape, parts)
+                for columns, shape, parts in ((slice(0, 24), (2, 12), 3), (slice(29, 41), (4, 3), 1))
+                for row in rows
+            ]
+            assert muon.depth == 3 and {(m.blocks.start, m.blocks.stop) for m in muon.matrices} == {(0, count)}
+            assert [(s.start, s.stop) for s in muon.others] == [(24, 29), (65, 70), (106, 111)]
+            for g in gradients:
+                muon.step(theta, asarray(g), 0.1)
+            flats.append(to_host(theta))
+    np.testing.assert_allclose(*flats, rtol=1e-12)
 
 
 def test_muon_gives_the_same_bits_in_threads():
@@ -229,10 +269,11 @@ def test_trapezoid_and_one_cycle():
     assert set(rates[9:61]) == {2.0}
     np.testing.assert_allclose(rates[60:], 2.0 - 1.5 * np.arange(40) / 40)
     assert learning_rate(99, 100, lr=1.0, schedule="trapezoid", cooldown=0.0) == 1.0
-    rates = [learning_rate(t, 200, lr=1.0, schedule="onecycle", final_lr=0.01, warmup_steps=50) for t in range(200)]
-    assert rates[0] == pytest.approx(0.04) and rates[60] == max(rates) == 1.0
-    assert rates[30] == pytest.approx(0.52) and rates[130] == pytest.approx(0.505)
-    assert 0.01 < rates[-1] < 0.011
+    assert learning_rate(90, 100, lr=1.0, schedule="trapezoid") == 0.5  # half of the last fifth
+    rates = [learning_rate(t, 200, lr=2.0, schedule="onecycle", final_lr=0.02, warmup_steps=50) for t in range(200)]
+    assert rates[0] == pytest.approx(0.08) and rates[60] == max(rates) == 2.0
+    assert rates[30] == pytest.approx(1.04) and rates[130] == pytest.approx(1.01)
+    assert 0.02 < rates[-1] < 0.022
 
 
 def test_warm_up_then_cosine():
@@ -279,26 +320,36 @@ SETTINGS = {"momentum": 0.5, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_d
 
 
 @pytest.mark.parametrize("settings", [{}, SETTINGS])
-@pytest.mark.parametrize(("name", "kind"), [("sgd", SGD), ("adam", Adam), ("adamw", AdamW)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sgd", SGD), ("adam", Adam), ("adamw", AdamW), ("lion", Lion), ("muon", Muon)]
+)
 def test_an_optimizer_by_name_has_every_setting_and_the_papers_defaults(name, kind, settings):
     flat, mask = np.ones(3, np.float32), np.array([1.0, 0.0, 1.0])
     expected = {"momentum": 0.9, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0} | settings
     made = [make_optimizer(name, flat, mask, **settings)]
-    if not settings:
+    if not settings and name in ("sgd", "adam", "adamw"):
         made.append(kind(flat, mask))
     for optimizer in made:
         assert type(optimizer) is kind and optimizer.decay_mask is mask and optimizer.steps == 0
         assert optimizer.weight_decay == expected["weight_decay"]
-        if kind is SGD:
+        if kind in (SGD, Muon):
             assert optimizer.momentum == expected["momentum"]
-        else:
-            assert (optimizer.betas, optimizer.eps) == ((expected["beta1"], expected["beta2"]), expected["eps"])
+        if kind is not SGD:
+            assert optimizer.betas == (expected["beta1"], expected["beta2"])
+        if kind not in (SGD, Lion):
+            assert optimizer.eps == expected["eps"]
         assert all(s.dtype == np.float32 and s.shape == (3,) and not s.any() for s in optimizer.state.values())
+
+
+def test_the_defaults_of_lion_and_muon():
+    lion, muon = Lion(np.ones(3), MASK), Muon(np.ones(3), MASK, table=())
+    assert (lion.betas, lion.weight_decay, lion.steps) == ((0.9, 0.99), 0.0, 0)
+    assert (muon.momentum, muon.betas, muon.eps, muon.weight_decay) == (0.95, (0.9, 0.999), 1e-8, 0.0)
 
 
 def test_the_state_by_its_names_and_the_count_of_steps():
     g = np.array([1.0, -2.0, 4.0])
-    for kind in (SGD, Adam, AdamW):
+    for kind in (SGD, Adam, AdamW, Lion):
         theta = np.zeros(3)
         optimizer = kind(theta, MASK)
         optimizer.step(theta, g, 0.1)
@@ -306,6 +357,8 @@ def test_the_state_by_its_names_and_the_count_of_steps():
         assert optimizer.steps == 2
         if kind is SGD:
             np.testing.assert_allclose(optimizer.state["momentum"], 0.9 * g)
+        elif kind is Lion:
+            np.testing.assert_allclose(optimizer.state["m"], 0.99 * 0.01 * g)
         else:
             np.testing.assert_allclose(optimizer.state["m"], 0.9 * 0.1 * g)
             np.testing.assert_allclose(optimizer.state["v"], 0.999 * 0.001 * g * g)
@@ -325,10 +378,12 @@ def test_pieces_are_short_on_the_cpu_and_one_on_another_device():
 
 
 def test_arrays_of_another_kind_are_refused():
-    optimizer = Adam(np.ones(3), MASK)
-    for flat, grad in ((np.ones(3), [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], np.ones(3))):
-        with pytest.raises(TypeError, match="expected a NumPy or CuPy array, got list"):
-            optimizer.step(flat, grad, 0.1)
+    for name in ("adam", "adamw", "lion", "muon"):
+        optimizer = make_optimizer(name, np.ones(3), MASK)
+        for flat, grad in ((np.ones(3), [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], np.ones(3))):
+            with pytest.raises(TypeError, match="expected a NumPy or CuPy array, got list"):
+                optimizer.step(flat, grad, 0.1)
+        assert optimizer.steps == 0
 
 
 def test_what_may_be_chosen_is_named():

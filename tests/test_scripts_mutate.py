@@ -117,7 +117,12 @@ def test_what_is_mutated():
         ("model", "ViT._position_backward"),
         ("model", "ViT.backward"),
         ("model", "ViT.jvp"),
+        ("masked", "patch_loss_gradient"),
+        ("masked", "MaskedViT._blocks_backward"),
+        ("masked", "MaskedViT.backward"),
+        ("masked", "MaskedViT.jvp"),
         ("backend", "matmul"),
+        ("train", "Trainer._gradient_uphill"),
     ):
         assert (f"minivit/{unit[0]}.py", unit[1]) in units
 

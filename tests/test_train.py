@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,6 +217,24 @@ def test_sam_takes_the_gradient_uphill(tmp_path):
     moved = (start - run.model.flat) / 0.1
     np.testing.assert_allclose(moved, engine.grad, atol=2e-5)
     assert np.abs(moved - here).max() > 1e-3
+
+
+def test_sam_goes_as_far_uphill_as_asked_for_and_comes_back():
+    """A gradient of norm 5e-12: up by 0.6 g / (5e-12 + 1e-12)."""
+    model, seen = SimpleNamespace(flat=np.array([1.0, -2.0])), []
+
+    class Slope:
+        grad = np.array([3e-12, -4e-12])
+
+        def gradient(self, *batch, **settings):
+            seen.append((model.flat.copy(), batch, settings))
+
+    trainer = SimpleNamespace(model=model, config=SimpleNamespace(sam=0.6))
+    Trainer._gradient_uphill(trainer, Slope(), "images", "labels", 7, 12)
+    ((there, batch, settings),) = seen
+    np.testing.assert_allclose(there, [1.3, -2.4], rtol=1e-12)
+    assert batch == ("images", "labels") and settings == {"step": 7, "denominator": 12}
+    np.testing.assert_array_equal(model.flat, [1.0, -2.0])
 
 
 MIXED = replace(HARD, policy="trivial", erasing=0.5, mixup=0.4, cutmix=1.0, mix_probability=0.8)

@@ -23,7 +23,7 @@ class PositionCache(NamedTuple):
     registers: int
 
 
-def position_forward(z, pos_embed, *, at=0, registers=0):
+def position_forward(z, pos_embed, *, at, registers):
     """Add the embedding to all tokens but the registers, which follow the first ``at`` of them.
 
     Math    z' = z + E_pos

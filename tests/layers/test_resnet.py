@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minivit.gradcheck import check
-from minivit.layers.conv2d import conv2d_backward, conv2d_forward, same_padding
+from minivit.layers.conv2d import _columns, conv2d_backward, conv2d_forward, same_padding
 from minivit.layers.groupnorm import groupnorm_forward
 from minivit.layers.layernorm import layernorm_forward
 from minivit.layers.max_pool import max_pool_backward, max_pool_forward
@@ -28,7 +28,7 @@ def windows(x, kernel, stride, value):
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3), (7, 7), (4, 1)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3), (7, 7), (4, 1), (1, 2)])
 @pytest.mark.parametrize("size", [(5, 6), (8, 7), (1, 2)])
 def test_convolution_is_its_definition(kernel, stride, size):
     rng = np.random.default_rng(0)
@@ -48,10 +48,16 @@ def test_an_odd_zero_comes_after_the_map(size, kernel, stride, expected):
     assert same_padding(size, kernel, stride) == expected
 
 
+def test_a_kernel_of_one_pixel_copies_nothing():
+    x = np.zeros((2, 5, 4, 3))
+    assert np.shares_memory(_columns(x, (1, 1), 1), x)
+
+
 def test_convolution_can_leave_out_the_input_gradient():
     rng = np.random.default_rng(0)
     y, cache = conv2d_forward(rng.standard_normal((2, 5, 4, 3)), rng.standard_normal((3, 3, 3, 2)))
     dx, dw = conv2d_backward(y, cache, need_dx=False)
+    assert y.shape == (2, 5, 4, 2)  # every step is one pixel unless told otherwise
     assert dx is None and np.array_equal(dw, conv2d_backward(y, cache)[1])
 
 
