@@ -264,7 +264,7 @@ def main(argv=None):
                 report = bench.layers_report(config, **common)
                 print_layers(report)
             elif arguments.task == "kernels":
-                from minivit.kernels import bandwidth
+                from minivit import bandwidth
 
                 report = bandwidth.kernels_report(config, **common)
                 print_kernels(report)

@@ -7,11 +7,12 @@ import pytest
 import strict_cupy
 from emulator import Emulator
 
+from minivit import bandwidth
 from minivit.backend import use_device
+from minivit.bandwidth import IN_PLACE, Recorder, kernels_report, recorded_launches, signatures
 from minivit.contenders import Job
 from minivit.contenders.ours import OursOnGpu
-from minivit.kernels import bandwidth, cuda
-from minivit.kernels.bandwidth import IN_PLACE, Recorder, kernels_report, recorded_launches, signatures
+from minivit.kernels import cuda
 from minivit.model import ViTConfig
 
 TINY = ViTConfig(image_size=8, patch_size=4, width=12, depth=2, num_heads=3, mlp_dim=20)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from strict_cupy import STREAM
 
+from minivit.bandwidth import SIGNATURE
 from minivit.kernels import cuda
-from minivit.kernels.bandwidth import SIGNATURE
 from minivit.kernels.cublas import Cublas
 
 HERE = Path(__file__).parent
