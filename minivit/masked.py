@@ -68,7 +68,7 @@ from minivit.loss import (
     squared_error_backward,
     squared_error_forward,
 )
-from minivit.model import BlockInput, ViT, ViTConfig, parameter_table, pixels
+from minivit.model import BlockInput, ViT, ViTConfig, checked_images, parameter_table, pixels
 from minivit.params import ParameterSpec, normal, ones, xavier_uniform, zeros
 from minivit.settings import check_choice, check_range, check_types, setting
 
@@ -498,7 +498,8 @@ class MaskedViT:
         c, p = self.config, self.params
         corrupt = class_token = registers = None
         W, b = p["patch_embed.proj.weight"], p["patch_embed.proj.bias"]
-        z, patches = patch_embed_forward(pixels(images, self.flat.dtype), W, b, patch_size=c.patch_size)  # (B, N, D)
+        images = checked_images(images, self.flat.dtype)
+        z, patches = patch_embed_forward(images, W, b, patch_size=c.patch_size)  # (B, N, D)
         if self.masked.method == "mpp":
             z, corrupt = corrupt_forward(z, p["mask_token"], plan[:, 1])
         # Eq. 1; a class token is put in as registers are

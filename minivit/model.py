@@ -41,6 +41,7 @@ from minivit.layers.patch_embed import (
     patch_embed_backward,
     patch_embed_forward,
     patch_embed_jvp,
+    scale_pixels,
     sincos2d,
 )
 from minivit.layers.position import PositionCache, position_backward, position_forward, position_jvp
@@ -347,23 +348,30 @@ def parameter_table(config):
     return tuple(table)
 
 
-def pixels(images, dtype):
-    """Pictures as the model wants them: uint8 is scaled to (x - 127.5) / 127.5; floats are taken as scaled already.
+def checked_images(images, dtype):
+    """Pictures as the patch embedding takes them: uint8 as it is, floats, which are taken as scaled, of a dtype.
 
-    Shapes  images (B, H, W, C)  ->  (B, H, W, C) of the given dtype
+    Shapes  images (B, H, W, C)  ->  (B, H, W, C), uint8 or of the given dtype
     Raises  InputError: pictures of another integer type; (on the host) a float picture that is not finite.
     """
     if images.dtype == np.uint8:
-        x = images.astype(dtype)
-        x -= 127.5
-        x /= 127.5
-        return x
+        return images
     if images.dtype.kind in "iub":
         raise InputError(f"pictures are {images.dtype}; give them as uint8 (0..255), or as floats scaled to -1..1")
     if array_module(images) is np and not np.isfinite(images).all():
         bad = int(np.argmin(np.isfinite(images).reshape(len(images), -1).all(axis=1)))
         raise InputError(f"picture {bad} of the batch has a pixel that is NaN or infinite")
     return images.astype(dtype, copy=False)
+
+
+def pixels(images, dtype):
+    """Pictures as numbers: uint8 is scaled to (x - 127.5) / 127.5; floats are taken as scaled already.
+
+    Shapes  images (B, H, W, C)  ->  (B, H, W, C) of the given dtype
+    Raises  as `checked_images`.
+    """
+    images = checked_images(images, dtype)
+    return scale_pixels(images, dtype) if images.dtype == np.uint8 else images
 
 
 class BlockInput(NamedTuple):
@@ -453,12 +461,14 @@ class ViT:
         }
 
     def feature_map(self, images):
-        """What patches are cut from, the pictures as `pixels` or the stem's map of them, and the stem's cache or None.
+        """What patches are cut from, the pictures themselves or the stem's map of them, and the stem's cache or None.
 
         Shapes  images (B, H, W, C)  ->  (B, H / stride, W / stride, C'), with ``stem_stride`` and ``patch_channels``
         """
-        c, x = self.config, pixels(images, self.flat.dtype)
-        return resnet_forward(x, self._stem, units=c.stem_units, groups=c.stem_groups) if c.stem else (x, None)
+        c = self.config
+        if not c.stem:
+            return checked_images(images, self.flat.dtype), None
+        return resnet_forward(pixels(images, self.flat.dtype), self._stem, units=c.stem_units, groups=c.stem_groups)
 
     def _embed(self, images, rng):
         c, p = self.config, self.params

@@ -14,6 +14,7 @@ from minivit.engine_cuda import CudaEngine, CudaStep
 from minivit.gradcheck_cases import LAYERS, NEED_SCIPY
 from minivit.kernels import cuda
 from minivit.layers.dropout import dropout_backward, dropout_forward
+from minivit.layers.patch_embed import patch_embed_forward
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, SGD, Adam, AdamW, Muon, orthogonalise
@@ -203,6 +204,26 @@ def test_no_plain_body_of_a_block_runs(xp, name, monkeypatch):
     images, _ = batch_of(config)
     ViT(config, flat=xp.asarray(parameters_of(config))).forward(xp.asarray(images))
     assert kinds == [True] * config.depth
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_patches_are_cut_and_bytes_scaled_to_the_bit(xp, dtype, contiguous):
+    rng = np.random.default_rng(0)
+    images = np.arange(2 * 8 * 12 * 3, dtype=np.uint8).reshape(2, 8, 12, 3)  # every byte
+    if dtype == np.float32:
+        images = rng.standard_normal(images.shape).astype(np.float32)
+    W, b = rng.standard_normal((48, 8)).astype(np.float32), rng.standard_normal(8).astype(np.float32)
+    cls_token, pos_embed = rng.standard_normal((1, 1, 8)), rng.standard_normal((1, 7, 8))
+    arguments = W, b, cls_token.astype(np.float32), pos_embed.astype(np.float32)
+    with plain():
+        z, cache = patch_embed_forward(images, *arguments, patch_size=4)
+    given = xp.asarray(images) if contiguous else xp.asarray(images[:, :, ::-1].copy())[:, :, ::-1]
+    found, made = patch_embed_forward(given, *map(xp.asarray, arguments), patch_size=4)
+    patches = to_host(made.patches).reshape(2, 7, 48)
+    assert not patches[:, 0].any()  # the class token's
+    np.testing.assert_array_equal(patches[:, 1:], cache.linear.x)
+    assert_close(to_host(found), z, 1e-6)
 
 
 def test_what_is_not_covered_runs_plain(xp):

@@ -645,17 +645,21 @@ class CudaPatchEmbedCache(NamedTuple):
     has_position: bool
 
 
+PATCHIFY = {np.dtype(np.float32): "patchify", np.dtype(np.uint8): "patchify_bytes"}
+
+
 def patch_embed_forward(images, W, b, cls_token=None, pos_embed=None, *, patch_size):
     """Twin of `minivit.layers.patch_embed.patch_embed_forward`."""
-    if not _covered(images, W, b, cls_token, pos_embed):
+    if images.dtype not in PATCHIFY or not _covered(W, b, cls_token, pos_embed):
         return NotImplemented
     xp = array_module(images)
     B, H, width, C = images.shape
     P, D, prefix = patch_size, W.shape[1], int(cls_token is not None)
     N = prefix + (H // P) * (width // P)
     patches = xp.empty((B * N, P * P * C), _real())
-    arguments = (images, patches, B, H, width, C, P, prefix)
-    machine().launch("patchify", _grid(patches.size), (256,), arguments, sizes=_sizes(patches.dtype, ROWS=1))
+    arguments = (xp.ascontiguousarray(images), patches, B, H, width, C, P, prefix)
+    kernel, sizes = PATCHIFY[images.dtype], _sizes(patches.dtype, ROWS=1)
+    machine().launch(kernel, _grid(patches.size), (256,), arguments, sizes=sizes)
     z = _product(patches, _factor(W), np.float32)
     machine().launch("embed", _grid(z.size), (256,), (z, b, cls_token, pos_embed, B, N, D, prefix))
     return z.reshape(B, N, D), CudaPatchEmbedCache(

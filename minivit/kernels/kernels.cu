@@ -410,17 +410,32 @@ extern "C" __global__ void matrix_addresses(size_t a, size_t b, size_t c, int a0
   out[2 * (size_t)count + i] = c + picture * c0 + head * c1;
 }
 
-// Patches of pictures, with rows of zeros for the class token so that products over all tokens can be taken.
+__device__ __forceinline__ float scaled(float pixel) { return pixel; }
+__device__ __forceinline__ float scaled(unsigned char pixel) { return ((float)pixel - 127.5f) / 127.5f; }
+
+// Patches of pictures, with rows of zeros for the class token so that products over all tokens can be taken; bytes are
+// scaled to (x - 127.5) / 127.5.
 //     images (B, H, W, C)  ->  patches (B, prefix + H/P W/P, P P C), entries in the order (row, column, channel)
-extern "C" __global__ void patchify(const float* __restrict__ images, real* __restrict__ patches, int B, int H, int W,
-                                    int C, int P, int prefix) {
+template <typename Pixel>
+__device__ __forceinline__ void cut_patches(const Pixel* __restrict__ images, real* __restrict__ patches, int B, int H,
+                                            int W, int C, int P, int prefix) {
   const int width = P * P * C, tokens = prefix + (H / P) * (W / P);
   const size_t size = (size_t)B * tokens * width;
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x) {
     const int e = i % width, token = i / width % tokens - prefix, picture = i / width / tokens;
     const int y = token / (W / P) * P + e / (P * C), x = token % (W / P) * P + e / C % P;
-    store1(patches, i, token < 0 ? 0.f : images[(((size_t)picture * H + y) * W + x) * C + e % C]);
+    store1(patches, i, token < 0 ? 0.f : scaled(images[(((size_t)picture * H + y) * W + x) * C + e % C]));
   }
+}
+
+extern "C" __global__ void patchify(const float* __restrict__ images, real* __restrict__ patches, int B, int H, int W,
+                                    int C, int P, int prefix) {
+  cut_patches(images, patches, B, H, W, C, P, prefix);
+}
+
+extern "C" __global__ void patchify_bytes(const unsigned char* __restrict__ images, real* __restrict__ patches, int B,
+                                          int H, int W, int C, int P, int prefix) {
+  cut_patches(images, patches, B, H, W, C, P, prefix);
 }
 
 // z = patches E with what belongs to each token added (Eq. 1):

@@ -7,7 +7,8 @@ Forward
 
         z_0 = [x_class; x_p^1 E; x_p^2 E; ...; x_p^N E] + E_pos,      E in R^(P^2 C x D)                 (Eq. 1)
 
-    The official code writes the same map as a convolution with kernel and stride P.
+    The official code writes the same map as a convolution with kernel and stride P. Pictures come as bytes or as
+    numbers in -1..1; bytes are scaled once they are cut.
 
 Backward
     The class token and E_pos are broadcast over the batch, so their gradients are sums over it; the class
@@ -45,6 +46,18 @@ def patchify(images, patch_size):
     return patches.reshape(B, (H // P) * (W // P), P * P * C)
 
 
+def scale_pixels(x, dtype):
+    """Bytes 0..255 as numbers in -1..1.
+
+    Math    (x - 127.5) / 127.5
+    Shapes  x (...), uint8  ->  (...), dtype
+    """
+    x = x.astype(dtype)
+    x -= 127.5
+    x /= 127.5
+    return x
+
+
 def unpatchify(patches, image_shape, patch_size):
     """Put flattened patches back together: the inverse of `patchify`, and its backward.
 
@@ -61,12 +74,14 @@ def patch_embed_forward(images, W, b, cls_token=None, pos_embed=None, *, patch_s
     """Images to tokens.
 
     Math    z_0 = [x_class; patches W + b] + E_pos                                                        (Eq. 1)
-    Shapes  images (B, H, W, C), W (P*P*C, D), b (D,), cls_token (1, 1, D) or None, pos_embed (1, N, D) or None
-            ->  z (B, N, D), where N counts the class token if there is one
+    Shapes  images (B, H, W, C), uint8 or scaled to -1..1, W (P*P*C, D), b (D,), cls_token (1, 1, D) or None,
+            pos_embed (1, N, D) or None  ->  z (B, N, D), where N counts the class token if there is one
     Cache   the patches, W, and the settings
     """
     xp = array_module(images)
     patches = patchify(images, patch_size)  # (B, H/P * W/P, P*P*C)
+    if patches.dtype == xp.uint8:
+        patches = scale_pixels(patches, W.dtype)
     z, linear_cache = linear_forward(patches, W, b)  # (B, H/P * W/P, D)
     if cls_token is not None:
         first = xp.broadcast_to(cls_token, (len(z), 1, z.shape[-1]))
@@ -83,7 +98,7 @@ def patch_embed_backward(dz, cache, *, need_dimages=True):
     Math    dE_pos = sum_B dz;  dx_class = sum_B dz[:, 0];  dW, db from the rows of the patches
     Shapes  dz (B, N, D)  ->  dimages (B, H, W, C), dW (P*P*C, D), db (D,), dcls_token (1, 1, D), dpos_embed (1, N, D)
     None stands for the gradient of what was not given, and for dimages with ``need_dimages=False``
-    (training).
+    (training). dimages is by the scaled pixels, also where bytes were given.
     """
     dcls_token = dpos_embed = None
     # z += pos_embed, broadcast over the batch

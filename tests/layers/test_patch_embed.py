@@ -34,6 +34,21 @@ def test_equation_1():
     assert patch_embed_backward(dz, cache, need_dimages=False)[0] is None
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bytes_are_scaled_to_minus_one_and_one(dtype):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 4, 4, 2), dtype=np.uint8)
+    images[0, 0, 0] = 0, 255
+    scaled = (images.astype(dtype) - 127.5) / dtype(127.5)
+    assert scaled.min() == -1 and scaled.max() == 1
+    W, b = rng.standard_normal((8, 5)).astype(dtype), np.zeros(5, dtype)
+    (z, cache), (expected, of_numbers) = (patch_embed_forward(x, W, b, patch_size=2) for x in (images, scaled))
+    assert z.dtype == dtype
+    np.testing.assert_array_equal(z, expected)
+    for found, true in zip(patch_embed_backward(z, cache), patch_embed_backward(z, of_numbers), strict=True):
+        np.testing.assert_array_equal(found, true)  # dimages too, which is by the scaled pixels
+
+
 def test_what_was_not_given_has_no_gradient():
     z, cache = patch_embed_forward(np.ones((1, 2, 2, 1)), np.ones((1, 3)), np.zeros(3), patch_size=1)
     assert z.shape == (1, 4, 3)
