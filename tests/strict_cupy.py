@@ -72,7 +72,7 @@ def _wrap(value, name):
 class Stream:
     """The one stream, which records graphs."""
 
-    tape = None  # while a graph is recorded: a list of calls, each of which makes one launch again
+    ptr, tape = 0, None  # while a graph is recorded: a list of calls, each of which makes one launch again
 
     def use(self):
         return self
@@ -251,7 +251,10 @@ class Module(ModuleType):
         self.ndarray, self.lib = ndarray, SimpleNamespace(stride_tricks=self)
         NAMES.update(STRIDE_TRICKS)  # of cupy.lib.stride_tricks
         self.__version__, self.freed = "14.2", 0
-        chosen = SimpleNamespace(use=lambda: None, synchronize=STREAM.synchronize)
+        attributes = {"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 227 << 10}  # of an H100
+        chosen = SimpleNamespace(
+            id=0, use=lambda: None, synchronize=STREAM.synchronize, attributes=attributes, compute_capability="90"
+        )  # fmt: skip
         runtime = SimpleNamespace(
             getDeviceCount=lambda: 1, getDeviceProperties=lambda number: {"name": b"stand-in"},
             CUDARuntimeError=RuntimeError,

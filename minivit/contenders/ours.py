@@ -22,7 +22,7 @@ import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from minivit import __version__, params
-from minivit.backend import device_name, find_device, synchronize, to_device, to_host, use_device
+from minivit.backend import device_name, find_device, kernels_wanted, synchronize, to_device, to_host, use_device
 from minivit.contenders import BETAS, EPS, LR, WEIGHT_DECAY, problem
 from minivit.data import batches, epoch_order
 from minivit.engine import Engine, available_cores, default_micro_batch
@@ -83,7 +83,8 @@ class OursOnGpu:
         from minivit.kernels import cuda
 
         use_device(find_device(job.device))
-        cuda.machine().precision = job.precision
+        if kernels_wanted():
+            cuda.machine().precision = job.precision
         self.task = job.task
         flat, images, labels = (to_device(array, job.device) for array in problem(job))
         self.images, self.labels, self.count = images, labels, 0
