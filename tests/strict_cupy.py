@@ -11,6 +11,7 @@ does nothing.
 
 import itertools
 import sys
+import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -243,6 +244,17 @@ ndarray.argmax = _argmax
 ndarray.__module__ = "cupy"
 
 
+class Event:
+    """A point of the stream's time; here all work is done when it is given."""
+
+    def record(self):
+        STREAM.refuse("an event with a time")
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        STREAM.synchronize()
+
+
 class Module(ModuleType):
     """What ``import cupy`` gives."""
 
@@ -261,6 +273,7 @@ class Module(ModuleType):
         )  # fmt: skip
         self.cuda = SimpleNamespace(
             runtime=runtime, Device=lambda number=0: chosen, Stream=lambda **settings: STREAM,
+            Event=Event, get_elapsed_time=lambda before, after: 1e3 * (after.time - before.time),
             get_current_stream=lambda: STREAM, using_allocator=nullcontext,
             MemoryPool=lambda: SimpleNamespace(malloc=None, total_bytes=lambda: 0),
         )  # fmt: skip

@@ -117,6 +117,19 @@ class OursOnGpu:
     def synchronize(self):
         synchronize("cuda")
 
+    def event(self):
+        import cupy
+
+        event = cupy.cuda.Event()
+        event.record()  # on the stream in use
+        return event
+
+    def between(self, before, after):
+        import cupy
+
+        after.synchronize()
+        return 1e-3 * cupy.cuda.get_elapsed_time(before, after)
+
     def device_memory(self):
         import cupy
 
