@@ -177,7 +177,9 @@ def test_plain_functions_load_no_kernels_and_no_cublas(cupy, tmp_path, monkeypat
     with plain():
         run = Trainer(data, replace(NINE, depth=1), config, tmp_path / "run", progress=False)
         assert run.run()["steps"] == 2
-        OursOnGpu(Job("step", replace(NINE, depth=1), 3, 0, {}, "cuda", "tf32")).step()
+        ours = OursOnGpu(Job("step", replace(NINE, depth=1), 3, 0, {}, "cuda", "tf32"))
+        ours.step()
+    assert ours.settings["precision"] == "float32"
 
 
 def test_muon_never_waits_and_takes_all_blocks_at_once(cupy):

@@ -83,8 +83,9 @@ class OursOnGpu:
         from minivit.kernels import cuda
 
         use_device(find_device(job.device))
+        precision = job.precision if kernels_wanted() else "float32"
         if kernels_wanted():
-            cuda.machine().precision = job.precision
+            cuda.machine().precision = precision
         self.task = job.task
         flat, images, labels = (to_device(array, job.device) for array in problem(job))
         self.images, self.labels, self.count = images, labels, 0
@@ -97,7 +98,7 @@ class OursOnGpu:
 
         self.settings = {
             "version": __version__, "cupy": cupy.__version__, "device": device_name(find_device(job.device)),
-            "precision": job.precision, "kernels": os.environ.get("MINIVIT_KERNELS", "default"),
+            "precision": precision, "kernels": os.environ.get("MINIVIT_KERNELS", "default"),
         }  # fmt: skip
 
     def check(self):
