@@ -159,14 +159,14 @@ def kernels_report(config, *, batch=128, engine=None, pairs=20, seed=0, precisio
     check_config(config)
     contender = OursOnGpu(Job("step", config, batch, seed, engine or {}, device, precision))
     launches = sorted(recorded_launches(contender), key=lambda each: -each.times * each.bytes)
-    turn(contender.step, 3, contender.synchronize)  # recorded as a graph by now
-    once, _ = turn(contender.step, 2, contender.synchronize)
+    turn(contender.step, 3, contender)  # recorded as a graph by now
+    once = turn(contender.step, 2, contender).seconds
     repeats = max(1, min(1000, round(STEP_SECONDS / max(once, 1e-6))))
     largest = Repeated(copy_of(256 << 20))
     timers = [(Repeated(each.run), Repeated(copy_of(each.bytes))) for each in launches]
     steps, rates, rows = [], [], [{"seconds": [], "floor": []} for _ in launches]
     for _ in tqdm(range(pairs), desc="rounds", leave=False, disable=None if progress else True):
-        steps.append(turn(contender.step, repeats, contender.synchronize)[0])
+        steps.append(turn(contender.step, repeats, contender).seconds)
         rates.append((256 << 20) / largest())
         for row, (kernel, copy) in zip(rows, timers, strict=True):
             row["seconds"].append(kernel())

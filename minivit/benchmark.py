@@ -11,6 +11,9 @@ cannot be compared. The contenders step in turn, A B C A B C ..., and each ratio
 with the quartiles beside it. A turn is one step, or as many as fill 0.2 seconds, of which the median counts; between
 turns everybody rests for 50 ms, which is longer than the threads of OpenMP and of BLAS go on spinning.
 
+On a GPU the seconds are the device's own, between events recorded before the first step of a turn and after the last;
+beside them stand the host's, until it has launched the last step: near the device's, it is the host that is slow.
+
 Others who use the machine do not slow everybody alike: a library that lets its threads meet after every operation
 waits for the slowest one each time. So the report says what share of the cores went to other programs in each round,
 and ``patience`` has disturbed rounds made again.
@@ -49,7 +52,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minivit import __version__, params
-from minivit.contenders import CONTENDERS, LR, Job, problem, turn
+from minivit.contenders import CONTENDERS, LR, Job, Turn, problem, turn
 from minivit.contenders.ours import (
     attention_backward_products,
     attention_forward_products,
@@ -241,6 +244,7 @@ class Turns(NamedTuple):
 
     seconds: dict  # contender -> seconds of a step in each round
     others: list  # share of the cores' time that went to other programs in each round; None where it is not known
+    host: dict  # contender -> the host's seconds of a step in each round; None on a CPU, where they are the same
 
 
 def take_turns(children, pairs, *, patience=0.0, progress=True):
@@ -252,7 +256,7 @@ def take_turns(children, pairs, *, patience=0.0, progress=True):
     repeats, rounds, others = {}, [], []
     for child in children:  # warm-up, and how long is a step?
         child.ask("turn", 2)
-        once, _ = child.ask("turn", 1)
+        once = child.ask("turn", 1)[0]
         repeats[child.name] = max(1, min(1000, round(TURN_SECONDS / max(once, 1e-6))))
     with tqdm(total=pairs, desc="rounds", leave=False, disable=None if progress else True) as bar:
         while True:
@@ -262,15 +266,16 @@ def take_turns(children, pairs, *, patience=0.0, progress=True):
             if quiet >= pairs or (len(rounds) >= pairs and time.monotonic() >= enough):
                 break
             before = _glance(children)
-            seconds = {}
+            turns = {}
             for child in children:
                 time.sleep(PAUSE_SECONDS)
-                seconds[child.name] = child.ask("turn", repeats[child.name])[0]
-            rounds.append(seconds)
+                turns[child.name] = Turn(*child.ask("turn", repeats[child.name]))
+            rounds.append(turns)
             others.append(_share_of_others(before, _glance(children)))
             bar.update(others[-1] is None or others[-1] <= QUIET or patience == 0)
     chosen = sorted(sorted(range(len(rounds)), key=lambda i: others[i] or 0.0)[:pairs])
-    return Turns({c.name: [rounds[i][c.name] for i in chosen] for c in children}, [others[i] for i in chosen])
+    seconds, host = ({c.name: [rounds[i][c.name][k] for i in chosen] for c in children} for k in (0, 2))
+    return Turns(seconds, [others[i] for i in chosen], host)
 
 
 def _busy_seconds():
@@ -378,6 +383,8 @@ def contest(
         turns = take_turns(children, pairs, patience=patience, progress=progress)
         for name, child in zip(names, children, strict=True):
             contenders[name] |= {"seconds": turns.seconds[name], "peak_memory": child.ask("memory")}
+            if device != "cpu":
+                contenders[name]["host_seconds"] = turns.host[name]
     allowed = {"gradient": coarser * GRADIENT_TOLERANCE, "loss": coarser * LOSS_TOLERANCE}
     return summarise(contenders, batch=batch) | {"others": turns.others, "allowed": allowed}
 
@@ -388,6 +395,8 @@ def summarise(contenders, *, batch):
     for entry in contenders.values():
         entry |= quartiles(entry["seconds"])
         entry["ratio"] = paired_ratio(mine["seconds"], entry["seconds"])
+        if "host_seconds" in entry:
+            entry["host"] = quartiles(entry["host_seconds"])
     report = dict.fromkeys(KEYS)
     for name, entry in contenders.items():
         if name in AGAINST:
@@ -419,7 +428,7 @@ def data_report(config, *, batch=128, engine=None, pairs=20, seed=0, patience=0.
     job = job if loading is None else job._replace(loading=loading)
     with contextlib.ExitStack() as stack:
         children = [stack.enter_context(Child(name, job)) for name in names]
-        seconds, others = take_turns(children, pairs, patience=patience, progress=progress)
+        seconds, others, _ = take_turns(children, pairs, patience=patience, progress=progress)
         settings = {child.name: child.settings for child in children}
     step, fed, pipeline = (seconds[name] for name in names)
     return {
@@ -500,7 +509,7 @@ def scaling_report(config, *, batch=32, against=(), engine=None, pairs=5, seed=0
                 for i, p in enumerate(those)
             ]
             everybody = [child for children, _ in started for child in children]
-            seconds, others = take_turns(everybody, pairs, patience=patience, progress=progress)
+            seconds, others, _ = take_turns(everybody, pairs, patience=patience, progress=progress)
             listed = []
             for point, (children, _) in zip(those, started, strict=True):
                 flops = sum(expected_flops(point.config, point.batch))

@@ -89,8 +89,8 @@ class CudaStep:
     The first batch goes kernel by kernel, which compiles them; the second, of the same shape, is recorded and from then
     on replayed. Both run the same kernels in the same order, so they give the same bits. Batches of another shape (an
     epoch's last) always go kernel by kernel, and so does everything where a graph does not apply: other optimisers than
-    Adam, AdamW and Muon, learning rates by layer, dropout of the attention maps of long sequences, plain functions, or
-    ``graph=False``.
+    Adam, AdamW and Muon, learning rates by layer, dropout of the attention maps of long sequences, plain functions,
+    products without cuBLAS, or ``graph=False``.
     """
 
     def __init__(self, engine, optimizer, average=None, *, clip_norm=0.0, graph=True):
@@ -104,7 +104,7 @@ class CudaStep:
         flash = c.sequence_length >= LONG and c.pos_embed != "relative"  # it draws as it goes
         self._drawn = not (c.attention_dropout and flash)
         self._sequences = c.num_tokens // c.sequence_length  # of a picture, each with a stochastic depth of its own
-        self._wanted = graph and self.fused and self._drawn
+        self._wanted = graph and self.fused and self._drawn and cuda.machine().blas().recordable
         self._shape = self._graph = self.pool = self._results = None  # pool: the graph's memory
         self.replays = 0  # how many steps a graph made
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from minivit import __version__, checkpoint
 from minivit import params as parameters
-from minivit.backend import device_name, erf, find_device, to_device, to_host, use_device
+from minivit.backend import device_name, erf, find_device, kernels_wanted, to_device, to_host, use_device
 from minivit.checkpoint import fill, is_finite, named_arrays, write_atomically
 from minivit.data import FOLDERS, is_lazy, mirrored
 from minivit.data import load as load_data
@@ -670,7 +670,8 @@ class Trainer:
         if self.device == "cpu":
             engine = self.engines[0](model, workers=c.workers, micro_batch=times * c.micro_batch, **shared)
         else:
-            cuda.machine().precision = c.precision
+            if kernels_wanted():
+                cuda.machine().precision = c.precision
             engine = self.engines[1](model, micro_batch=times * c.gpu_micro_batch, **shared)
             if c.accumulate == 1 and not c.sam:
                 self._whole_steps[engine] = CudaStep(

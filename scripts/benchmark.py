@@ -131,14 +131,17 @@ def size(bytes_):
 def print_contest(report, title):
     """The table of `bench.contest`."""
     print(f"\n{title}")
-    print(f"{'':15}{'median ms ±   IQR':>19}{'pictures/s':>12}{'ours / its':>12}{'quartiles':>14}{'floor / its':>13}"
-          f"{'peak MiB':>10}{'at start':>10}")  # fmt: skip
+    on_gpu = "host" in report["contenders"]["minivit"]
+    host = f"{'host ms':>10}" if on_gpu else ""
+    print(f"{'':15}{'median ms ±   IQR':>19}{host}{'pictures/s':>12}{'ours / its':>12}{'quartiles':>14}"
+          f"{'floor / its':>13}{'peak MiB':>10}{'at start':>10}")  # fmt: skip
     for name, c in report["contenders"].items():
         ratio, quarters = "", ""
         if name in bench.AGAINST:
             ratio, quarters = f"{c['ratio']['median']:.3f}", f"{c['ratio']['q1']:.3f}-{c['ratio']['q3']:.3f}"
         fraction = f"{c['floor_fraction']:.1%}" if "floor_fraction" in c else ""
-        print(f"{name:15}{milliseconds(c)}{c['images_per_second']:12,.1f}{ratio:>12}{quarters:>14}{fraction:>13}"
+        host = f"{1e3 * c['host']['median']:10.2f}" if on_gpu else ""
+        print(f"{name:15}{milliseconds(c)}{host}{c['images_per_second']:12,.1f}{ratio:>12}{quarters:>14}{fraction:>13}"
               f"{size(c['peak_memory']):>10}{size(c['start_memory']):>10}")  # fmt: skip
     for name, c in report["contenders"].items():
         if "largest_error" in c:

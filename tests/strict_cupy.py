@@ -11,6 +11,7 @@ does nothing.
 
 import itertools
 import sys
+import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -72,7 +73,7 @@ def _wrap(value, name):
 class Stream:
     """The one stream, which records graphs."""
 
-    tape = None  # while a graph is recorded: a list of calls, each of which makes one launch again
+    ptr, tape = 0, None  # while a graph is recorded: a list of calls, each of which makes one launch again
 
     def use(self):
         return self
@@ -243,6 +244,17 @@ ndarray.argmax = _argmax
 ndarray.__module__ = "cupy"
 
 
+class Event:
+    """A point of the stream's time; here all work is done when it is given."""
+
+    def record(self):
+        STREAM.refuse("an event with a time")
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        STREAM.synchronize()
+
+
 class Module(ModuleType):
     """What ``import cupy`` gives."""
 
@@ -251,13 +263,17 @@ class Module(ModuleType):
         self.ndarray, self.lib = ndarray, SimpleNamespace(stride_tricks=self)
         NAMES.update(STRIDE_TRICKS)  # of cupy.lib.stride_tricks
         self.__version__, self.freed = "14.2", 0
-        chosen = SimpleNamespace(use=lambda: None, synchronize=STREAM.synchronize)
+        attributes = {"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 227 << 10}  # of an H100
+        chosen = SimpleNamespace(
+            id=0, use=lambda: None, synchronize=STREAM.synchronize, attributes=attributes, compute_capability="90"
+        )  # fmt: skip
         runtime = SimpleNamespace(
             getDeviceCount=lambda: 1, getDeviceProperties=lambda number: {"name": b"stand-in"},
             CUDARuntimeError=RuntimeError,
         )  # fmt: skip
         self.cuda = SimpleNamespace(
             runtime=runtime, Device=lambda number=0: chosen, Stream=lambda **settings: STREAM,
+            Event=Event, get_elapsed_time=lambda before, after: 1e3 * (after.time - before.time),
             get_current_stream=lambda: STREAM, using_allocator=nullcontext,
             MemoryPool=lambda: SimpleNamespace(malloc=None, total_bytes=lambda: 0),
         )  # fmt: skip

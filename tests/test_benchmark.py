@@ -9,12 +9,14 @@ import time
 
 import numpy as np
 import pytest
+import strict_cupy
 from conftest import ROOT, load_script
 
 from minivit import ViTConfig, benchmark, contenders, plots, trace
+from minivit.backend import plain
 from minivit.benchmark import Child, Disagreement, agree, contest, disagreement, paired_ratio, summarise, take_turns
 from minivit.contenders import Job, problem
-from minivit.contenders.ours import Floor, Ours, Pipeline, model_products
+from minivit.contenders.ours import Floor, Ours, OursOnGpu, Pipeline, model_products
 from minivit.errors import InputError
 
 TINY = {"image_size": 8, "patch_size": 4, "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
@@ -167,29 +169,95 @@ def test_the_summary():
 class StandIn:
     """A child that keeps a common diary."""
 
-    def __init__(self, name, diary, seconds=0.001):
-        self.name, self.diary, self.seconds = name, diary, seconds
+    def __init__(self, name, diary, seconds=0.001, host=None):
+        self.name, self.diary, self.seconds, self.host = name, diary, seconds, host
         self.process = type("Process", (), {"pid": -1})
 
     def ask(self, request, repeats):
         self.diary.append((self.name, repeats))
-        return self.seconds, None
+        return self.seconds, None, self.host
 
 
 def test_the_contenders_step_in_turn(monkeypatch):
     monkeypatch.setattr(benchmark, "TURN_SECONDS", 0.01)
     diary = []
-    turns = take_turns([StandIn("a", diary), StandIn("b", diary, 1.0)], 3, progress=False)
+    turns = take_turns([StandIn("a", diary), StandIn("b", diary, 1.0, 0.5)], 3, progress=False)
     assert diary[:4] == [("a", 2), ("a", 1), ("b", 2), ("b", 1)]  # warm-up
     assert diary[4:] == [("a", 10), ("b", 1)] * 3  # short steps are made several times in a turn
     assert turns.seconds == {"a": [0.001] * 3, "b": [1.0] * 3} and len(turns.others) == 3
+    assert turns.host == {"a": [None] * 3, "b": [0.5] * 3}
+
+
+class Device:
+    """A GPU whose step takes 3 s and is given to it in no time; a diary of what it is asked."""
+
+    def __init__(self):
+        self.diary, self.now = [], 0.0
+
+    def step(self):
+        self.diary.append("step")
+        self.now += 3.0
+        return np.float32(0.5)
+
+    def synchronize(self):
+        self.diary.append("synchronize")
+
+    def event(self):
+        self.diary.append("event")
+        return self.now
+
+    def between(self, before, after):
+        self.diary.append("between")
+        return after - before
+
+
+def test_a_gpu_is_timed_by_its_events_and_the_host_beside(monkeypatch):
+    gpu, clock = Device(), iter([10.0, 10.5])
+    monkeypatch.setattr(contenders, "perf_counter", lambda: next(clock))
+    assert contenders.turn(gpu.step, 2, gpu) == (3.0, 0.5, 0.25)
+    assert gpu.diary == ["synchronize", "event", "step", "step", "event", "between"]
+
+
+def test_our_events_are_cupys(monkeypatch):
+    with strict_cupy.installed() as cupy, plain():
+        ours = OursOnGpu(job()._replace(device="cuda"))
+        strict_cupy.clear()
+        before, after = ours.event(), ours.event()
+        assert type(before) is cupy.cuda.Event and not strict_cupy.waits
+        assert ours.between(before, after) == after.time - before.time > 0.0
+        assert strict_cupy.waits["synchronize"] == 1
+        found = contenders.turn(ours.step, 1, ours)
+    assert found.seconds > 0.0 < found.host and type(found.result) is float
+
+
+@pytest.mark.torch
+def test_torchs_events_tell_the_time(monkeypatch):
+    with_torch = pytest.importorskip("minivit.contenders.with_torch")
+    diary = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            diary.append("record")
+
+        def synchronize(self):
+            diary.append("synchronize")
+
+        def elapsed_time(self, other):
+            return 5.0
+
+    monkeypatch.setattr(with_torch.torch.cuda, "Event", Event)
+    before, after = with_torch.recorded_event(), with_torch.recorded_event()
+    assert with_torch.between(before, after) == 0.005 and diary == ["record", "record", "synchronize"]
 
 
 def test_disturbed_rounds_are_made_again(monkeypatch):
     shares = iter([0.0, 0.9, 0.01, 0.8, 0.02, 0.5])
     monkeypatch.setattr(benchmark, "_share_of_others", lambda before, after: next(shares))
     child, count = StandIn("a", []), iter(range(99))
-    child.ask = lambda request, repeats: (float(next(count)), None)  # each turn has its number
+    child.ask = lambda request, repeats: (float(next(count)), None, None)  # each turn has its number
     turns = take_turns([child], 3, patience=60, progress=False)
     assert turns.others == [0.0, 0.01, 0.02] and turns.seconds["a"] == [2.0, 4.0, 6.0]  # two were warm-up
     shares = iter([0.0, 0.9, 0.01, 0.8])
@@ -237,6 +305,48 @@ def test_a_contest_of_processes():
     assert len(mine["seconds"]) == len(plain["seconds"]) == len(report["others"]) == 2
     assert report["ratio_to_plain"] > 0 and 0 < report["floor_fraction"] and report["floor"] in benchmark.FLOORS
     assert mine["peak_memory"] > mine["start_memory"] > 2**20
+
+
+ON_GPU = """
+from minivit.contenders.ours import Ours
+
+class OnGpu(Ours):
+    steps = 0
+
+    def step(self):
+        self.steps += 1
+        return super().step()
+
+    def synchronize(self):
+        pass
+
+    def event(self):
+        return self.steps
+
+    def between(self, before, after):
+        return 0.1 * (after - before)
+"""
+
+
+def test_a_contest_on_a_gpu_shows_the_hosts_time(tmp_path, monkeypatch, call):
+    (tmp_path / "on_gpu.py").write_text(ON_GPU)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(benchmark, "NEEDS", {})
+    for name in ("minivit", "torch"):
+        monkeypatch.setitem(benchmark.CONTENDERS, name, ("on_gpu", "OnGpu", {}, {}))
+    with strict_cupy.installed():
+        ended = call(
+            "benchmark", "step", *FLAGS, "--device", "cuda", "--against", "torch", "--json", tmp_path / "g.json"
+        )
+    assert ended.status == 0, ended.err
+    report = json.loads((tmp_path / "g.json").read_text())
+    lines = ended.out.splitlines()
+    assert max(map(len, lines)) <= 140 and any("IQR   host ms  pictures/s" in line for line in lines)
+    for name in ("minivit", "torch"):
+        found = report["contenders"][name]
+        assert found["median"] == pytest.approx(0.1) and len(found["host_seconds"]) == len(found["seconds"])
+        assert 0.0 < found["host"]["median"] < 0.1
+        assert any(line.startswith(f"{name} ") and f"{1e3 * found['host']['median']:.2f} " in line for line in lines)
 
 
 def test_peak_memory_is_that_of_the_own_process():

@@ -13,6 +13,7 @@ from minivit.backend import plain, to_host
 from minivit.engine_cuda import CudaEngine, CudaStep
 from minivit.gradcheck_cases import LAYERS, NEED_SCIPY
 from minivit.kernels import cuda
+from minivit.kernels.cublas import ArrayProducts
 from minivit.layers.dropout import dropout_backward, dropout_forward
 from minivit.layers.patch_embed import patch_embed_forward
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
@@ -143,6 +144,61 @@ def test_rounded_factors_give_the_plain_model_up_to_their_bits(xp, precision, na
     assert once[1] == found[1]
     for key, gradient in once[2].items():
         np.testing.assert_array_equal(gradient, found[2][key])
+
+
+@pytest.mark.parametrize("precision", cuda.PRECISIONS)
+@pytest.mark.parametrize("name", ["path", "long"])
+def test_products_without_cublas_give_the_same_model(emulator, name, precision, monkeypatch):
+    """Those of strided stacks too, and of numbers that are stored as bfloat16."""
+    monkeypatch.setitem(backend.TWINS, "numpy", "minivit.kernels.cuda")
+    monkeypatch.setattr(emulator, "precision", precision)
+    config, found = CONFIGS[name], []
+    for blas in (emulator.blas(), ArrayProducts()):
+        monkeypatch.setattr(emulator, "_blas", blas)
+        before = emulator.launches.copy()
+        with cuda.using(emulator):
+            model = ViT(config, flat=parameters_of(config))
+            found.append(one_pass(model, *batch_of(config), np.random.default_rng(3)))
+        made = emulator.launches - before
+        assert (made["matmul"] > 0) == (type(blas) is not ArrayProducts) and made["adam"] == 0 < made["embed"]
+    expected, actual = found
+    tolerance = ROUNDING.get(precision, 2e-5)
+    assert actual[1] == pytest.approx(expected[1], rel=tolerance)
+    for key, gradient in expected[2].items():
+        mine = actual[2][key]
+        if key.endswith("qkv.bias"):  # a third of it, the keys', is zero but for rounding
+            mine, gradient = (np.delete(g.reshape(3, -1), 1, axis=0) for g in (mine, gradient))
+        assert np.linalg.norm(mine - gradient) < tolerance * np.linalg.norm(gradient), key
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+def test_products_without_cublas_scale_add_and_round(emulator, dtype):
+    rng = np.random.default_rng(0)
+
+    def stored(*shape):
+        x = rng.standard_normal(shape, np.float32)
+        return x if dtype == np.float32 else (x.view(np.uint32) >> 16).astype(np.uint16)
+
+    a, b = stored(2, 5, 3).swapaxes(1, 2), stored(2, 5, 4)
+    for out_dtype in (np.float32, dtype):
+        for settings in ({"alpha": 0.7}, {"add": True}):
+            found, expected = (np.ones((2, 3, 4), out_dtype) for _ in range(2))
+            ArrayProducts().matmul(a, b, found, **settings)
+            emulator.blas().matmul(a, b, expected, **settings)
+            if out_dtype == np.uint16:
+                assert np.abs(found.astype(int) - expected).max() <= 1  # of the last bit
+            else:
+                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("exact", "stored"), [
+    (1 + 2**-8, 1.0), (1 + 3 * 2**-8, 1 + 2**-6), (1 + 2**-8 + 2**-20, 1 + 2**-7), (-np.inf, -np.inf), (np.nan, np.nan),
+])  # fmt: skip
+def test_products_without_cublas_round_to_even_and_keep_what_is_not_finite(exact, stored):
+    factor, out = np.full((1, 1), exact, np.float32), np.empty((1, 1), np.uint16)
+    factor.view(np.uint32)[np.isnan(factor)] = 0x7FFFFFFF  # a GPU's
+    ArrayProducts().matmul(factor, np.ones((1, 1), np.float32), out)
+    np.testing.assert_array_equal((out.astype(np.uint32) << 16).view(np.float32), np.float32(stored))
 
 
 BARRIER = "= sum;\n  __syncthreads();\n  if (threadIdx.y == 0 && c < cols) {\n    for (int i = 1; i < 16"

@@ -4,6 +4,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from strict_cupy import doubles, installed, launches, waits
 from minivit import analysis, backend, curvature, journey, laboratory, paper
 from minivit import params as parameters
 from minivit.backend import array_module, plain, to_host
+from minivit.contenders import Job
+from minivit.contenders.ours import OursOnGpu
 from minivit.data import Dataset
 from minivit.data.augment import augment
 from minivit.data.loader import augmented, batches
@@ -22,6 +25,7 @@ from minivit.engine_cuda import CudaEngine, CudaStep
 from minivit.inference import load_with_data, on_device
 from minivit.journey import journey_of
 from minivit.kernels import cuda
+from minivit.kernels.cublas import Cublas
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, make_optimizer
 from minivit.recipes import find_config, read_recipe
@@ -121,6 +125,61 @@ def test_a_step_that_cannot_be_recorded_goes_on_kernel_by_kernel(cupy, monkeypat
             first = step(1)
         second = step(2)
     assert step.step.replays == 0 and launches["graph"] == 0 and float(second[0]) != float(first[0])
+
+
+PATHFINDERS = {  # what `cuda.pathfinder` is like: the path that it finds, or the error that it raises
+    "not installed": None,
+    "nothing found": RuntimeError('Failure finding "cublas":\n  No such file: libcublas.so*'),
+    "cannot be loaded": "/nowhere/libcublas.so.13",
+}
+
+
+@pytest.mark.parametrize("name", PATHFINDERS)
+def test_without_cublas_products_are_cupys_and_no_graph_is_made(cupy, name, monkeypatch):
+    found = PATHFINDERS[name]
+
+    def load_nvidia_dynamic_lib(library):
+        if isinstance(found, Exception):
+            raise found
+        return SimpleNamespace(abs_path=found)
+
+    here = found and SimpleNamespace(load_nvidia_dynamic_lib=load_nvidia_dynamic_lib)
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", here)
+    with pytest.warns(UserWarning, match=r"^cuBLAS cannot be called \(.+\): products go through cupy.matmul") as warned:
+        machine = cuda.Machine()
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    emulator, results = Emulator(), []
+    for blas in (emulator.blas(), machine.blas()):
+        emulator._blas = blas
+        with cuda.using(emulator):
+            step = step_of(cupy, replace(NINE, depth=2), average=True, graph=True)
+            strict_cupy.clear()
+            step(0)
+            results.append([float(result) for result in step(1)])
+            assert (step.step.replays > 0) == (launches["graph"] > 0) == (blas is not machine.blas())
+            assert (launches["matmul"] > 0) == (blas is machine.blas()) and not doubles
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+
+
+def test_cublas_is_taken_where_it_is_found(cupy, monkeypatch):
+    path = Emulator().blas()._library._name
+    here = SimpleNamespace(load_nvidia_dynamic_lib=lambda name: SimpleNamespace(abs_path=path))
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", here)
+    products = cuda.Machine().blas()
+    assert type(products) is Cublas and products.recordable
+
+
+def test_plain_functions_load_no_kernels_and_no_cublas(cupy, tmp_path, monkeypatch, no_figures):
+    monkeypatch.setattr(cuda, "_machine_of", lambda device: pytest.fail("a machine was made"))
+    images, labels = np.zeros((8, 8, 8, 3), np.uint8), np.arange(8) % 10
+    data = Dataset("cifar10", images, labels, images, labels, tuple("abcdefghij"), "zeros")
+    config = TrainConfig(epochs=1, batch_size=4, device="cuda", workers=1)
+    with plain():
+        run = Trainer(data, replace(NINE, depth=1), config, tmp_path / "run", progress=False)
+        assert run.run()["steps"] == 2
+        ours = OursOnGpu(Job("step", replace(NINE, depth=1), 3, 0, {}, "cuda", "tf32"))
+        ours.step()
+    assert ours.settings["precision"] == "float32"
 
 
 def test_muon_never_waits_and_takes_all_blocks_at_once(cupy):

@@ -11,7 +11,12 @@ A contender is made from a job and has
     step()       what is timed: forward + backward + AdamW of one batch, returning the loss; or one prediction
     settings     what it was told to do, for the record
 
-and on a GPU also synchronize(), which waits for it, and device_memory(), the most of its memory that was taken.
+and on a GPU also
+
+    event()      the device's clock, read when the work that was given to it so far is done
+    between()    the seconds from one event to another, waiting for the second
+    synchronize()    waits for the device
+    device_memory()  the most of its memory that was taken
 """
 
 from __future__ import annotations
@@ -95,25 +100,34 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def turn(step, repeats, synchronize=None):
-    """``repeats`` calls of ``step``: (median of their seconds, what the last one returned).
+class Turn(NamedTuple):
+    """What some steps took, each."""
 
-    A GPU goes on while the host prepares the next step, in training as here: with ``synchronize`` it is waited for at
-    the end alone, and the seconds are those of a step on average.
+    seconds: float
+    result: Any  # of the last step
+    host: Any = None  # on a GPU: the host's seconds until all was launched
+
+
+def turn(step, repeats, gpu=None):
+    """``repeats`` calls of ``step``: a `Turn` with the median of their seconds.
+
+    A GPU goes on while the host prepares the next step, in training as here: its contender ``gpu`` tells the time by
+    events before and after all steps, and the seconds, its own and the host's, are those of a step on average.
     """
-    if synchronize:
-        synchronize()
-        started = perf_counter()
+    if gpu:
+        gpu.synchronize()
+        before, started = gpu.event(), perf_counter()
         for _ in range(repeats):
             result = step()
-        synchronize()
-        return (perf_counter() - started) / repeats, None if result is None else float(result)
+        host, after = perf_counter() - started, gpu.event()
+        seconds = gpu.between(before, after)
+        return Turn(seconds / repeats, None if result is None else float(result), host / repeats)
     seconds = []
     for _ in range(repeats):
         started = perf_counter()
         result = step()
         seconds.append(perf_counter() - started)
-    return statistics.median(seconds), result
+    return Turn(statistics.median(seconds), result)
 
 
 def serve():
@@ -134,7 +148,7 @@ def serve():
         while True:
             request, *arguments = pickle.load(requests)
             if request == "turn":
-                answer("done", turn(contender.step, *arguments, synchronize=getattr(contender, "synchronize", None)))
+                answer("done", turn(contender.step, *arguments, gpu=contender if hasattr(contender, "event") else None))
             elif request == "check":
                 answer("done", contender.check())
             else:  # "memory"

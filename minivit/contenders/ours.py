@@ -22,7 +22,7 @@ import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from minivit import __version__, params
-from minivit.backend import device_name, find_device, synchronize, to_device, to_host, use_device
+from minivit.backend import device_name, find_device, kernels_wanted, synchronize, to_device, to_host, use_device
 from minivit.contenders import BETAS, EPS, LR, WEIGHT_DECAY, problem
 from minivit.data import batches, epoch_order
 from minivit.engine import Engine, available_cores, default_micro_batch
@@ -83,7 +83,9 @@ class OursOnGpu:
         from minivit.kernels import cuda
 
         use_device(find_device(job.device))
-        cuda.machine().precision = job.precision
+        precision = job.precision if kernels_wanted() else "float32"
+        if kernels_wanted():
+            cuda.machine().precision = precision
         self.task = job.task
         flat, images, labels = (to_device(array, job.device) for array in problem(job))
         self.images, self.labels, self.count = images, labels, 0
@@ -96,7 +98,7 @@ class OursOnGpu:
 
         self.settings = {
             "version": __version__, "cupy": cupy.__version__, "device": device_name(find_device(job.device)),
-            "precision": job.precision, "kernels": os.environ.get("MINIVIT_KERNELS", "default"),
+            "precision": precision, "kernels": os.environ.get("MINIVIT_KERNELS", "default"),
         }  # fmt: skip
 
     def check(self):
@@ -115,6 +117,19 @@ class OursOnGpu:
 
     def synchronize(self):
         synchronize("cuda")
+
+    def event(self):
+        import cupy
+
+        event = cupy.cuda.Event()
+        event.record()  # on the stream in use
+        return event
+
+    def between(self, before, after):
+        import cupy
+
+        after.synchronize()
+        return 1e-3 * cupy.cuda.get_elapsed_time(before, after)
 
     def device_memory(self):
         import cupy

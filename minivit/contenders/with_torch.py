@@ -143,6 +143,19 @@ def turned(value):
     return value.T if value.ndim == 2 else value
 
 
+def recorded_event():
+    """An event on the stream in use."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(before, after):
+    """The seconds between two events."""
+    after.synchronize()
+    return 1e-3 * before.elapsed_time(after)
+
+
 class Torch:
     """Eager, or through torch.compile in its default mode."""
 
@@ -159,6 +172,7 @@ class Torch:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = job.precision != "float32"
         if job.device != "cpu":
             self.synchronize, self.device_memory = torch.cuda.synchronize, torch.cuda.max_memory_allocated
+            self.event, self.between = recorded_event, between
         self.parameters = dict(self.model.named_parameters())
         groups = [
             {"params": [self.parameters[spec.name] for spec in table if spec.decay is decay],

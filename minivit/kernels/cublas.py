@@ -13,6 +13,10 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, byref, c_float, c_int, c_longlong, c_size_t, c_void_p
 
+import numpy as np
+
+from minivit.backend import array_module
+
 TYPES = {"float32": 0, "uint16": 14}  # cudaDataType_t; uint16 arrays hold the bits of bfloat16, which NumPy lacks
 COMPUTE = {"float32": 68, "tf32": 77}  # cublasComputeType_t: all 23 bits of the factors' mantissas, or 10 of them
 DEFAULT_ALGORITHM = -1
@@ -38,6 +42,8 @@ class Cublas:
     ``address(array)`` gives where an array begins; ``workspace`` is memory for the library's own use.
     Raises  OSError: there is no such library. RuntimeError: cuBLAS reports an error.
     """
+
+    recordable = True  # into a CUDA graph
 
     def __init__(self, library, address, *, workspace=None):
         self._library, self._address, self._workspace = ctypes.CDLL(library), address, workspace
@@ -100,12 +106,11 @@ class Cublas:
             self._check(self._library.cublasGemmEx(*head, *B, *A, byref(be), *C, *tail))
 
     def matmul_of_addresses(self, a, b, out, addresses, *, alpha=1.0, compute="float32"):
-        """out_i = alpha a_i b_i for matrices that lie anywhere.
+        """out = alpha a b for stacks of matrices (B, h, m, k), (B, h, k, n) and (B, h, m, n) in any strides.
 
-        Shapes  addresses (3, count) uint64 on the device: where the matrices of a, b and out begin; a (m, k), b (k, n)
-                and out (m, n) stand for all of them: their sizes, strides and types
+        Shapes  addresses (3, B h) uint64 on the device: where the matrices of a, b and out begin
         """
-        (m, k), n = a.shape, b.shape[1]
+        (m, k), n = a.shape[-2:], b.shape[-1]
         (ta, lda), (tb, ldb), (_, ldc) = (matrix_layout(x) for x in (a, b, out))
         al, be = c_float(alpha), c_float(0.0)
         start, step = self._address(addresses), addresses.strides[0]
@@ -118,3 +123,40 @@ class Cublas:
                 self._handle, tb, ta, n, m, k, byref(al), *B, *A, byref(be), *C, *tail
             )
         )  # fmt: skip
+
+
+class ArrayProducts:
+    """Stands for `Cublas` where the library cannot be loaded: the same products by the arrays' own ``matmul``.
+
+    They are in float32 whatever is asked for; factors that are stored as bfloat16 are widened first.
+    """
+
+    recordable = False  # CuPy refuses its products while a graph is recorded
+
+    def use_stream(self, stream):
+        """Nothing: CuPy's products are on the stream in use."""
+
+    def matmul(self, a, b, out, *, alpha=1.0, add=False, compute="float32"):
+        """See `Cublas.matmul`."""
+        product = array_module(a).matmul(_widened(a), _widened(b))
+        if alpha != 1.0:
+            product *= alpha
+        if add:
+            product += _widened(out)
+        out[...] = product if out.dtype == np.float32 else _narrowed(product)
+
+    def matmul_of_addresses(self, a, b, out, addresses, *, alpha=1.0, compute="float32"):
+        """See `Cublas.matmul_of_addresses`."""
+        self.matmul(a, b, out, alpha=alpha)
+
+
+def _widened(x):
+    """float32 numbers of an array that may hold bfloat16, their upper halves."""
+    return x if x.dtype == np.float32 else (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _narrowed(x):
+    """float32 rounded to bfloat16, ties to even; NaN stays one."""
+    bits = x.view(np.uint32)
+    bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return array_module(x).where(x == x, bits, np.uint32(0x7FC0)).astype(np.uint16)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.backend import array_module, kernels_wanted
-from minivit.kernels.cublas import WORKSPACE, Cublas
+from minivit.kernels.cublas import WORKSPACE, ArrayProducts, Cublas
 from minivit.layers.block import ATTN, BLOCK_PARAMETERS, MLP, NORM1, NORM2
 from minivit.layers.dropout import DropoutCache, dropout_mask
 from minivit.layers.patch_embed import unpatchify
@@ -48,7 +49,6 @@ class Machine:
 
     def __init__(self):
         import cupy
-        from cuda.pathfinder import load_nvidia_dynamic_lib
 
         self.cupy = cupy
         self.precision = "float32"
@@ -56,8 +56,19 @@ class Machine:
         self.processors = attributes["MultiProcessorCount"]
         self.shared_memory = attributes["MaxSharedMemoryPerBlockOptin"]
         self.has_tf32 = int(cupy.cuda.Device().compute_capability) >= 80
-        library = load_nvidia_dynamic_lib("cublas").abs_path
-        self._blas = Cublas(library, self.address, workspace=cupy.empty(WORKSPACE, np.uint8))
+        try:
+            from cuda.pathfinder import load_nvidia_dynamic_lib
+
+            library = load_nvidia_dynamic_lib("cublas").abs_path
+            self._blas = Cublas(library, self.address, workspace=cupy.empty(WORKSPACE, np.uint8))
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(
+                f"cuBLAS cannot be called ({reason}): products go through cupy.matmul, in float32 and without a CUDA "
+                "graph, which is slower",
+                stacklevel=2,
+            )
+            self._blas = ArrayProducts()
 
     @functools.cache  # noqa: B019  there is one machine for each device
     def _module(self, sizes):
@@ -82,7 +93,7 @@ class Machine:
         self._kernel(name, sizes, shared)(grid, block, converted, shared_mem=shared)
 
     def blas(self):
-        """The `Cublas` handle, on the stream in use."""
+        """What makes products, on the stream in use: `Cublas`, or `ArrayProducts` where it cannot be loaded."""
         self._blas.use_stream(self.cupy.cuda.get_current_stream().ptr)
         return self._blas
 
@@ -237,7 +248,7 @@ def _products(a, b, out, *, alpha=1.0):
     strides = [int(stride) for x in (a, b, out) for stride in x.strides[:2]]
     machine().launch("matrix_addresses", _grid(B * heads), (256,), (*starts, *strides, heads, B * heads, addresses))
     compute = "float32" if machine().precision == "float32" else "tf32"
-    machine().blas().matmul_of_addresses(a[0, 0], b[0, 0], out[0, 0], addresses, alpha=alpha, compute=compute)
+    machine().blas().matmul_of_addresses(a, b, out, addresses, alpha=alpha, compute=compute)
 
 
 _rounded = []  # (address, size, rounded copy) of the flat parameters that `rounded` blocks hold
