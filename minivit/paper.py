@@ -554,10 +554,9 @@ def make_hybrid(context):
     from minivit import paper_plots
 
     sweep, folder = carried_out(context, "paper-hybrid", "ViTs and hybrids")
-    kinds = {"": "ViT", "root": "hybrid: root"}
+    kinds = {"": "ViT", "root": "hybrid: root", "1": "hybrid: root and a unit"}
     points = [
-        {"kind": kinds.get(c.stem, f"hybrid: root, stages of {c.stem}"), "width": c.width, "tokens": c.num_tokens}
-        | point
+        {"kind": kinds[c.stem], "width": c.width, "tokens": c.num_tokens} | point
         for c, point in points_of(sweep, folder)
     ]
     path = context.figure("paper-hybrid")

@@ -484,7 +484,7 @@ def test_hybrids_against_compute(call, tmp_path, monkeypatch, no_figures):
     ended = call("paper", "paper-hybrid", "--data", "digits", "--budget", "100s", "--quiet", "--out", tmp_path / "p")
     assert ended.status == 0, ended.err
     ((points,),) = drawn
-    kinds = ["ViT", "hybrid: root", "hybrid: root, stages of 1"]
+    kinds = ["ViT", "hybrid: root", "hybrid: root and a unit"]
     assert [(p["kind"], p["width"], p["tokens"]) for p in points] == [(k, w, 5) for k in kinds for w in (8, 16)]
     model = ViTConfig(
         image_size=8, channels=1, patch_size=1, width=16, num_heads=2, depth=1, stem="1", stem_width=4, stem_groups=4

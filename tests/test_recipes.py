@@ -1,10 +1,12 @@
 """Recipes: whatever trains takes the same flags and files, and gets the same from them."""
 
+import numpy as np
 import pytest
 
 from minivit import params as parameters
 from minivit import recipes
 from minivit.cli import Parser
+from minivit.data import load
 from minivit.errors import InputError
 from minivit.masked import MaskedConfig
 from minivit.model import ViTConfig, parameter_table

@@ -343,11 +343,11 @@ def test_the_command_of_a_run_that_began_with_another():
     config, train = ViTConfig(image_size=48, width=96, num_classes=5), TrainConfig(steps=7, epochs=2)
     own = {"model": {"drop_path": 0.0}, "train": {"steps": 100}}
     words = report.command(config, train, data, own, start)
-    assert words[1:6] == [
+    assert words[1:7] == [
         ["--data", "cifar10"], ["--image-size", "48"], ["--classes", "5-9"],
         ["--train-share", "0.5"], ["--from", "a b.npz"], ["--keep-head"]
     ]  # fmt: skip
-    assert words[6] == ["--pos-resize", "bicubic"] and ["--dropout", "0.0"] in words and ["--patch-size", "4"] in words
+    assert words[7] == ["--pos-resize", "bicubic"] and ["--dropout", "0.0"] in words and ["--patch-size", "4"] in words
     assert not {"--width", "--num-classes", "--drop-path", "--patch-resize"} & {part[0] for part in words}
     assert ["--steps", "7"] in words
     recipe = recipe_of_flags(load_script("train").parse([word for part in words[1:] for word in part]), "cifar10")
