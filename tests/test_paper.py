@@ -506,6 +506,20 @@ def test_equal_steps_on_shares_of_the_pictures():
         assert passes == passes[:1] * 4
 
 
+def test_one_figure_anew_leaves_the_rest_of_the_page(call, tmp_path, monkeypatch):
+    """What a fresh clone of the project holds of docs/paper is enough."""
+    for name in ("index.json", "index.md", "cost.png"):
+        (tmp_path / name).write_bytes((ROOT / "docs" / "paper" / name).read_bytes())
+    before = index_of(tmp_path)
+    point = {"model": "B/16", "size": 64, "tokens": 17, "batch": 8, "peak_memory": 3, "images_per_second": 1.0}
+    monkeypatch.setattr(analysis, "cost", lambda *_, **__: [point | {"task": task} for task in ("infer", "step")])
+    assert "already" in call("paper", "cost", "--out", tmp_path).out
+    assert call("paper", "cost", "--out", tmp_path, "--again").status == 0
+    after = index_of(tmp_path)
+    assert {**after, "cost": None} == {**before, "cost": None} and after["cost"] != before["cost"]
+    assert before["note"] in (tmp_path / "index.md").read_text()
+
+
 def test_the_page_of_the_project():
     """docs/paper/index.md is what docs/paper/index.json says, and every figure of it is there."""
     folder = ROOT / "docs" / "paper"
