@@ -12,6 +12,7 @@ What was made is remembered in the folder's index.json, so that nothing is made 
 from __future__ import annotations
 
 import json
+import math
 import runpy
 import shlex
 import time
@@ -31,6 +32,7 @@ from minivit.engine import available_cores
 from minivit.errors import InputError
 from minivit.inference import check_finite, load_with_data, on_device
 from minivit.layers.softmax import softmax_forward
+from minivit.masked import TARGETS
 from minivit.model import ViTConfig
 from minivit.pretrained import file_of, is_readable, load_any
 from minivit.recipes import CONFIGS, find_config, prepare, read_recipe, sizes_of, trainer_of
@@ -79,14 +81,14 @@ class Context:
     """Where an entry finds its model and how much it may train.
 
     ``run``: a run's folder or a checkpoint, or None: a model is trained in the folder ``out``/model with the settings
-    file ``config``, whose epochs are the most that it gets. ``budget`` are the seconds for all that is trained,
-    ``share`` those of them for one training. ``device``: where all that is done.
+    file ``config``, whose epochs are the most that it gets. ``budget`` are the seconds for all that is trained;
+    they are the ``share`` of each entry unless another is set (see `shares_of`). ``device``: where all that is done.
     """
 
     def __init__(self, out, *, run=None, config="paper", data=None, data_dir=None, budget=300.0, suffix=".png",
                  device="cpu", progress=True):  # fmt: skip
         self.out, self.run, self.config, self.suffix = Path(out), run, config, suffix
-        self.budget = self.share = budget
+        self.share = budget
         self.data = {key: value for key, value in (("data", data), ("data_dir", data_dir)) if value is not None}
         self.device, self.progress = device, progress
 
@@ -123,6 +125,7 @@ class Context:
             epochs, each = epochs_within(self.share, dataset, model, config)
             epochs = min(epochs, config.epochs)
             print(f"training a model: {counted(epochs, 'epoch')} of about {each:.3g} s, in {folder}", flush=True)
+            planned(folder, {"budget": self.share})
         trainer = trainer_of(recipe._replace(train=recipe.train | {"epochs": epochs}), folder, progress=self.progress)
         if begun:
             trainer.restore()
@@ -294,6 +297,39 @@ def share_within(times, asked, budget):
     return low
 
 
+def plan_of(context, folder, made_of):
+    """What plan.json says of the runs in a folder; {} where there is none yet.
+
+    Raises  InputError: they are of other settings, or of another share of the budget.
+    """
+    plan = read_json(folder / PLAN)
+    if plan and (plan.get("budget"), plan.get("of")) != (context.share, made_of):
+        raise InputError(
+            f"{folder} holds runs of other settings, or cut for another budget ({plan.get('budget', 0):g} s, not "
+            f"{context.share:g} s); choose another --out"
+        )
+    return plan
+
+
+def planned(folder, plan):
+    """Write plan.json; returns the plan."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / PLAN, plan)
+    return plan
+
+
+def sure_of(accuracies, pictures):
+    """How sure accuracies are that were measured once on so many test pictures, as a sentence.
+
+    Math    the standard error of a share p of n pictures: sqrt(p (1 - p) / n); that of the p nearest to 1/2 is told
+    """
+    error = max(math.sqrt(p * (1 - p) / pictures) for p in accuracies)
+    return (
+        f"Of one run on {pictures:,} test pictures an accuracy has a standard error of up to {100 * error:.1f} points, "
+        "and another seed would change more: rows as near to each other as that are not told apart."
+    )
+
+
 def sweep_of(context, name, *, share=1.0, start=None, model=None):
     """The sweep configs/sweeps/NAME.toml with one seed, cut to the budget, and the folder of its runs.
 
@@ -314,13 +350,8 @@ def sweep_of(context, name, *, share=1.0, start=None, model=None):
     rows = [row._replace(recipe=here(row.recipe), changes=told(row.changes)) for row in sweep.rows]
     sweep = sweep._replace(seeds=sweep.seeds[:1], rows=tuple(rows))
     folder = context.out / name
-    plan = read_json(folder / PLAN)
     made_of = fingerprint_of([row._asdict() for row in sweep.rows])
-    if plan and (plan.get("budget"), plan.get("of")) != (context.budget, made_of):
-        raise InputError(
-            f"{folder} holds runs of other settings, or cut for another budget ({plan.get('budget', 0):.0f} s, not "
-            f"{context.budget:.0f} s); choose another --out"
-        )
+    plan = plan_of(context, folder, made_of)
     if not plan:
         place = {"device": context.device}
         prepared = [prepare(row.recipe._replace(train=row.recipe.train | place))[:3] for row in sweep.rows]
@@ -337,9 +368,10 @@ def sweep_of(context, name, *, share=1.0, start=None, model=None):
                 f"{name}: {seconds:.0f} s hold {min(steps.values())} steps of each of its {len(rows)} settings on this "
                 f"machine, too few to compare; give a larger --budget"
             )
-        plan = {"budget": context.budget, "of": made_of, "steps": steps, "share": cut}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / PLAN, plan)
+        tests = len(prepared[0][0].test_labels)
+        plan = planned(
+            folder, {"budget": context.share, "of": made_of, "steps": steps, "share": cut, "test_pictures": tests}
+        )
 
     def shorter(row):
         train = {key: value for key, value in row.recipe.train.items() if key != "epochs"}
@@ -366,6 +398,12 @@ def carried_out(context, name, title, **settings):
     return sweep, folder
 
 
+def sure_of_sweep(sweep, folder):
+    """`sure_of` the results of a sweep."""
+    accuracies = [result["accuracy"] for result in results_of(sweep, folder).values()]
+    return sure_of(accuracies, read_json(folder / PLAN)["test_pictures"])
+
+
 def make_sweep(context, name, title, **settings):
     """A sweep of configs/sweeps, its table and its figure."""
     from minivit import plots
@@ -377,7 +415,8 @@ def make_sweep(context, name, title, **settings):
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return Made(
         (path.name,),
-        f"{sweep.title} of configs/sweeps/{name}.toml: accuracy of the test pictures after the last one.",
+        f"{sweep.title} of configs/sweeps/{name}.toml: accuracy of the test pictures after the last one. "
+        + sure_of_sweep(sweep, folder),
         "\n".join(lines),
     )
 
@@ -402,13 +441,17 @@ PLAIN = (
 )  # fmt: skip
 
 
-def make_self_supervision(context):
-    """Section 4.6: a time spent with labels alone, or half of it without."""
-    from minivit import plots
+def runs_in(context, folder):
+    """A function that makes the runs of an entry: ``train(name, seconds, *flags, script)`` returns a run's summary.
 
-    folder, whole = context.out / "selfsupervision", context.share / 4
+    What is finished is left alone, what stopped goes on. Raises  InputError: see `plan_of`;  Stopped
+    """
     shared = [word for key, value in context.data.items() for word in ("--" + key.replace("_", "-"), value)]
-    shared += ["--preset", QUICK, "--device", context.device, *([] if context.progress else ["--quiet"])]
+    shared += ["--preset", QUICK]
+    made_of = fingerprint_of([shared, PLAIN])
+    if not plan_of(context, folder, made_of):
+        planned(folder, {"budget": context.share, "of": made_of})
+    shared += ["--device", context.device, *([] if context.progress else ["--quiet"])]
 
     def train(name, seconds, *flags, script="train.py"):
         run = folder / name
@@ -419,29 +462,118 @@ def make_self_supervision(context):
             call_script(script, *rest, "--out", run)
         return read_json(run / SUMMARY)
 
-    labels = ["--config", "cifar10"]
+    return train
+
+
+def save_summaries(path, title, found):
+    """The figure of a few runs' test accuracies; ``found``: {name: summary}, the first to be compared with."""
+    from minivit import plots
+
+    accuracies = {name: said["test_accuracy"] for name, said in found.items()}
+    first = next(iter(accuracies.values()))
+    rows = [
+        {"name": name, "mean": p, "runs": {"0": {"accuracy": p}}, "gain": p - first if number else None}
+        for number, (name, p) in enumerate(accuracies.items())
+    ]
+    plots.save_sweep(path, {"title": title, "rows": rows})
+    return sure_of(accuracies.values(), next(iter(found.values()))["test_images"])
+
+
+def make_self_supervision(context):
+    """Section 4.6: a time spent with labels alone, or half of it without."""
+    folder, whole = context.out / "selfsupervision", context.share / 4
+    train, labels = runs_in(context, folder), ["--config", "cifar10"]
     found = {"labels, as fine-tuned": train("plain", whole, *labels, *PLAIN)}
     for method, name in (("mpp", "masked patches, then labels"), ("mae", "masked autoencoder, then labels")):
         train(f"{method}-before", whole / 2, "--method", method, script="pretrain.py")
         begin = ["--from", folder / f"{method}-before" / LAST]
         found[name] = train(method, whole / 2, *labels, *PLAIN, *begin)
     found["labels, configs/cifar10.toml"] = train("recipe", whole, *labels)
-    path, first = context.figure("selfsupervision"), found["labels, as fine-tuned"]["test_accuracy"]
-    rows = [
-        {"name": name, "mean": said["test_accuracy"], "runs": {"0": {"accuracy": said["test_accuracy"]}},
-         "gain": said["test_accuracy"] - first if number else None}
-        for number, (name, said) in enumerate(found.items())
-    ]  # fmt: skip
-    title = f"{whole:.0f} s of training each"
-    plots.save_sweep(path, {"title": f"Pre-training without labels: {title}, seed 0", "rows": rows})
+    path, title = context.figure("selfsupervision"), f"{whole:.0f} s of training each"
+    sure = save_summaries(path, f"Pre-training without labels: {title}, seed 0", found)
     lines = ["| | test accuracy | epochs with labels | seconds with labels |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {said['test_accuracy']:.2%} | {said['epochs']} | {said['train_seconds']:.0f} |"
         for name, said in found.items()
     ]
     caption = (
-        f"{title}, all of it with labels, or half of it guessing masked patches: accuracy of the test pictures after "
-        "the last epoch. The fine-tuning takes the settings of the first row, the last row those of the recipe."
+        f"At most {title}, in whole epochs, all of it with labels, or half of it guessing masked patches: accuracy of "
+        "the test pictures after the last epoch. The fine-tuning takes the settings of the first row, the last row "
+        f"those of the recipe. {sure}"
+    )
+    return Made((path.name,), caption, "\n".join(lines))
+
+
+def make_targets(context):
+    """Appendix B.1.2: what masked patch prediction is to predict."""
+    folder, each = context.out / "targets", context.share / (2 * len(TARGETS["mpp"]))
+    train, before, found = runs_in(context, folder), {}, {}
+    for target in TARGETS["mpp"]:
+        asked = ["--method", "mpp", "--target", target]
+        before[target] = train(f"{target}-before", each, *asked, script="pretrain.py")
+        begin = ["--from", folder / f"{target}-before" / LAST]
+        found[target] = train(target, each, "--config", "cifar10", *PLAIN, *begin)
+    path, title = context.figure("targets"), f"{each:.0f} s without and as many with labels"
+    sure = save_summaries(path, f"Targets of masked patch prediction: {title}, seed 0", found)
+    lines = ["| target | what of it was right, or explained | without looking | epochs | test accuracy | epochs |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        f"| {target} | {said['test_accuracy']:.1%} | {said['chance_accuracy']:.1%} | {said['epochs']} | "
+        f"{found[target]['test_accuracy']:.2%} | {found[target]['epochs']} |"
+        for target, said in before.items()
+    ]
+    caption = (
+        f"At most {title}, in whole epochs: accuracy of the test pictures after fine-tuning a model that had guessed "
+        "of masked patches their mean colours (3 bits of each channel), those of their 4 x 4 downsized version, or all "
+        f"of their pixels, by regression. {sure}"
+    )
+    return Made((path.name,), caption, "\n".join(lines))
+
+
+def data_of(sweep):
+    """The name of a sweep's data set."""
+    return sweep.rows[0].recipe.data["data"]
+
+
+def points_of(sweep, folder):
+    """The finished runs of a sweep for a figure of compute: [(ViTConfig, {"accuracy", "training_flops", ...})]."""
+    results, points = results_of(sweep, folder), []
+    for run in runs_of(sweep, folder):
+        _, c, config, _ = prepare(run.row.recipe)
+        step = sum(expected_flops(c, config.batch_size * config.accumulate))
+        point = {
+            "accuracy": results[run.row.name, run.seed]["accuracy"], "training_flops": config.steps * step,
+            "prediction_flops": expected_flops(c, 1).forward,
+        }  # fmt: skip
+        points.append((c, point))
+    return points
+
+
+def make_hybrid(context):
+    """Fig. 5: accuracy against the work of training, with and without a ResNet before the patches."""
+    from minivit import paper_plots
+
+    sweep, folder = carried_out(context, "paper-hybrid", "ViTs and hybrids")
+    kinds = {"": "ViT", "root": "hybrid: root", "1": "hybrid: root and a unit"}
+    points = [
+        {"kind": kinds[c.stem], "width": c.width, "tokens": c.num_tokens} | point
+        for c, point in points_of(sweep, folder)
+    ]
+    path = context.figure("paper-hybrid")
+    paper_plots.save_compute(path, points, title=f"{data_of(sweep)}: {sweep.title}")
+    lines = [
+        "| | width | tokens | test accuracy | training, TFLOP | a prediction, MFLOP |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {p['kind']} | {p['width']} | {p['tokens']} | {p['accuracy']:.2%} | {1e-12 * p['training_flops']:.3g} | "
+        f"{1e-6 * p['prediction_flops']:.3g} |"
+        for p in points
+    ]
+    caption = (
+        f"{sweep.title} of configs/sweeps/paper-hybrid.toml: accuracy of the test pictures after the last one, against "
+        "the work of the training's matrix products and convolutions, forward and backward; beside each stands the "
+        f"width of its tokens. {sure_of_sweep(sweep, folder)}"
     )
     return Made((path.name,), caption, "\n".join(lines))
 
@@ -451,20 +583,13 @@ def make_axial(context):
     from minivit import paper_plots
 
     sweep, folder = carried_out(context, "paper-axial", "Full and axial attention")
-    results, points = results_of(sweep, folder), []
-    for run in runs_of(sweep, folder):
-        dataset, c, config, _ = prepare(run.row.recipe)
-        points.append(
-            {
-                "attention": c.attention, "blocks": c.depth, "patch": c.patch_size,
-                "accuracy": results[run.row.name, run.seed]["accuracy"],
-                "training_flops": config.steps * sum(expected_flops(c, config.batch_size * config.accumulate)),
-                "prediction_flops": expected_flops(c, 1).forward,
-                "batch": SPEED_BATCH, **analysis.speed(c, "infer", SPEED_BATCH, SPEED_TURNS),
-            }
-        )  # fmt: skip
+    points = [
+        {"attention": c.attention, "blocks": c.depth, "patch": c.patch_size, **point, "batch": SPEED_BATCH}
+        | analysis.speed(c, "infer", SPEED_BATCH, SPEED_TURNS)
+        for c, point in points_of(sweep, folder)
+    ]
     path = context.figure("paper-axial")
-    paper_plots.save_axial(path, points, title=f"{dataset.name}: {sweep.title}")
+    paper_plots.save_axial(path, points, title=f"{data_of(sweep)}: {sweep.title}")
     write_json(context.out / "paper-axial.json", points)
     lines = ["| attention | blocks | patch | test accuracy | training, TFLOP | a prediction, MFLOP | predictions/s |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -477,7 +602,8 @@ def make_axial(context):
         f"{sweep.title} of configs/sweeps/paper-axial.toml: accuracy of the test pictures after the last one, against "
         "the work of the training's matrix products, forward and backward, and against predictions per second on "
         f"{available_cores()} cores, float32, in batches of {SPEED_BATCH}. An axial block looks along rows or along "
-        "columns: twice as many blocks, as the paper's Axial-ViT has, look along both as often as a full one does."
+        "columns: twice as many blocks, as the paper's Axial-ViT has, look along both as often as a full one does. "
+        f"{sure_of_sweep(sweep, folder)}"
     )
     return Made((path.name,), caption, "\n".join(lines))
 
@@ -504,6 +630,9 @@ def make_masked(context):
     asked += [] if context.progress else ["--quiet"]
     for key, value in context.data.items():
         asked += ["--" + key.replace("_", "-"), value]
+    made_of = fingerprint_of(context.data)
+    if not plan_of(context, run, made_of):
+        planned(run, {"budget": context.share, "of": made_of})
     asked += ["--resume"] if (run / LAST).exists() else ["--budget", f"{context.share:g}s"]
     call_script("pretrain.py", *asked)
     said = read_json(run / SUMMARY)
@@ -564,13 +693,25 @@ ENTRIES = (
           "a model", 60, make_few_shot, without_file(SCRIPTS / "transfer.py")),
     Entry("masked", "Section 4.6", "Masked patch prediction",
           "pre-trained on CIFAR-10's pictures within the budget, where the paper has B/16 and JFT", "training", 0,
-          make_masked, without_file(SCRIPTS / "pretrain.py"), 2.0),
+          make_masked, without_file(SCRIPTS / "pretrain.py"), 3.0),
     Entry("selfsupervision", "Section 4.6", "Pre-training without labels, then fine-tuning",
           "pre-trained and fine-tuned on the same CIFAR-10 pictures within the budget; the paper has JFT and ImageNet",
-          "training", 0, make_self_supervision, without_file(SCRIPTS / "pretrain.py"), 4.0),
+          "training", 0, make_self_supervision, without_file(SCRIPTS / "pretrain.py"), 6.0),
+    Entry("targets", "Appendix B.1.2", "What masked patch prediction predicts",
+          "pre-trained and fine-tuned on the same CIFAR-10 pictures within the budget; the paper has JFT, and compares "
+          "few-shot accuracies", "training", 0, make_targets, without_file(SCRIPTS / "pretrain.py"), 5.0),
     Entry("finetuning", "Section 3.2, B.1.1", "Fine-tuning, also at a higher resolution",
           "from five classes of CIFAR-10 to the other five at 32 and 48 pixels; the paper goes from 224 to 384",
           "training", 0, make_fine_tuning, without_file(CONFIGS / "sweeps" / "finetuning.toml")),
+    Entry("paper-hybrid", "Fig. 5, Section 3.1", "ViTs and hybrids by compute",
+          SCRATCH + "; stems of the root, or of it and one unit, with 16 channels, where the paper has a ResNet-50; "
+          "the paper has ResNets alone too", "training", 0, make_hybrid,
+          without_file(CONFIGS / "sweeps" / "paper-hybrid.toml")),
+    sweep_entry("paper-datasize", "Fig. 3, Fig. 4", "Size of the training set",
+                "trained from nothing on shares of one small data set, for as many steps each, one seed; the paper "
+                "pre-trains on up to 300 million pictures, and tunes the regularisation of the smaller sets"),
+    sweep_entry("paper-head", "Section 3.1, D.3", "Head with and without a hidden layer",
+                SCRATCH + "; the paper has the hidden layer in pre-training alone, and no table of it"),
     sweep_entry("paper-optimizer", "Table 7", "SGD and Adam",
                 "a ViT " + SCRATCH + "; the paper compares them for ResNets"),
     sweep_entry("paper-shape", "Fig. 8", "Depth, width, MLP and patch size", SCRATCH),
@@ -581,6 +722,16 @@ ENTRIES = (
           "place of a class token; grids of 4 x 4 and 8 x 8 patches leave axial attention little to save",
           "training", 0, make_axial, without_file(CONFIGS / "sweeps" / "paper-axial.toml")),
 )  # fmt: skip
+
+ABSENT = (
+    "Accuracies of pre-training on ImageNet, ImageNet-21k and JFT (Tables 2, 5 and 6; Fig. 3 to 5 at their scale): the "
+    "settings of Tables 3 and 4 are in configs/paper-*.toml, the data and the machines are not here",
+    "VTAB (Fig. 2, Table 9): `scripts/vtab.py` has its protocol and its 19 tasks, whose pictures are to be supplied",
+    "ImageNet-ReaL (Table 2): `scripts/evaluate.py --real` has its metric; ObjectNet (D.9) has no code of its own",
+    "ResNets by themselves (Fig. 3 to 5, Table 6) and the AxialResNet (Fig. 13): a ResNet is here only the stem of a "
+    "hybrid",
+    "The axes of Fig. 12 that a TPU gives: the largest batch that fits, speeds of one core",
+)
 
 
 def entry_of(name):
@@ -618,20 +769,48 @@ def made_from(entry, context):
         if (path := file_of(path)).is_file():
             content["checkpoint"] = zlib.crc32(path.read_bytes())
     if entry.needs == "training":
-        content |= {"budget": context.budget, "data": context.data}
+        content |= {"budget": context.share, "data": context.data}
     return content
 
 
-def is_made(entry, context):
-    """Is the figure in the folder already, and made from the same?"""
-    known = read_json(context.out / INDEX).get(entry.name)
-    if not isinstance(known, dict) or known.get("from") != made_from(entry, context):
+def shares_of(entries, context):
+    """The seconds for each of the entries, by name: the context's, by weight, but for those that train nothing.
+
+    What is made already has its share like the others: the same command, given again, shares out as it did before.
+    """
+    weights = {entry.name: entry.weight for entry in entries if entry.needs == "training"}
+    models = [entry.name for entry in entries if entry.needs == "a model" and context.run is None]
+    whole = sum(weights.values()) + MODEL_WEIGHT * bool(models)
+    weights |= dict.fromkeys(models, MODEL_WEIGHT)  # of one and the same model
+    # four digits: what --budget says when an entry is made again alone
+    return {name: float(f"{context.share * weight / whole:.4g}") for name, weight in weights.items()}
+
+
+def budget_of(entry, context):
+    """The --budget with which an entry alone is made as it was, in seconds; None if it trains nothing."""
+    if entry.needs == "training":
+        return context.share
+    if entry.needs == "a model" and context.run is None:
+        return read_json(context.out / "model" / PLAN).get("budget", context.share)
+    return None
+
+
+def is_made(entry, context, *, any_budget=False):
+    """Is the figure in the folder already, and made from the same, perhaps but for the budget?"""
+    known, wanted = read_json(context.out / INDEX).get(entry.name), made_from(entry, context)
+    if not isinstance(known, dict) or not isinstance(before := known.get("from"), dict):
+        return False
+    if any_budget and "budget" in before:
+        wanted["budget"] = before["budget"]
+    if before != wanted:
         return False
     return all((context.out / name).is_file() for name in known.get("files", ["?"]))
 
 
 def make(entry, context, command):
-    """Make an entry's figures and write the page anew; ``command`` is what a reader types to do it again.
+    """Make an entry's figures and write the page anew.
+
+    ``command``: what a reader types to do it again, without its --budget.
 
     Raises  InputError: it cannot be made;  Stopped
     """
@@ -640,27 +819,39 @@ def make(entry, context, command):
     context.out.mkdir(parents=True, exist_ok=True)
     started_at = time.monotonic()
     made = entry.make(context)
-    index = read_json(context.out / INDEX)
-    index[entry.name] = made._asdict() | {
+    budget = budget_of(entry, context)
+    add_to_page(context, entry.name, made._asdict() | {
         "from": made_from(entry, context),
-        "command": shlex.join(command),
+        "command": shlex.join([*command, *([] if budget is None else ["--budget", f"{budget:.10g}s"])]),
         "seconds": time.monotonic() - started_at,
         "model": context.says if entry.needs == "a model" else "",
-    }
-    write_json(context.out / INDEX, index)
-    text = page_of(index)
-    write_atomically(context.out / PAGE, lambda file: file.write(text.encode(errors="backslashreplace")))
+    })  # fmt: skip
     return made
 
 
+def add_to_page(context, name, content):
+    """Remember an entry, or the note (see `page_of`), in index.json, and write the page anew."""
+    context.out.mkdir(parents=True, exist_ok=True)
+    index = read_json(context.out / INDEX) | {name: content}
+    write_json(context.out / INDEX, index)
+    text = page_of(index)
+    write_atomically(context.out / PAGE, lambda file: file.write(text.encode(errors="backslashreplace")))
+
+
 def page_of(index):
-    """The Markdown page of all figures that were made, from the content of index.json."""
+    """The Markdown page of all figures that were made, from the content of index.json.
+
+    What stands there under "note" is a paragraph at its head: of the data, say, what the program cannot know.
+    """
     lines = [
         "# The figures of the ViT paper, made again",
         "",
-        "After Dosovitskiy et al. 2020, [arXiv:2010.11929](https://arxiv.org/abs/2010.11929). Made by",
-        "`scripts/paper.py`, of which `--help` tells the rest.",
+        "After Dosovitskiy et al. 2020, [arXiv:2010.11929](https://arxiv.org/abs/2010.11929), by `scripts/paper.py`.",
+        "Its `--all --budget TIME` makes all of them and shares the time out; the command below a figure makes that",
+        "one alone, with the time that it had. One seed and little training each: means are shown, not ends.",
     ]
+    if isinstance(note := index.get("note"), str):
+        lines += ["", note]
     for entry in ENTRIES:
         known = index.get(entry.name)
         if not isinstance(known, dict) or not known.keys() >= {*Made._fields, "command", "model"}:
@@ -674,4 +865,5 @@ def page_of(index):
         lines += ["```bash", known["command"], "```"]
         if known["table"]:
             lines += ["", known["table"]]
+    lines += ["", "## What of the paper has no figure here", "", *(f"- {each}" for each in ABSENT)]
     return "\n".join(lines) + "\n"

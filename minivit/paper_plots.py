@@ -200,3 +200,23 @@ def save_axial(path, points, *, title=""):
     )
     figure.suptitle(label(title, 120), fontsize=10, x=0.01, ha="left")
     _save(figure, path)
+
+
+def save_compute(path, points, *, title=""):
+    """Accuracy against the FLOPs of training (of `paper.make_hybrid`): a line for each kind of model, by its sizes."""
+    figure = _figure(6.8, 4.2)
+    axes = figure.subplots()
+    for kind, color, marker in zip(dict.fromkeys(p["kind"] for p in points), LINES, "os^Dvp", strict=False):
+        mine = sorted((p for p in points if p["kind"] == kind), key=lambda p: p["training_flops"])
+        x, y = [1e-12 * p["training_flops"] for p in mine], [100 * p["accuracy"] for p in mine]
+        axes.plot(x, y, marker=marker, ms=6, lw=1.4, color=color, label=kind)
+        for p, place in zip(mine, zip(x, y, strict=True), strict=True):
+            axes.annotate(p["width"], place, (0, 6), textcoords="offset points", ha="center", fontsize=8, color=color)
+    axes.set_xscale("log")
+    axes.margins(0.15)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    _style(axes, "training, TFLOP in matrix products", "test accuracy, %", label(title, 80))
+    axes.legend(frameon=False, fontsize=8, loc="lower right", title="64: width of the tokens", title_fontsize=8)
+    _save(figure, path)

@@ -25,7 +25,7 @@ from minivit.train import LAST, TrainConfig, Trainer, check_data, dataset_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FINETUNE = "finetune"  # the settings file of runs that begin with a trained model, unless they name another
-DATA_KEYS = {"data": "digits", "data_dir": "data", "image_size": None, "classes": None}
+DATA_KEYS = {"data": "digits", "data_dir": "data", "image_size": None, "classes": None, "train_share": None}
 SECTIONS = {
     "data": DATA_KEYS,
     "model": ["preset", *field_names(ViTConfig)],
@@ -37,7 +37,7 @@ SECTIONS = {
 class Recipe(NamedTuple):
     """Settings that were asked for; those that are absent have their defaults."""
 
-    data: dict  # data, data_dir, image_size, classes
+    data: dict  # data, data_dir, image_size, classes, train_share
     model: dict  # of `ViTConfig`
     train: dict  # of `TrainConfig`
     start: dict = {}  # of `StartConfig`
@@ -58,6 +58,9 @@ def add_recipe(
     where.add_argument("--data-dir", metavar="DIR", default=None, help="where the data lie [data]")
     where.add_argument(
         "--classes", metavar="LIST", default=None, help="classes to keep: numbers, ranges, names, as 0-4,cat [all]"
+    )
+    where.add_argument(
+        "--train-share", type=float, metavar="X", default=None, help="share of the training pictures to keep [1]"
     )
     where.add_argument("--config", metavar="FILE", help=f"settings file, or the name of one in configs/ [{file}]")
     if start:
@@ -103,7 +106,8 @@ def recipe_of_flags(arguments, name=None, *, sections=SECTIONS):
     """
     start = given(arguments, StartConfig)
     file = file_of_flags(arguments, FINETUNE if start else name)
-    data = {key: value for key in ("data", "data_dir", "classes") if (value := getattr(arguments, key)) is not None}
+    flags = ("data", "data_dir", "classes", "train_share")
+    data = {key: value for key in flags if (value := getattr(arguments, key)) is not None}
     return read_recipe(
         file, data=data, preset=arguments.preset, model=given(arguments, ViTConfig),
         train=given(arguments, TrainConfig), start=start, sections=sections,
@@ -173,7 +177,8 @@ def prepare(recipe):
     found = load_start(start.checkpoint) if start.checkpoint else None
     if found and not image_size and data["data"] in FOLDERS:  # whose pictures have no size of their own
         image_size = found[0].config.image_size
-    dataset = load(data["data"], data["data_dir"], image_size=image_size, classes=data["classes"])
+    kept = {key: data[key] for key in ("classes", "train_share")}
+    dataset = load(data["data"], data["data_dir"], image_size=image_size, **kept)
     _, size, _, channels = dataset.train_images.shape
     asked = {"image_size": size, "channels": channels, "num_classes": len(dataset.class_names), **model}
     describe = {**data, "data_dir": str(data["data_dir"]), "image_size": image_size}
@@ -224,6 +229,9 @@ def check_same_data(arguments, asked, describe, path):
     classes = arguments.classes or asked.get("classes")
     if classes not in (None, found := describe["classes"]):
         raise InputError(f"{path} was trained on {f'the classes {found}' if found else 'all classes'}, not {classes}")
+    share = arguments.train_share or asked.get("train_share")
+    if share not in (None, found := describe["train_share"]):
+        raise InputError(f"{path} was trained on a share of {found or 1} of the training pictures, not of {share}")
     name = arguments.data or asked.get("data", describe["data"])
     if name != describe["data"]:
         raise InputError(f"{path} was trained on {describe['data']}, not on {name}")

@@ -189,6 +189,8 @@ def command(config, train, data, own, start=None):
         parts.append(["--image-size", str(config.image_size)])
     if data.get("classes"):
         parts.append(["--classes", str(data["classes"])])
+    if data.get("train_share"):
+        parts.append(["--train-share", str(data["train_share"])])
     for key, value in (start or {}).items():
         if key in START_FLAGS and value != START_FLAGS[key][1]:
             flag = START_FLAGS[key][0]
@@ -280,7 +282,8 @@ def _settings(run):
     data = run.meta["data"]
     what = (("data", "digits", "data set"), ("data_dir", "data", "where the data lie"),
             ("image_size", None, "size that the pictures are brought to, pixels"),
-            ("classes", None, "classes that are kept"))  # fmt: skip
+            ("classes", None, "classes that are kept"),
+            ("train_share", None, "share of the training pictures that is kept"))  # fmt: skip
     groups.append(group("Data", [(name, data.get(name), default, about) for name, default, about in what]))
     if origin := origin_of(run.meta):
         fields = [(f.name, origin.get(f.name), f.default, f.metadata["help"]) for f in dataclasses.fields(StartConfig)]

@@ -235,7 +235,8 @@ def dataset_of(meta, path, *, name=None, data_dir=None, image_size=None):
     name = name or stored.get("data")
     if name is None:
         raise InputError(f"{path} does not say which data set it was trained on; name one with --data")
-    same = {key: stored.get(key) for key in ("image_size", "classes")} if name == stored.get("data") else {}
+    keys = ("image_size", "classes", "train_share") if name == stored.get("data") else ()
+    same = {key: stored.get(key) for key in keys}
     if name in FOLDERS and not same.get("image_size"):
         same["image_size"] = image_size
     try:
@@ -271,10 +272,13 @@ def check_data(data, where):
 
     Raises  InputError: one has another type.
     """
-    texts = {str: "a text", int: "a whole number above 0"}
-    for key, kind in (("data", str), ("data_dir", str), ("image_size", int), ("classes", str)):
+    texts = {str: "a text", int: "a whole number above 0", float: "a number above 0 and at most 1"}
+    kinds = {"data": str, "data_dir": str, "image_size": int, "classes": str, "train_share": float}
+    for key, kind in kinds.items():
         value = data.get(key)
-        if value is not None and (type(value) is not kind or (kind is int and value < 1)):
+        if value is None:
+            continue
+        if type(value) is not kind or (kind is int and value < 1) or (kind is float and not 0.0 < value <= 1.0):
             raise InputError(f"{where}: {key} must be {texts[kind]}, got {value!r}")
     return data
 

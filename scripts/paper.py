@@ -8,7 +8,7 @@ from minivit.budget import seconds_of
 from minivit.cli import Parser, run
 from minivit.data import DATASETS
 from minivit.errors import InputError
-from minivit.paper import ENTRIES, MODEL_WEIGHT, PAGE, Context, Stopped, entry_of, is_made, make
+from minivit.paper import ENTRIES, PAGE, Context, Stopped, add_to_page, entry_of, is_made, make, shares_of
 
 EXAMPLES = """
 examples:
@@ -20,8 +20,9 @@ examples:
 
 Figures, tables and a page of all of them, index.md, go to --out. What is there is not made again, and what was
 interrupted goes on: the same command, given again, ends the work. Where no --run is named, a model is trained first, by
-configs/paper.toml or, with --data digits, configs/digits.toml. --budget is shared out among all trainings; they get at
-most the epochs of their settings. The exit status is 0, 130 if it was interrupted.
+configs/paper.toml or, with --data digits, configs/digits.toml. --budget is shared out among all trainings that are
+asked for, those made already too; they get at most the epochs of their settings. A folder holds the runs of one budget.
+The exit status is 0, 130 if it was interrupted.
 """
 
 
@@ -29,21 +30,24 @@ def show_list(context):
     """Print what there is."""
     print(f"{'name':16} {'of the paper':24} {'needs':10} {'time':>7}  state")
     for entry in ENTRIES:
-        state = entry.missing() or ("made" if is_made(entry, context) else "")
+        state = entry.missing() or ("made" if is_made(entry, context, any_budget=True) else "")
         taken = "budget" if entry.needs == "training" else f"{entry.seconds} s"
         print(f"{entry.name:16} {entry.mirrors:24} {entry.needs:10} {taken:>7}  {state}".rstrip())
     print("\na model: --run names one; otherwise it is trained first, within its share of the budget")
 
 
 def command_of(entry, arguments):
-    """The command that makes one figure again, as a list of its words."""
-    words = ["python", "scripts/paper.py", entry.name]
-    if entry.needs == "nothing":
-        return words
-    for name in ("run", "config", "data", "data_dir"):
+    """The command that makes one figure again, but for its --budget, as a list of its words."""
+    words, asked = ["python", "scripts/paper.py", entry.name], ["out"]
+    if entry.needs != "nothing":
+        asked = ["run", "config", "data", "data_dir", "out"]
+    for name in asked:
         if (value := getattr(arguments, name)) is not None:
             words += ["--" + name.replace("_", "-"), value]
-    return words + (["--budget", arguments.budget] if entry.needs == "training" or not arguments.run else [])
+    for name, default in (("device", "cpu"), ("format", "png")):
+        if (value := getattr(arguments, name)) != default:
+            words += ["--" + name, value]
+    return words
 
 
 def main(argv=None):
@@ -67,6 +71,7 @@ def main(argv=None):
     parser.add_argument("--config", metavar="FILE", help="settings of the model that is trained [paper, or digits]")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [cpu]")
     parser.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="of the figures [png]")
+    parser.add_argument("--note", metavar="TEXT", help="a paragraph for the head of the page, kept in --out")
     parser.add_argument("--again", action="store_true", help="draw what is there already anew")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args(argv)
@@ -88,17 +93,15 @@ def main(argv=None):
         entries.append(entry := entry_of(name))
         if reason := entry.missing():
             raise InputError(f"{name} cannot be made: {reason}")
-    left = [entry for entry in entries if arguments.again or not is_made(entry, context)]
-    model = any(entry.needs == "a model" for entry in left) and context.checkpoint(train=False) is None
-    weights = [entry.weight for entry in left if entry.needs == "training"] + [MODEL_WEIGHT] * model
-    failed = []
+    if arguments.note is not None:
+        add_to_page(context, "note", arguments.note)
+    shares, failed = shares_of(entries, context), []
     for entry in entries:
-        if entry not in left:
+        context.share = shares.get(entry.name, budget)
+        if is_made(entry, context) and not arguments.again:
             print(f"{entry.name}: is in {context.out} already")
             continue
         print(f"{entry.name}: {entry.title} ({entry.mirrors})", flush=True)
-        weight = entry.weight if entry.needs == "training" else MODEL_WEIGHT
-        context.share = budget * min(weight / sum(weights), 1.0) if weights else budget
         try:
             made = make(entry, context, command_of(entry, arguments))
         except Stopped:

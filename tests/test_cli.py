@@ -115,7 +115,7 @@ def test_the_data_sets_own_file_is_read():
     assert data["data"] == "cifar10" and train["flip"] is True
     data, model, train, _ = settings("--data", "folder", "--data-dir", "there", data="folder")  # has no file
     assert (data, model, train) == (
-        {"data": "folder", "data_dir": "there", "image_size": None, "classes": None}, {}, {}
+        {"data": "folder", "data_dir": "there", "image_size": None, "classes": None, "train_share": None}, {}, {}
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ class _Anything(tuple):
 def test_data_settings_come_from_flag_over_file(tmp_path):
     (tmp_path / "x.toml").write_text('[data]\ndata = "folder"\ndata_dir = "here"\nimage_size = 48\n')
     data, *_ = settings("--config", tmp_path / "x.toml")
-    assert data == {"data": "folder", "data_dir": "here", "image_size": 48, "classes": None}
+    assert data == {"data": "folder", "data_dir": "here", "image_size": 48, "classes": None, "train_share": None}
     data, *_ = settings("--config", tmp_path / "x.toml", "--data-dir", "there")
     assert data["data_dir"] == "there"
 

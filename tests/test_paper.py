@@ -73,7 +73,8 @@ def test_figures_of_a_run(call, tmp_path, trained):
         assert (tmp_path / "p" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"({name}.png)" in page and index[name]["caption"] in page and index[name]["caption"] in ended.out
         assert paper.entry_of(name).differs in page and paper.entry_of(name).mirrors in page
-        assert f"python scripts/paper.py {name} --run {trained}\n" in page and "test accuracy" in page
+        command = f"python scripts/paper.py {name} --run {trained} --out {tmp_path / 'p'}\n"
+        assert command in page and "test accuracy" in page
     # nothing is made twice, unless it is asked for, or the model is another one
     before = (tmp_path / "p" / "filters.png").stat().st_mtime_ns
     ended = call("paper", "filters", "--run", trained / "last.npz", "--out", tmp_path / "p")
@@ -180,7 +181,10 @@ def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeyp
         and "(tiny.png)" in page
         and "Table 0" in page
     )
-    assert "python scripts/paper.py tiny --budget 32s" in page
+    assert f"python scripts/paper.py tiny --out {tmp_path / 'p'} --budget 32s\n" in page
+    (accuracies,) = ([row["mean"] for row in table["rows"]],)
+    assert paper.sure_of(accuracies, 360) in page
+    assert call("paper", "list", "--out", tmp_path / "p").out.count("  made\n") == 1  # of whatever budget
     assert "already" in call("paper", *common, "--budget", "32s").out
     ended = call("paper", *common, "--budget", "1h")
     assert ended.status == 2 and "cut for another budget (32 s, not 3600 s); choose another --out" in ended.err
@@ -206,7 +210,7 @@ def test_the_budget_is_shared_out(call, tmp_path, monkeypatch):
     shares = []
 
     def made(context):
-        shares.append((context.budget, context.share))
+        shares.append(context.share)
         return paper.Made((), "c")
 
     entry = paper.Entry("a", "Fig. 0", "A", "nothing", "training", 0, made)
@@ -220,10 +224,30 @@ def test_the_budget_is_shared_out(call, tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "made_from", lambda entry, context: {})
     monkeypatch.setattr(paper.Context, "says", "")
     assert call("paper", "--all", "--out", tmp_path, "--config", TINY, "--budget", "60s").status == 0
-    assert shares == [(60, 30), (60, 10), (60, 20), (60, 20)]  # by weight: 6, 2, and the model's 4
+    assert shares == [30, 10, 20, 60]  # by weight: 6, 2, and the model's 4; the last trains nothing
+    # what is made, and a model that is trained, have their shares still
+    shares.clear()
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(paper.Context, "checkpoint", lambda self, **_: tmp_path / "model")
+    index = index_of(tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps({name: index[name] for name in "ad"}))
+    monkeypatch.setattr(
+        paper, "is_made", lambda entry, context: entry.name in paper.read_json(context.out / "index.json")
+    )
+    assert call("paper", "--all", "--out", tmp_path, "--config", TINY, "--budget", "60s").status == 0
+    assert shares == [10, 20]
+    # the page names the share of each; a budget that no number of seconds divides is told as it is used
+    commands = [
+        f"scripts/paper.py b --config {TINY} --out {tmp_path} --budget 10s",
+        f"c --config {TINY} --out {tmp_path}",
+    ]
+    assert all(words in (tmp_path / "index.md").read_text() for words in commands)
+    third = paper.shares_of(entries[:3], paper.Context(tmp_path, budget=7.0))
+    assert third == {"a": 3.5, "b": 1.167, "c": 2.333}
+    assert paper.shares_of(entries[1:2], paper.Context(tmp_path, budget=1.167)) == {"b": 1.167}
     shares.clear()
     assert call("paper", "b", "--out", tmp_path / "x", "--config", TINY, "--budget", "60s").status == 0
-    assert shares == [(60, 60)]
+    assert shares == [60]
 
 
 def test_what_fails_of_all_is_told_and_the_rest_made(call, tmp_path, monkeypatch):
@@ -274,7 +298,7 @@ def test_figures_of_weights_of_another_program(call, tmp_path, trained):
     index = index_of(tmp_path / "p")
     assert list(index) == [*entries, "fewshot"] and index["filters"]["model"].startswith("digits, patch ")
     assert (
-        f"python scripts/paper.py filters --run {tmp_path / 'timm'} --data digits\n"
+        f"python scripts/paper.py filters --run {tmp_path / 'timm'} --data digits --out {tmp_path / 'p'}\n"
         in (tmp_path / "p" / "index.md").read_text()
     )
     again = [*entries, *common, "--data", "digits"]
@@ -301,13 +325,15 @@ def test_masked_patches_by_another_script(tmp_path, monkeypatch):
         "    (out / 'summary.json').write_text(json.dumps(figures))\n"
         "    return 0 if '--resume' in argv else 130\n"
     )
-    context = paper.Context(tmp_path / "o", data_dir="d", budget=60.5, progress=False)
+    context, other = (paper.Context(tmp_path / "o", data_dir="d", budget=b, progress=False) for b in (60.5, 3600.0))
     asked = f"--method mpp --device cpu --out {tmp_path / 'o' / 'masked'} --quiet --data-dir d"
     with pytest.raises(paper.Stopped):
         paper.make_masked(context)
     assert (tmp_path / "o" / "masked" / "argv").read_text() == f"{asked} --budget 60.5s"
     made = paper.make_masked(context)
     assert (tmp_path / "o" / "masked" / "argv").read_text() == f"{asked} --resume"
+    with pytest.raises(InputError, match="cut for another budget .60.5 s, not 3600 s.; choose another --out"):
+        paper.make_masked(other)
     assert "25.0% are right" in made.caption and "after 3 epochs; without looking 6.2%" in made.caption
 
 
@@ -325,7 +351,8 @@ def test_half_of_the_time_without_labels(tmp_path, monkeypatch):
             stops.remove(out.name)
             raise paper.Stopped
         accuracy = {"plain": 0.5, "mae": 0.625}.get(out.name, 0.25)
-        (out / "summary.json").write_text(json.dumps({"test_accuracy": accuracy, "epochs": 2, "train_seconds": 3.5}))
+        summary = {"test_accuracy": accuracy, "epochs": 2, "train_seconds": 3.5, "test_images": 400}
+        (out / "summary.json").write_text(json.dumps(summary))
 
     monkeypatch.setattr(paper, "call_script", script)
     context = paper.Context(tmp_path, data="digits", budget=400.0, progress=False)
@@ -343,6 +370,35 @@ def test_half_of_the_time_without_labels(tmp_path, monkeypatch):
         "| masked autoencoder, then labels | 62.50% | 2 | 4 |" in made.table
         and "100 s of training each" in made.caption
     )
+    assert "on 400 test pictures an accuracy has a standard error of up to 2.5 points" in made.caption
+    for other, words in ({"budget": 3600.0}, "cut for another budget"), ({"data": "cifar10"}, "runs of other settings"):
+        with pytest.raises(InputError, match=words):  # whose caption would tell of what was never trained
+            paper.make_self_supervision(paper.Context(tmp_path, **{"data": "digits", "budget": 400.0} | other))
+    assert len(asked) == 7
+
+
+def test_targets_of_masked_patches(tmp_path, monkeypatch):
+    """Each target gets a sixth of the time before the labels and a sixth with them, and begins where it ended."""
+    asked = {}
+
+    def script(name, *arguments):
+        told = load_script(name.removesuffix(".py")).parse([str(a) for a in arguments])
+        asked[Path(told.out).name] = (name, told)
+        Path(told.out).mkdir(parents=True)
+        accuracy = {"colour": 0.5, "downsized": 0.25}.get(Path(told.out).name, 0.125)
+        summary = {"test_accuracy": accuracy, "epochs": 2, "test_images": 400, "chance_accuracy": 0.0625}
+        (Path(told.out) / "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(paper, "call_script", script)
+    made = paper.make_targets(paper.Context(tmp_path, data="digits", budget=60.0, progress=False))
+    assert list(asked) == [name for each in ("colour", "downsized", "pixels") for name in (f"{each}-before", each)]
+    for target in ("colour", "downsized", "pixels"):
+        (before, first), (after, then) = asked[f"{target}-before"], asked[target]
+        assert (before, first.method, first.target, first.budget) == ("pretrain.py", "mpp", target, "10s")
+        assert (after, then.budget) == ("train.py", "10s") and first.data == then.data == "digits"
+        assert then.checkpoint == str(tmp_path / "targets" / f"{target}-before" / "last.npz")
+    assert "| downsized | 12.5% | 6.2% | 2 | 25.00% | 2 |" in made.table
+    assert (tmp_path / made.files[0]).stat().st_size > 1000 and "10 s without" in made.caption
 
 
 def test_fine_tuning_begins_with_the_model_of_the_first_classes(tmp_path, monkeypatch, no_figures):
@@ -406,6 +462,88 @@ def test_axial_attention_against_compute_and_speed(call, tmp_path, monkeypatch, 
     assert "(paper-axial.png)" in page and "Fig. 13" in page and page.count("\n| axial | ") == 4
     assert f"| full | 4 | 4 | {points[1]['accuracy']:.2%} | " in page and "| 2,000 |" in page
     assert (tmp_path / "p" / "paper-axial.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hybrids_against_compute(call, tmp_path, monkeypatch, no_figures):
+    """Every row of configs/sweeps/paper-hybrid.toml, made small, is trained and drawn; FLOPs are of its steps."""
+    drawn, read_sweep = [], paper.read_sweep
+
+    def small(path):
+        sweep, rows = read_sweep(path), []
+        for row in sweep.rows:
+            tiny = {"width": row.recipe.model["width"] // 8, "depth": 1, "num_heads": 2, "stem_width": 4}
+            patch = {"patch_size": 1} if row.recipe.model.get("stem") else {"patch_size": 4}
+            rows.append(row._replace(recipe=row.recipe._replace(model=row.recipe.model | tiny | patch)))
+        return sweep._replace(rows=tuple(rows))
+
+    monkeypatch.setattr(paper, "read_sweep", small)
+    monkeypatch.setattr(paper, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
+    monkeypatch.setattr(plots, "save_sweep", lambda *_: None)
+    real = paper_plots.save_compute
+    monkeypatch.setattr(paper_plots, "save_compute", lambda path, *a, **k: (drawn.append(a), real(path, *a, **k)))
+    ended = call("paper", "paper-hybrid", "--data", "digits", "--budget", "100s", "--quiet", "--out", tmp_path / "p")
+    assert ended.status == 0, ended.err
+    ((points,),) = drawn
+    kinds = ["ViT", "hybrid: root", "hybrid: root and a unit"]
+    assert [(p["kind"], p["width"], p["tokens"]) for p in points] == [(k, w, 5) for k in kinds for w in (8, 16)]
+    model = ViTConfig(
+        image_size=8, channels=1, patch_size=1, width=16, num_heads=2, depth=1, stem="1", stem_width=4, stem_groups=4
+    )
+    assert points[5]["training_flops"] == 18 * sum(expected_flops(model, 128))  # 95 of 180 s: 18 of 36 steps
+    table = json.loads((tmp_path / "p" / "paper-hybrid" / "table.json").read_text())
+    assert [p["accuracy"] for p in points] == [row["mean"] for row in table["rows"]]
+    page = (tmp_path / "p" / "index.md").read_text()
+    assert f"| hybrid: root | 8 | 5 | {points[2]['accuracy']:.2%} | " in page and "(paper-hybrid.png)" in page
+
+
+def test_equal_steps_on_shares_of_the_pictures():
+    """The rows of configs/sweeps/paper-datasize.toml have as many steps, and as many of them to warm up."""
+    rows = paper.read_sweep(ROOT / "configs" / "sweeps" / "paper-datasize.toml").rows
+    shares = [row.recipe.data.get("train_share") or 1.0 for row in rows]
+    assert shares == [1.0, 0.5, 0.25, 0.125]
+    for name in ("epochs", "warmup_epochs"):
+        passes = [row.recipe.train[name] * share for row, share in zip(rows, shares, strict=True)]
+        assert passes == passes[:1] * 4
+
+
+def test_one_figure_anew_leaves_the_rest_of_the_page(call, tmp_path, monkeypatch):
+    """What a fresh clone of the project holds of docs/paper is enough."""
+    for name in ("index.json", "index.md", "cost.png"):
+        (tmp_path / name).write_bytes((ROOT / "docs" / "paper" / name).read_bytes())
+    before = index_of(tmp_path)
+    point = {"model": "B/16", "size": 64, "tokens": 17, "batch": 8, "peak_memory": 3, "images_per_second": 1.0}
+    monkeypatch.setattr(analysis, "cost", lambda *_, **__: [point | {"task": task} for task in ("infer", "step")])
+    assert "already" in call("paper", "cost", "--out", tmp_path).out
+    assert call("paper", "cost", "--out", tmp_path, "--again").status == 0
+    after = index_of(tmp_path)
+    assert {**after, "cost": None} == {**before, "cost": None} and after["cost"] != before["cost"]
+    assert before["note"] in (tmp_path / "index.md").read_text()
+
+
+def test_the_page_of_the_project():
+    """docs/paper/index.md is what docs/paper/index.json says, and every figure of it is there."""
+    folder = ROOT / "docs" / "paper"
+    index = index_of(folder)
+    assert paper.page_of(index) == (folder / "index.md").read_text()
+    assert "JPEG-recompressed" in index["note"] and "5,000" in index["note"]
+    for name, known in index.items():
+        if name == "note":
+            continue
+        entry = paper.entry_of(name)
+        assert all((folder / file).is_file() for file in known["files"]) and "--out docs/paper" in known["command"]
+        if entry.needs == "training":
+            assert f"--budget {known['from']['budget']:g}s" in known["command"]
+
+
+def test_a_note_at_the_head_of_the_page(call, tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(paper_plots, "save_filters", lambda path, *_, **__: path.write_bytes(b""))
+    common = ["filters", "--run", trained, "--out", tmp_path / "p"]
+    assert call("paper", *common, "--note", "Half of the pictures.").status == 0
+    assert call("paper", *common, "--again").status == 0  # and it stays
+    page = (tmp_path / "p" / "index.md").read_text()
+    assert page.index("Half of the pictures.") < page.index("## Filters") and "## What of the paper has no " in page
+    assert call("paper", *common, "--note", "All of them.").out.count("already") == 1
+    assert "Half" not in (page := (tmp_path / "p" / "index.md").read_text()) and "All of them.\n\n## Filters" in page
 
 
 @pytest.mark.parametrize(

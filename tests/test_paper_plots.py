@@ -100,6 +100,16 @@ def test_cost(tmp_path, drawn, end):
     ]  # fmt: skip
 
 
+def test_compute(tmp_path, drawn):
+    made = (("ViT", 8, 0.5, 4), ("ViT", 4, 0.25, 1), (NAMES[0], 8, 0.75, 5))
+    points = [{"kind": k, "width": w, "accuracy": p, "training_flops": n * 1e12} for k, w, p, n in made]
+    paper_plots.save_compute(tmp_path / "c.png", points, title=NAMES[1])
+    whole(tmp_path / "c.png")
+    (axes,) = drawn[0].axes
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 25], [4, 50]], [[5, 75]]]
+    assert [text.get_text() for text in axes.texts] == ["4", "8", "8"]
+
+
 def test_axial(tmp_path, drawn):
     def point(attention, blocks, patch, accuracy, flops, rate):
         return {"attention": attention, "blocks": blocks, "patch": patch, "accuracy": accuracy,

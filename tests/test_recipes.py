@@ -1,10 +1,12 @@
 """Recipes: whatever trains takes the same flags and files, and gets the same from them."""
 
+import numpy as np
 import pytest
 
 from minivit import params as parameters
 from minivit import recipes
 from minivit.cli import Parser
+from minivit.data import load
 from minivit.errors import InputError
 from minivit.masked import MaskedConfig
 from minivit.model import ViTConfig, parameter_table
@@ -58,6 +60,28 @@ def test_epochs_that_are_asked_for_win_over_the_steps_of_a_file(tmp_path):
     assert read_recipe(file).train == {"steps": 500, "lr": 1.0}
     assert read_recipe(file, train={"epochs": 3}).train == {"epochs": 3, "lr": 1.0}
     assert read_recipe(file, train={"epochs": 3, "steps": 7}).train == {"epochs": 3, "steps": 7, "lr": 1.0}
+
+
+def test_a_share_of_the_training_pictures(tmp_path):
+    """The shares are nested and keep their labels; the test pictures stay; impossible ones are refused in a line."""
+    whole = load("digits")
+    known = {image.tobytes(): int(k) for image, k in zip(whole.train_images, whole.train_labels, strict=True)}
+    kept = []
+    for share, count in ((0.25, 359), (0.5, 718), (1.0, 1437)):
+        dataset, *_, begins = prepare(read_recipe(None, data={"train_share": share}))
+        assert len(dataset.train_images) == len(dataset.train_labels) == count
+        assert begins["describe"]["train_share"] == share and f"{count:,} of 1,437 training" in dataset.source
+        assert all(known[i.tobytes()] == k for i, k in zip(dataset.train_images, dataset.train_labels, strict=True))
+        np.testing.assert_array_equal(dataset.test_images, whole.test_images)
+        kept.append({image.tobytes() for image in dataset.train_images})
+    assert kept[0] < kept[1] < kept[2] and len(set(dataset.train_labels.tolist())) == 10
+    for bad in (0.0, -0.5, 1.5, "half", 1):
+        with pytest.raises(InputError, match="train_share must be a number above 0 and at most 1, got"):
+            read_recipe(None, data={"train_share": bad})
+    with pytest.raises(InputError, match="keeps none"):
+        load("digits", train_share=1e-5)
+    recipe = recipe_of_flags(asked("--train-share", "0.5", "--data", "cifar10"))
+    assert recipe.data == DATA_KEYS | {"data": "cifar10", "train_share": 0.5}
 
 
 def test_classes_are_a_text(tmp_path):

@@ -339,19 +339,25 @@ def test_the_command_names_the_data(tmp_path):
 def test_the_command_of_a_run_that_began_with_another():
     """What comes from the start is left out; what may differ from it is named, also where it is the default."""
     start = {"checkpoint": "a b.npz", "keep_head": True, "pos_resize": "bicubic", "patch_resize": "pi", "crc": 1}
-    data = {"data": "cifar10", "data_dir": "data", "image_size": 48, "classes": "5-9"}
+    data = {"data": "cifar10", "data_dir": "data", "image_size": 48, "classes": "5-9", "train_share": 0.5}
     config, train = ViTConfig(image_size=48, width=96, num_classes=5), TrainConfig(steps=7, epochs=2)
     own = {"model": {"drop_path": 0.0}, "train": {"steps": 100}}
     words = report.command(config, train, data, own, start)
-    assert words[1:6] == [
-        ["--data", "cifar10"], ["--image-size", "48"], ["--classes", "5-9"], ["--from", "a b.npz"], ["--keep-head"]
+    assert words[1:7] == [
+        ["--data", "cifar10"], ["--image-size", "48"], ["--classes", "5-9"],
+        ["--train-share", "0.5"], ["--from", "a b.npz"], ["--keep-head"]
     ]  # fmt: skip
-    assert words[6] == ["--pos-resize", "bicubic"] and ["--dropout", "0.0"] in words and ["--patch-size", "4"] in words
+    assert words[7] == ["--pos-resize", "bicubic"] and ["--dropout", "0.0"] in words and ["--patch-size", "4"] in words
     assert not {"--width", "--num-classes", "--drop-path", "--patch-resize"} & {part[0] for part in words}
     assert ["--steps", "7"] in words
     recipe = recipe_of_flags(load_script("train").parse([word for part in words[1:] for word in part]), "cifar10")
     assert recipe.start == {"checkpoint": "a b.npz", "keep_head": True, "pos_resize": "bicubic"}
-    assert recipe.data["classes"] == "5-9" and recipe.model["image_size"] == 48 and recipe.train["steps"] == 7
+    assert (
+        recipe.data["classes"] == "5-9"
+        and recipe.data["train_share"] == 0.5
+        and recipe.model["image_size"] == 48
+        and recipe.train["steps"] == 7
+    )
 
 
 def test_the_command_of_the_page(trained, reported):

@@ -23,7 +23,8 @@ def test_what_a_run_leaves(trained):
     settings = json.loads((trained / SETTINGS).read_text())
     assert settings == summary["settings"]
     assert settings["model"]["width"] == 16 and settings["train"]["label_smoothing"] == 0.1  # of the file
-    assert settings["data"] == {"data": "digits", "data_dir": "data", "image_size": None, "classes": None}
+    described = {"data": "digits", "data_dir": "data", "image_size": None, "classes": None, "train_share": None}
+    assert settings["data"] == described
     assert "start" not in settings
     tests = [r for r in read_metrics(trained / METRICS) if r["kind"] == "test"]
     assert [r["epoch"] for r in tests] == [1, 2, 3] and tests[-1]["accuracy"] == summary["test_accuracy"]
@@ -155,6 +156,11 @@ def test_a_folder_of_pictures(tmp_path, call):
     ended = call("evaluate", tmp_path / "a" / LAST)
     assert ended.status == 0 and ended.err.startswith("warning: these are not the pictures of its training run")
     assert ended.err.count("\n") == 1
+
+
+def test_a_run_of_all_pictures_is_not_resumed_with_a_share(run_copy, call):
+    ended = call("train", "--resume", "--train-share", "0.5", "--out", run_copy)
+    assert ended.status == 2 and "a share of 1 of the training pictures, not of 0.5" in ended.err
 
 
 def test_a_run_of_all_classes_is_not_resumed_with_some(run_copy, call):

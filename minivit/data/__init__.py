@@ -21,7 +21,7 @@ from minivit.data.augment import (
 )
 from minivit.data.cifar import fetch, load_cifar
 from minivit.data.classes import parse_classes, with_classes
-from minivit.data.dataset import Dataset, chosen, is_lazy, mirrored, validated
+from minivit.data.dataset import Dataset, chosen, is_lazy, mirrored, validated, with_train_share
 from minivit.data.digits import load_digits
 from minivit.data.folder import load_folder, read_image
 from minivit.data.imagefolder import LazyPictures, load_imagefolder
@@ -66,16 +66,17 @@ __all__ = [
     "scaled",
     "trivial_augment",
     "with_classes",
+    "with_train_share",
 ]
 
 
-def load(name, data_dir="data", *, image_size=None, classes=None):
+def load(name, data_dir="data", *, image_size=None, classes=None, train_share=None):
     """Load one of the ``DATASETS`` into memory; of "imagefolder" the names alone.
 
     ``data_dir`` is where the data lie; the digits ship with the package and ignore it. ``image_size`` is the height and
     width that pictures are brought to: those of folders as they are read (default 32, of an imagefolder 224), others,
     which have one size each, by `scaled`. ``classes`` are those that are kept, such as "0-4" or "cat,dog" (see
-    `parse_classes`).
+    `parse_classes`); ``train_share`` is the share of the training pictures that is kept (see `with_train_share`).
 
     Returns  Dataset
     Raises   InputError: unknown name; data that are missing or damaged; an impossible size; unknown classes.
@@ -93,6 +94,8 @@ def load(name, data_dir="data", *, image_size=None, classes=None):
     validated(dataset)
     if classes is not None:
         dataset = validated(with_classes(dataset, classes))
+    if train_share is not None:
+        dataset = with_train_share(dataset, train_share)
     size = dataset.train_images.shape[1]
     if image_size in (None, size):
         return dataset

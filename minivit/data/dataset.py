@@ -67,3 +67,21 @@ def validated(dataset):
         if labels.min() < 0 or labels.max() >= classes:
             raise InputError(f"{where} has labels from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}")
     return dataset
+
+
+def with_train_share(dataset, share):
+    """A share of the training pictures, drawn at random but always alike: a smaller share is part of a larger one.
+
+    Raises  InputError: the share is not above 0 and at most 1, or leaves no picture.
+    """
+    count = round(share * len(dataset.train_labels)) if 0 < share <= 1 else 0
+    if not count:
+        raise InputError(
+            f"train_share {share} of the {len(dataset.train_labels):,} training pictures of {dataset.name} keeps none: "
+            "give more, up to 1"
+        )
+    kept = np.sort(np.random.default_rng(0).permutation(len(dataset.train_labels))[:count])
+    return dataset._replace(
+        train_images=chosen(dataset.train_images, kept), train_labels=dataset.train_labels[kept],
+        source=f"{dataset.source}; {count:,} of {len(dataset.train_labels):,} training pictures",
+    )  # fmt: skip
