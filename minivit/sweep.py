@@ -196,7 +196,7 @@ def _expected(recipe, found):
     ``found`` are those of the run in question.
     """
     data, model, train, start = recipe
-    data, train = DATA_KEYS | data, DEFAULTS["train"] | train
+    data, train = dict(data), DEFAULTS["train"] | train
     if model.get("image_size") or (start and data["data"] in FOLDERS and not data["image_size"]):
         del data["image_size"]  # the model's is compared; or it is the start's
     if not start:  # otherwise what is not asked for is the start's

@@ -98,18 +98,22 @@ def test_the_most_epochs_that_fit_are_found_at_once(monkeypatch):
 
 @pytest.mark.parametrize("count", [250, 200, 70])
 def test_few_pictures_are_taken_for_several_epochs(monkeypatch, count):
-    """Batches of 100, the smaller last one of 250 pictures left out; of 70 pictures they are smaller."""
+    """Batches of 100, the smaller last one of 250 pictures left out; of 70 they are smaller; one test, of a picture."""
     few = DIGITS._replace(train_images=DIGITS.train_images[:count], train_labels=DIGITS.train_labels[:count])
-    seen = []
+    seen, tests = [], []
 
     class Watched(budget.Trainer):
         def run(self):
             super().run()
             seen.append((self.step, self.epoch, len(self.dataset.train_images)))
 
+        def _evaluate(self, engine):
+            tests.append(self.step)
+            return super()._evaluate(engine)
+
     config = TrainConfig(batch_size=100, epochs=9, workers=1, half_size=0.0)
     assert budget.seconds_of_training(few, MODEL, config, 5, Watched) > 0.0
-    assert seen == [(5, 5, 70) if count == 70 else (5, 3, 200)]
+    assert seen == [(5, 5, 70) if count == 70 else (5, 3, 200)] and tests == [5]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

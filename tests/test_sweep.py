@@ -299,9 +299,9 @@ def test_every_checkpoint_to_begin_with_is_looked_at_before_any_run(file, tmp_pa
     trainer = trainer_of(recipe, tmp_path / "first", progress=False)
     trainer.out.mkdir()
     trainer.save()
-    for seeds, missing in (((0, 1), 1), ((1, 0), 0)):
+    for missing in (0, 1):
         shutil.copy(tmp_path / "first" / LAST, tmp_path / f"{1 - missing}.npz")
-        ended = call("sweep", file, "--out", tmp_path / "o", "--quiet", "--seeds", *seeds)
+        ended = call("sweep", file, "--out", tmp_path / "o", "--quiet")
         assert ended.status == 2 and f"there is no checkpoint at {tmp_path}/{missing}.npz" in ended.err
         assert not (tmp_path / "o").exists()
         (tmp_path / f"{1 - missing}.npz").unlink()
