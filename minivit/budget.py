@@ -7,6 +7,7 @@ import io
 import math
 import re
 import tempfile
+from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from minivit.errors import InputError
 from minivit.train import Trainer
 
 PROBE_SECONDS = 10.0  # that the longer of the two measured runs is to take
+CLEARLY = 1.25  # times as long as the shorter one it must have taken, to be more than noise
 RESERVE = 0.03  # of the time: for checkpoints, figures, and a machine that is slower later
 PREDICTION = 1 / 3  # of a step's time, for as many pictures: a forward pass without its backward
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -33,17 +35,24 @@ def seconds_of(text):
 
 
 def seconds_of_training(dataset, model, config, steps, trainer_of=None):
-    """Wall time of a run of so many steps, which leaves nothing behind; ``trainer_of`` makes its trainer [Trainer]."""
-    count = min(steps * config.batch_size * config.accumulate, len(dataset.train_images))
+    """Wall time of a run of so many steps, which leaves nothing behind; ``trainer_of`` makes its trainer [Trainer].
+
+    Where the pictures make fewer steps, it takes several epochs.
+    Raises  KeyboardInterrupt: a signal stopped it.
+    """
+    group, n = config.batch_size * config.accumulate, len(dataset.train_images)
+    count = min(n, group * min(steps, max(n // group, 1)))
     few = dataset._replace(
         train_images=chosen(dataset.train_images, slice(count)), train_labels=dataset.train_labels[:count],
         test_images=chosen(dataset.test_images, slice(1)), test_labels=dataset.test_labels[:1],
     )  # fmt: skip
-    config = replace(config, epochs=1, steps=0, checkpoint_seconds=1e9)
+    config = replace(config, steps=steps, evaluate_every=steps, checkpoint_seconds=1e9)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = (trainer_of or Trainer)(few, model, config, Path(folder) / "run", progress=False)
-        trainer.on_epoch = lambda trainer: trainer.stop("measured")
+        trainer.on_epoch = lambda trainer: trainer.finished and trainer.stop("measured")
         trainer.run()
+    if not trainer.finished:  # it took the signal for its own, and its time says nothing
+        raise KeyboardInterrupt
     return trainer.seconds
 
 
@@ -51,16 +60,17 @@ def seconds_of_step(dataset, model, config, trainer_of=None, *, probe=PROBE_SECO
     """Wall time of one optimiser step of a run, with its input pipeline and update.
 
     Two runs of different length are timed, so that what a run takes once drops out; the longer one takes ``probe``
-    seconds.
+    seconds, or fewer as soon as it takes clearly longer. Where none did, a step is its share of all of that run: too
+    long rather than nothing.
     """
-    most = len(dataset.train_images) // (config.batch_size * config.accumulate)
-    if most < 3:
-        return seconds_of_training(dataset, model, config, max(most, 1), trainer_of) / max(most, 1)
     seconds_of_training(dataset, model, config, 1, trainer_of)  # memory from the system, compiled kernels
     short = seconds_of_training(dataset, model, config, 2, trainer_of)
-    steps = min(most, max(3, round(2 * probe / max(short, 1e-3))))
-    long = seconds_of_training(dataset, model, config, steps, trainer_of)
-    return max(long - short, 1e-6) / (steps - 2)
+    steps = max(3, round(2 * probe / max(short, 1e-3)))
+    while (long := seconds_of_training(dataset, model, config, steps, trainer_of)) <= CLEARLY * short:
+        if long >= probe:
+            return long / steps
+        steps *= 4
+    return (long - short) / (steps - 2)
 
 
 def time_of_epochs(dataset, model, config, trainer_of=None, *, probe=PROBE_SECONDS):
@@ -88,9 +98,7 @@ def epochs_within(seconds, dataset, model, config, trainer_of=None):
     Raises  InputError: not even one.
     """
     time_of = time_of_epochs(dataset, model, config, trainer_of)
-    epochs = 0
-    while time_of(epochs + 1) <= (1.0 - RESERVE) * seconds:
-        epochs += 1
+    epochs = bisect_right(range(1, 1 << 62), (1.0 - RESERVE) * seconds, key=time_of)
     if not epochs:
         raise InputError(f"an epoch takes about {time_of(1):.0f} s here, the budget is {seconds:.0f} s; give more time")
     return epochs, time_of(epochs) / epochs

@@ -14,7 +14,11 @@ Whitening (as Jordan 2024, arXiv:2404.00498, does for convolutions)
 
         z = (x - mu) E (L + eps)^(-1/2) Q,      Q of random orthogonal rows,
 
-    so that no direction of the patches, of whose variance nearly all is brightness, drowns the others.
+    so that no direction of the patches, of whose variance nearly all is brightness, drowns the others. The patches are
+    taken a part at a time. With m the mean of a of them and S = sum (x - m)^T (x - m), and with m' and S' those of n
+    others, all together have (Chan, Golub & LeVeque 1983)
+
+        the mean m + n / (a + n) (m' - m),  and S + S' + a n / (a + n) (m' - m)^T (m' - m).
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from minivit.model import pixels
 INITS = ("official", "mimetic")
 QUERY_KEY, VALUE_PROJECTION = (0.7, 0.7), (0.4, -0.4)  # of the noise and of the identity
 WHITENING_PICTURES = 2048
+WHITENING_PART = 1 << 23  # numbers of as many pictures as are taken at a time: 64 MB
 WHITENING_EPS = 1e-2  # of the mean eigenvalue: directions of less variance than that are not blown up further
 
 
@@ -59,26 +64,50 @@ def mimetic(model, *, seed=0):
         qkv[:, 2 * D :], proj[...] = values, projection.T
 
 
-def whiten(model, images, *, seed=0):
+def moments(parts):
+    """Mean and covariance of the rows of arrays (n, d), one after the other: see the head of this file.
+
+    Shapes  ->  (d,), (d, d)
+    """
+    count, mean, squares = 0, 0.0, 0.0
+    for x in parts:
+        n, own = len(x), x.mean(axis=0)
+        x = x - own
+        apart = own - mean
+        squares = squares + (x.T @ x + count * n / (count + n) * np.outer(apart, apart))
+        mean = mean + n / (count + n) * apart
+        count += n
+    return mean, squares / count
+
+
+def whitening_rows(labels, classes):
+    """The numbers of the pictures that whitening looks at: the first 2,048 of them.
+
+    Where pictures come class by class, as those of folders do, as many evenly spaced ones.
+    """
+    n = min(len(labels), WHITENING_PICTURES)
+    by_class = 0 < np.count_nonzero(np.diff(labels)) < classes
+    return np.arange(n) * len(labels) // n if by_class else np.arange(n)
+
+
+def whiten(model, images, labels, *, seed=0):
     """Write the whitening patch embedding of the pictures (n, H, W, C) into a model on the host.
 
-    The first 2,048 pictures count; behind a stem, the patches are those of its maps. Where the width is below the P P C
-    numbers of a patch, the directions of the largest variance are kept.
+    Some of them count, see `whitening_rows`; behind a stem, the patches are those of its maps. Where the width is below
+    the P P C numbers of a patch, the directions of the largest variance are kept.
     """
     c = model.config
     W, b = model.params["patch_embed.proj.weight"], model.params["patch_embed.proj.bias"]
-    images = images[:WHITENING_PICTURES]
-    if c.stem:  # some pictures at a time: its cache is large
-        x = np.concatenate([model.feature_map(images[i : i + 64])[0] for i in range(0, len(images), 64)]).astype(
-            np.float64
-        )
-    else:
-        x = pixels(images, np.float64)
-    x = patchify(x, c.patch_size)
-    x = x.reshape(-1, x.shape[-1])  # (patches, P P C)
-    mean = x.mean(axis=0)
-    x = x - mean
-    L, E = np.linalg.eigh(x.T @ x / len(x))
+    rows = whitening_rows(labels, c.num_classes)
+    some = 64 if c.stem else max(1, WHITENING_PART // (c.image_size**2 * c.channels))  # a stem's cache is large
+
+    def patches(part):
+        x = model.feature_map(part)[0].astype(np.float64) if c.stem else pixels(part, np.float64)
+        x = patchify(x, c.patch_size)
+        return x.reshape(-1, x.shape[-1])  # (patches, P P C)
+
+    mean, covariance = moments(patches(images[rows[i : i + some]]) for i in range(0, len(rows), some))
+    L, E = np.linalg.eigh(covariance)
     kept = min(len(L), c.width)
     L, E = L[-kept:], E[:, -kept:]
     rng = _generator(seed, "whitening")

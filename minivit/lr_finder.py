@@ -1,8 +1,9 @@
 """The learning-rate finder: a few hundred training steps at a rising rate, and what their losses say.
 
-A run begins as always - its own initialisation, batches, augmentation, optimiser and clipping - but its learning rate
-rises by the same factor from each step to the next. While it is too low the loss stays, then it falls, and beyond some
-rate it rises or leaps: good peak rates lie where it still falls well. One ramp takes the place of a dozen runs.
+A run begins as always - its own initialisation, batches, augmentation, optimiser and clipping - but on whole pictures,
+also where its settings begin with halved ones, and its learning rate rises by the same factor from each step to the
+next. While it is too low the loss stays, then it falls, and beyond some rate it rises or leaps: good peak rates lie
+where it still falls well. One ramp takes the place of a dozen runs.
 
 Math    rate of step i of n    r_i = low (high / low)^(i / (n - 1)),  i = 0 .. n - 1
         L_i is the loss of step i's batch before the update that r_i scales
@@ -107,7 +108,8 @@ class _Ramp(Trainer):
     """A run at given learning rates that writes no file: it stands in for its own metrics.jsonl, and stops in time."""
 
     def __init__(self, dataset, model_config, config, rates, *, start, progress):
-        config = replace(  # a step's line in the metrics for each, and nothing that costs time and changes no loss
+        # a step's line in the metrics for each, whole pictures, and nothing that costs time and changes no loss
+        config = replace(
             config,
             epochs=len(rates),
             steps=0,
@@ -157,7 +159,8 @@ def find(dataset, model_config, config, *, low=1e-6, high=1.0, steps=200, start=
     """Raise the learning rate of a run step by step; nothing is written anywhere.
 
     The run is the one of a `minivit.train.TrainConfig` (and of a ``start``, see `minivit.train.Trainer`), but for its
-    learning rates and their schedule, its length and its moving average. The same settings give the same bits.
+    learning rates and their schedule, its length, its moving average and its ``half_size``: all pictures are whole. The
+    same settings give the same bits.
 
     Returns  `Found`
     Raises   InputError: no such rates; settings and data do not fit together; the very first step diverges.

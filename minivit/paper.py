@@ -36,7 +36,7 @@ from minivit.masked import TARGETS
 from minivit.model import ViTConfig
 from minivit.pretrained import file_of, is_readable, load_any
 from minivit.recipes import CONFIGS, find_config, prepare, read_recipe, sizes_of, trainer_of
-from minivit.sweep import Row, Run, carry_out, read_sweep, result_of, results_of, runs_of, write_table
+from minivit.sweep import Row, Run, carry_out, going_on, read_sweep, result_of, results_of, runs_of, write_table
 from minivit.trace import expected_flops
 from minivit.train import LAST, SUMMARY, config_from, quiet_overflow, write_json
 
@@ -106,9 +106,8 @@ class Context:
             return path / LAST if path.is_dir() and not is_readable(path) else path
         folder = self.out / "model"
         recipe = read_recipe(find_config(self.config), data=self.data)
-        settings = {key: value for key, value in recipe.train.items() if key != "epochs"}
-        row = Row("model", {}, recipe._replace(train=settings))
-        if result_of(Run(row, settings.get("seed", 0), folder)) is None:
+        run = Run(Row("model", {}, recipe), recipe.train.get("seed", 0), folder)
+        if result_of(run, free=("epochs",)) is None:  # there are as many as the budget held
             if not train:
                 return None
             self._train(recipe, folder)
@@ -116,7 +115,7 @@ class Context:
 
     def _train(self, recipe, folder):
         """Train the model, or go on where its training stopped."""
-        recipe = recipe._replace(train=recipe.train | {"device": self.device})
+        recipe = going_on(recipe._replace(train=recipe.train | {"device": self.device}), folder)
         begun = (folder / LAST).exists()
         if begun:
             epochs = config_from(checkpoint.load(folder / LAST)[1], folder / LAST).epochs
@@ -426,6 +425,8 @@ def make_fine_tuning(context):
     sweep, folder = carried_out(context, "pretraining", "Pre-training", share=0.4, model=sizes_of(QUICK))
     (first,) = runs_of(sweep, folder)
     before = result_of(first)
+    if "diverged" in before:
+        raise InputError(f"{first.folder} diverged at step {before['diverged']}: there is no model to begin with")
     begin = {"start": first.folder / LAST, "model": sizes_of(QUICK)}
     made = make_sweep(context, "finetuning", "Five other classes", share=0.6, **begin)
     said = (

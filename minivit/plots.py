@@ -841,16 +841,17 @@ def save_scaling(path, report, *, title=""):
 
 
 def save_sweep(path, table):
-    """Accuracies of `minivit.sweep.table_of`: a row for each setting, a dot for each seed, a line at the mean."""
-    rows = table["rows"]
+    """Accuracies of `minivit.sweep.table_of`: a row for each setting, a dot for each seed, a line at the mean.
+
+    Settings that have no finished run are left out.
+    """
+    base = table["rows"][0]
+    first, rows = base["mean"], [row for row in table["rows"] if row["runs"]]
     figure = _figure(8.5, 0.42 * len(rows) + 1.6)
     axes = figure.subplots()
-    first = rows[0]["mean"]
     for y, row in enumerate(rows):
         values = [100 * run["accuracy"] for run in row["runs"].values()]
-        if not values:
-            continue
-        color = OURS if y else THEIRS
+        color = THEIRS if row is base else OURS
         axes.plot(values, [y] * len(values), "o", color=color, alpha=0.55, ms=6)
         axes.plot([100 * row["mean"]] * 2, [y - 0.3, y + 0.3], color=color, lw=2.4)
         text = f"{100 * row['mean']:.2f}" + (f"  ({100 * row['gain']:+.2f})" if row["gain"] is not None else "")

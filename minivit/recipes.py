@@ -128,10 +128,10 @@ def find_config(name):
     Raises  InputError: there is neither; the message lists those of configs/.
     """
     own = CONFIGS / f"{name}.toml"
+    if own.exists() and not Path(name).is_file():
+        return own
     if Path(name).exists() or "/" in str(name) or str(name).endswith(".toml"):
         return Path(name)
-    if own.exists():
-        return own
     known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.toml")))
     raise InputError(f"there is no settings file {name}; those that come with minivit are {known}")
 

@@ -237,7 +237,7 @@ def _headline(run, progress):
          f"on {run.summary['device']}" if isinstance(run.summary.get("device"), str) else ""),
     ]  # fmt: skip
     shown = (tag("div", what, tag("strong", value), tag("span", more, class_="soft")) for value, what, more in tiles)
-    steps = train.epochs * steps_per_epoch(run)
+    steps = train.steps or train.epochs * steps_per_epoch(run)
     at = f"step {number(progress, 'step', 0):,} of {steps:,}, epoch {number(progress, 'epoch', 0)} of {train.epochs}"
     if run.summary:
         state = tag("p", f"A finished run. Its {LAST} is of {at}.")

@@ -71,3 +71,8 @@ def settings_of(cls, stored, where):
 def field_names(cls):
     """The names of a settings class's fields."""
     return [f.name for f in dataclasses.fields(cls)]
+
+
+def defaults_of(cls):
+    """What the fields of a settings class are if nothing is asked for, as a dict."""
+    return {f.name: f.default for f in dataclasses.fields(cls)}

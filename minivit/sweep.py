@@ -3,7 +3,7 @@
 A sweep is a TOML file:
 
     title = "what each ingredient gives"
-    config = "cifar10-10min"          # the settings file all rows start from, by path or name
+    config = "cifar10"                # the settings file all rows start from, by path or name
     seeds = [0, 1, 2]
 
     [base.train]                      # changes for all rows; also [base.model], [base.data]
@@ -14,8 +14,9 @@ A sweep is a TOML file:
     train.optimizer = "adamw"         # what this row changes; also model.KEY, data.KEY, start.KEY
 
 In ``start.checkpoint`` "{seed}" stands for the run's seed: runs of another sweep, seed by seed.
-Every run has a folder of its own, OUT/ROW-seedS, and is an ordinary run. One that is finished is left alone, one that
-stopped goes on. The figure of a run is its test accuracy after the last epoch, never its best.
+Every run has a folder of its own, OUT/ROW-seedS, and is an ordinary run. One that is finished is left alone, and so is
+one that diverged, which would do so again; one that stopped goes on. The figure of a run is its test accuracy after the
+last epoch, never its best.
 """
 
 from __future__ import annotations
@@ -27,15 +28,30 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from minivit import checkpoint
 from minivit.checkpoint import write_atomically
 from minivit.cli import parse_toml
+from minivit.data import FOLDERS
 from minivit.errors import InputError
-from minivit.recipes import SECTIONS, Recipe, find_config, read_recipe, trainer_of
-from minivit.settings import refuse_unknown
-from minivit.train import LAST, SUMMARY, write_json
+from minivit.model import ViTConfig
+from minivit.recipes import DATA_KEYS, SECTIONS, Recipe, find_config, read_recipe, trainer_of
+from minivit.settings import defaults_of, refuse_unknown
+from minivit.start import StartConfig
+from minivit.train import FREE_ON_RESUME, LAST, SETTINGS, SUMMARY, Diverged, TrainConfig, config_from, write_json
 
 TABLE = "table.json"
+DIVERGED = "diverged.json"  # in the folder of a run that did: its settings, and the step
 KEYS = ("title", "config", "seeds", "base", "row")
+DEFAULTS = {
+    "data": DATA_KEYS,
+    "model": defaults_of(ViTConfig),
+    "train": defaults_of(TrainConfig),
+    "start": defaults_of(StartConfig),
+}
+FITTED = ("image_size", "channels", "num_classes")  # settings of a model that follow the data
+CHOSEN = ("workers", "micro_batch")  # where these are 0, the run writes what it chose
+# Where a run was made, and what changes none of its figures; not the precision, in which alone rows may differ.
+FREE = ("data_dir", "device", "gpu_micro_batch", "graph", *FREE_ON_RESUME)
 
 
 class Row(NamedTuple):
@@ -135,29 +151,61 @@ def recipe_of(run):
     return recipe._replace(train=recipe.train | {"seed": run.seed}, start=start)
 
 
-def result_of(run):
-    """What a finished run's summary says, or None: {"accuracy", "seconds", "epochs", "parameters", ...}.
+def going_on(recipe, folder):
+    """The recipe, with the threads and the micro-batch that a run chose which stopped in the folder.
 
+    Raises  InputError: its checkpoint is damaged.
+    """
+    path = folder / LAST
+    if not path.exists():
+        return recipe
+    stored = config_from(checkpoint.load(path)[1], path)
+    chosen = {key: getattr(stored, key) for key in CHOSEN if not recipe.train.get(key)}
+    return recipe._replace(train=recipe.train | chosen)
+
+
+def result_of(run, *, free=()):
+    """What a finished run's summary says, or None: {"accuracy", "seconds", "epochs", "parameters"}.
+
+    Of a run that diverged {"diverged": the step}. ``free`` are settings of the training that may be others than asked.
     Raises  InputError: the folder holds a finished run of other settings.
     """
     try:
         summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
-        settings, accuracy = summary["settings"], float(summary["test_accuracy"])
-        seconds, epochs, parameters = summary["train_seconds"], summary["epochs"], summary["parameters"]
+        settings, result = summary["settings"], {"accuracy": float(summary["test_accuracy"])}
+        result |= {"seconds": summary["train_seconds"]} | {key: summary[key] for key in ("epochs", "parameters")}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    recipe = recipe_of(run)
-    for section, asked in recipe._asdict().items():
+        try:
+            noted = json.loads((run.folder / DIVERGED).read_text(encoding="utf-8"))
+            settings, result = noted["settings"], {"diverged": int(noted["step"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+    for section, asked in _expected(recipe_of(run), settings).items():
         for key, value in asked.items():
-            found = settings.get(section, {}).get(key)
-            if key == "epochs" and recipe.train.get("steps"):
-                continue  # they follow the steps
-            # 0 workers, 0 for the micro-batch, ... : the run writes what it chose
-            if found != value and value not in (0, None) and key not in ("data_dir", "device", "mlp_dim"):
+            found = settings.get(section, {}).get(key, DEFAULTS[section][key])  # earlier versions had fewer
+            if found != value and key not in (*FREE, *free):
                 raise InputError(
-                    f"{run.folder} holds a run with {key} {found}, the sweep asks for {value}; choose another --out"
+                    f"{run.folder} holds a run with {key} {found!r}, the sweep asks for {value!r}; choose another --out"
                 )
-    return {"accuracy": accuracy, "seconds": seconds, "epochs": epochs, "parameters": parameters}
+    return result
+
+
+def _expected(recipe, found):
+    """The settings that a run of the recipe has, section by section; what the data or the run choose is left out.
+
+    ``found`` are those of the run in question.
+    """
+    data, model, train, start = recipe
+    data, train = dict(data), DEFAULTS["train"] | train
+    if model.get("image_size") or (start and data["data"] in FOLDERS and not data["image_size"]):
+        del data["image_size"]  # the model's is compared; or it is the start's
+    if not start:  # otherwise what is not asked for is the start's
+        model = {key: value for key, value in DEFAULTS["model"].items() if key not in FITTED} | model
+    if model.get("mlp_dim") == 0:
+        model = model | {"mlp_dim": 4 * model.get("width", found.get("model", {}).get("width", 0))}
+    left_out = {key for key in CHOSEN if not train[key]} | ({"epochs"} if train["steps"] else set())
+    train = {key: value for key, value in train.items() if key not in left_out}
+    return {"data": data, "model": model, "train": train, "start": DEFAULTS["start"] | start}
 
 
 def mean_and_spread(values):
@@ -185,7 +233,7 @@ def known_results(out):
 
 
 def results_of(sweep, out):
-    """The results of all finished runs: {(row's name, seed): {"accuracy", "seconds", "epochs", "parameters"}}."""
+    """The results of all runs that are finished or diverged: {(row's name, seed): what `result_of` says}."""
     known, found = known_results(out), {}
     for run in runs_of(sweep, out):
         result = result_of(run) or known.get((run.row.name, _written(run.row.recipe._asdict()), run.seed))
@@ -203,16 +251,18 @@ def _written(recipe):
 def table_of(sweep, out):
     """The figures of all finished runs, ready for JSON: one entry per row, in the file's order.
 
-    Each has its ``runs``, seed by seed, their ``mean`` accuracy, ``spread`` (the sample standard deviation), and
-    ``gain``: the mean over the seeds that both have of its accuracy less the first row's, with ``gain_error``, that
-    mean's standard error.
+    Each has its ``runs``, seed by seed, the step at which others ``diverged``, the runs' ``mean`` accuracy, ``spread``
+    (the sample standard deviation), and ``gain``: the mean over the seeds that both have of its accuracy less the first
+    row's, with ``gain_error``, that mean's standard error.
     """
     results, rows, first = results_of(sweep, out), [], {}
     for row in sweep.rows:
-        runs = {seed: results[row.name, seed] for seed in sweep.seeds if (row.name, seed) in results}
+        ended = {seed: results[row.name, seed] for seed in sweep.seeds if (row.name, seed) in results}
+        runs = {seed: run for seed, run in ended.items() if "diverged" not in run}
         entry = {
             "name": row.name, "changes": row.changes, "recipe": row.recipe._asdict(),
             "runs": {str(seed): run for seed, run in runs.items()},
+            "diverged": {str(seed): run["diverged"] for seed, run in ended.items() if seed not in runs},
             "mean": None, "spread": None, "gain": None, "gain_error": None, "seconds": None, "epochs": None,
         }  # fmt: skip
         if runs:
@@ -244,9 +294,12 @@ def markdown(table):
         spread = f" ± {percent(row['spread'])}" if row["spread"] is not None else ""
         error = f" ± {percent(row['gain_error'])}" if row["gain_error"] is not None else ""
         gain = f"{percent(row['gain'], '+')}{error}" if row["gain"] is not None else ""
-        each = " ".join(percent(run["accuracy"]) for run in row["runs"].values())
+        shown = {seed: percent(run["accuracy"]) for seed, run in row["runs"].items()}
+        shown |= {seed: f"diverged at step {step}" for seed, step in row["diverged"].items()}
+        each = " ".join(shown[seed] for seed in map(str, table["seeds"]) if seed in shown)
         epochs, seconds = (f"{row[key]:,.0f}" if row[key] is not None else "" for key in ("epochs", "seconds"))
-        mean = f"{percent(row['mean'])}{spread}" if row["mean"] is not None else "not run yet"
+        none = "" if row["diverged"] else "not run yet"
+        mean = f"{percent(row['mean'])}{spread}" if row["mean"] is not None else none
         lines.append(f"| {row['name']} | {changes} | {mean} | {gain} | {each} | {epochs} | {seconds} |")
     return "\n".join(lines) + "\n"
 
@@ -267,15 +320,18 @@ def carry_out(runs, after, *, device=None, progress=True):
     """Make runs one after the other, each from where it stopped; ``after()`` is called after each.
 
     ``device``: where they are made, if not where their settings say. Results of several devices are one table's.
-    Returns  whether all were finished; False if a signal stopped one
-    Raises  InputError: one has impossible settings: all are looked at before the first begins.
+    One that diverges is noted in its folder, and the others are made.
+
+    Returns  whether all were made; False if a signal stopped one
+    Raises  InputError: one has impossible settings: all rows, and all that they start from, are looked at before the
+            first begins.
     """
 
     def recipe(run):
         made = recipe_of(run)
-        return made._replace(train=made.train | {"device": device}) if device else made
+        return going_on(made._replace(train=made.train | {"device": device}) if device else made, run.folder)
 
-    for each in {each.row.name: each for each in runs}.values():
+    for each in {(each.row.name, recipe_of(each).start.get("checkpoint")): each for each in runs}.values():
         trainer_of(recipe(each), each.folder, progress=False)
     for number, each in enumerate(runs, start=1):
         print(f"\n{number} of {len(runs)}: {each.row.name}, seed {each.seed}", flush=True)
@@ -283,10 +339,16 @@ def carry_out(runs, after, *, device=None, progress=True):
         if (each.folder / LAST).exists():
             trainer.restore()
         started_at = time.monotonic()
-        summary = trainer.run()
-        if summary is None:
-            return False
-        print(f"{each.row.name}, seed {each.seed}: {summary['test_accuracy']:.2%} "
-              f"in {time.monotonic() - started_at:.0f} s", flush=True)  # fmt: skip
+        try:
+            summary = trainer.run()
+        except Diverged as error:
+            settings = json.loads((each.folder / SETTINGS).read_text(encoding="utf-8"))
+            write_json(each.folder / DIVERGED, {"step": trainer.step, "settings": settings})
+            print(f"{each.row.name}, seed {each.seed}: {error}", flush=True)
+        else:
+            if summary is None:
+                return False
+            print(f"{each.row.name}, seed {each.seed}: {summary['test_accuracy']:.2%} "
+                  f"in {time.monotonic() - started_at:.0f} s", flush=True)  # fmt: skip
         after()
     return True

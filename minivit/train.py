@@ -433,7 +433,7 @@ class Trainer:
         if c.init == "mimetic":
             mimetic(model, seed=c.seed)
         if c.whiten:
-            whiten(model, self.dataset.train_images, seed=c.seed)
+            whiten(model, self.dataset.train_images, self.dataset.train_labels, seed=c.seed)
         return model.flat
 
     def learning_rate(self, step):

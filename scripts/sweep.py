@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from minivit.backend import find_device
-from minivit.cli import Parser, run
+from minivit.cli import Parser, counted, run
 from minivit.errors import InputError
 from minivit.sweep import carry_out, known_results, read_sweep, results_of, runs_of, write_table
 
@@ -17,7 +17,8 @@ examples:
 
 The folder holds a run for each row and seed, and table.md, table.json, sweep.png of all rows, written anew after each
 run. What a table.json there holds is not run again, even where the run's own folder is gone. The settings of a sweep
-are TOML, see python -m pydoc minivit.sweep. The exit status is 0, 130 if it was interrupted.
+are TOML, see python -m pydoc minivit.sweep. A run that diverged is noted in the table and not made again until its
+folder is deleted. The exit status is 0, 1 if a run diverged, 130 if it was interrupted.
 """
 
 
@@ -58,7 +59,10 @@ def main(argv=None):
         raise InputError(f"there is no {out}: nothing has been run")
     print("\n" + write_table(whole, out))
     print(f"table and figure in {out}")
-    return 0
+    diverged = sum("diverged" in result for result in results_of(sweep, out).values())
+    if diverged:
+        print(f"{counted(diverged, 'run')} diverged")
+    return int(diverged > 0)
 
 
 if __name__ == "__main__":

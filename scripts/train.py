@@ -27,7 +27,7 @@ EXAMPLES = """
 examples:
   python scripts/train.py                                         the embedded digits, with configs/digits.toml
   python scripts/train.py --data cifar10 --data-dir data          CIFAR-10, with configs/cifar10.toml
-  python scripts/train.py --config cifar10-10min                  a recipe, by the name of its file in configs/
+  python scripts/train.py --config cifar10-1h                     a recipe, by the name of its file in configs/
   python scripts/train.py --data cifar10 --budget 30m             as many epochs as 30 minutes hold on this machine
   python scripts/train.py --resume --out runs/digits              go on where a run stopped
   python scripts/train.py --config my.toml --lr 5e-4 --seed 1     a settings file, two of its values changed

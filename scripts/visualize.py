@@ -72,13 +72,19 @@ augment: a sheet of training pictures, a row for each augmentation. The rows of 
 strength on the left to the strongest on the right, as TrivialAugment draws them.
 
 lr: the first steps of a training, with the settings files and flags of scripts/train.py, while the learning rate rises
-exponentially. The loss falls where the rate is good and leaps where it is too high. Two peak rates are suggested: that
-where the smoothed loss falls most steeply, and a tenth of that where it is least. No run's folder is touched.
+exponentially; on whole pictures, whatever half_size is. The loss falls where the rate is good and leaps where it is too
+high. Two peak rates are suggested: that where the smoothed loss falls most steeply, and a tenth of that where it is
+least. No run's folder is touched.
 """
 
 
 def measured_pictures(dataset, count, seed):
-    """A fixed random set of training pictures: (images, labels)."""
+    """A fixed random set of training pictures: (images, labels).
+
+    Raises  InputError: there are none.
+    """
+    if not len(dataset.train_images):
+        raise InputError(f"{dataset.source} has no training pictures; put some in its folder train")
     chosen = np.random.default_rng(seed).permutation(len(dataset.train_images))[:count]
     return dataset.train_images[chosen], dataset.train_labels[chosen]
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from minivit import ViT, ViTConfig, initialisation
+from minivit.data import load
 from minivit.layers.patch_embed import patchify
 from minivit.model import pixels
 
@@ -45,7 +46,7 @@ def test_whitened_patches_have_no_preferred_direction(width):
     images = base.astype(np.uint8)
     model = ViT(ViTConfig(image_size=8, patch_size=4, width=width, depth=1, num_heads=3, mlp_dim=8), dtype=np.float64)
     before = model.flat.copy()
-    initialisation.whiten(model, images, seed=1)
+    initialisation.whiten(model, images, np.zeros(len(images), int), seed=1)
     x = patchify(pixels(images, np.float64), 4).reshape(-1, 48)
     assert np.linalg.cond(np.cov(x.T)) > 100
     z = x @ model.params["patch_embed.proj.weight"] + model.params["patch_embed.proj.bias"]
@@ -65,9 +66,64 @@ def test_behind_a_stem_the_patches_of_its_maps_are_whitened():
         image_size=16, patch_size=2, stem="root", stem_width=8, stem_groups=2, width=40, depth=1, num_heads=2
     )
     model = ViT(config, dtype=np.float64)
-    initialisation.whiten(model, images, seed=1)
+    initialisation.whiten(model, images, np.zeros(len(images), int), seed=1)
     x = patchify(model.feature_map(images)[0], 2).reshape(-1, 32)
     z = x @ model.params["patch_embed.proj.weight"] + model.params["patch_embed.proj.bias"]
     np.testing.assert_allclose(z.mean(axis=0), 0.0, atol=1e-9)
     variances = np.linalg.eigvalsh(z.T @ z / len(z))[-32:]
     assert variances.min() > 0.7 * variances.max()
+
+
+def test_the_moments_of_parts_are_those_of_the_whole():
+    x = np.random.default_rng(0).standard_normal((41, 7)) * 3 + 5
+    mean, covariance = initialisation.moments([x])
+    np.testing.assert_array_equal(mean, x.mean(axis=0))  # to the bit: trainings are to stay as they were
+    centred = x - x.mean(axis=0)
+    np.testing.assert_array_equal(covariance, centred.T @ centred / 41)
+    for ends in ([0, 40, 41], [0, 1, 41], [0, 9, 18, 27, 41]):
+        parts = [x[i:j] for i, j in zip(ends, ends[1:], strict=False)]
+        for found, expected in zip(initialisation.moments(parts), (mean, covariance), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_pictures_are_taken_a_part_at_a_time(monkeypatch):
+    """Of a size that depends on theirs; a part and the whole give the same patch embedding."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    made, seen, real = [], [], initialisation.pixels
+    monkeypatch.setattr(initialisation, "pixels", lambda part, dtype: seen.append(len(part)) or real(part, dtype))
+    for numbers in (initialisation.WHITENING_PART, 13 * 192, 1):
+        monkeypatch.setattr(initialisation, "WHITENING_PART", numbers)
+        made.append(ViT(CONFIG, dtype=np.float64))
+        initialisation.whiten(made[-1], images, np.arange(30) % 10, seed=1)
+    assert seen == [30, 13, 13, 4] + 30 * [1]
+    for other in made[1:]:
+        np.testing.assert_allclose(other.flat, made[0].flat, rtol=0, atol=1e-10)
+    assert 2048 * 32 * 32 * 3 < 1 << 23  # CIFAR's are taken together
+
+
+def test_pictures_that_come_class_by_class_are_whitened_as_if_they_were_shuffled(monkeypatch):
+    monkeypatch.setattr(initialisation, "WHITENING_PICTURES", 100)
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(10), 60)
+    images = (10 * labels[:, None, None, None] + rng.integers(0, 120, (600, 8, 8, 3))).astype(np.uint8)
+    x = patchify(pixels(images, np.float64), 4).reshape(-1, 48)
+
+    def variances(order):
+        model = ViT(CONFIG, dtype=np.float64)
+        initialisation.whiten(model, images[order], labels[order], seed=1)
+        z = x @ model.params["patch_embed.proj.weight"] + model.params["patch_embed.proj.bias"]
+        assert np.abs(z.mean(axis=0)).max() < 0.3  # of variances about 1; several, if it saw but two of the classes
+        return np.linalg.eigvalsh(np.cov(z.T))[-48:]
+
+    by_class, shuffled = variances(np.arange(600)), variances(rng.permutation(600))
+    np.testing.assert_allclose(by_class, shuffled, rtol=0.25)
+
+
+def test_which_pictures_are_whitened():
+    """The first ones, unless classes follow one another in any order."""
+    rows, labels = initialisation.whitening_rows, np.repeat([3, 0, 2, 1], 1500)
+    np.testing.assert_array_equal(rows(labels, 4), np.arange(2048) * 6000 // 2048)
+    np.testing.assert_array_equal(np.bincount(labels[rows(labels, 4)]), 4 * [512])
+    for others in (np.tile([3, 0, 2, 1], 1500), np.zeros(6000, int), load("digits").train_labels):
+        np.testing.assert_array_equal(rows(others, 10), np.arange(min(len(others), 2048)))
+    np.testing.assert_array_equal(rows(labels[1000:2600], 4), np.arange(1600))

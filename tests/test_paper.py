@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 
-from minivit import analysis, budget, checkpoint, paper, paper_plots, plots
+from minivit import analysis, budget, checkpoint, paper, paper_plots, plots, train
 from minivit.data import load
 from minivit.errors import InputError
 from minivit.model import ViTConfig
@@ -147,6 +147,27 @@ def test_a_model_is_trained_where_none_is_named(call, tmp_path, no_figures, monk
     (tmp_path / "other.toml").write_text(TINY.read_text().replace("width = 16", "width = 8"))
     ended = call("paper", "distance", *common, "--config", tmp_path / "other.toml")
     assert ended.status == 2 and "width" in ended.err and "--out" in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_model_of_fewer_epochs_is_kept_and_goes_on_with_other_cores(call, tmp_path, no_figures, monkeypatch):
+    """As many epochs as the budget held, of the 20 of its settings; with the threads that it began with."""
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + 0.01 * a[3])
+    (tmp_path / "mine.toml").write_text(TINY.read_text().replace("workers = 1", "workers = 0"))
+    common = ["filters", "--config", tmp_path / "mine.toml", "--out", tmp_path / "p", "--quiet", "--budget", "0.3s"]
+    end_epoch = Trainer._end_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "available_cores", lambda: 2)
+        patch.setattr(Trainer, "_end_epoch", lambda self, *a: (end_epoch(self, *a), self.stop("test")))
+        assert call("paper", *common).status == 130
+    monkeypatch.setattr(train, "available_cores", lambda: 1)
+    ended = call("paper", *common)
+    assert ended.status == 0, ended.err
+    summary = json.loads((tmp_path / "p" / "model" / "summary.json").read_text())
+    assert summary["epochs"] == 4 and summary["workers"] == 2
+    before = (tmp_path / "p" / "model" / "last.npz").stat().st_mtime_ns
+    ended = call("paper", "positions", *common[1:])
+    assert ended.status == 0 and "training" not in ended.out, ended.err
+    assert (tmp_path / "p" / "model" / "last.npz").stat().st_mtime_ns == before
 
 
 def test_all_rows_get_the_same_share_of_their_epochs():
@@ -422,6 +443,14 @@ def test_fine_tuning_begins_with_the_model_of_the_first_classes(tmp_path, monkey
     assert settings["start"]["checkpoint"] == str(before) and settings["model"]["image_size"] == 48
     assert settings["data"]["classes"] == "5-9"
     assert "The model of the first five classes had" in made.caption and "| from scratch, 48 pixels | " in made.table
+
+
+def test_nothing_begins_with_a_model_that_diverged(tmp_path, monkeypatch):
+    sweep = paper.read_sweep(paper.CONFIGS / "sweeps" / "pretraining.toml")
+    monkeypatch.setattr(paper, "carried_out", lambda *_, **settings: (sweep._replace(seeds=(0,)), tmp_path))
+    monkeypatch.setattr(paper, "result_of", lambda run: {"diverged": 7})
+    with pytest.raises(InputError, match="pre-training-seed0 diverged at step 7: there is no model to begin with"):
+        paper.make_fine_tuning(paper.Context(tmp_path))
 
 
 def test_axial_attention_against_compute_and_speed(call, tmp_path, monkeypatch, no_figures):

@@ -336,3 +336,24 @@ def test_a_picture_pixel_by_pixel(channels):
     for (row, column), color in {(0, 1): colors[0.0], (3, 2): colors[1.0]}.items():
         expected = 0.7 * np.array(color) + 0.3 * shown[row, column]
         np.testing.assert_allclose(under[row, column, :3], expected, atol=2)
+
+
+def test_settings_that_have_not_been_run_are_left_out_of_a_sweeps_figure(tmp_path, drawn):
+    def row(name, *accuracies):
+        runs = {str(seed): {"accuracy": a} for seed, a in enumerate(accuracies)}
+        return {"name": name, "runs": runs, "mean": np.mean(accuracies) if runs else None, "gain": None}
+
+    first, waits, third = row("first", 0.5, 0.6), row("waits"), row("third", 0.7)
+    plots.save_sweep(tmp_path / "s.png", {"title": "", "rows": [first, waits, third]})
+    plots.save_sweep(tmp_path / "s.png", {"title": "", "rows": [waits, first, third]})
+    plots.save_sweep(tmp_path / "s.png", {"title": "", "rows": [waits]})
+    whole(tmp_path / "s.png", 100)
+    one, other, none = (figure.axes[0] for figure in drawn)
+    for axes in (one, other):
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "third"]
+        assert [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"] == [0, 1]
+    # the first row of the table, not of the figure, is what others are compared with
+    for axes, color in ((one, plots.THEIRS), (other, plots.OURS)):
+        assert axes.lines[0].get_color() == color and axes.lines[2].get_color() == plots.OURS
+    assert [len([line for line in axes.lines if line.get_linestyle() == ":"]) for axes in (one, other)] == [1, 0]
+    assert not none.get_yticklabels() and one.get_ylim() == (1.6, -0.6)

@@ -1,16 +1,20 @@
 """Recipes: whatever trains takes the same flags and files, and gets the same from them."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from minivit import params as parameters
-from minivit import recipes
+from minivit import recipes, sweep
 from minivit.cli import Parser
 from minivit.data import load
 from minivit.errors import InputError
 from minivit.masked import MaskedConfig
 from minivit.model import ViTConfig, parameter_table
-from minivit.recipes import DATA_KEYS, Recipe, add_recipe, find_config, prepare, read_recipe, recipe_of_flags
+from minivit.recipes import CONFIGS, DATA_KEYS, Recipe, add_recipe, find_config, prepare, read_recipe, recipe_of_flags
 from minivit.settings import field_names
 from minivit.train import TrainConfig
 
@@ -99,6 +103,24 @@ def test_settings_files_are_known_by_name(tmp_path):
     assert find_config(tmp_path / "x.toml") == tmp_path / "x.toml"
     with pytest.raises(InputError, match="there is no settings file cifar; .* cifar10, .*digits"):
         find_config("cifar")
+
+
+def test_a_folder_is_no_settings_file(tmp_path, monkeypatch):
+    """In runs/, where the folders of runs have the names of their data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    assert find_config("cifar10") == CONFIGS / "cifar10.toml"
+    (tmp_path / "digits").write_text("[data]")
+    assert find_config("digits") == Path("digits")
+
+
+def test_the_settings_files_that_scripts_name_in_their_examples_are_there():
+    named = re.findall(r'config = "([^"]+)"', sweep.__doc__)
+    for path in (ROOT / "scripts").glob("*.py"):
+        named += re.findall(r"^ +python scripts/.* --config (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(named) > 3
+    for name in named:
+        assert find_config(name).suffix == ".toml" and (name == "my.toml" or find_config(name).is_file()), name
     assert read_recipe(None).train == {} and read_recipe(None, train={"lr": 1.0}).train == {"lr": 1.0}
 
 

@@ -124,6 +124,15 @@ def test_the_headline(trained, reported):
     assert f"{summary['train_seconds']:.3g} s" in text
 
 
+def test_the_headline_of_a_run_of_steps(call, tmp_path, no_figures):
+    """Its last epoch is cut short: four of its two times six steps."""
+    assert call("train", *TINY, "--steps", 8, "--out", tmp_path / "run").status == 0
+    page = call("report", tmp_path / "run", "--out", tmp_path / "page.html")
+    assert page.status == 0, page.err
+    text = spaces(Page((tmp_path / "page.html").read_text()).text)
+    assert "Its last.npz is of step 8 of 8, epoch 2 of 2." in text
+
+
 def test_the_figures_about_test_pictures(trained, reported):
     _, p, guesses, labels = by_hand(trained)
     text = spaces(reported.text)

@@ -159,6 +159,17 @@ def test_bad_settings_of_a_sheet(call, tmp_path, arguments):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_sheet_of_no_training_pictures(call, tmp_path):
+    """A folder with val alone, on which models are tested."""
+    for name in "ab":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "val" / name / "0.png")
+    flags = ["--data-dir", tmp_path, "--image-size", 10, "--out", tmp_path / "new"]
+    ended = call("visualize", "augment", "--data", "imagefolder", *flags)
+    assert ended.status == 2 and not (tmp_path / "new").exists()
+    assert ended.err == f"error: {tmp_path} has no training pictures; put some in its folder train\n"
+
+
 def test_learning_rates(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     figures = []
