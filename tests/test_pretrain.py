@@ -394,21 +394,24 @@ def test_a_replayed_graph_gives_the_bits_of_single_kernels(cupy, task):
             run = step_of(cupy, replace(GPU, width=16, dropout=0.1), TASKS[task], graph=graph)
             figures = [[float(x) for x in run(number)[0]] for number in range(4)]
             assert launches["graph"] == 3 * graph
-        found.append((figures, to_host(run(4)[1].model.flat)))
+            found.append((figures, to_host(run(4)[1].model.flat)))
     assert found[0][0] == found[1][0]
     np.testing.assert_array_equal(found[0][1], found[1][1])
 
 
 def test_measurements_that_do_not_fit_are_cut(cupy, monkeypatch):
-    _, engine, images, plan = step_of(cupy, GPU, TASKS["mpp"])(1)
-    whole, original = engine.measure(images, plan), MaskedViT.forward
+    with plain():
+        _, engine, images, plan = step_of(cupy, GPU, TASKS["mpp"])(1)
+        whole, original = engine.measure(images, plan), MaskedViT.forward
 
-    def forward(self, images, plan, **settings):
-        if len(images) > 2:
-            raise MemoryError("Out of memory")
-        return original(self, images, plan, **settings)
+        def forward(self, images, plan, **settings):
+            if len(images) > 2:
+                raise MemoryError("Out of memory")
+            return original(self, images, plan, **settings)
 
-    monkeypatch.setattr(MaskedViT, "forward", forward)
-    with pytest.warns(UserWarning, match="4 pictures at a time .* going on with 2"):
-        found = engine.measure(images, plan)
-    assert float(found.loss) == pytest.approx(float(whole.loss), rel=1e-5) and int(found.correct) == int(whole.correct)
+        monkeypatch.setattr(MaskedViT, "forward", forward)
+        with pytest.warns(UserWarning, match="4 pictures at a time .* going on with 2"):
+            found = engine.measure(images, plan)
+        assert float(found.loss) == pytest.approx(float(whole.loss), rel=1e-5) and int(found.correct) == int(
+            whole.correct
+        )
