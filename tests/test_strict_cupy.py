@@ -145,7 +145,13 @@ def test_long_sequences_through_plain_layers_are_recorded_too(cupy, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "settings", [{"width": 6}, {"width": 1028, "mlp_dim": 4}, {"num_heads": 4, "qk_norm": True}], ids=str
+    "settings",
+    [
+        {"width": 6},
+        {"width": 1028, "mlp_dim": 4, "image_size": 4, "pooling": "mean"},
+        {"num_heads": 4, "qk_norm": True},
+    ],
+    ids=str,
 )
 def test_a_layernorm_without_a_kernel_is_not_recorded(cupy, settings):
     """Its sums over rows are CuPy's own products; nothing is tried, and nobody is warned."""
