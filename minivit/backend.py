@@ -77,7 +77,8 @@ def accelerated(function):
 
 
 def _twins(root):
-    return importlib.import_module(TWINS[root]) if root in TWINS else None
+    name = TWINS.get(root)
+    return name and (sys.modules.get(name) or importlib.import_module(name))
 
 
 @functools.cache
@@ -178,15 +179,31 @@ def synchronize(device):
         cupy.cuda.Device().synchronize()
 
 
-def matmul(x, W):
+@accelerated
+def matmul(a, b, *, out=None):
+    """``a @ b``, with a twin for GPUs: a step with CuPy's own products cannot be recorded as a graph."""
+    return a @ b if out is None else array_module(a, b, out).matmul(a, b, out=out)
+
+
+def matmul_rows(x, W):
     """``x @ W`` for x (..., n) and a matrix W (n, m), as one two-dimensional product.
 
     A batched product with a broadcast matrix would be cut into many small ones; one large product is what
     BLAS is good at.
     """
-    return (x.reshape(-1, x.shape[-1]) @ W).reshape(*x.shape[:-1], W.shape[-1])
+    return matmul(x.reshape(-1, x.shape[-1]), W).reshape(*x.shape[:-1], W.shape[-1])
 
 
+@accelerated
+def column_sum(x):
+    """Sums over the rows of a matrix, as a product with ones: BLAS is quicker than ``x.sum(axis=0)``.
+
+    Shapes  x (rows, n)  ->  (n,)
+    """
+    return array_module(x).ones(len(x), x.dtype) @ x
+
+
+@accelerated
 def row_sum(x):
     """Sums over the last axis, kept as an axis of length 1, as a product with ones: BLAS is quicker than ``x.sum``.
 

@@ -37,7 +37,9 @@ def run(main):
     except (InputError, ImportError) as error:  # an import that fails this late is that of an optional library
         status = _complain(error)
     except MemoryError:
-        status = _complain("not enough memory; use a smaller --batch-size, --micro-batch or model")
+        status = _complain(
+            "not enough memory; use a smaller --batch-size, --micro-batch (on a GPU: --gpu-micro-batch) or model"
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
         status = 1

@@ -99,7 +99,7 @@ class Engine:
         if workers < 0 or micro_batch < 0:
             raise ValueError(f"workers and micro_batch must be at least 0, got {workers} and {micro_batch}")
         self.model, self.recompute, self.trained = model, recompute, trained
-        self.micro_batch = micro_batch or default_micro_batch(model.config)
+        self.micro_batch = self.predicted = micro_batch or default_micro_batch(model.config)
         self.workers = workers or available_cores()
         self.label_smoothing, self.seed = label_smoothing, seed
         self._buffers = [model.gradient_buffer() for _ in range(self.workers)]

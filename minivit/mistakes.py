@@ -97,30 +97,29 @@ _engine = _in("engine", "Engine.gradient")
 
 MISTAKES = (
     _linear(
-        "linear-bias-mean", "xp.ones(len(dy_rows), dy.dtype) @ dy_rows", "dy_rows.mean(axis=0)",
+        "linear-bias-mean", "column_sum(dy_rows)", "dy_rows.mean(axis=0)",
         "the bias gradient is a mean over rows instead of a sum", "how many rows share the bias?",
     ),
     _linear(
-        "linear-bias-axis", "db = xp.ones(len(dy_rows), dy.dtype) @ dy_rows",
-        "db = xp.resize(dy_rows.sum(axis=1), dy_rows.shape[1])",
+        "linear-bias-axis", "db = column_sum(dy_rows)", "db = 0 * dy_rows[0] + dy_rows.sum(axis=1)[0]",
         "the bias gradient is summed over the wrong axis", "along which axis was b broadcast?",
     ),
     _linear(
-        "linear-bias-first-row", "xp.ones(len(dy_rows), dy.dtype) @ dy_rows", "dy_rows[0].copy()",
+        "linear-bias-first-row", "column_sum(dy_rows)", "dy_rows[0].copy()",
         "the bias gradient is that of the first row alone", "how many rows share the bias?",
     ),
     _linear(
-        "linear-weight-batch-mean", ".T @ dy_rows", ".T @ dy_rows / len(dy)",
+        "linear-weight-batch-mean", ".T, dy_rows)", ".T, dy_rows) / len(dy)",
         "the weight gradient is divided by the batch size a second time: the loss is a mean already",
         "who divides by B?", "gradients B times too small behind Adam, which hides constant factors",
     ),
     _linear(
-        "linear-weight-last-token", "x.reshape(-1, x.shape[-1]).T @ dy_rows",
-        "x.reshape(-1, x.shape[-1])[-1:].T @ dy_rows[-1:]",
+        "linear-weight-last-token", "x.reshape(-1, x.shape[-1]).T, dy_rows",
+        "x.reshape(-1, x.shape[-1])[-1:].T, dy_rows[-1:]",
         "the weight gradient counts only the last row", "which rows does the weight serve?",
     ),
     _linear(
-        "linear-input-abs-weight", "matmul(dy, W.T)", "matmul(dy, abs(W).T)",
+        "linear-input-abs-weight", "matmul_rows(dy, W.T)", "matmul_rows(dy, abs(W).T)",
         "the input gradient goes back through |W|", "what does dx = dy W^T say of signs?",
     ),
     _layernorm(
@@ -164,8 +163,7 @@ MISTAKES = (
         "do forward and backward agree on the variance?",
     ),
     _layer_scale(
-        "layer-scale-batch-mean", "ones(len(product), dy.dtype) @ product",
-        "ones(len(product), dy.dtype) @ product / len(dy)",
+        "layer-scale-batch-mean", "column_sum(product)", "column_sum(product) / len(dy)",
         "gamma's gradient is divided by the batch size", "how many rows share gamma?",
     ),
     _layer_scale(
@@ -263,7 +261,7 @@ MISTAKES = (
         "dv = attn dy: the transpose is missing", "which index of attn counts keys?",
     ),
     _attention(
-        "attention-dq-dk-swapped", "dq = xp.matmul(dscores, k, out=out_dq)", "dq = xp.matmul(dscores, q, out=out_dq)",
+        "attention-dq-dk-swapped", "dq = matmul(dscores, k, out=out_dq)", "dq = matmul(dscores, q, out=out_dq)",
         "dq is built from q instead of k", "scores = q k^T: what multiplies dscores?",
     ),
     _attention(
@@ -295,21 +293,21 @@ MISTAKES = (
         "the logits of the offsets are not divided by sqrt(Dh)", "they are those of an attention too",
     ),
     _relative(
-        "relative-offsets-reversed", "dq += dP @ r[0, N - Q :]", "dq += dP @ r[0, N - Q :][::-1]",
+        "relative-offsets-reversed", "matmul(dP, r[0, N - Q :])", "matmul(dP, r[0, N - Q :][::-1])",
         "the table is read from its other end: the offset p_k - p_q", "which row belongs to the offset 0, which to 1?",
     ),
     _relative(
-        "relative-queries-forget-offsets", "dq += dP @ r[0, N - Q :]", "pass",
+        "relative-queries-forget-offsets", "dq += matmul(dP, r[0, N - Q :])", "pass",
         "the queries get no gradient through the offsets", "where does q enter?",
     ),
     _relative(
-        "relative-table-first-picture", "dP.reshape(-1, N + Q - 1).T @ q.reshape",
-        "dP[:1].reshape(-1, N + Q - 1).T @ q[:1].reshape",
+        "relative-table-first-picture", "dP.reshape(-1, N + Q - 1).T, q.reshape",
+        "dP[:1].reshape(-1, N + Q - 1).T, q[:1].reshape",
         "the table's gradient is that of the first picture alone", "who shares the table?",
     ),
     _relative(
-        "relative-table-without-heads", "dP.reshape(-1, N + Q - 1).T @ q.reshape",
-        "dP[:, 0].reshape(-1, N + Q - 1).T @ q[:, 0].reshape",
+        "relative-table-without-heads", "dP.reshape(-1, N + Q - 1).T, q.reshape",
+        "dP[:, 0].reshape(-1, N + Q - 1).T, q[:, 0].reshape",
         "the table's gradient is that of the first head alone", "who shares the table?",
     ),
     _msa(
@@ -461,7 +459,7 @@ MISTAKES = (
         "softmax's backward is replaced by its diagonal", "does a token's weight depend on the others' scores?",
     ),
     _sequence_pool(
-        "sequence-pool-mean", "attn.swapaxes(1, 2) @ dy", "(0 * attn + 1 / attn.shape[2]).swapaxes(1, 2) @ dy",
+        "sequence-pool-mean", "attn.swapaxes(1, 2), dy", "(0 * attn + 1 / attn.shape[2]).swapaxes(1, 2), dy",
         "each token's share of the gradient is 1/N instead of its weight", "y = attn x: what is each token's weight?",
     ),
     _head(

@@ -196,7 +196,9 @@ class AddTranspose(Rewrite):
         parent = node.parent
         factor = parent.type == "term" and "@" in [c.value for c in parent.children if c.type == "operator"]
         trailer = parent.parent if parent.type == "arglist" else parent
-        if factor or (trailer.type == "trailer" and _is_call(trailer) and _called(trailer) == "matmul"):
+        if factor or (
+            trailer.type == "trailer" and _is_call(trailer) and _called(trailer) in ("matmul", "matmul_rows")
+        ):
             yield f"{_code(node)}.swapaxes(-1, -2)"
 
 
@@ -488,7 +490,7 @@ CHOSEN = {
         "patch_loss_gradient", "MaskedViT.gradient_buffer", "MaskedViT._blocks_backward", "MaskedViT._blocks_jvp",
         "MaskedViT.backward", "MaskedViT.jvp",
     ),
-    "backend": ("matmul",),
+    "backend": ("matmul", "matmul_rows", "column_sum"),
     "train": ("Trainer._gradient_uphill",),
 }  # fmt: skip
 

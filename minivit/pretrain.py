@@ -22,7 +22,7 @@ import numpy as np
 from minivit import checkpoint
 from minivit.backend import array_module, to_device, to_host
 from minivit.engine import Engine, StepResult
-from minivit.engine_cuda import PREDICT, CudaEngine
+from minivit.engine_cuda import CudaEngine
 from minivit.errors import InputError
 from minivit.kernels import cuda
 from minivit.masked import (
@@ -62,7 +62,7 @@ class _MaskedTask:
 
     def measure(self, images, plan, model=None):
         """Mean loss of many pictures and how many guesses are right, streamed through the workers: `StepResult`."""
-        model, size = model or self.model, self.micro_batch or PREDICT
+        model, size = model or self.model, self.predicted
         starts = range(0, len(images), size)
         xp = array_module(model.flat)
         results = [None] * len(starts)
@@ -85,6 +85,12 @@ class MaskedEngine(_MaskedTask, Engine):
 
 class MaskedCudaEngine(_MaskedTask, CudaEngine):
     """`CudaEngine` for a `MaskedViT`."""
+
+    def measure(self, images, plan, model=None):
+        """See `_MaskedTask.measure`; pictures that do not fit into memory are cut, see `CudaEngine.fitting`."""
+        return self.fitting(
+            "predicted", len(images), lambda: super(MaskedCudaEngine, self).measure(images, plan, model)
+        )
 
 
 def plan_of_test(config, masked, count, seed=TEST_SEED):

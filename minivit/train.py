@@ -132,7 +132,11 @@ class TrainConfig:
     precision: str = setting(
         "float32", "on a GPU: float32, tf32 (factors of products rounded to 10 bits) or bf16 (blocks store 7)"
     )
-    graph: bool = setting(True, "replay a GPU's steps from a CUDA graph")
+    graph: bool = setting(
+        True,
+        "replay a GPU's steps from a CUDA graph, with adam, adamw and muon; not with layer_decay, sam or accumulate, "
+        "nor where a LayerNorm is wider than 1024 or its width no multiple of 4",
+    )
     log_every: int = setting(10, "steps between two lines of metrics.jsonl")
     evaluate_every: int = setting(1, "epochs between two evaluations")
     test_flip: bool = setting(False, "test with the mean of the logits of each picture and its mirror image")
@@ -700,6 +704,8 @@ class Trainer:
             while not self.finished and self._stop is None:
                 self._train_epoch(small if self.epoch < self.small_epochs else engine, metrics, bar)
                 if self._stop is None:
+                    if self.epoch + 1 == self.small_epochs and (step := self._whole_steps.pop(small, None)):
+                        step.release()  # of its graph there is no more use
                     self._end_epoch(engine, metrics)
             self.seconds, self._started = self._elapsed(), None
             self.save()

@@ -5,8 +5,8 @@ float64. The names that CuPy 14.2 has are in tests/data; arrays are NumPy's, of 
 ``np.asarray(x)`` slips through.
 
 A graph is recorded as on a GPU: what is launched meanwhile is repeated by each replay, on the same memory, and nothing
-else of the program is; nothing may wait meanwhile. Here the recording does the work of the first replay, which then
-does nothing.
+else of the program is; nothing may wait meanwhile, and CuPy's own matrix products are refused. Here the recording does
+the work of the first replay, which then does nothing.
 """
 
 import itertools
@@ -32,6 +32,7 @@ VIEWS = STRIDE_TRICKS | {
     "moveaxis",
 }
 NO_LAUNCH = VIEWS | {"empty", "empty_like", "result_type", "asarray", "array"}
+PRODUCTS = {"dot", "vdot", "inner", "outer", "tensordot", "einsum"}  # matmul is a ufunc
 SCALARS = (bool, int, float, np.float32, np.int32, np.int64, np.uint64)
 
 launches, waits, doubles = Counter(), Counter(), Counter()
@@ -98,6 +99,11 @@ class Stream:
         if self.tape is not None:
             raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
 
+    def refuse_products(self):
+        """Raise CuPy's error if a graph is being recorded: it calls cuBLAS then for nobody."""
+        if self.tape is not None:
+            raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+
     def synchronize(self):
         self.refuse("synchronize")
         waits["synchronize"] += 1
@@ -109,7 +115,8 @@ class Stream:
 
             def again():
                 for old, new in zip(_arrays(made), _arrays(function()), strict=True):
-                    old[...] = new
+                    if not np.shares_memory(old, new):  # else a view, which needs no launch
+                        old[...] = new
 
             self.tape.append(again)
             self.kept.append(kept)  # what the function knows the address of alone
@@ -142,7 +149,9 @@ class ndarray(np.ndarray):
             raise TypeError(f"cupy.{name} does not take {method} {sorted(keywords)}")
         _check([*inputs, *(out or ())])
         launches[name] += 1
-        if name == "matmul":  # of more than two axes, operands that are not contiguous are copied first
+        if name == "matmul":
+            STREAM.refuse_products()
+            # of more than two axes, operands that are not contiguous are copied first
             launches["copy"] += sum(x.ndim > 2 and not x.flags.c_contiguous for x in inputs)
         settings = {"out": _bare(out)} if out else {}
         result = STREAM.do(lambda: np.asanyarray(ufunc(*_bare(inputs), **settings, **keywords)))
@@ -211,6 +220,9 @@ class ndarray(np.ndarray):
         launches["astype"] += copy or np.dtype(dtype) != self.dtype
         return _wrap(STREAM.do(lambda: self.view(np.ndarray).astype(dtype, copy=copy)), "astype")
 
+    def dot(self, other):
+        return sys.modules["cupy"].dot(self, other)
+
     def copy(self):
         launches["copy"] += 1
         return _wrap(STREAM.do(lambda: self.view(np.ndarray).copy()), "copy")
@@ -262,7 +274,7 @@ class Module(ModuleType):
         super().__init__("cupy")
         self.ndarray, self.lib = ndarray, SimpleNamespace(stride_tricks=self)
         NAMES.update(STRIDE_TRICKS)  # of cupy.lib.stride_tricks
-        self.__version__, self.freed = "14.2", 0
+        self.__version__, self.freed, self.pools = "14.2", 0, []
         attributes = {"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 227 << 10}  # of an H100
         chosen = SimpleNamespace(
             id=0, use=lambda: None, synchronize=STREAM.synchronize, attributes=attributes, compute_capability="90"
@@ -275,7 +287,7 @@ class Module(ModuleType):
             runtime=runtime, Device=lambda number=0: chosen, Stream=lambda **settings: STREAM,
             Event=Event, get_elapsed_time=lambda before, after: 1e3 * (after.time - before.time),
             get_current_stream=lambda: STREAM, using_allocator=nullcontext,
-            MemoryPool=lambda: SimpleNamespace(malloc=None, total_bytes=lambda: 0),
+            MemoryPool=self._pool,
         )  # fmt: skip
 
     def get_default_memory_pool(self):
@@ -284,6 +296,18 @@ class Module(ModuleType):
     def _free(self):
         STREAM.refuse("cudaFree")
         self.freed += 1
+
+    def _pool(self):
+        """A pool of a graph's own, which is among ``pools`` until its memory was given back."""
+        pool = SimpleNamespace(malloc=None, total_bytes=lambda: 0)
+        self.pools.append(pool)
+
+        def free_all_blocks():
+            STREAM.refuse("cudaFree")
+            self.pools.remove(pool)
+
+        pool.free_all_blocks = free_all_blocks
+        return pool
 
     def __getattr__(self, name):
         if name not in NAMES:
@@ -297,6 +321,8 @@ class Module(ModuleType):
                 _check([*arguments, *keywords.values()])
             if set(keywords) & {"where", "initial"}:
                 raise TypeError(f"cupy.{name} takes no {sorted(keywords)}")
+            if name in PRODUCTS:
+                STREAM.refuse_products()
             if any(isinstance(x, np.ndarray) and not isinstance(x, ndarray) for x in arguments):
                 STREAM.refuse("copying from the host")
             bare = {key: _bare(value) for key, value in keywords.items()}

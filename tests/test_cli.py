@@ -189,7 +189,11 @@ def raising(error):
 
 ENDS = {
     "input": (InputError("bad\nthing"), 2, "error: bad thing\n"),
-    "memory": (MemoryError(), 2, "error: not enough memory; use a smaller"),
+    "memory": (
+        MemoryError(),
+        2,
+        "error: not enough memory; use a smaller --batch-size, --micro-batch (on a GPU: --gpu-micro-batch)",
+    ),
     "library": (ImportError('needs SciPy: pip install "x"'), 2, 'error: needs SciPy: pip install "x"\n'),
     "full": (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: a/b: No space left on device; free"),
     "read-only": (OSError(errno.EROFS, "Read-only file system", "a/b"), 2, "error: a/b: Read-only file system; choose"),

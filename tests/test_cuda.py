@@ -430,10 +430,11 @@ def test_steps_are_the_plain_ones(xp, optimizer):
 def test_steps_with_positions_in_the_blocks_and_axial_attention(xp, name):
     config = CONFIGS[name]
     with plain():
-        expected = steps_of(np, AdamW, config, graph=False, count=2)
+        expected = steps_of(np, AdamW, config, graph=False)
     for graph in (False, True) if xp is not np else (False,):
-        figures, flat, _, step = steps_of(xp, AdamW, config, graph=graph, count=2)
+        figures, flat, _, step = steps_of(xp, AdamW, config, graph=graph)
         assert step.fused and step._sequences == (3 if name == "axial" else 1)
+        assert step.replays == 2 * graph  # neither the first of the four, nor the last, which is short
         np.testing.assert_allclose(figures, expected[0], rtol=2e-4)
         assert_close(flat, expected[1], 2e-4)
 
@@ -499,10 +500,11 @@ def test_matrices_are_made_orthogonal_as_by_the_plain_function(xp, shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, {"micro_batch": 3}, {"average": False, "clip_norm": 0.0}])
 @pytest.mark.parametrize("optimizer", [AdamW, Muon])
-@pytest.mark.parametrize("config", [CONFIGS["path"], DROPPING["all"]], ids=["path", "dropout"])
-def test_a_replayed_graph_gives_the_bits_of_single_kernels(config, optimizer, settings):
+@pytest.mark.parametrize("name", ["path", "all", "layer_scale", "qk_norm", "relative", "seq", "learned2d"])
+def test_a_replayed_graph_gives_the_bits_of_single_kernels(name, optimizer, settings):
     import cupy
 
+    config = (CONFIGS | DROPPING)[name]
     backend.use_device("cuda:0")
     single = steps_of(cupy, optimizer, config, graph=False, count=21, **settings)
     replayed = steps_of(cupy, optimizer, config, graph=True, count=21, **settings)
@@ -597,6 +599,56 @@ def trainer_stops_after(out, flags, device, epochs):
     trainer = script.start(script.parse([str(flag) for flag in [*flags, "--device", device, "--out", out]]))
     trainer.on_epoch = lambda t: t.stop("test") if t.epoch == epochs else None
     trainer.run()
+
+
+PRODUCTS = {  # shapes of two factors, and whether each is a transposed view
+    "matrices": ((5, 7), (7, 3), False, False), "transposed": ((5, 7), (7, 3), True, True),
+    "stacks": ((2, 4, 3, 5), (2, 4, 5, 6), False, True), "three axes": ((2, 4, 3), (2, 3, 5), True, False),
+    "one for all": ((2, 4, 3, 5), (5, 6), False, True), "many for one": ((1, 4, 3, 5), (2, 1, 5, 6), True, False),
+    "column": ((2, 3, 5), (2, 5, 1), True, True), "row": ((2, 1, 5), (2, 5, 4), True, True),
+    "vector": ((5,), (2, 5, 4), False, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gaps", [1, 2, "heads"])  # between neighbouring numbers, or between heads
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_any_views_are_the_plain_ones(xp, name, gaps):
+    rng = np.random.default_rng(0)
+    *shapes, ta, tb = PRODUCTS[name]
+    host, factors = [], []
+    for shape, turned in zip(shapes, (ta, tb), strict=True):
+        turned = turned and len(shape) > 1
+        stored = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+        if gaps == "heads" and len(shape) == 4:
+            array = rng.standard_normal((stored[0], stored[2], stored[1], stored[3])).astype(np.float32)
+            views = [a.swapaxes(1, 2) for a in (array, xp.asarray(array))]
+        else:
+            step = gaps if gaps != "heads" else 1
+            array = rng.standard_normal((*stored[:-1], step * stored[-1])).astype(np.float32)
+            views = [a[..., ::step] for a in (array, xp.asarray(array))]
+        views = [v.swapaxes(-1, -2) if turned else v for v in views]
+        assert views[0].shape == shape
+        host.append(views[0].astype(np.float64))
+        factors.append(views[1])
+    expected = host[0] @ host[1]
+    assert cuda.matmul(*factors) is not NotImplemented
+    assert_close(to_host(backend.matmul(*factors)), expected, 1e-6)
+    if len(shapes[0]) == len(shapes[1]) == 4:
+        out = xp.empty((expected.shape[0], expected.shape[2], expected.shape[1], expected.shape[3]), np.float32)
+        backend.matmul(*factors, out=out.swapaxes(1, 2))
+        assert_close(to_host(out).swapaxes(1, 2), expected, 1e-6)
+    if len(shapes[1]) == 2:
+        assert_close(to_host(backend.matmul_rows(*factors)), expected, 1e-6)
+
+
+def test_sums_keep_all_bits_where_factors_are_rounded(xp, precision):
+    """LayerNorm's, softmax's and GroupNorm's arithmetic stays float32."""
+    x = np.random.default_rng(0).random((3, 40, 8), np.float32)
+    there = xp.asarray(x)
+    assert_close(to_host(backend.row_sum(there)), x.sum(axis=-1, keepdims=True, dtype=np.float64), 1e-6)
+    assert_close(to_host(backend.column_sum(there[0])), x[0].sum(axis=0, dtype=np.float64), 1e-6)
+    mean = xp.asarray(np.full(40, 0.3, np.float32))
+    assert_close(to_host(backend.matmul(mean, there)), np.full(40, np.float64(np.float32(0.3))) @ x, 1e-6)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import strict_cupy
 from conftest import ROOT
 from emulator import Emulator
-from strict_cupy import doubles, installed, waits
+from strict_cupy import doubles, installed, launches, waits
 
 from minivit import ViTConfig, checkpoint
 from minivit import params as parameters
@@ -331,13 +331,13 @@ def cupy():
         yield module
 
 
-def step_of(cupy, config, masked):
+def step_of(cupy, config, masked, *, graph=False):
     """A training step on arrays of the stand-in: call it with the step's number for loss, correct and norm."""
     model = MaskedViT(config, masked, flat=cupy.asarray(MaskedViT(config, masked, seed=3).flat))
     optimizer = make_optimizer(
         "adamw", model.flat, cupy.asarray(parameters.decay_mask(model.table)), table=model.table, weight_decay=0.05
     )
-    step = CudaStep(MaskedCudaEngine(model), optimizer, EMA(model.flat, 0.99), clip_norm=1.0, graph=False)
+    step = CudaStep(MaskedCudaEngine(model), optimizer, EMA(model.flat, 0.99), clip_norm=1.0, graph=graph)
     rng = np.random.default_rng(0)
     images = cupy.asarray(rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8))
     plan = cupy.asarray(draw_plan(config, masked, 4, rng))
@@ -384,3 +384,34 @@ def test_kernels_give_nearly_the_numbers_of_the_plain_functions(cupy, task, prec
         engine.measure(images, plan)
     rtol = 1e-4 if precision == "float32" else 2e-2
     np.testing.assert_allclose([float(x) for x in results], expected, rtol=rtol)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_replayed_graph_gives_the_bits_of_single_kernels(cupy, task):
+    found = []
+    for graph in (False, True):
+        with cuda.using(Emulator()):
+            run = step_of(cupy, replace(GPU, width=16, dropout=0.1), TASKS[task], graph=graph)
+            figures = [[float(x) for x in run(number)[0]] for number in range(4)]
+            assert launches["graph"] == 3 * graph
+            found.append((figures, to_host(run(4)[1].model.flat)))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+def test_measurements_that_do_not_fit_are_cut(cupy, monkeypatch):
+    with plain():
+        _, engine, images, plan = step_of(cupy, GPU, TASKS["mpp"])(1)
+        whole, original = engine.measure(images, plan), MaskedViT.forward
+
+        def forward(self, images, plan, **settings):
+            if len(images) > 2:
+                raise MemoryError("Out of memory")
+            return original(self, images, plan, **settings)
+
+        monkeypatch.setattr(MaskedViT, "forward", forward)
+        with pytest.warns(UserWarning, match="4 pictures at a time .* going on with 2"):
+            found = engine.measure(images, plan)
+        assert float(found.loss) == pytest.approx(float(whole.loss), rel=1e-5) and int(found.correct) == int(
+            whole.correct
+        )

@@ -26,6 +26,7 @@ from minivit.inference import load_with_data, on_device
 from minivit.journey import journey_of
 from minivit.kernels import cuda
 from minivit.kernels.cublas import Cublas
+from minivit.layers import msa
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, make_optimizer
 from minivit.recipes import find_config, read_recipe
@@ -41,6 +42,12 @@ MUON_LAUNCHES = 567
 def cupy():
     with installed() as module:
         yield module
+
+
+@pytest.fixture
+def plain_functions():
+    with plain():
+        yield
 
 
 def step_of(cupy, config, *, average=False, muon=False, graph=False):
@@ -91,7 +98,11 @@ def test_kernels_never_wait_and_are_few(cupy, precision):
 @pytest.mark.parametrize("muon", [False, True])
 def test_a_replayed_graph_gives_the_bits_of_single_kernels(cupy, muon, precision):
     """Nothing waits while it is recorded, and what the first step used is given back before."""
-    config, found = replace(NINE, depth=2, dropout=0.1, drop_path=0.2), {}
+    replays_with_the_bits_of_single_kernels(cupy, replace(NINE, depth=2, dropout=0.1, drop_path=0.2), precision, muon)
+
+
+def replays_with_the_bits_of_single_kernels(cupy, config, precision="float32", muon=False):
+    found = {}
     for graph in (False, True):
         with cuda.using(Emulator()) as machine:
             machine.precision = precision
@@ -111,6 +122,66 @@ def test_a_replayed_graph_gives_the_bits_of_single_kernels(cupy, muon, precision
         np.testing.assert_array_equal(one, other)
 
 
+FOUR = replace(NINE, depth=2, num_heads=2)  # heads of four dimensions
+RECORDED = {
+    "digits": dict(read_recipe(find_config("digits")).model) | {"depth": 2, "width": 16},  # with dropout
+    "layer_scale": {"layer_scale": 0.1, "drop_path": 0.5},
+    "qk_norm": {"qk_norm": True},
+    "relative": {"pos_embed": "relative", "pos_at": "every", "attention_dropout": 0.1},
+    "learned2d": {"pos_embed": "learned2d", "pos_at": "every", "registers": 1},
+    "seq": {"pooling": "seq", "pre_logits": 6},
+    "axial": {"attention": "axial", "pooling": "mean", "dropout": 0.1},
+    "stem": {"image_size": 16, "patch_size": 1, "stem": "2,1", "stem_width": 4, "stem_groups": 2},
+    "odd": {"mlp_dim": 6, "num_classes": 11},
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+@pytest.mark.parametrize("name", RECORDED)
+def test_what_runs_through_plain_layers_is_recorded_too(cupy, name, precision):
+    """CuPy refuses its own products meanwhile: theirs are ours."""
+    replays_with_the_bits_of_single_kernels(cupy, replace(FOUR, **RECORDED[name]), precision)
+
+
+def test_long_sequences_through_plain_layers_are_recorded_too(cupy, monkeypatch):
+    monkeypatch.setattr(msa, "LONG", 3)
+    replays_with_the_bits_of_single_kernels(cupy, replace(FOUR, qk_norm=True, dropout=0.1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"width": 6},
+        {"width": 1028, "mlp_dim": 4, "image_size": 4, "pooling": "mean"},
+        {"num_heads": 4, "qk_norm": True},
+    ],
+    ids=str,
+)
+def test_a_layernorm_without_a_kernel_is_not_recorded(cupy, settings):
+    """Its sums over rows are CuPy's own products; nothing is tried, and nobody is warned."""
+    with cuda.using(Emulator()):
+        step = step_of(cupy, replace(FOUR, depth=1, **settings), graph=True)
+        step(1), step(2)
+    assert step.step.fused and step.step.replays == 0 and not cupy.pools
+
+
+def test_a_graph_is_of_the_shape_that_comes_twice_in_a_row(cupy):
+    """A run may begin with an epoch's last batch, which is short."""
+    with cuda.using(Emulator()):
+        run = step_of(cupy, FOUR, graph=True)
+        run(0)
+        step, replays = run.step, []
+        step.release()
+        images, labels = cupy.asarray(np.zeros((4, 8, 8, 3), np.uint8)), cupy.asarray(np.arange(4))
+        for number, size in enumerate((1, 4, 4, 4, 3, 4, 3, 3, 3)):
+            before = step.replays
+            step(images[:size], labels[:size], step=number, lr=1e-3)
+            replays.append(step.replays - before)
+    assert replays == [0, 0, 1, 1, 0, 1, 0, 1, 1] and len(cupy.pools) == 1
+    step.release()
+    assert not cupy.pools
+
+
 def test_a_step_that_cannot_be_recorded_goes_on_kernel_by_kernel(cupy, monkeypatch):
     forward = ViT.forward
 
@@ -125,6 +196,136 @@ def test_a_step_that_cannot_be_recorded_goes_on_kernel_by_kernel(cupy, monkeypat
             first = step(1)
         second = step(2)
     assert step.step.replays == 0 and launches["graph"] == 0 and float(second[0]) != float(first[0])
+    assert not cupy.pools  # what was taken for the graph was given back
+
+
+def test_a_graph_that_does_not_fit_is_recorded_of_smaller_micro_batches(cupy, monkeypatch):
+    forward, tried = ViT.forward, []
+
+    def first_recording_fails(self, images, **settings):
+        if strict_cupy.STREAM.tape is not None:
+            tried.append(len(images))
+            if len(images) == 4:
+                raise MemoryError("Out of memory")
+        return forward(self, images, **settings)
+
+    monkeypatch.setattr(ViT, "forward", first_recording_fails)
+    with cuda.using(Emulator()):
+        step = step_of(cupy, FOUR, graph=True)
+        with pytest.warns(UserWarning, match="4 pictures at a time .* going on with 2, as --gpu-micro-batch 2 would"):
+            step(1)
+        step(2)
+    assert tried == [4, 2, 2] and step.step.replays == 2 and step.optimizer.steps == 4 and len(cupy.pools) == 1
+
+
+@pytest.mark.parametrize("fails", ["norm", "average"])
+def test_an_update_that_does_not_fit_is_not_made_twice(cupy, monkeypatch, fails):
+    def none(*arguments):
+        raise MemoryError("Out of memory")
+
+    with cuda.using(Emulator()):
+        step = step_of(cupy, FOUR, average=True)
+        if fails == "norm":
+            monkeypatch.setattr(cuda, "gradient_norm", none)
+        else:
+            step(1)
+            monkeypatch.setattr(type(step.average.flat), "__sub__", none, raising=False)
+        made = []
+        original = cuda.adam_step
+        monkeypatch.setattr(cuda, "adam_step", lambda *a, **k: made.append(original(*a, **k)))
+        with pytest.raises(MemoryError):
+            step(2)
+    assert len(made) == (fails == "average") and step.step.engine.micro_batch == 0
+
+
+def fits_two_at_a_time(monkeypatch, name="forward", cls=ViT):
+    original, sizes = getattr(cls, name), []
+
+    def function(self, images, *others, **settings):
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise MemoryError("Out of memory")
+        return original(self, images, *others, **settings)
+
+    monkeypatch.setattr(cls, name, function)
+    return sizes
+
+
+@pytest.mark.usefixtures("plain_functions")
+def test_gradients_that_do_not_fit_are_cut_also_where_they_add_up(cupy, monkeypatch):
+    rng = np.random.default_rng(0)
+    images, labels = cupy.asarray(rng.integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)), cupy.asarray(np.arange(7))
+    engines = [CudaEngine(ViT(FOUR, flat=cupy.asarray(ViT(FOUR).flat)), micro_batch=m) for m in (2, 0)]
+    for engine in engines:
+        engine.gradient(images[:2], labels[:2], denominator=7)
+    expected = engines[0].gradient(images[2:], labels[2:], denominator=7, accumulate=True)
+    backward = ViT.backward
+
+    def too_late(self, dlogits, cache, grads):
+        """The memory ends when the gradient was added already."""
+        backward(self, dlogits, cache, grads)
+        if len(dlogits) > 2:
+            raise MemoryError("Out of memory")
+
+    monkeypatch.setattr(ViT, "backward", too_late)
+    with pytest.warns(UserWarning) as said:
+        found = engines[1].gradient(images[2:], labels[2:], denominator=7, accumulate=True)
+    assert [str(w.message).partition("going on with ")[2] for w in said] == [
+        f"{n}, as --gpu-micro-batch {n} would" for n in (3, 2)
+    ]
+    np.testing.assert_array_equal(*(to_host(engine.grad) for engine in engines))
+    assert float(found.loss) == float(expected.loss) and cupy.freed == 2
+
+
+@pytest.mark.usefixtures("plain_functions")
+def test_predictions_that_do_not_fit_are_cut(cupy, monkeypatch):
+    images = cupy.asarray(np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8))
+    engine = CudaEngine(ViT(FOUR, flat=cupy.asarray(ViT(FOUR).flat)))
+    expected = to_host(engine.predict(images))
+    sizes = fits_two_at_a_time(monkeypatch, "predict")
+    with pytest.warns(UserWarning) as said:
+        found = engine.predict(images)
+    assert [str(w.message).partition("(")[0] for w in said] == [
+        f"{n} pictures at a time do not fit into the device's memory " for n in (5, 3)
+    ]
+    assert sizes == [5, 3, 2, 2, 1] and engine.micro_batch == 0 and cupy.freed == 2
+    np.testing.assert_allclose(to_host(found), expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*pictures at a time")
+@pytest.mark.parametrize("settings", [{"accumulate": 2}, {"sam": 0.05}, {}], ids=str)
+def test_a_run_that_does_not_fit_is_cut(cupy, settings, no_figures, tmp_path, monkeypatch):
+    flats = []
+    for cut in (False, True):
+        with cuda.using(Emulator()), plain(), pytest.MonkeyPatch.context() as patch:
+            if cut:
+                fits_two_at_a_time(patch), fits_two_at_a_time(patch, "predict")
+            config = TrainConfig(epochs=1, batch_size=6, device="cuda", gpu_micro_batch=0 if cut else 2, **settings)
+            trainer = Trainer(random_data(), FOUR, config, tmp_path / str(cut), progress=False)
+            trainer.run()
+        flats.append(to_host(trainer.model.flat))
+    np.testing.assert_array_equal(*flats)
+
+
+def random_data():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    names = tuple("abcdefghij")
+    return Dataset("cifar10", images[:16], np.arange(16) % 10, images[16:], np.arange(4), names, "random numbers")
+
+
+def test_the_graph_of_half_size_goes_when_whole_pictures_come(cupy, no_figures, tmp_path):
+    config = TrainConfig(epochs=4, batch_size=5, half_size=0.5, device="cuda")
+    pools = []
+
+    def look(trainer):
+        pools.append((len(cupy.pools), len(trainer._whole_steps)))
+
+    with cuda.using(Emulator()):
+        model = replace(FOUR, pos_embed="sincos2d")
+        trainer = Trainer(random_data(), model, config, tmp_path / "run", progress=False, on_epoch=look)
+        trainer.run()
+    assert pools == [(1, 2), (0, 1), (1, 1), (1, 1)]
 
 
 PATHFINDERS = {  # what `cuda.pathfinder` is like: the path that it finds, or the error that it raises
@@ -296,6 +497,14 @@ def test_the_stand_in_is_strict(cupy):
     ):  # fmt: skip
         with pytest.raises(TypeError):
             wrong()
+    strict_cupy.STREAM.begin_capture()
+    for product in (
+        lambda: x @ x.T, lambda: cupy.matmul(x, x.T), lambda: x.dot(x.T), lambda: cupy.dot(x, x.T),
+        lambda: cupy.tensordot(x, x.T, 1), lambda: cupy.einsum("ij,kj", x, x),
+    ):  # fmt: skip
+        with pytest.raises(NotImplementedError, match="cuBLAS API during stream capture"):
+            product()
+    strict_cupy.STREAM.end_capture()
     for absent in ("nditer", "frompyfunc", "vecdot"):
         with pytest.raises(AttributeError):
             getattr(cupy, absent)

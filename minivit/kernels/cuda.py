@@ -251,6 +251,47 @@ def _products(a, b, out, *, alpha=1.0):
     machine().blas().matmul_of_addresses(a, b, out, addresses, alpha=alpha, compute=compute)
 
 
+def matmul(a, b, *, out=None):
+    """Twin of `minivit.backend.matmul`, of views of up to two axes before the matrices'.
+
+    A product with a vector is a sum, which is taken in float32 whatever the machine's precision.
+    """
+    if any(x is not None and x.dtype != np.float32 for x in (a, b, out)) or 0 in (*a.shape, *b.shape):
+        return NotImplemented
+    if a.ndim == 1 and b.ndim == 3:  # for each matrix; nobody asks for other products with a vector
+        y = array_module(a).empty((len(b), 1, b.shape[2]), np.float32)
+        rows = array_module(a).broadcast_to(a, (len(b), 1, len(a)))
+        machine().blas().matmul(rows, _side_by_side(b), y)
+        return y[:, 0]
+    if min(a.ndim, b.ndim) < 2 or max(a.ndim, b.ndim) > 4:
+        return NotImplemented
+    if b.ndim == 2 and out is None:
+        rows = a if a.ndim == 2 else a.reshape(-1, a.shape[-1])
+        return _product(_side_by_side(rows), _side_by_side(b)).reshape(*a.shape[:-1], -1)
+    xp, batch = array_module(a), np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    out = xp.empty((*batch, a.shape[-2], b.shape[-1]), np.float32) if out is None else out
+    stacks = [xp.broadcast_to(_side_by_side(x), (*batch, *x.shape[-2:])) for x in (a, b)]
+    _products(*(x[(None,) * (4 - x.ndim)] for x in (*stacks, out)))
+    return out
+
+
+def _side_by_side(x):
+    """The matrices x (..., n, m), copied where in neither axis the numbers lie side by side, as cuBLAS wants them."""
+    (n, m), strides = x.shape[-2:], x.strides[-2:]
+    fits = (strides[1] == 4 or m == 1) and strides[0] >= 4 * m or (strides[0] == 4 or n == 1) and strides[1] >= 4 * n
+    return x if fits or n == m == 1 else array_module(x).ascontiguousarray(x)
+
+
+def row_sum(x):
+    """Twin of `minivit.backend.row_sum`: a sum, in float32 whatever the machine's precision."""
+    return x.sum(axis=-1, keepdims=True) if x.dtype == np.float32 else NotImplemented
+
+
+def column_sum(x):
+    """Twin of `minivit.backend.column_sum`."""
+    return x.sum(axis=0) if x.dtype == np.float32 else NotImplemented
+
+
 _rounded = []  # (address, size, rounded copy) of the flat parameters that `rounded` blocks hold
 
 
@@ -352,9 +393,14 @@ def _layernorm_backward(dy, cache, *, residual=None, path=None, tokens=1):
     return dz, dz if copy is None else copy, partial
 
 
+def takes_layernorm(w, b):
+    """Whether the kernels take a LayerNorm of this weight and bias (D,)."""
+    return _covered(w, b) and len(w) % 4 == 0 and len(w) <= MAX_WIDTH
+
+
 def layernorm_forward(x, w, b, *, eps=1e-6):
     """Twin of `minivit.layers.layernorm.layernorm_forward`."""
-    if x.dtype != np.float32 or not _covered(w, b) or x.shape[-1] % 4 or x.shape[-1] > MAX_WIDTH:
+    if x.dtype != np.float32 or not takes_layernorm(w, b):
         return NotImplemented
     rows = array_module(x).ascontiguousarray(x).reshape(-1, x.shape[-1])
     y, _, cache = _layernorm(rows, w, b, eps, np.float32)

@@ -20,7 +20,7 @@ Backward, the same lines from the last to the first
 
 from typing import Any, NamedTuple
 
-from minivit.backend import array_module
+from minivit.backend import array_module, matmul
 from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forward, softmax_jvp
 
@@ -43,12 +43,12 @@ def attention_forward(q, k, v, *, dropout=0.0, rng=None, out=None):
     Cache   q, k, v, the attention map (..., N, N), the dropout mask
     ``out`` receives y; q, k, v and out may be strided views as long as their last axis is contiguous.
     """
-    xp = array_module(q, k, v)
-    scores = q @ k.swapaxes(-1, -2)  # (..., N, N)
+    array_module(q, k, v)  # refuses a mixture
+    scores = matmul(q, k.swapaxes(-1, -2))  # (..., N, N)
     scores *= q.shape[-1] ** -0.5
     attn, softmax_cache = softmax_forward(scores, out=scores)
     dropped, dropout_cache = dropout_forward(attn, rate=dropout, rng=rng)
-    y = xp.matmul(dropped, v, out=out)  # (..., N, Dh)
+    y = matmul(dropped, v, out=out)  # (..., N, Dh)
     return y, AttentionCache(q, k, v, softmax_cache, dropout_cache)
 
 
@@ -61,20 +61,19 @@ def attention_backward(dy, cache, *, out=(None, None, None)):
     ``out`` may name three arrays that receive dq, dk and dv.
     """
     q, k, v, softmax_cache, dropout_cache = cache
-    xp = array_module(dy)
     out_dq, out_dk, out_dv = out
     # y = dropped v; the dropped map is made again rather than kept: a product with the mask is cheaper than its memory
     dropped = dropout_backward(softmax_cache.y, dropout_cache)  # the same linear map, m / (1 - rate), applied to attn
-    dv = xp.matmul(dropped.swapaxes(-1, -2), dy, out=out_dv)
-    ddropped = dy @ v.swapaxes(-1, -2)  # (..., N, N)
+    dv = matmul(dropped.swapaxes(-1, -2), dy, out=out_dv)
+    ddropped = matmul(dy, v.swapaxes(-1, -2))  # (..., N, N)
     # dropped = dropout(attn)
     dattn = dropout_backward(ddropped, dropout_cache)
     # attn = softmax(scores)
     dscores = softmax_backward(dattn, softmax_cache, out=dattn)
     # scores = q k^T / sqrt(Dh)
     dscores *= q.shape[-1] ** -0.5
-    dq = xp.matmul(dscores, k, out=out_dq)
-    dk = xp.matmul(dscores.swapaxes(-1, -2), q, out=out_dk)
+    dq = matmul(dscores, k, out=out_dq)
+    dk = matmul(dscores.swapaxes(-1, -2), q, out=out_dk)
     return dq, dk, dv
 
 

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minivit.backend import array_module, matmul
+from minivit.backend import array_module, matmul, matmul_rows
 
 
 class Conv2dCache(NamedTuple):
@@ -100,7 +100,7 @@ def conv2d_forward(x, w, *, stride=1):
     Cache   x, w
     Source  padding as tf.nn.conv2d and flax.linen.Conv have it by default
     """
-    y = matmul(_columns(x, w.shape[:2], stride), w.reshape(-1, w.shape[3]))  # (B, H', W', O)
+    y = matmul_rows(_columns(x, w.shape[:2], stride), w.reshape(-1, w.shape[3]))  # (B, H', W', O)
     return y, Conv2dCache(x, w, stride)
 
 
@@ -115,10 +115,11 @@ def conv2d_backward(dy, cache, *, need_dx=True):
     kernel = w.shape[:2]
     # y = columns W
     columns = _columns(x, kernel, stride)
-    dw = (columns.reshape(-1, columns.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])).reshape(w.shape)
+    dw = matmul(columns.reshape(-1, columns.shape[-1]).T, dy.reshape(-1, dy.shape[-1])).reshape(w.shape)
     if not need_dx:
         return None, dw
-    dcolumns = matmul(dy, w.reshape(-1, w.shape[3]).T).reshape(*dy.shape[:3], *w.shape[:3])  # (B, H', W', kh, kw, I)
+    # (B, H', W', kh, kw, I)
+    dcolumns = matmul_rows(dy, w.reshape(-1, w.shape[3]).T).reshape(*dy.shape[:3], *w.shape[:3])
     # columns: the windows of padded
     dpadded = array_module(dy).zeros(padded_shape(x.shape, kernel, stride), dy.dtype)
     for (i, j), met in taps(dpadded, kernel, stride):

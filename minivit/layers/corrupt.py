@@ -19,7 +19,7 @@ Backward
 
 from typing import Any, NamedTuple
 
-from minivit.backend import array_module
+from minivit.backend import array_module, matmul
 
 
 class CorruptCache(NamedTuple):
@@ -53,7 +53,7 @@ def corrupt_backward(dy, cache):
     N = dy.shape[1]
     # y = S [e; mask]: a product, because several places may add to one patch
     S = (cache.source[:, :, None] == xp.arange(N + 1)).astype(dy.dtype)  # (B, N, N + 1)
-    dshown = S.swapaxes(1, 2) @ dy  # (B, N + 1, D)
+    dshown = matmul(S.swapaxes(1, 2), dy)  # (B, N + 1, D)
     # shown = [e; mask], the mask broadcast over the batch
     return dshown[:, :N], dshown[:, N:].sum(axis=0, keepdims=True)
 

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minivit.backend import array_module, row_sum
+from minivit.backend import array_module, matmul, row_sum
 from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp
 
 KEYS = 256  # keys per block: fewer cost time, more cost memory
@@ -71,7 +71,7 @@ def flash_attention_forward(q, k, v, *, dropout=0.0, rng=None, keys=KEYS, out=No
     total = xp.zeros((*q.shape[:-1], 1), q.dtype)  # l
     q_scaled = q * q.shape[-1] ** -0.5
     for block in blocks(k.shape[-2], keys):
-        weights = q_scaled @ k[..., block, :].swapaxes(-1, -2)  # (..., N, keys), the scores
+        weights = matmul(q_scaled, k[..., block, :].swapaxes(-1, -2))  # (..., N, keys), the scores
         raised = xp.maximum(highest, weights.real.max(axis=-1, keepdims=True))  # m'; .real: see `softmax`
         weights -= raised
         xp.exp(weights, out=weights)
@@ -80,7 +80,7 @@ def flash_attention_forward(q, k, v, *, dropout=0.0, rng=None, keys=KEYS, out=No
         total += row_sum(weights)
         dropped, _ = dropout_forward(weights, rate=dropout, rng=generator(seed, block))
         y *= shrink
-        y += dropped @ v[..., block, :]
+        y += matmul(dropped, v[..., block, :])
         highest = raised
     y /= total
     return y, FlashAttentionCache(q, k, v, y, highest + xp.log(total), dropout, seed, keys)
@@ -105,16 +105,16 @@ def flash_attention_backward(dy, cache, *, out=(None, None, None)):
         attn = attention_block(q_scaled, k[..., block, :], logsum)  # (..., N, keys)
         dropped, dropout_cache = dropout_forward(attn, rate=dropout, rng=generator(seed, block))
         # y = sum over blocks of dropped v
-        xp.matmul(dropped.swapaxes(-1, -2), dy, out=dv[..., block, :])
-        ddropped = dy @ v[..., block, :].swapaxes(-1, -2)  # (..., N, keys)
+        matmul(dropped.swapaxes(-1, -2), dy, out=dv[..., block, :])
+        ddropped = matmul(dy, v[..., block, :].swapaxes(-1, -2))  # (..., N, keys)
         # dropped = dropout(attn)
         dscores = dropout_backward(ddropped, dropout_cache)
         # attn = softmax(scores)
         dscores -= along
         dscores *= attn
         # scores = q_scaled k^T
-        dq += dscores @ k[..., block, :]
-        xp.matmul(dscores.swapaxes(-1, -2), q_scaled, out=dk[..., block, :])
+        dq += matmul(dscores, k[..., block, :])
+        matmul(dscores.swapaxes(-1, -2), q_scaled, out=dk[..., block, :])
     # q_scaled = q / sqrt(Dh)
     dq *= scale
     return dq, dk, dv
@@ -151,7 +151,7 @@ def attention_block(q_scaled, k, logsum):
 
     Shapes  q_scaled (..., N, Dh), k (..., keys, Dh), logsum (..., N, 1)  ->  attn (..., N, keys)
     """
-    attn = q_scaled @ k.swapaxes(-1, -2)
+    attn = matmul(q_scaled, k.swapaxes(-1, -2))
     attn -= logsum
     return array_module(attn).exp(attn, out=attn)
 

@@ -23,7 +23,7 @@ the former has few numbers to do with.
 
 from typing import Any, NamedTuple
 
-from minivit.backend import array_module
+from minivit.backend import array_module, column_sum, matmul
 
 
 class GroupNormCache(NamedTuple):
@@ -39,7 +39,7 @@ def _group_mean(x, groups):
     """Each picture's mean over its positions and over the channels of a group: (B, H, W, C) -> (B, 1, 1, C)."""
     xp = array_module(x)
     B, H, W, C = x.shape
-    means = xp.full(H * W, 1.0 / (H * W), x.dtype) @ x.reshape(B, H * W, C)  # (B, C)
+    means = matmul(xp.full(H * W, 1.0 / (H * W), x.dtype), x.reshape(B, H * W, C))  # (B, C)
     means = means.reshape(B, groups, C // groups).mean(axis=2, keepdims=True)  # (B, G, 1)
     return xp.broadcast_to(means, (B, groups, C // groups)).reshape(B, 1, 1, C)
 
@@ -73,9 +73,8 @@ def groupnorm_backward(dy, cache):
     C = dy.shape[-1]
     # y = xhat * w + b
     product = dy * xhat
-    ones = array_module(dy).ones(dy.size // C, dy.dtype)  # sums over rows as products: quicker than sum(axis=0)
-    db = ones @ dy.reshape(-1, C)
-    dw = ones @ product.reshape(-1, C)
+    db = column_sum(dy.reshape(-1, C))
+    dw = column_sum(product.reshape(-1, C))
     dxhat = dy * w
     # xhat = (x - mean(x)) * rstd, where rstd depends on x too
     product *= w  # = dxhat * xhat

@@ -31,7 +31,7 @@ Where Q < N queries ask, the first Q tokens, the offsets above Q - 1 do not occu
 
 from typing import Any, NamedTuple
 
-from minivit.backend import array_module
+from minivit.backend import array_module, matmul
 from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forward, softmax_jvp
 
@@ -68,14 +68,14 @@ def relative_attention_forward(q, k, v, r, *, dropout=0.0, rng=None, out=None):
     ``out`` receives y; q, k, v and out may be strided views as long as their last axis is contiguous.
     Source  arXiv:2010.11929, appendix D.4
     """
-    xp = array_module(q, k, v, r)
+    array_module(q, k, v, r)  # refuses a mixture
     Q, N = q.shape[-2], k.shape[-2]
-    scores = q @ k.swapaxes(-1, -2)  # (..., Q, N)
-    scores += by_key(q @ r[0, N - Q :].T, N)  # of (..., Q, N + Q - 1)
+    scores = matmul(q, k.swapaxes(-1, -2))  # (..., Q, N)
+    scores += by_key(matmul(q, r[0, N - Q :].T), N)  # of (..., Q, N + Q - 1)
     scores *= q.shape[-1] ** -0.5
     attn, softmax_cache = softmax_forward(scores, out=scores)
     dropped, dropout_cache = dropout_forward(attn, rate=dropout, rng=rng)
-    y = xp.matmul(dropped, v, out=out)  # (..., Q, Dh)
+    y = matmul(dropped, v, out=out)  # (..., Q, Dh)
     return y, RelativeAttentionCache(q, k, v, r, softmax_cache, dropout_cache)
 
 
@@ -93,23 +93,23 @@ def relative_attention_backward(dy, cache, *, out=(None, None, None)):
     Q, N = q.shape[-2], k.shape[-2]
     # y = dropped v; the dropped map is made again, as in `attention`
     dropped = dropout_backward(softmax_cache.y, dropout_cache)
-    dv = xp.matmul(dropped.swapaxes(-1, -2), dy, out=out_dv)
-    ddropped = dy @ v.swapaxes(-1, -2)  # (..., Q, N)
+    dv = matmul(dropped.swapaxes(-1, -2), dy, out=out_dv)
+    ddropped = matmul(dy, v.swapaxes(-1, -2))  # (..., Q, N)
     # dropped = dropout(attn)
     dattn = dropout_backward(ddropped, dropout_cache)
     # attn = softmax(scores)
     dscores = softmax_backward(dattn, softmax_cache, out=dattn)
     # scores = (q k^T + extra) / sqrt(Dh)
     dscores *= q.shape[-1] ** -0.5
-    dq = xp.matmul(dscores, k, out=out_dq)
-    dk = xp.matmul(dscores.swapaxes(-1, -2), q, out=out_dk)
+    dq = matmul(dscores, k, out=out_dq)
+    dk = matmul(dscores.swapaxes(-1, -2), q, out=out_dk)
     # extra_ij = P_{i, Q - 1 - i + j}
     dP = xp.zeros((*q.shape[:-1], N + Q - 1), dy.dtype)
     by_key(dP, N)[...] = dscores
     # P = q r^T, of those rows of r whose offsets occur
-    dq += dP @ r[0, N - Q :]
+    dq += matmul(dP, r[0, N - Q :])
     dr = xp.zeros(r.shape, dy.dtype)
-    dr[0, N - Q :] = dP.reshape(-1, N + Q - 1).T @ q.reshape(-1, q.shape[-1])
+    dr[0, N - Q :] = matmul(dP.reshape(-1, N + Q - 1).T, q.reshape(-1, q.shape[-1]))
     return dq, dk, dv, dr
 
 

@@ -21,6 +21,7 @@ Backward
 
 from typing import NamedTuple
 
+from minivit.backend import matmul
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
 from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forward, softmax_jvp
 
@@ -42,7 +43,7 @@ def sequence_pool_forward(x, W, b):
     """
     scores, scores_cache = linear_forward(x, W, b)  # (B, N, 1)
     attn, softmax_cache = softmax_forward(scores.swapaxes(1, 2))  # (B, 1, N)
-    y = (attn @ x)[:, 0]  # (B, D)
+    y = matmul(attn, x)[:, 0]  # (B, D)
     return y, SequencePoolCache(scores_cache, softmax_cache)
 
 
@@ -55,8 +56,8 @@ def sequence_pool_backward(dy, cache):
     x, attn = cache.scores.x, cache.softmax.y
     dy = dy[:, None]  # (B, 1, D)
     # y = attn x
-    dattn = dy @ x.swapaxes(1, 2)  # (B, 1, N)
-    dx = attn.swapaxes(1, 2) @ dy  # (B, N, D)
+    dattn = matmul(dy, x.swapaxes(1, 2))  # (B, 1, N)
+    dx = matmul(attn.swapaxes(1, 2), dy)  # (B, N, D)
     # attn = softmax(scores^T)
     dscores = softmax_backward(dattn, cache.softmax).swapaxes(1, 2)  # (B, N, 1)
     # scores = x W + b

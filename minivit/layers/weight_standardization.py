@@ -25,7 +25,7 @@ Backward
 
 from typing import Any, NamedTuple
 
-from minivit.backend import array_module
+from minivit.backend import column_sum
 
 
 class WeightStandardizationCache(NamedTuple):
@@ -39,7 +39,7 @@ class WeightStandardizationCache(NamedTuple):
 def _mean(w):
     """The mean of each output channel's weights, as a product: (kh, kw, I, O) -> (O,)."""
     rows = w.reshape(-1, w.shape[-1])
-    return array_module(w).ones(len(rows), w.dtype) @ rows / len(rows)
+    return column_sum(rows) / len(rows)
 
 
 def weight_standardization_forward(w, *, eps=1e-5):

@@ -9,6 +9,13 @@ static float get(const void *p, int type, size_t i) {
   return v.f;
 }
 
+/* A factor as it is multiplied: in TF32 with 10 bits of mantissa. */
+static double factor(const void *p, int type, size_t i, int compute) {
+  union { float f; unsigned u; } v = {get(p, type, i)};
+  if (compute == 77) v.u = (v.u + 0x0FFF + (v.u >> 13 & 1)) & ~0x1FFFu;
+  return v.f;
+}
+
 static void set(void *p, int type, size_t i, float x) {
   union { float f; unsigned u; } v = {x};
   if (type == 0) ((float *)p)[i] = x;
@@ -24,7 +31,8 @@ static int product(int ta, int tb, int m, int n, int k, float alpha, const void 
     for (int i = 0; i < m; ++i) {
       double sum = 0;
       for (int p = 0; p < k; ++p)
-        sum += (double)get(A, At, ta ? p + (size_t)i * lda : i + (size_t)p * lda) * get(B, Bt, tb ? j + (size_t)p * ldb : p + (size_t)j * ldb);
+        sum += factor(A, At, ta ? p + (size_t)i * lda : i + (size_t)p * lda, compute) *
+               factor(B, Bt, tb ? j + (size_t)p * ldb : p + (size_t)j * ldb, compute);
       const size_t c = i + (size_t)j * ldc;
       set(C, Ct, c, (float)(alpha * sum) + (beta != 0 ? beta * get(C, Ct, c) : 0));
     }
