@@ -460,6 +460,18 @@ class ViT:
             "drop_path": self.drop_path_rate(i),
         }
 
+    def positions(self):
+        """What is added to class token and patches before the first block, as one table, whatever makes it.
+
+        Math    learned2d: [x_b, y_a] for the patch in row a and column b, zeros for the class token; none: zeros
+        Shapes  ->  (1, N, D), of N tokens without registers
+        """
+        c, added = self.config, self._positions[0]
+        if len(added) == 1:
+            return added[0]
+        empty = array_module(self.flat).zeros((1, c.num_tokens - c.registers, c.width), self.flat.dtype)
+        return position2d_forward(empty, *added)[0] if added else empty
+
     def feature_map(self, images):
         """What patches are cut from, the pictures themselves or the stem's map of them, and the stem's cache or None.
 
