@@ -65,19 +65,17 @@ def filters(W, patch_size, count=28):
 
 
 def position_embedding(model):
-    """What the model adds to each patch to tell its position, whatever kind of position embedding it has.
+    """What the model adds to each patch to tell its position, E_pos of Eq. 1, whatever kind of positions it has.
 
-    Math    E_pos = z_0 - b for a picture whose scaled pixels are all 0, since then z_0 = 0 E + b + E_pos        (Eq. 1)
-    Shapes  ->  (grid * grid, D), without the class token's and registers' rows
+    Shapes  ->  (grid * grid, D), without the class token's row
     Raises  InputError: nothing is added there.
     """
     c = model.config
-    grey = array_module(model.flat).zeros((1, c.image_size, c.image_size, c.channels), model.flat.dtype)
-    z = model.intermediates(grey).features[0][0, -(c.grid_size**2) :]  # (grid * grid, D)
-    position = to_host(z - model.params["patch_embed.proj.bias"])
-    if np.abs(position).max() <= 1e-6 * max(np.abs(to_host(z)).max(), 1e-30):
-        raise InputError("this model adds no positions to its patches; take one with pos_embed learned or sincos2d")
-    return position
+    if c.pos_embed in ("relative", "none"):
+        raise InputError(
+            "this model adds no positions to its patches; take one with pos_embed learned, learned2d or sincos2d"
+        )
+    return to_host(model.positions()[0, -(c.grid_size**2) :])
 
 
 def position_similarity(position):

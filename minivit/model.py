@@ -89,6 +89,8 @@ HYBRIDS = {
     "R+Ti/16": ("Ti", "root", 8),
     "R26+S/32": ("S", "2,2,2,2", 1),
     "R50+B/16": ("B", "3,4,9", 1),
+    "R50+B/32": ("B", "3,4,6,3", 1),
+    "R50+L/16": ("L", "3,4,9", 1),
     "R50+L/32": ("L", "3,4,6,3", 1),
 }
 PRESETS = tuple(
@@ -206,8 +208,8 @@ class ViTConfig:
     def preset(cls, name, **changes):
         """A named model, e.g. ``ViTConfig.preset("B/16")`` or ``ViTConfig.preset("Micro/4", num_classes=100)``.
 
-        Ti, S, B, L, H with patch 8, 14, 16, 32 and the hybrids R+Ti/16, R26+S/32, R50+B/16, R50+L/32 at 224 pixels and
-        1000 classes; Nano, Micro, Mini, Midi with patch 2, 4, 8 at 32 pixels and 10 classes.
+        Ti, S, B, L, H with patch 8, 14, 16, 32 and the hybrids R+Ti/16, R26+S/32, R50+B/16, R50+B/32, R50+L/16 and
+        R50+L/32 at 224 pixels and 1000 classes; Nano, Micro, Mini, Midi with patch 2, 4, 8 at 32 pixels and 10 classes.
         """
         return cls(**{**preset_fields(name), **changes})
 
@@ -459,6 +461,18 @@ class ViT:
             "attention_dropout": c.attention_dropout,
             "drop_path": self.drop_path_rate(i),
         }
+
+    def positions(self):
+        """What is added to class token and patches before the first block, as one table, whatever makes it.
+
+        Math    learned2d: [x_b, y_a] for the patch in row a and column b, zeros for the class token; none: zeros
+        Shapes  ->  (1, N, D), of N tokens without registers
+        """
+        c, added = self.config, self._positions[0]
+        if len(added) == 1:
+            return added[0]
+        empty = array_module(self.flat).zeros((1, c.num_tokens - c.registers, c.width), self.flat.dtype)
+        return position2d_forward(empty, *added)[0] if added else empty
 
     def feature_map(self, images):
         """What patches are cut from, the pictures themselves or the stem's map of them, and the stem's cache or None.

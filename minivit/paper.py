@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minivit import analysis, checkpoint
+from minivit import analysis, checkpoint, masked
 from minivit.budget import epochs_within, time_of_epochs
 from minivit.checkpoint import write_atomically
 from minivit.cli import counted
@@ -156,11 +156,16 @@ class Context:
         except (OSError, ValueError, KeyError, TypeError):
             return text
 
+    def drawn(self, count):
+        """Rows of so many test pictures, evenly drawn: in folders they lie class by class."""
+        _, dataset = self.trained
+        return np.sort(np.random.default_rng(0).permutation(len(dataset.test_images))[:count])
+
     @cached_property
     def seen(self):
         """Test pictures, evenly drawn, their labels, and the `analysis.Seen` of the model."""
         model, dataset = self.trained
-        chosen = np.sort(np.random.default_rng(0).permutation(len(dataset.test_images))[:SHEET])
+        chosen = self.drawn(SHEET)
         images = dataset.test_images[chosen]
         with quiet_overflow():
             seen = analysis.rollout_maps(model, images)
@@ -209,7 +214,7 @@ def make_distance(context):
     from minivit import paper_plots
 
     model, dataset = context.trained
-    images = dataset.test_images[:PICTURES]
+    images = dataset.test_images[context.drawn(PICTURES)]
     with quiet_overflow():
         distances = analysis.head_distances(model, images)
     check_finite(distances, context.checkpoint())
@@ -430,7 +435,8 @@ def make_fine_tuning(context):
     begin = {"start": first.folder / LAST, "model": sizes_of(QUICK)}
     made = make_sweep(context, "finetuning", "Five other classes", share=0.6, **begin)
     said = (
-        f"The model of the first five classes had {before['accuracy']:.1%} after {counted(before['epochs'], 'epoch')}."
+        f"The model of the first five classes of {first.row.recipe.data['data']} had {before['accuracy']:.1%} after "
+        f"{counted(before['epochs'], 'epoch')}."
     )
     return made._replace(caption=f"{made.caption} {said}")
 
@@ -616,9 +622,9 @@ def make_few_shot(context):
     data = [*(["--data", name] if name else []), *(["--data-dir", data_dir] if data_dir else [])]
     where = ["--device", context.device, "--out", folder]
     call_script("transfer.py", context.checkpoint(), "--untrained", "--pixels", *data, *where)
-    (figure,) = sorted(folder.glob("transfer-fewshot-*.png"))
+    _, dataset = context.trained
     return Made(
-        (f"fewshot/{figure.name}",),
+        (f"fewshot/transfer-fewshot-{dataset.name}.png",),
         "Regularised least squares on frozen features from a few examples of each class, three draws of them: of the "
         "trained model, of the same one untrained, and of the pixels themselves.",
     )
@@ -637,11 +643,12 @@ def make_masked(context):
     asked += ["--resume"] if (run / LAST).exists() else ["--budget", f"{context.share:g}s"]
     call_script("pretrain.py", *asked)
     said = read_json(run / SUMMARY)
+    data, colours = said["settings"]["data"]["data"], masked.LEVELS ** said["settings"]["model"]["channels"]
     return Made(
         ("masked/reconstructions.png",),
-        "Test pictures, what the model sees of them, and the mean colours that it guesses under the masks: "
-        f"{said['test_accuracy']:.1%} are right, of 512 colours, after {counted(said['epochs'], 'epoch')}; without "
-        f"looking {said['chance_accuracy']:.1%}.",
+        f"Test pictures of {data}, what the model sees of them, and the mean colours that it guesses under the masks: "
+        f"{said['test_accuracy']:.1%} are right, of {colours} colours, after {counted(said['epochs'], 'epoch')}; "
+        f"without looking {said['chance_accuracy']:.1%}.",
     )
 
 
@@ -693,16 +700,17 @@ ENTRIES = (
           "model was trained with all labels of the very same data, which is no transfer",
           "a model", 60, make_few_shot, without_file(SCRIPTS / "transfer.py")),
     Entry("masked", "Section 4.6", "Masked patch prediction",
-          "pre-trained on CIFAR-10's pictures within the budget, where the paper has B/16 and JFT", "training", 0,
+          "pre-trained on small pictures within the budget, where the paper has B/16 and JFT", "training", 0,
           make_masked, without_file(SCRIPTS / "pretrain.py"), 3.0),
     Entry("selfsupervision", "Section 4.6", "Pre-training without labels, then fine-tuning",
-          "pre-trained and fine-tuned on the same CIFAR-10 pictures within the budget; the paper has JFT and ImageNet",
+          "pre-trained and fine-tuned on the same small pictures within the budget; the paper has JFT and ImageNet",
           "training", 0, make_self_supervision, without_file(SCRIPTS / "pretrain.py"), 6.0),
     Entry("targets", "Appendix B.1.2", "What masked patch prediction predicts",
-          "pre-trained and fine-tuned on the same CIFAR-10 pictures within the budget; the paper has JFT, and compares "
+          "pre-trained and fine-tuned on the same small pictures within the budget; the paper has JFT, and compares "
           "few-shot accuracies", "training", 0, make_targets, without_file(SCRIPTS / "pretrain.py"), 5.0),
     Entry("finetuning", "Section 3.2, B.1.1", "Fine-tuning, also at a higher resolution",
-          "from five classes of CIFAR-10 to the other five at 32 and 48 pixels; the paper goes from 224 to 384",
+          "from five classes of small pictures to the other five, as they are and at 48 pixels; the paper goes "
+          "from 224 to 384",
           "training", 0, make_fine_tuning, without_file(CONFIGS / "sweeps" / "finetuning.toml")),
     Entry("paper-hybrid", "Fig. 5, Section 3.1", "ViTs and hybrids by compute",
           SCRATCH + "; stems of the root, or of it and one unit, with 16 channels, where the paper has a ResNet-50; "

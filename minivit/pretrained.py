@@ -34,7 +34,6 @@ from minivit import checkpoint
 from minivit import params as parameters
 from minivit.checkpoint import is_finite, write_atomically
 from minivit.errors import InputError
-from minivit.layers.patch_embed import sincos2d
 from minivit.layers.resnet import convolutions, official_name, output_of
 from minivit.model import PAPER_SIZES, STEM, ViT, ViTConfig, parameter_table
 from minivit.settings import field_names
@@ -726,7 +725,7 @@ _SIZES = dict.fromkeys(
     + ("dropout", "attention_dropout", "drop_path")  # of training, not of the model
 )
 _STEM = dict.fromkeys(("stem", "stem_width"))
-_TABLES = {"pos_embed": ("learned", "sincos2d", "none")}
+_TABLES = {"pos_embed": ("learned", "learned2d", "sincos2d", "none")}  # at the input: whatever makes the table
 # What a layout, and the program that reads it, can express: the values of each setting, or None for all. Every other
 # setting must be that of a plain model.
 HOLDS = {
@@ -752,16 +751,6 @@ def check_held(config, layout):
             )
 
 
-def positions(model):
-    """The vectors that a model adds to class token and patches, (1, N, D): a table, whatever makes them."""
-    c = model.config
-    if c.pos_embed == "learned":
-        return model.params["pos_embed"]
-    if c.pos_embed == "sincos2d":
-        return sincos2d(c.grid_size, c.width, prefix_tokens=int(c.pooling == "cls")).astype(model.flat.dtype)
-    return np.zeros((1, c.grid_size**2 + (c.pooling == "cls"), c.width), model.flat.dtype)
-
-
 def tensors_of(model, layout, *, naming="published"):
     """A model's parameters in a layout: {key: array}.
 
@@ -770,11 +759,12 @@ def tensors_of(model, layout, *, naming="published"):
     config = model.config
     check_held(config, layout)
     c, arrays = int(config.pooling == "cls"), {}
-    table = positions(model)
+    table = model.positions()
     if config.registers:  # timm has rows for the registers too
         empty = np.zeros((1, config.registers, config.width), table.dtype)
         table = np.concatenate([table[:, :c], empty, table[:, c:]], axis=1)
-    for name, array in ({"pos_embed": table} | {n: a for n, a in model.params.items() if n != "pos_embed"}).items():
+    others = {name: array for name, array in model.params.items() if not name.startswith("pos_embed")}
+    for name, array in ({"pos_embed": table} | others).items():
         shape = _part_shape(name, array.shape, layout)
         for k, key in enumerate(keys_of(name, layout)):
             part = array[..., k * shape[-1] : (k + 1) * shape[-1]]

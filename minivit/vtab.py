@@ -10,8 +10,9 @@ The data are the user's: in one folder, for each task
     NAME.npz                             arrays train_images (n, H, W, C) uint8, train_labels (n,), and of test likewise
     NAME/train/CLASS, NAME/test/CLASS    or folders of pictures
 
-Of exactly 1,000 training examples the first 800 and the last 200 are the two parts, as the benchmark's own files have
-them; of more, 1,000 are drawn from the seed. Pictures are scaled to the model's size, whatever their shape.
+Of exactly 1,000 training examples in an .npz the first 800 and the last 200 are the two parts, as the benchmark's own
+files have them; of more, and of pictures in folders, which come class by class, 1,000 are drawn from the seed, in
+random order. Pictures are scaled as a whole to the model's size, whatever their shape.
 """
 
 from __future__ import annotations
@@ -71,10 +72,11 @@ def load_task(folder, name, config, *, examples=EXAMPLES, seed=0):
     Raises  InputError: the data are missing or damaged, or fewer.
     """
     folder = Path(folder)
-    if (folder / f"{name}.npz").exists():
-        dataset = _load_npz(folder / f"{name}.npz", name)
+    file = folder / f"{name}.npz"
+    if file.exists():
+        dataset = _load_npz(file, name)
     elif (folder / name).is_dir():
-        dataset = load_folder(folder / name, config.image_size)._replace(name=name)
+        dataset = load_folder(folder / name, config.image_size, whole=True)._replace(name=name)
     else:
         raise InputError(f"there is no task {name} in {folder}: neither {name}.npz nor a folder {name}")
     dataset = validated(dataset)
@@ -82,7 +84,7 @@ def load_task(folder, name, config, *, examples=EXAMPLES, seed=0):
     if n < examples:
         raise InputError(f"{name} ({dataset.source}) has {n} training examples, the protocol takes {examples}")
     rows = np.arange(n)
-    if n > examples:
+    if n > examples or not file.exists():  # folders come class by class
         rows = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(n)[:examples]
     train, test = (
         _fitted(images, config, dataset.source) for images in (dataset.train_images[rows], dataset.test_images)

@@ -83,8 +83,43 @@ def test_positions_of_each_kind(pooling, registers):
     )
     model = model_of(pooling=pooling, registers=registers, pos_embed="sincos2d")
     np.testing.assert_allclose(analysis.position_embedding(model), sincos2d(3, 8)[0], atol=1e-14)
+    for pos_at in ("input", "every"):  # of the first block, then
+        model = model_of(pooling=pooling, registers=registers, pos_embed="learned2d", pos_at=pos_at)
+        X, Y = (model.params[f"{'blocks.0.' * (pos_at == 'every')}pos_embed_{axis}"][0] for axis in "xy")
+        expected = [[*X[column], *Y[row]] for row in range(3) for column in range(3)]
+        np.testing.assert_array_equal(analysis.position_embedding(model), expected)
+    for changes in ({"pos_embed": "none"}, {"pos_embed": "relative", "pos_at": "every"}):
+        with pytest.raises(InputError, match="no positions"):
+            analysis.position_embedding(model_of(pooling=pooling, **changes))
+
+
+STEM = {"stem": "root", "stem_width": 4, "stem_groups": 2, "image_size": 12, "patch_size": 1}
+
+
+def test_positions_behind_a_stem():
+    """A stem makes of zeros what its biases say: positions cannot be read off its map."""
+    model = model_of(**STEM)
+    np.testing.assert_array_equal(analysis.position_embedding(model), model.params["pos_embed"][0, 1:])
+    model = model_of(**STEM, pos_embed="sincos2d")
+    np.testing.assert_array_equal(analysis.position_embedding(model), sincos2d(3, 8)[0])
+    model = model_of(**STEM, pos_embed="learned2d")
+    np.testing.assert_array_equal(analysis.position_embedding(model)[5, :4], model.params["pos_embed_x"][0, 2])
     with pytest.raises(InputError, match="no positions"):
-        analysis.position_embedding(model_of(pooling=pooling, registers=registers, pos_embed="none"))
+        analysis.position_embedding(model_of(**STEM, pos_embed="none"))
+
+
+def test_the_table_of_positions_is_what_the_model_adds():
+    for changes in ({}, {"pos_embed": "learned2d"}, {"pos_embed": "sincos2d", "pooling": "mean"}, STEM):
+        model = model_of(**{"registers": 1, **changes})
+        size = model.config.image_size
+        images = np.random.default_rng(2).standard_normal((2, size, size, 3))
+        bare = ViT(replace(model.config, pos_embed="none"), dtype=np.float64)
+        for name, value in bare.params.items():
+            value[...] = model.params[name]
+        added = model.intermediates(images).features[0] - bare.intermediates(images).features[0]
+        c = int(model.config.pooling == "cls")
+        assert not added[:, c].any() and model.positions().shape == (1, c + 9, 8)  # registers have no positions
+        np.testing.assert_allclose(np.delete(added, c, axis=1), [model.positions()[0]] * 2, atol=1e-12)
 
 
 def test_similarity_of_known_vectors():

@@ -59,6 +59,8 @@ def gradient(model, images, labels, **settings):
         ("R+Ti/16", 6_337_704, 6_144_704),
         ("R26+S/32", 36_431_912, 36_046_912),
         ("R50+B/16", 98_659_112, 97_890_112),
+        ("R50+B/32", 110_945_832, 110_176_832),
+        ("R50+L/16", 316_483_624, 315_458_624),
         ("R50+L/32", 328_994_856, 327_969_856),
     ],
 )
@@ -390,8 +392,11 @@ def test_axial_attention_sees_all_in_two_blocks():
 
 @pytest.mark.parametrize(
     ("name", "tokens", "stride", "channels"),
-    [("R+Ti/16", 50, 4, 64), ("R26+S/32", 50, 32, 2048), ("R50+B/16", 197, 16, 1024), ("R50+L/32", 50, 32, 2048)],
-)
+    [
+        ("R+Ti/16", 50, 4, 64), ("R26+S/32", 50, 32, 2048), ("R50+B/16", 197, 16, 1024), ("R50+B/32", 50, 32, 2048),
+        ("R50+L/16", 197, 16, 1024), ("R50+L/32", 50, 32, 2048),
+    ],
+)  # fmt: skip
 def test_hybrids_have_the_tokens_of_the_official_models(name, tokens, stride, channels):
     config = ViTConfig.preset(name)
     assert (config.num_tokens, config.stem_stride, config.patch_channels) == (tokens, stride, channels)

@@ -107,6 +107,20 @@ def test_pictures_are_drawn_once_and_their_classes_told(call, tmp_path, trained,
         assert text.split()[0] == str(guess) and right == (guess == truth)
 
 
+def test_distances_are_of_pictures_of_all_classes(tmp_path, trained, monkeypatch):
+    """Folders come class by class: the first pictures would be of the first classes alone."""
+    context, given = paper.Context(tmp_path, run=trained), []
+    model, dataset = context.trained
+    order = np.argsort(dataset.test_labels, kind="stable")
+    context.trained = model, dataset._replace(test_images=dataset.test_images[order])
+    monkeypatch.setattr(analysis, "head_distances", lambda model, images: (given.append(images), np.ones((2, 2)))[1])
+    monkeypatch.setattr(paper_plots, "save_distances", lambda *_, **__: None)
+    paper.make_distance(context)
+    labels = {image.tobytes(): label for image, label in zip(dataset.test_images, dataset.test_labels, strict=True)}
+    found = [labels[image.tobytes()] for image in given[0]]
+    assert len(found) == 128 and set(found) == set(range(10))
+
+
 def test_cost_in_a_table(call, tmp_path, monkeypatch):
     def cost(models, sizes, *, progress):
         assert models["B/16"].width == 768 and progress
@@ -291,12 +305,14 @@ def test_a_figure_of_another_script(tmp_path, trained, call, monkeypatch):
     monkeypatch.setattr(paper, "SCRIPTS", tmp_path)
     (tmp_path / "transfer.py").write_text(
         "import sys\nfrom pathlib import Path\n"
-        "def main(argv):\n    out = Path(argv[-1])\n    out.mkdir(parents=True)\n"
+        "def main(argv):\n    out = Path(argv[-1])\n    out.mkdir(parents=True, exist_ok=True)\n"
         "    (out / 'transfer-fewshot-digits.png').write_text(' '.join(argv))\n    return len(argv) - 7\n"
     )
     context = paper.Context(tmp_path / "o", run=trained, data="cifar10")  # the run's own are the digits
     made = paper.make_few_shot(context)
     assert made.files == ("fewshot/transfer-fewshot-digits.png",)
+    (tmp_path / "o" / "fewshot" / "transfer-fewshot-cifar10.png").write_text("of another run in the same folder")
+    assert paper.make_few_shot(context).files == made.files
     asked = (tmp_path / "o" / made.files[0]).read_text()
     assert asked == f"{trained / 'last.npz'} --untrained --pixels --device cpu --out {tmp_path / 'o' / 'fewshot'}"
     context = paper.Context(tmp_path / "o2", run=trained, data_dir="there")
@@ -342,7 +358,8 @@ def test_masked_patches_by_another_script(tmp_path, monkeypatch):
         "def main(argv):\n"
         "    out = Path(argv[argv.index('--out') + 1])\n    os.makedirs(out, exist_ok=True)\n"
         "    (out / 'argv').write_text(' '.join(argv))\n    (out / 'last.npz').write_text('')\n"
-        "    figures = {'test_accuracy': 0.25, 'chance_accuracy': 0.0625, 'epochs': 3}\n"
+        "    figures = {'test_accuracy': 0.25, 'chance_accuracy': 0.0625, 'epochs': 3,\n"
+        "               'settings': {'data': {'data': 'digits'}, 'model': {'channels': 1}}}\n"
         "    (out / 'summary.json').write_text(json.dumps(figures))\n"
         "    return 0 if '--resume' in argv else 130\n"
     )
@@ -355,7 +372,8 @@ def test_masked_patches_by_another_script(tmp_path, monkeypatch):
     assert (tmp_path / "o" / "masked" / "argv").read_text() == f"{asked} --resume"
     with pytest.raises(InputError, match="cut for another budget .60.5 s, not 3600 s.; choose another --out"):
         paper.make_masked(other)
-    assert "25.0% are right" in made.caption and "after 3 epochs; without looking 6.2%" in made.caption
+    assert made.caption.startswith("Test pictures of digits, ") and "25.0% are right, of 8 colours" in made.caption
+    assert "after 3 epochs; without looking 6.2%" in made.caption
 
 
 def test_half_of_the_time_without_labels(tmp_path, monkeypatch):
@@ -442,7 +460,10 @@ def test_fine_tuning_begins_with_the_model_of_the_first_classes(tmp_path, monkey
     before = tmp_path / "pretraining" / "pre-training-seed0" / "last.npz"
     assert settings["start"]["checkpoint"] == str(before) and settings["model"]["image_size"] == 48
     assert settings["data"]["classes"] == "5-9"
-    assert "The model of the first five classes had" in made.caption and "| from scratch, 48 pixels | " in made.table
+    assert (
+        "The model of the first five classes of digits had" in made.caption
+        and "| from scratch, 48 pixels | " in made.table
+    )
 
 
 def test_nothing_begins_with_a_model_that_diverged(tmp_path, monkeypatch):

@@ -33,8 +33,18 @@ def test_logits_maps_and_every_gradient(library, preset, dtype):
 def test_logits_maps_and_every_gradient_of_an_r26_hybrid(library, dtype):
     script = parity()
     found = script.compare_hybrid(library, dtype)
-    assert script.passes(found)  # in float32 of the logits alone: see there
+    assert script.passes(found)
     assert found.attention < {"float32": 1e-4, "float64": 1e-10}[dtype]
+
+
+def test_gradients_have_a_limit_whatever_the_model():
+    script = parity()
+    for model, dtype, limit in (
+        ("Ti/16", "float32", 1e-5), ("R26+S/32", "float32", 1e-4), ("R26+S/32", "float64", 1e-10),
+    ):  # fmt: skip
+        near = script.Difference("timm", model, dtype, 0.9 * script.LIMITS[dtype], 1.0, 0.9 * limit, "head.bias")
+        assert script.passes(near) and not script.passes(near._replace(gradients=1.1 * limit))
+        assert not script.passes(near._replace(logits=1.1 * script.LIMITS[dtype]))
 
 
 FIELDS = {

@@ -496,8 +496,8 @@ def test_timms_ratio_gives_the_mlp_its_width():
 
 
 @pytest.mark.parametrize("layout", pretrained.LAYOUTS)
-@pytest.mark.parametrize("positions", ["sincos2d", "none"])
-def test_fixed_positions_are_written_as_their_table(tmp_path, layout, positions):
+@pytest.mark.parametrize("positions", ["sincos2d", "learned2d", "none"])
+def test_other_positions_are_written_as_their_table(tmp_path, layout, positions):
     model = random_model(pos_embed=positions, **({"registers": 2} if layout == "timm" else {}))
     path = tmp_path / ("x.npz" if layout == "official" else "x")
     write(path, model, layout)
@@ -530,7 +530,7 @@ def test_fixed_positions_are_written_as_their_table(tmp_path, layout, positions)
             for layout in pretrained.LAYOUTS
             for changes, message in (
                 ({"pos_at": "every"}, "pos_at = 'every'"), ({"pos_at": "shared"}, "pos_at = 'shared'"),
-                ({"pos_embed": "learned2d"}, "pos_embed = 'learned2d'"),
+                ({"pos_embed": "learned2d", "pos_at": "every"}, "pos_at = 'every'"),
                 ({"pos_embed": "relative", "pos_at": "every"}, "pos_embed = 'relative'"),
                 ({"attention": "axial", "pooling": "mean"}, "pooling" if layout == "hf" else "attention = 'axial'"),
                 (ROOT | {"pos_at": "every"}, "pos_at = 'every'"),

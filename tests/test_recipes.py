@@ -159,11 +159,24 @@ PRE_TRAINING = {  # Table 3: epochs, base learning rate, its decay, weight decay
     "jft-b16": (7, 8e-4, "linear", 0.1, 0.0, 85_798_656), "jft-b32": (7, 8e-4, "linear", 0.1, 0.0, 87_455_232),
     "jft-l32": (7, 6e-4, "linear", 0.1, 0.0, 305_510_400), "jft-l16": (14, 4e-4, "linear", 0.1, 0.0, 303_301_632),
     "jft-h14": (14, 3e-4, "linear", 0.1, 0.0, 630_764_800),
+    "jft-r50-b16": (7, 8e-4, "linear", 0.1, 0.0, 97_890_112), "jft-r50-b32": (7, 8e-4, "linear", 0.1, 0.0, 110_176_832),
+    "jft-r50-l32": (7, 2e-4, "linear", 0.1, 0.0, 327_969_856),
+    "jft-r50-l16": (14, 4e-4, "linear", 0.1, 0.0, 315_458_624),
     "imagenet21k-b16": (90, 1e-3, "linear", 0.03, 0.1, 85_798_656),
+    "imagenet21k-b32": (90, 1e-3, "linear", 0.03, 0.1, 87_455_232),
     "imagenet21k-l16": (90, 1e-3, "linear", 0.03, 0.1, 303_301_632),
+    "imagenet21k-l32": (90, 1e-3, "linear", 0.03, 0.1, 305_510_400),
     "imagenet-b16": (300, 3e-3, "cosine", 0.3, 0.1, 85_798_656),
+    "imagenet-b32": (300, 3e-3, "cosine", 0.3, 0.1, 87_455_232),
     "imagenet-l16": (300, 3e-3, "cosine", 0.3, 0.1, 303_301_632),
+    "imagenet-l32": (300, 3e-3, "cosine", 0.3, 0.1, 305_510_400),
 }  # fmt: skip
+
+
+def test_the_tables_of_the_paper_are_whole():
+    """Every file is checked against its row, and every row has a file."""
+    for kind, rows in (("finetune", FINE_TUNING), ("pretrain", PRE_TRAINING)):
+        assert {path.stem for path in recipes.CONFIGS.glob(f"paper-{kind}-*")} == {f"paper-{kind}-{n}" for n in rows}
 
 
 @pytest.mark.parametrize("name", PRE_TRAINING)
@@ -175,6 +188,10 @@ def test_pre_training_as_in_the_paper(name):
     found = (config.epochs, config.lr, config.schedule, config.weight_decay, made.dropout)
     *expected, count = PRE_TRAINING[name]
     assert found == tuple(expected) and made.pre_logits == made.width
+    data_set, *hybrid, size = name.split("-")
+    preset = f"{'R50+' * len(hybrid)}{size[0].upper()}/{size[1:]}"
+    assert made == ViTConfig.preset(preset, pre_logits=made.width, dropout=made.dropout)
+    assert data["data_dir"] == f"data/{data_set}" and data["image_size"] == 224
     own = [spec for spec in parameter_table(made) if not spec.name.startswith(("pre_logits", "head"))]
     assert parameters.count(own) == count
     assert (config.batch_size, config.beta1, config.beta2, config.warmup_steps) == (4096, 0.9, 0.999, 10_000)

@@ -40,13 +40,17 @@ def folder(tmp_path):
     (tmp_path / "vtab").mkdir()
     np.savez(tmp_path / "vtab" / "svhn.npz", **stand_in(seed=1))
     np.savez(tmp_path / "vtab" / "dmlab.npz", **stand_in(K=2, seed=2))
-    pets = stand_in(K=2, seed=3)
+    in_folders(tmp_path / "vtab" / "pets", stand_in(K=2, seed=3))
+    return tmp_path / "vtab"
+
+
+def in_folders(root, arrays):
+    """A task's pictures as files; each file's name tells its row."""
     for split in ("train", "test"):
-        for i, (image, k) in enumerate(zip(pets[f"{split}_images"], pets[f"{split}_labels"], strict=True)):
-            path = tmp_path / "vtab" / "pets" / split / f"breed{k}" / f"{i:03}.png"
+        for i, (image, k) in enumerate(zip(arrays[f"{split}_images"], arrays[f"{split}_labels"], strict=True)):
+            path = root / split / f"breed{k}" / f"{i:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-    return tmp_path / "vtab"
 
 
 def refused(message, *arguments, **settings):
@@ -96,6 +100,42 @@ def test_folders_and_other_sizes(folder):
     expected = Image.fromarray(arrays["test_images"][7, :, :, 0]).resize((8, 8), Image.Resampling.BILINEAR)
     for channel in range(3):
         np.testing.assert_array_equal(data.test_images[7, :, :, channel], expected)
+
+
+def test_pictures_of_folders_are_scaled_as_those_of_arrays(folder):
+    """Nothing is cut off: what a label speaks of may be at the edge."""
+    arrays = stand_in(size=(12, 20))
+    arrays["test_images"][:, :, :3] = 255
+    in_folders(folder / "kitti-dist", arrays)
+    np.savez(folder / "dspr-loc.npz", **arrays)
+    files, whole = (load_task(folder, name, MODEL, examples=50) for name in ("kitti-dist", "dspr-loc"))
+    order = np.argsort(whole.test_labels, kind="stable")  # class by class, then by name
+    np.testing.assert_array_equal(files.test_labels, whole.test_labels[order])
+    np.testing.assert_array_equal(files.test_images, whole.test_images[order])
+    assert (files.test_images[:, :, 0] > 200).all()
+    found, given = ({image.tobytes() for image in data.train_images} for data in (files, whole))
+    assert found == given
+
+
+def test_examples_of_folders_are_in_random_order(folder):
+    """The last fifth, on which penalties are chosen, has every class, and so have the others."""
+    arrays = stand_in(n=100, m=60, K=6)
+    in_folders(folder / "caltech101", arrays)
+    data, again, other = (load_task(folder, "caltech101", MODEL, examples=100, seed=seed) for seed in (0, 0, 1))
+    assert set(data.train_labels[80:]) == set(data.train_labels[:80]) == set(range(6))
+    np.testing.assert_array_equal(data.train_images, again.train_images)
+    assert not np.array_equal(data.train_labels, other.train_labels)
+    pairs = zip(arrays["train_images"], arrays["train_labels"], strict=True)
+    pairs = {image.tobytes(): label for image, label in pairs}
+    assert [pairs[image.tobytes()] for image in data.train_images] == data.train_labels.tolist() and len(pairs) == 100
+    rng = np.random.default_rng(0)
+    train, test = (  # what tells the classes is small beside what all features share: large penalties never see it
+        np.eye(6)[labels] + 0.1 * rng.standard_normal((len(labels), 6)) + 10 * rng.standard_normal((len(labels), 1))
+        for labels in (data.train_labels, data.test_labels)
+    )
+    for method, largest in (("probe", max(transfer.PENALTIES)), ("fewshot", 2.0**20)):
+        score, l2 = fit_features(method, train, test, data)
+        assert l2 < largest / 10 and score > 0.9
 
 
 @pytest.mark.parametrize("change, message", [

@@ -19,12 +19,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
 
 
-def load_folder(data_dir, image_size=32):
+def load_folder(data_dir, image_size=32, *, whole=False):
     """Load a folder of pictures; the classes are the names of the folders in ``train``, sorted.
 
-    Hidden files and other endings are left out.
+    Hidden files and other endings are left out. Pictures are those of `read_image`; with ``whole`` nothing is cut off,
+    they are scaled (bilinear) to the square whatever their shape.
 
-    Shapes  pictures (n, image_size, image_size, 3) uint8 from `read_image`, in the order of classes and file names
+    Shapes  pictures (n, image_size, image_size, 3) uint8, in the order of classes and file names
     Raises  InputError: folders or pictures are missing, a test class has no training pictures, or a picture is broken.
     """
     root = Path(data_dir)
@@ -38,7 +39,7 @@ def load_folder(data_dir, image_size=32):
                 raise InputError(f"{root / split / name} has no pictures ({', '.join(SUFFIXES)}); add some")
         labels = np.repeat(np.arange(len(paths)), [len(found) for found in paths])
         paths = list(chain.from_iterable(paths))
-        splits += [_read_all(paths, image_size), labels]
+        splits += [_read_all(paths, image_size, _squeezed if whole else _fitted), labels]
         names = tuple(path.name for path in paths)
     return Dataset("folder", *splits, tuple(class_names), str(root), names)
 
@@ -79,6 +80,10 @@ def _fitted(image_size, Image, ImageOps):
     return lambda image: ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
 
 
+def _squeezed(image_size, Image, _):
+    return lambda image: image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+
+
 def read_upright(path, cut, Image, ImageOps):
     """Read one picture, upright and as RGB, and what ``cut`` makes of it as an array.
 
@@ -98,12 +103,12 @@ def read_upright(path, cut, Image, ImageOps):
         raise InputError(f"{path} cannot be read as a picture ({error}); replace or remove it") from error
 
 
-def _read_all(paths, image_size):
+def _read_all(paths, image_size, fitted):
     check_size(image_size)
     images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
     # Pillow decodes and scales without holding the interpreter's lock.
     with _pillow() as pillow, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        decoded = pool.map(lambda path: read_upright(path, _fitted(image_size, *pillow), *pillow), paths)
+        decoded = pool.map(lambda path: read_upright(path, fitted(image_size, *pillow), *pillow), paths)
         for i, image in enumerate(tqdm(decoded, "pictures", len(paths), disable=len(paths) <= 200)):
             images[i] = image
     return images
