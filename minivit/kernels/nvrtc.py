@@ -62,7 +62,7 @@ def compile_kernels(source, architecture, sizes):
 
 
 def usual_sizes(architecture):
-    """The constants with which kernels.cu is compiled for the models of the paper, small ones, and the largest sizes."""
+    """The constants with which kernels.cu is compiled: for the paper's models, small ones, and the largest sizes."""
     sizes = [(("ROWS", 1),), *((("WIDTH", D),) for D in (192, 384, 768, 1024))]
     sizes += [(("TOKENS", N), ("HEAD", Dh)) for N, Dh in ((65, 64), (65, 16), (96, 64), (96, 96), (4, 1024))]
     if architecture != "sm_75":  # whose tensor cores do not know TF32
