@@ -1,6 +1,8 @@
 """Compile the CUDA kernels for several generations of GPUs, without one: registers, and nothing spilled from them."""
 
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from minivit.cli import Parser, run
 from minivit.kernels import cuda
@@ -21,9 +23,11 @@ def main(argv=None):
     parser.add_argument("--architecture", choices=ARCHITECTURES, help="one alone [all]")
     arguments = parser.parse_args(argv)
     source, spilled = cuda.SOURCE.read_text(), 0
-    for architecture in [arguments.architecture] if arguments.architecture else ARCHITECTURES:
-        for sizes in usual_sizes(architecture):
-            kernels = compile_kernels(source, architecture, sizes)
+    chosen = [arguments.architecture] if arguments.architecture else ARCHITECTURES
+    jobs = [(architecture, sizes) for architecture in chosen for sizes in usual_sizes(architecture)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda job: compile_kernels(source, *job), jobs)
+        for (architecture, sizes), kernels in zip(jobs, made, strict=True):
             spilled += sum(kernel.spilled > 0 for kernel in kernels)
             constants = " ".join(f"{name}={value}" for name, value in sizes)
             most = max(kernels, key=lambda kernel: kernel.registers)

@@ -14,9 +14,11 @@ from minivit.engine_cuda import CudaEngine, CudaStep
 from minivit.gradcheck_cases import LAYERS, NEED_SCIPY
 from minivit.kernels import cuda
 from minivit.kernels.cublas import ArrayProducts
+from minivit.kernels.nvrtc import usual_sizes
 from minivit.layers.dropout import dropout_backward, dropout_forward
 from minivit.layers.patch_embed import patch_embed_forward
 from minivit.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
+from minivit.masked import MaskedConfig, MaskedViT, draw_plan, patch_loss, patch_loss_gradient
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, SGD, Adam, AdamW, Muon, orthogonalise
 
@@ -26,6 +28,7 @@ CONFIGS = {
     "cls": SMALL,
     "mean": replace(SMALL, pooling="mean", gelu="erf", pos_embed="sincos2d"),
     "none": replace(SMALL, pos_embed="none", depth=1, num_heads=1, mlp_dim=4, num_classes=1),
+    "odd": replace(SMALL, mlp_dim=42),  # what comes after the first MLP begins in the middle of four numbers
     "path": replace(SMALL, drop_path=0.5, depth=3),
     "wide": replace(SMALL, width=260, num_heads=5, patch_size=2, pre_logits=7),  # rows end in the middle of a warp
     "layer_scale": replace(SMALL, layer_scale=0.1, drop_path=0.5),
@@ -120,10 +123,12 @@ def precision(xp, request):
     cuda.machine().precision = "float32"
 
 
-@pytest.mark.parametrize("tensor_cores", [True, False])
+@pytest.mark.parametrize("attention", ["tensor cores", "float32", "products"])
 @pytest.mark.parametrize("name", ["cls", "path", "mean", "long"])
-def test_rounded_factors_give_the_plain_model_up_to_their_bits(xp, precision, name, tensor_cores, monkeypatch):
-    if not tensor_cores:  # as where a block's shared memory is too small for so many tokens
+def test_rounded_factors_give_the_plain_model_up_to_their_bits(xp, precision, name, attention, monkeypatch):
+    if attention == "float32":
+        monkeypatch.setattr(cuda.machine(), "has_tf32", False)
+    if attention == "products":  # as where a block's shared memory is too small for so many tokens
         monkeypatch.setattr(cuda.machine(), "shared_memory", 0)
     config = CONFIGS[name]
     images, labels = batch_of(config)
@@ -199,6 +204,98 @@ def test_products_without_cublas_round_to_even_and_keep_what_is_not_finite(exact
     factor.view(np.uint32)[np.isnan(factor)] = 0x7FFFFFFF  # a GPU's
     ArrayProducts().matmul(factor, np.ones((1, 1), np.float32), out)
     np.testing.assert_array_equal((out.astype(np.uint32) << 16).view(np.float32), np.float32(stored))
+
+
+@pytest.mark.parametrize("precision", cuda.PRECISIONS)
+@pytest.mark.parametrize("name", ["cls", "long"])
+def test_parameters_may_begin_anywhere(xp, name, precision, monkeypatch):
+    """As views of the flat buffer they are aligned to 4 bytes alone: vectors of 16 are not read from them."""
+    monkeypatch.setattr(cuda.machine(), "precision", precision)
+    config = CONFIGS[name]
+    images, labels = map(xp.asarray, batch_of(config))
+    aligned = xp.asarray(parameters_of(config))
+    moved = xp.empty(len(aligned) + 1, np.float32)[1:]
+    moved[:] = aligned
+    with cuda.rounded(aligned):
+        expected = one_pass(ViT(config, flat=aligned), images, labels)
+    with cuda.rounded(moved):
+        found = one_pass(ViT(config, flat=moved), images, labels)
+    np.testing.assert_array_equal(found[0], expected[0])
+    for key, gradient in expected[2].items():
+        np.testing.assert_array_equal(found[2][key], gradient)
+
+
+def test_the_decoder_of_a_masked_autoencoder_comes_after_an_odd_number_of_classes(xp):
+    config, masked = replace(SMALL, num_classes=9), MaskedConfig(method="mae", decoder_width=8, decoder_heads=2)
+    images, _ = batch_of(config)
+    plan = draw_plan(config, masked, len(images), np.random.default_rng(0))
+    flat = MaskedViT(config, masked, dtype=np.float64).flat
+    flat += 0.1 * np.random.default_rng(1).standard_normal(flat.shape)
+
+    def gradients(model, images, plan):
+        prediction, cache = model.forward(images, plan)
+        loss, _, loss_cache = patch_loss(prediction, model.targets(images, plan))
+        _, grads = model.gradient_buffer()
+        model.backward(patch_loss_gradient(1.0, loss_cache), cache, grads)
+        return {"loss": np.array(float(loss))} | {name: to_host(g) for name, g in grads.items()}
+
+    with plain():
+        expected = gradients(MaskedViT(config, masked, flat=flat), images, plan)
+    model = MaskedViT(config, masked, flat=xp.asarray(flat.astype(np.float32)))
+    largest = max(np.abs(g).max() for g in expected.values())
+    for key, gradient in gradients(model, xp.asarray(images), xp.asarray(plan)).items():
+        assert_close(
+            gradient, expected[key], 2e-5 * max(1.0, 0.01 * largest / max(np.abs(expected[key]).max(), 1e-9)), key
+        )
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "shared_memory", "fused"),
+    [
+        (64, 1, 227 << 10, True),
+        (64, 1, 110 << 10, False),  # the forward would fit
+        (24, 3, 64 << 10, True),
+        (192, 1, 227 << 10, False),
+    ],
+)
+def test_attention_in_shared_memory_wants_room_for_its_backward(xp, width, heads, shared_memory, fused, monkeypatch):
+    monkeypatch.setattr(cuda.machine(), "shared_memory", shared_memory)
+    config = replace(SMALL, image_size=32, width=width, num_heads=heads, depth=1)  # 65 tokens
+    assert (cuda._fused(65, width // heads) is not None) == fused
+    images, labels = batch_of(config, 2)
+    with plain():
+        expected = one_pass(ViT(config, flat=parameters_of(config, np.float64)), images, labels)
+    model = ViT(config, flat=xp.asarray(parameters_of(config)))
+    found = one_pass(model, xp.asarray(images), xp.asarray(labels))
+    assert_close(found[0], expected[0], 1e-5, "logits")
+    for key in ("blocks.0.attn.qkv.weight", "pos_embed"):
+        assert_close(found[2][key], expected[2][key], 2e-5, key)
+
+
+def test_stacks_of_bfloat16_matrices_begin_at_multiples_of_16_bytes(xp, monkeypatch):
+    """cuBLAS asks for it where the sums are over a multiple of 8 numbers, such as 16 tokens."""
+    monkeypatch.setattr(cuda.machine(), "precision", "bf16")
+    monkeypatch.setattr(cuda.machine(), "shared_memory", 0)
+    config = replace(SMALL, image_size=16, pooling="mean", num_heads=2, depth=1)  # heads of 12 numbers
+    images, labels = batch_of(config)
+    with plain():
+        expected = one_pass(ViT(config, flat=parameters_of(config, np.float64)), images, labels)
+    model = ViT(config, flat=xp.asarray(parameters_of(config)))
+    found = one_pass(model, xp.asarray(images), xp.asarray(labels))
+    for key in ("blocks.0.attn.qkv.weight", "pos_embed"):
+        error = np.linalg.norm(found[2][key] - expected[2][key]) / np.linalg.norm(expected[2][key])
+        assert error < ROUNDING["bf16"], f"{key}: {error:.1%}"
+
+
+def test_the_largest_sizes_that_run_are_compiled_by_the_check(emulator, monkeypatch):
+    monkeypatch.setattr(emulator, "precision", "tf32")
+    checked = [dict(sizes) for sizes in usual_sizes("sm_90")]
+    checked = {(sizes["TOKENS"], sizes["HEAD"], "TENSOR" in sizes) for sizes in checked if "TOKENS" in sizes}
+    with cuda.using(emulator):
+        for Dh in (8, 16, 32, 64, 128):
+            assert (max(N for N in range(1, 600) if cuda._tensor_cores(N, Dh)), Dh, True) in checked
+        assert (96, max(Dh for Dh in range(4, 1028, 4) if cuda._fused(96, Dh)), False) in checked
+        assert (4, max(Dh for Dh in range(4, 1028, 4) if cuda._fused(4, Dh)), False) in checked
 
 
 BARRIER = "= sum;\n  __syncthreads();\n  if (threadIdx.y == 0 && c < cols) {\n    for (int i = 1; i < 16"

@@ -39,6 +39,7 @@ from minivit.optim import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS
 SOURCE = Path(__file__).with_name("kernels.cu")
 MAX_WIDTH = 1024  # a warp holds a row in registers
 FUSED_TOKENS = 96  # attention up to so many tokens stays in shared memory
+TENSOR_TILES = {8: 28, 16: 24, 32: 20, 64: 13, 128: 6}  # Dh: tiles of 16 tokens for which a block has the registers
 WARPS = 8  # rows that a block of the row kernels works on at a time
 PRECISIONS = ("float32", "tf32", "bf16")
 ROWS = (("ROWS", 1),)
@@ -476,17 +477,17 @@ def _tensor_cores(N, Dh):
     tiles = _blocks(N, 16)
     array = 4 * 16 * tiles * (Dh + 4)
     shared = 2 * array, 4 * array + 2 * 4 * 16 * tiles
-    fits = tiles <= 32 and shared[1] <= machine().shared_memory and Dh in (8, 16, 32, 64, 128)
+    fits = tiles <= TENSOR_TILES.get(Dh, 0) and shared[1] <= machine().shared_memory
     return (32 * tiles, *shared) if fits and machine().has_tf32 and machine().precision != "float32" else None
 
 
-def _attention_launch(name, arguments, B, N, heads, Dh, real, arrays, maps):
-    """One block per head and picture; ``arrays`` (N, Dh) and ``maps`` (N, N) lie in shared memory."""
+def _fused(N, Dh):
+    """The same of attention in float32, with q, k, v (and dy) and the map (and its gradient) in shared memory."""
     tiles = _blocks(N, 4)
     threads = 32 * _blocks(min(max(tiles * tiles, tiles * Dh // 4), 512), 32)
-    shared = 4 * (arrays * 4 * tiles * (Dh + 4) + maps * 4 * tiles * (4 * tiles + 4))
-    sizes = _sizes(real, TOKENS=N, HEAD=Dh)
-    machine().launch(name, (B * heads,), (threads,), (*arguments, heads), sizes=sizes, shared=shared)
+    array, scores = 4 * 4 * tiles * (Dh + 4), 4 * 4 * tiles * (4 * tiles + 4)
+    shared = 3 * array + scores, 4 * array + 2 * scores
+    return (threads, *shared) if N <= FUSED_TOKENS and shared[1] <= machine().shared_memory else None
 
 
 def _heads(packed, heads):
@@ -503,8 +504,8 @@ def _padded(N):
 def _attention_forward(qkv, bias, path, heads):
     """qkv (B, N, 3D), the product without its bias  ->  y (B, N, D), AttentionCache.
 
-    On tensor cores where factors may be rounded; else in float32, up to 96 tokens in shared memory, beyond through
-    products of stacks, which leave the map in the cache.
+    On tensor cores where factors may be rounded; else in float32, up to 96 tokens in shared memory if it is large
+    enough for the backward too, beyond through products of stacks, which leave the map in the cache.
     """
     xp, real = array_module(qkv), qkv.dtype
     B, N, width = qkv.shape
@@ -518,8 +519,11 @@ def _attention_forward(qkv, bias, path, heads):
         sizes = _sizes(real, TENSOR=1, TOKENS=N, HEAD=Dh)
         machine().launch("attention_forward", (B * heads,), (threads,), arguments, sizes=sizes, shared=shared)
         return y, AttentionCache(y, logsum, None)
-    if N <= FUSED_TOKENS:
-        _attention_launch("attention_forward", (qkv, bias, path, y), B, N, heads, Dh, real, 3, 1)
+    if fit := _fused(N, Dh):
+        threads, shared, _ = fit
+        arguments = (qkv, bias, path, y, heads)
+        sizes = _sizes(real, TOKENS=N, HEAD=Dh)
+        machine().launch("attention_forward", (B * heads,), (threads,), arguments, sizes=sizes, shared=shared)
         return y, AttentionCache(None, None, None)
     arguments = (qkv, bias, Size(qkv.size), width)
     machine().launch("add_bias", _grid(qkv.size), (256,), arguments, sizes=_sizes(real, ROWS=1))
@@ -550,7 +554,10 @@ def _attention_backward(dy, qkv, bias, path, cache, heads):
         machine().launch("attention_backward", (B * heads,), (threads,), arguments, sizes=sizes, shared=shared)
         return dqkv
     if p is None:
-        _attention_launch("attention_backward", (qkv, bias, path, dy, dqkv), B, N, heads, Dh, real, 4, 2)
+        threads, _, shared = _fused(N, Dh)
+        arguments = (qkv, bias, path, dy, dqkv, heads)
+        sizes = _sizes(real, TOKENS=N, HEAD=Dh)
+        machine().launch("attention_backward", (B * heads,), (threads,), arguments, sizes=sizes, shared=shared)
         return dqkv
     (q, k, v), (dq, dk, dv) = (
         [_heads(packed[:, :, i * D : (i + 1) * D], heads) for i in range(3)] for packed in (qkv, dqkv)
@@ -600,10 +607,12 @@ def block_forward(
         return NotImplemented
     B, N, D = z.shape
     Q = min(queries or N, N)
-    M = params["mlp.fc1.bias"].shape[0]
+    M, Dh = params["mlp.fc1.bias"].shape[0], D // num_heads
     drops = rng is not None and (dropout > 0.0 or attention_dropout > 0.0)
-    if drops or D % 4 or D > MAX_WIDTH or M % 4 or (D // num_heads) % 4 or not _covered(z, *params.values()):
+    if drops or D % 4 or D > MAX_WIDTH or M % 4 or Dh % 4 or not _covered(z, *params.values()):
         return NotImplemented
+    if _real() == np.uint16 and Dh % 8 and not _fused(N, Dh):
+        return NotImplemented  # heads in stacks must begin at multiples of 16 bytes, or cuBLAS may stop at an address
     xp, erf_form = array_module(z), gelu == "erf"
     path1 = path2 = None
     if rng is not None and drop_path > 0.0:

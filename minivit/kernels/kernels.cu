@@ -32,6 +32,11 @@ __device__ __forceinline__ float warp_max(float v) {
 
 __device__ __forceinline__ float4 load4(const float* p, size_t quad) { return reinterpret_cast<const float4*>(p)[quad]; }
 __device__ __forceinline__ void store4(float* p, size_t quad, float4 v) { reinterpret_cast<float4*>(p)[quad] = v; }
+// Parameters lie anywhere in the flat buffer, at multiples of 4 bytes but not of 16: four reads, from the cache.
+__device__ __forceinline__ float4 parameters4(const float* p, size_t quad) {
+  p += 4 * quad;
+  return make_float4(p[0], p[1], p[2], p[3]);
+}
 __device__ __forceinline__ float load1(const float* p, size_t i) { return p[i]; }
 __device__ __forceinline__ void store1(float* p, size_t i, float v) { p[i] = v; }
 __device__ __forceinline__ void store2(float* p, size_t pair, float a, float b) {
@@ -91,8 +96,8 @@ extern "C" __global__ void layernorm_forward(
     if (q < QUADS) {
       v[k] = load4(z, start + q);
       if (u) {
-        v[k] = v[k] + load4(u, start + q) + s1 * load4(bu, q);
-        store4(out, start + q, v[k] + s2 * load4(bnext, q));
+        v[k] = v[k] + load4(u, start + q) + s1 * parameters4(bu, q);
+        store4(out, start + q, v[k] + s2 * parameters4(bnext, q));
       }
       sum += sum4(v[k]);
     }
@@ -112,7 +117,7 @@ extern "C" __global__ void layernorm_forward(
     if (q < QUADS) {
       v[k] = r * v[k];
       store4(xhat, start + q, v[k]);
-      store4(y, start + q, v[k] * load4(w, q) + load4(b, q));
+      store4(y, start + q, v[k] * parameters4(w, q) + parameters4(b, q));
     }
   }
   if (lane == 0) rstd[row] = r;
@@ -142,7 +147,7 @@ extern "C" __global__ void layernorm_backward(
         d[k] = load4(dy, start + q);
         sums[0][k] = sums[0][k] + d[k] * x[k];
         sums[1][k] = sums[1][k] + d[k];
-        d[k] = d[k] * load4(w, q);  // dxhat
+        d[k] = d[k] * parameters4(w, q);  // dxhat
         mean += sum4(d[k]);
         along += sum4(d[k] * x[k]);
       }
@@ -269,7 +274,7 @@ extern "C" __global__ void bias_gelu_forward(const real* __restrict__ h, const f
   const size_t size = (size_t)rows * quads;
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x) {
     const int row = i / quads;
-    const float4 x = load4(h, i) + load4(b, i - (size_t)row * quads);
+    const float4 x = load4(h, i) + parameters4(b, i - (size_t)row * quads);
     const float s = path ? path[row / tokens] : 1.f;
     store4(y, i, s * make_float4(x.x * gate(x.x, erf_form), x.y * gate(x.y, erf_form), x.z * gate(x.z, erf_form),
                                  x.w * gate(x.w, erf_form)));
@@ -285,7 +290,7 @@ extern "C" __global__ void bias_gelu_backward(const real* __restrict__ h, const 
   const int quads = cols / 4, q = blockIdx.x * 32 + threadIdx.x;
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
   if (q < quads) {
-    const float4 bias = load4(b, q);
+    const float4 bias = parameters4(b, q);
     for (int row = blockIdx.y * 8 + threadIdx.y; row < rows; row += gridDim.y * 8) {
       const size_t i = (size_t)row * quads + q;
       const float4 x = load4(h, i) + bias;
@@ -527,7 +532,7 @@ __device__ __forceinline__ void load_head(const real* __restrict__ x, const floa
     float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
     if (n < TOKENS) {
       v = load4(x + (size_t)n * stride, q);
-      if (bias) v = v + load4(bias, q);
+      if (bias) v = v + parameters4(bias, q);
       v = scale * v;
     }
     *reinterpret_cast<float4*>(rows + n * ROW + 4 * q) = v;
@@ -723,7 +728,8 @@ __device__ __forceinline__ void left_of(float (&a)[4], const float (&c)[4]) {
 }
 
 constexpr int THREADS = 32 * TILES, QUADS = HEAD / 4, LOADS = ROWS16 * QUADS / THREADS,  // quads for each thread
-              BLOCKS = TILES <= 6 ? 2 : 1;  // at once on a multiprocessor, for the compiler to count registers
+              BLOCKS = TILES <= 6 ? 2 : 1,  // at once on a multiprocessor, for the compiler to count registers
+              BACKWARD_BLOCKS = HEAD <= 64 ? BLOCKS : 1;  // two would not fit into shared memory
 
 // A slice of a packed array into rows of shared memory, with its bias and factor; rows beyond the last token are zero.
 // All loads are on their way before the first one is waited for. With `other` given, delta_n = sum_d x_nd other_nd.
@@ -749,7 +755,7 @@ __device__ __forceinline__ void load_rows(float* rows, const real* __restrict__ 
       for (int o = QUADS / 2; o > 0; o >>= 1) dot += __shfl_xor_sync(0xffffffffu, dot, o);
       if (q == 0) delta[n] = dot;
     }
-    if (bias && n < TOKENS) v[r] = v[r] + load4(bias, q);
+    if (bias && n < TOKENS) v[r] = v[r] + parameters4(bias, q);
     const float4 u = factor * v[r];
     *reinterpret_cast<float4*>(rows + n * STRIDE + 4 * q) = make_float4(to_tf32(u.x), to_tf32(u.y), to_tf32(u.z), to_tf32(u.w));
   }
@@ -851,7 +857,7 @@ attention_forward(const real* __restrict__ qkv, const float* __restrict__ bias, 
 //     dv = p^T dy;   dp = dy v^T;   ds = p (dp - delta) / sqrt(Dh);   dq = ds k;   dk = ds^T q     (dy <- path dy)
 // First a warp has 16 keys and goes through the queries (dk and dv are sums over queries), then 16 queries and goes
 // through the keys (dq is a sum over keys): each sum stays in one warp, in a fixed order.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
 attention_backward(const real* __restrict__ qkv, const float* __restrict__ bias, const float* __restrict__ path,
                    const real* __restrict__ y, const float* __restrict__ logsum, const real* __restrict__ dy,
                    real* __restrict__ dqkv, int heads) {
@@ -869,7 +875,7 @@ attention_backward(const real* __restrict__ qkv, const float* __restrict__ bias,
   load_rows(v, qkv + packed + 2 * D, b + 2 * D, 1.f, 3 * D);
   load_rows(d_y, dy + plain, nullptr, path ? path[picture] : 1.f, D, y + plain, delta);
   for (int i = threadIdx.x; i < ROWS16; i += THREADS)
-    log_sum[i] = i < TOKENS ? logsum[(size_t)blockIdx.x * TOKENS + i] : 0.f;
+    log_sum[i] = i < TOKENS ? logsum[(size_t)blockIdx.x * TOKENS + i] : -LOWEST;  // p = 0
   __syncthreads();
   const int mine = 16 * (threadIdx.x / 32);  // this warp's rows
   {
@@ -893,10 +899,9 @@ attention_backward(const real* __restrict__ qkv, const float* __restrict__ bias,
       for (int u = 0; u < 2; ++u) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int i = i0 + 8 * u + 2 * t + e % 2, j = mine + g + 8 * (e / 2);
-          const bool inside = i < TOKENS && j < TOKENS;
-          p[u][e] = inside ? exp2f(p[u][e] * (LOG2E * scale) - log_sum[i]) : 0.f;
-          ds[u][e] = inside ? p[u][e] * (ds[u][e] - delta[i]) * scale : 0.f;
+          const int i = i0 + 8 * u + 2 * t + e % 2;
+          p[u][e] = exp2f(p[u][e] * (LOG2E * scale) - log_sum[i]);
+          ds[u][e] = p[u][e] * (ds[u][e] - delta[i]) * scale;
         }
         float pt[4], dst[4], other[2];
         left_of(pt, p[u]);
@@ -943,9 +948,8 @@ attention_backward(const real* __restrict__ qkv, const float* __restrict__ bias,
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int i = mine + g + 8 * (e / 2), j = j0 + 8 * u + 2 * t + e % 2;
-        const bool inside = i < TOKENS && j < TOKENS;
-        const float weight = inside ? exp2f(p[u][e] * (LOG2E * scale) - log_sum[i]) : 0.f;
-        ds[u][e] = inside ? weight * (ds[u][e] - delta[i]) * scale : 0.f;
+        const float weight = exp2f(p[u][e] * (LOG2E * scale) - log_sum[i]);
+        ds[u][e] = j < TOKENS ? weight * (ds[u][e] - delta[i]) * scale : 0.f;
       }
       float dst[4], other[2];
       left_of(dst, ds[u]);

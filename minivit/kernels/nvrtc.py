@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minivit.errors import InputError
+from minivit.kernels.cuda import TENSOR_TILES
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")  # Turing (T4), Ampere (A100), Hopper (H100)
 
@@ -61,9 +62,11 @@ def compile_kernels(source, architecture, sizes):
 
 
 def usual_sizes(architecture):
-    """The constants with which kernels.cu is compiled for the models of the paper and small ones."""
+    """The constants with which kernels.cu is compiled: for the paper's models, small ones, and the largest sizes."""
     sizes = [(("ROWS", 1),), *((("WIDTH", D),) for D in (192, 384, 768, 1024))]
-    sizes += [(("TOKENS", N), ("HEAD", Dh)) for N, Dh in ((65, 64), (65, 16), (96, 64))]
+    sizes += [(("TOKENS", N), ("HEAD", Dh)) for N, Dh in ((65, 64), (65, 16), (96, 64), (96, 96), (4, 1024))]
     if architecture != "sm_75":  # whose tensor cores do not know TF32
-        sizes += [(("TENSOR", 1), ("TOKENS", N), ("HEAD", Dh)) for N, Dh in ((17, 64), (65, 64), (64, 32), (197, 64))]
+        usual = [(17, 64), (65, 64), (64, 32), (197, 64), (305, 32), (65, 128)]
+        largest = [(16 * tiles, Dh) for Dh, tiles in TENSOR_TILES.items()]
+        sizes += [(("TENSOR", 1), ("TOKENS", N), ("HEAD", Dh)) for N, Dh in usual + largest]
     return [(*constants, *extra) for constants in sizes for extra in ((), (("BF16", 1),))]

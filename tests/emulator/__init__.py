@@ -1,7 +1,8 @@
 """A machine for `minivit.kernels.cuda` that runs kernels.cu and cuBLAS calls on the CPU, with NumPy arrays.
 
 It compiles the kernels' own source as C++ (with the ``zig`` compiler that pip installs, or the system's) and checks
-what CuPy does not: the number of arguments, their types, that arrays are contiguous and of the kernel's type.
+what CuPy does not: the number of arguments, their types, that arrays are contiguous and of the kernel's type, and that
+vectors are read and written at multiples of their size.
 """
 
 import ctypes
@@ -118,8 +119,8 @@ class Emulator:
                 signatures[name] = types
                 values = ", ".join(f"*({t}*)a[{i}]" for i, t in enumerate(types))
                 parts.append(
-                    f'extern "C" void launch_{name}(const unsigned* g, const unsigned* b, size_t s, void** a)'
-                    f"{{ emulator::run(g, b, s, a, [](void** a) {{ {name}({values}); }}); }}\n"
+                    f'extern "C" int launch_{name}(const unsigned* g, const unsigned* b, size_t s, void** a)'
+                    f"{{ return emulator::run(g, b, s, a, [](void** a) {{ {name}({values}); }}); }}\n"
                 )
             self._modules[sizes] = build("".join(parts), "cpp"), signatures
         return self._modules[sizes]
@@ -134,8 +135,8 @@ class Emulator:
         library, signatures = self._module(sizes)
         types = signatures[name]
         assert len(arguments) == len(types), f"{name} takes {len(types)} arguments, {len(arguments)} were given"
-        assert shared <= 227 << 10 and np.prod(block) <= 1024, (
-            f"{name}: no GPU has so much shared memory or such blocks"
+        assert shared <= self.shared_memory and np.prod(block) <= 1024, (
+            f"{name}: this GPU has no {shared} bytes of shared memory, or no blocks of {block}"
         )
         assert all(1 <= n for n in grid) and all(n < 65536 for n in grid[1:]), f"{name}: grid {grid}"
         kept, pointers = [], (ctypes.c_void_p * len(types))()
@@ -158,10 +159,12 @@ class Emulator:
             pointers[i] = ctypes.addressof(kept[-1])
         self.launches[name] += 1
         g, b = ((ctypes.c_uint * 3)(*(*extent, 1, 1)[:3]) for extent in (grid, block))
-        run = getattr(library, f"launch_{name}")
-        # a graph that is recorded (see strict_cupy) keeps the arguments
-        run.restype = None
-        STREAM.do(lambda: run(g, b, ctypes.c_size_t(shared), pointers), kept, arguments)
+        function = getattr(library, f"launch_{name}")
+
+        def run():
+            assert not function(g, b, ctypes.c_size_t(shared), pointers), f"{name}: a misaligned address"
+
+        STREAM.do(run, kept, arguments)  # a graph that is recorded (see strict_cupy) keeps the arguments
 
     def blas(self):
         """The library that stands for cuBLAS."""

@@ -1,5 +1,7 @@
-/* cuBLAS on the CPU, float32 and bfloat16: checks the order of the arguments, the leading dimensions and the batch steps. */
+/* cuBLAS on the CPU, float32 and bfloat16: checks the order of the arguments, the leading dimensions, the batch steps and
+   where the matrices of a list of addresses begin. */
 #include <stddef.h>
+#include <stdint.h>
 
 enum { OK = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
 
@@ -64,6 +66,10 @@ int cublasGemmBatchedEx(void *handle, int ta, int tb, int m, int n, int k, const
                         int At, int lda, const void *const *B, int Bt, int ldb, const float *beta, void *const *C,
                         int Ct, int ldc, int count, int compute, int algorithm) {
   int status = OK;
+  /* with factors of fewer than 23 bits each matrix must begin at a multiple of 16 bytes if k % 8 == 0, of 4 if k % 2 == 0 */
+  const int multiple = At == 0 && compute == 68 ? 1 : k % 8 == 0 ? 16 : k % 2 == 0 ? 4 : 1;
+  for (int i = 0; i < count; ++i)
+    if (((uintptr_t)A[i] | (uintptr_t)B[i] | (uintptr_t)C[i]) % multiple) return NOT_SUPPORTED;
   for (int i = 0; i < count && !status; ++i)
     status = product(ta, tb, m, n, k, *alpha, A[i], At, lda, B[i], Bt, ldb, *beta, C[i], Ct, ldc, compute, algorithm);
   return status;

@@ -2,8 +2,8 @@
 //
 // A thread runs until it ends, waits at a barrier, or exchanges a number with its warp. The order is chosen to bring
 // out missing barriers: a warp runs on alone until every thread of it waits, and odd blocks take the warps in reverse.
-// Shared memory begins as NaN in each block. It finds wrong results, missing barriers and reads of what was never
-// written; not races within a warp, and nothing about speed.
+// Shared memory begins as NaN in each block. It finds wrong results, missing barriers, reads of what was never written
+// and vectors at addresses that are no multiple of their size; not races within a warp, and nothing about speed.
 #pragma once
 #define EMULATED
 #undef _FORTIFY_SOURCE  // it takes jumps from stack to stack for mistakes
@@ -34,7 +34,7 @@ static uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 struct Thread { jmp_buf place; std::vector<char> stack; uint3 index; bool ended, waits; float shown[6]; };
 static std::vector<Thread> threads;
-static jmp_buf scheduler;
+static jmp_buf scheduler, misaligned;
 static size_t current, alive;
 static void (*kernel)(void**);
 static void** arguments;
@@ -101,7 +101,8 @@ static void run_block() {
     for (size_t i = 0; i < n; ++i) threads[i].waits = false;
   }
 }
-static void run(const unsigned* grid, const unsigned* block, size_t shared, void** a, void (*f)(void**)) {
+// 0, or 1 where a thread read or wrote a vector at an address that a GPU would not take.
+static int run(const unsigned* grid, const unsigned* block, size_t shared, void** a, void (*f)(void**)) {
   gridDim = {grid[0], grid[1], grid[2]};
   blockDim = {block[0], block[1], block[2]};
   kernel = f;
@@ -109,12 +110,22 @@ static void run(const unsigned* grid, const unsigned* block, size_t shared, void
   const size_t n = blockDim.x * blockDim.y * blockDim.z;
   if (threads.size() < n) threads.resize(n);
   dynamic.resize(shared + 64);
+  if (_setjmp(misaligned)) {
+    threads.clear();  // they are in the middle of the kernel
+    return 1;
+  }
   for (unsigned z = 0; z < gridDim.z; ++z)
     for (unsigned y = 0; y < gridDim.y; ++y)
       for (unsigned x = 0; x < gridDim.x; ++x) {
         blockIdx = {x, y, z};
         run_block();
       }
+  return 0;
+}
+template <class Vector, class T>
+static Vector aligned(T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(*Vector())) _longjmp(misaligned, 1);
+  return reinterpret_cast<Vector>(p);
 }
 static float* dynamic_shared() { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(dynamic.data()) + 15) & ~uintptr_t(15)); }
 }  // namespace emulator
@@ -150,3 +161,4 @@ static inline void multiply_add(float (&c)[4], const float (&a)[4], const float 
     }
   emulator::pause();
 }
+#define reinterpret_cast emulator::aligned  // the kernels' casts are all to vectors
