@@ -176,6 +176,13 @@ def test_products_without_cublas_give_the_same_model(emulator, name, precision, 
         assert np.linalg.norm(mine - gradient) < tolerance * np.linalg.norm(gradient), key
 
 
+def test_a_run_that_diverges_in_bf16_does_not_look_finite(xp):
+    values = xp.asarray([0.0, 1.0, np.inf, -np.inf, np.nan, np.nan, 1 + 2**-8, 1 + 3 * 2**-8], np.float32)
+    values.view(np.uint32)[4:6] = xp.asarray([0x7FFFFFFF, 0xFFFFFFFF], np.uint32)  # a GPU's
+    found = (to_host(cuda._round(values)).astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(found, np.float32([0.0, 1.0, np.inf, -np.inf, np.nan, np.nan, 1.0, 1 + 2**-6]))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
 def test_products_without_cublas_scale_add_and_round(emulator, dtype):
     rng = np.random.default_rng(0)

@@ -191,7 +191,8 @@ def test_a_run_begins_where_the_other_ended_and_says_so(tmp_path, trained, call)
         content = json.loads((out / name).read_text())
         content = content if name == SETTINGS else content["settings"]
         assert content["start"] == origin
-        assert content["data"] == {"data": "digits", "data_dir": "data", "image_size": 12, "classes": "0-4"}
+        expected = {"data": "digits", "data_dir": "data", "image_size": 12, "classes": "0-4", "train_share": None}
+        assert content["data"] == expected
     # evaluate and predict find the same pictures
     ended = call("evaluate", out / LAST)
     assert ended.status == 0 and ended.err == "" and "; scaled from 8x8" in ended.out

@@ -411,7 +411,7 @@ def test_the_runs_of_the_sweeps_that_come_with_minivit_are_their_results(tmp_pat
         few = few._replace(name="cifar10", train_images=images, train_labels=labels, test_images=images,
                            test_labels=labels)  # fmt: skip
 
-    def loaded(name, data_dir, *, image_size=None, classes=None):
+    def loaded(name, data_dir, *, image_size=None, classes=None, train_share=None):
         found = with_classes(few, classes) if classes else few
         if image_size:
             images = rng.integers(0, 256, (len(found.train_images), image_size, image_size, 3), dtype=np.uint8)

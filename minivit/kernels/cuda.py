@@ -242,13 +242,17 @@ def _product(a, b, dtype=None):
 
 
 def _products(a, b, out, *, alpha=1.0):
-    """out = alpha a b for stacks of matrices (B, h, ., .) in any strides, such as the heads of a packed array."""
+    """out = alpha a b for stacks of matrices (B, h, ., .) in any strides, such as the heads of a packed array.
+
+    In float32, not TF32, where cuBLAS could not read 16 bytes at a time, as it then does if k is a multiple of 8.
+    """
     xp, (B, heads) = array_module(a), a.shape[:2]
     addresses = xp.empty((3, B * heads), np.uint64)
     starts = [Size(machine().address(x)) for x in (a, b, out)]
     strides = [int(stride) for x in (a, b, out) for stride in x.strides[:2]]
     machine().launch("matrix_addresses", _grid(B * heads), (256,), (*starts, *strides, heads, B * heads, addresses))
-    compute = "float32" if machine().precision == "float32" else "tf32"
+    aligned = a.shape[-1] % 8 or not any(where % 16 for where in (*starts, *strides))
+    compute = "tf32" if aligned and machine().precision != "float32" else "float32"
     machine().blas().matmul_of_addresses(a, b, out, addresses, alpha=alpha, compute=compute)
 
 

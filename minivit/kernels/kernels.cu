@@ -48,7 +48,7 @@ __device__ __forceinline__ void store2(float* p, size_t pair, float a, float b) 
 typedef unsigned short real;
 __device__ __forceinline__ unsigned rounded(float v) {  // to the nearest bfloat16, ties to even
   const unsigned bits = __float_as_uint(v);
-  return (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  return v == v ? (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16 : 0x7FC0u;  // of a GPU's NaN, 0x7FFFFFFF, it would make -0
 }
 __device__ __forceinline__ float load1(const real* p, size_t i) { return __uint_as_float((unsigned)p[i] << 16); }
 __device__ __forceinline__ void store1(real* p, size_t i, float v) { p[i] = (real)rounded(v); }
