@@ -79,6 +79,8 @@ def test_runs_are_made_once_and_compared(file, tmp_path, call, no_figures):
     assert len(a) == len(b) == 2
     gains = [y - x for x, y in zip(a, b, strict=True)]
     assert table["rows"][1]["gain"] == pytest.approx(sum(gains) / 2)
+    for row in table["rows"]:  # of the run that was disturbed least
+        assert row["seconds"] == min(run["seconds"] for run in row["runs"].values())
     assert table["rows"][1]["gain_error"] == pytest.approx(abs(gains[0] - gains[1]) / 2)
     assert table["rows"][0]["spread"] == pytest.approx(abs(a[0] - a[1]) / math.sqrt(2))
     text = (tmp_path / "o" / "table.md").read_text()
