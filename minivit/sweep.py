@@ -286,7 +286,8 @@ def markdown(table):
     lines = [
         f"# {table['title']}", "",
         f"Test accuracy after the last epoch, per cent: mean over the seeds {', '.join(map(str, table['seeds']))} "
-        "± standard deviation; gain over the first row, seed by seed, ± standard error. Seconds of the quickest run.", "",
+        "± standard deviation; gain over the first row, seed by seed, ± standard error; seconds of the quickest run.",
+        "",
         "| | changes | accuracy | gain | each seed | epochs | seconds |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in table["rows"]:
