@@ -279,6 +279,20 @@ def test_attention_in_shared_memory_wants_room_for_its_backward(xp, width, heads
         assert_close(found[2][key], expected[2][key], 2e-5, key)
 
 
+def test_on_tensor_cores_many_tokens_are_loaded_in_parts(xp, precision):
+    """A block of more than 256 threads has registers for half of a thread's share of heads of 64 numbers at a time."""
+    config = replace(SMALL, image_size=48, width=64, num_heads=1, depth=1)  # 145 tokens: ten warps
+    images, labels = batch_of(config, 1)
+    assert cuda._tensor_cores(145, 64)[0] > 256
+    with plain():
+        expected = one_pass(ViT(config, flat=parameters_of(config, np.float64)), images, labels)
+    model = ViT(config, flat=xp.asarray(parameters_of(config)))
+    found = one_pass(model, xp.asarray(images), xp.asarray(labels))
+    for key in ("blocks.0.attn.qkv.weight", "pos_embed"):
+        error = np.linalg.norm(found[2][key] - expected[2][key]) / np.linalg.norm(expected[2][key])
+        assert error < ROUNDING[precision], f"{key}: {error:.1%}"
+
+
 def test_stacks_of_bfloat16_matrices_begin_at_multiples_of_16_bytes(xp, monkeypatch):
     """cuBLAS asks for it where the sums are over a multiple of 8 numbers, such as 16 tokens."""
     monkeypatch.setattr(cuda.machine(), "precision", "bf16")

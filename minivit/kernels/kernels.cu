@@ -728,36 +728,43 @@ __device__ __forceinline__ void left_of(float (&a)[4], const float (&c)[4]) {
 }
 
 constexpr int THREADS = 32 * TILES, QUADS = HEAD / 4, LOADS = ROWS16 * QUADS / THREADS,  // quads for each thread
+              FLIGHT = THREADS > 256 && LOADS > 4 ? 4 : LOADS,  // of these at a time: 128 registers must hold them
               BLOCKS = TILES <= 6 ? 2 : 1,  // at once on a multiprocessor, for the compiler to count registers
               BACKWARD_BLOCKS = HEAD <= 64 ? BLOCKS : 1;  // two would not fit into shared memory
 
+static_assert(LOADS % FLIGHT == 0);
+
 // A slice of a packed array into rows of shared memory, with its bias and factor; rows beyond the last token are zero.
-// All loads are on their way before the first one is waited for. With `other` given, delta_n = sum_d x_nd other_nd.
+// A batch of FLIGHT loads is on its way before its first one is waited for. With `other` given, delta_n = sum_d x_nd other_nd.
 __device__ __forceinline__ void load_rows(float* rows, const real* __restrict__ x, const float* __restrict__ bias,
                                           float factor, int stride, const real* __restrict__ other = nullptr,
                                           float* delta = nullptr) {
-  float4 v[LOADS], w[LOADS];
+#pragma unroll 1
+  for (int first = 0; first < LOADS; first += FLIGHT) {
+    float4 v[FLIGHT], w[FLIGHT];
 #pragma unroll
-  for (int r = 0; r < LOADS; ++r) {
-    const int n = (threadIdx.x + r * THREADS) / QUADS, q = (threadIdx.x + r * THREADS) % QUADS;
-    v[r] = w[r] = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (n < TOKENS) {
-      v[r] = load4(x + (size_t)n * stride, q);
-      if (other) w[r] = load4(other + (size_t)n * stride, q);
+    for (int r = 0; r < FLIGHT; ++r) {
+      const int at = threadIdx.x + (first + r) * THREADS, n = at / QUADS, q = at % QUADS;
+      v[r] = w[r] = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (n < TOKENS) {
+        v[r] = load4(x + (size_t)n * stride, q);
+        if (other) w[r] = load4(other + (size_t)n * stride, q);
+      }
     }
-  }
 #pragma unroll
-  for (int r = 0; r < LOADS; ++r) {
-    const int n = (threadIdx.x + r * THREADS) / QUADS, q = (threadIdx.x + r * THREADS) % QUADS;
-    if (other) {
-      float dot = sum4(v[r] * w[r]);  // of a quad; a row's are in neighbouring lanes
+    for (int r = 0; r < FLIGHT; ++r) {
+      const int at = threadIdx.x + (first + r) * THREADS, n = at / QUADS, q = at % QUADS;
+      if (other) {
+        float dot = sum4(v[r] * w[r]);  // of a quad; a row's are in neighbouring lanes
 #pragma unroll
-      for (int o = QUADS / 2; o > 0; o >>= 1) dot += __shfl_xor_sync(0xffffffffu, dot, o);
-      if (q == 0) delta[n] = dot;
+        for (int o = QUADS / 2; o > 0; o >>= 1) dot += __shfl_xor_sync(0xffffffffu, dot, o);
+        if (q == 0) delta[n] = dot;
+      }
+      if (bias && n < TOKENS) v[r] = v[r] + parameters4(bias, q);
+      const float4 u = factor * v[r];
+      *reinterpret_cast<float4*>(rows + n * STRIDE + 4 * q) =
+          make_float4(to_tf32(u.x), to_tf32(u.y), to_tf32(u.z), to_tf32(u.w));
     }
-    if (bias && n < TOKENS) v[r] = v[r] + parameters4(bias, q);
-    const float4 u = factor * v[r];
-    *reinterpret_cast<float4*>(rows + n * STRIDE + 4 * q) = make_float4(to_tf32(u.x), to_tf32(u.y), to_tf32(u.z), to_tf32(u.w));
   }
 }
 

@@ -66,7 +66,7 @@ def usual_sizes(architecture):
     sizes = [(("ROWS", 1),), *((("WIDTH", D),) for D in (192, 384, 768, 1024))]
     sizes += [(("TOKENS", N), ("HEAD", Dh)) for N, Dh in ((65, 64), (65, 16), (96, 64), (96, 96), (4, 1024))]
     if architecture != "sm_75":  # whose tensor cores do not know TF32
-        usual = [(17, 64), (65, 64), (64, 32), (197, 64), (305, 32), (65, 128)]
+        usual = [(17, 64), (65, 64), (64, 32), (197, 64), (199, 64), (305, 32), (65, 128)]
         largest = [(16 * tiles, Dh) for Dh, tiles in TENSOR_TILES.items()]
         sizes += [(("TENSOR", 1), ("TOKENS", N), ("HEAD", Dh)) for N, Dh in usual + largest]
     return [(*constants, *extra) for constants in sizes for extra in ((), (("BF16", 1),))]
