@@ -744,7 +744,8 @@ __device__ __forceinline__ void load_rows(float* rows, const real* __restrict__ 
     float4 v[FLIGHT], w[FLIGHT];
 #pragma unroll
     for (int r = 0; r < FLIGHT; ++r) {
-      const int at = threadIdx.x + (first + r) * THREADS, n = at / QUADS, q = at % QUADS;
+      const unsigned at = threadIdx.x + (first + r) * THREADS;
+      const int n = at / QUADS, q = at % QUADS;
       v[r] = w[r] = make_float4(0.f, 0.f, 0.f, 0.f);
       if (n < TOKENS) {
         v[r] = load4(x + (size_t)n * stride, q);
@@ -753,7 +754,8 @@ __device__ __forceinline__ void load_rows(float* rows, const real* __restrict__ 
     }
 #pragma unroll
     for (int r = 0; r < FLIGHT; ++r) {
-      const int at = threadIdx.x + (first + r) * THREADS, n = at / QUADS, q = at % QUADS;
+      const unsigned at = threadIdx.x + (first + r) * THREADS;
+      const int n = at / QUADS, q = at % QUADS;
       if (other) {
         float dot = sum4(v[r] * w[r]);  // of a quad; a row's are in neighbouring lanes
 #pragma unroll
