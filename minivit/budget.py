@@ -1,4 +1,4 @@
-"""How many epochs fit into a time: a few steps of the run itself, measured on the user's machine."""
+"""How long a run fits into a time: a few steps of the run itself, measured on the user's machine."""
 
 from __future__ import annotations
 
@@ -74,7 +74,10 @@ def seconds_of_step(dataset, model, config, trainer_of=None, *, probe=PROBE_SECO
 
 
 def time_of_epochs(dataset, model, config, trainer_of=None, *, probe=PROBE_SECONDS):
-    """Measure a run's steps; returns a function: the seconds that so many epochs take, with their evaluations."""
+    """Measure a run's steps; returns a function: the seconds that so many epochs take, with their evaluations.
+
+    Of less than an epoch, with the one at its end.
+    """
     batch = config.batch_size * config.accumulate
     step = seconds_of_step(dataset, model, replace(config, half_size=0.0), trainer_of, probe=probe)
     small = 0.0
@@ -85,20 +88,30 @@ def time_of_epochs(dataset, model, config, trainer_of=None, *, probe=PROBE_SECON
 
     def time_of(epochs):
         halved = config.half_size * epochs
-        halved = round(halved) if epochs == int(epochs) else halved
-        return steps * (halved * small + (epochs - halved) * step) + epochs / config.evaluate_every * predictions
+        if epochs == int(epochs):
+            halved = round(halved)
+        elif epochs < 1:  # epochs are halved as a whole
+            halved = round(config.half_size) * epochs
+        tests = max(epochs / config.evaluate_every, 1)
+        return steps * (halved * small + (epochs - halved) * step) + tests * predictions
 
     return time_of
 
 
-def epochs_within(seconds, dataset, model, config, trainer_of=None):
-    """How many epochs of a run fit into a time: (epochs, measured seconds of an epoch with its evaluation, on average).
+def within(seconds, dataset, model, config, trainer_of=None):
+    """A run's settings with as many epochs as fit into a time or, where not one does, as many steps of the first.
 
-    ``trainer_of`` makes the trainer of such a run [Trainer].
-    Raises  InputError: not even one.
+    Returns (TrainConfig, measured seconds of an epoch with its evaluation, on average). ``trainer_of`` makes the
+    trainer of such a run [Trainer].
+    Raises  InputError: not even a step fits.
     """
-    time_of = time_of_epochs(dataset, model, config, trainer_of)
-    epochs = bisect_right(range(1, 1 << 62), (1.0 - RESERVE) * seconds, key=time_of)
-    if not epochs:
-        raise InputError(f"an epoch takes about {time_of(1):.0f} s here, the budget is {seconds:.0f} s; give more time")
-    return epochs, time_of(epochs) / epochs
+    time_of, limit = time_of_epochs(dataset, model, config, trainer_of), (1.0 - RESERVE) * seconds
+    if epochs := bisect_right(range(1, 1 << 62), limit, key=time_of):
+        return replace(config, epochs=epochs, steps=0), time_of(epochs) / epochs
+    whole = -(-len(dataset.train_images) // (config.batch_size * config.accumulate))
+    if steps := bisect_right(range(1, whole), limit, key=lambda count: time_of(count / whole)):
+        return replace(config, epochs=1, steps=steps), time_of(1)
+    raise InputError(
+        f"a step and the test after it take about {time_of(1 / whole):.3g} s here, the budget is {seconds:.3g} s; give "
+        "more time"
+    )

@@ -18,6 +18,7 @@ import shlex
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit import analysis, checkpoint, masked
-from minivit.budget import epochs_within, time_of_epochs
+from minivit.budget import time_of_epochs, within
 from minivit.checkpoint import write_atomically
 from minivit.cli import counted
 from minivit.engine import available_cores
@@ -61,6 +62,11 @@ class Made(NamedTuple):
     files: tuple[str, ...]  # the figures, in the context's folder
     caption: str  # what they show, with the figures that were measured
     table: str = ""  # Markdown
+
+
+def length_of(epochs, steps):
+    """How long a run was, in words; ``steps`` are 0 where it had whole epochs."""
+    return counted(steps, "step") if steps else counted(epochs, "epoch")
 
 
 class Entry(NamedTuple):
@@ -107,7 +113,7 @@ class Context:
         folder = self.out / "model"
         recipe = read_recipe(find_config(self.config), data=self.data)
         run = Run(Row("model", {}, recipe), recipe.train.get("seed", 0), folder)
-        if result_of(run, free=("epochs",)) is None:  # there are as many as the budget held
+        if result_of(run, free=("epochs", "steps")) is None:  # there are as many as the budget held
             if not train:
                 return None
             self._train(recipe, folder)
@@ -118,14 +124,16 @@ class Context:
         recipe = going_on(recipe._replace(train=recipe.train | {"device": self.device}), folder)
         begun = (folder / LAST).exists()
         if begun:
-            epochs = config_from(checkpoint.load(folder / LAST)[1], folder / LAST).epochs
+            length = config_from(checkpoint.load(folder / LAST)[1], folder / LAST)
         else:
             dataset, model, config, *_ = prepare(recipe)
-            epochs, each = epochs_within(self.share, dataset, model, config)
-            epochs = min(epochs, config.epochs)
-            print(f"training a model: {counted(epochs, 'epoch')} of about {each:.3g} s, in {folder}", flush=True)
+            length, each = within(self.share, dataset, model, config)
+            length = replace(length, epochs=min(length.epochs, config.epochs))
+            told = length_of(length.epochs, length.steps)
+            print(f"training a model: {told}, an epoch takes about {each:.3g} s, in {folder}", flush=True)
             planned(folder, {"budget": self.share})
-        trainer = trainer_of(recipe._replace(train=recipe.train | {"epochs": epochs}), folder, progress=self.progress)
+        train = recipe.train | {"epochs": length.epochs, "steps": length.steps}
+        trainer = trainer_of(recipe._replace(train=train), folder, progress=self.progress)
         if begun:
             trainer.restore()
         if trainer.run() is None:
@@ -152,7 +160,8 @@ class Context:
         text = f"{dataset.name}, patch {c.patch_size}, width {c.width}, {c.depth} blocks, {c.num_heads} heads"
         try:
             summary = json.loads((self.checkpoint().parent / SUMMARY).read_text(encoding="utf-8"))
-            return f"{text}; test accuracy {summary['test_accuracy']:.1%} after {counted(summary['epochs'], 'epoch')}"
+            length = length_of(summary["epochs"], summary["settings"]["train"]["steps"])
+            return f"{text}; test accuracy {summary['test_accuracy']:.1%} after {length}"
         except (OSError, ValueError, KeyError, TypeError):
             return text
 
@@ -448,6 +457,9 @@ PLAIN = (
 )  # fmt: skip
 
 
+WHOLE = "in whole epochs or, where not one fits, in whole steps"  # what --budget gives
+
+
 def runs_in(context, folder):
     """A function that makes the runs of an entry: ``train(name, seconds, *flags, script)`` returns a run's summary.
 
@@ -498,13 +510,13 @@ def make_self_supervision(context):
     found["labels, configs/cifar10.toml"] = train("recipe", whole, *labels)
     path, title = context.figure("selfsupervision"), f"{whole:.0f} s of training each"
     sure = save_summaries(path, f"Pre-training without labels: {title}, seed 0", found)
-    lines = ["| | test accuracy | epochs with labels | seconds with labels |", "|---|---|---|---|"]
+    lines = ["| | test accuracy | steps with labels | seconds with labels |", "|---|---|---|---|"]
     lines += [
-        f"| {name} | {said['test_accuracy']:.2%} | {said['epochs']} | {said['train_seconds']:.0f} |"
+        f"| {name} | {said['test_accuracy']:.2%} | {said['steps']:,} | {said['train_seconds']:.0f} |"
         for name, said in found.items()
     ]
     caption = (
-        f"At most {title}, in whole epochs, all of it with labels, or half of it guessing masked patches: accuracy of "
+        f"At most {title}, {WHOLE}, all of it with labels, or half of it guessing masked patches: accuracy of "
         "the test pictures after the last epoch. The fine-tuning takes the settings of the first row, the last row "
         f"those of the recipe. {sure}"
     )
@@ -522,15 +534,15 @@ def make_targets(context):
         found[target] = train(target, each, "--config", "cifar10", *PLAIN, *begin)
     path, title = context.figure("targets"), f"{each:.0f} s without and as many with labels"
     sure = save_summaries(path, f"Targets of masked patch prediction: {title}, seed 0", found)
-    lines = ["| target | what of it was right, or explained | without looking | epochs | test accuracy | epochs |",
+    lines = ["| target | what of it was right, or explained | without looking | steps | test accuracy | steps |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     lines += [
-        f"| {target} | {said['test_accuracy']:.1%} | {said['chance_accuracy']:.1%} | {said['epochs']} | "
-        f"{found[target]['test_accuracy']:.2%} | {found[target]['epochs']} |"
+        f"| {target} | {said['test_accuracy']:.1%} | {said['chance_accuracy']:.1%} | {said['steps']:,} | "
+        f"{found[target]['test_accuracy']:.2%} | {found[target]['steps']:,} |"
         for target, said in before.items()
     ]
     caption = (
-        f"At most {title}, in whole epochs: accuracy of the test pictures after fine-tuning a model that had guessed "
+        f"At most {title}, {WHOLE}: accuracy of the test pictures after fine-tuning a model that had guessed "
         "of masked patches their mean colours (3 bits of each channel), those of their 4 x 4 downsized version, or all "
         f"of their pixels, by regression. {sure}"
     )

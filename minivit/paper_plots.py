@@ -218,5 +218,8 @@ def save_compute(path, points, *, title=""):
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.xaxis.set_minor_locator(NullLocator())
     _style(axes, "training, TFLOP in matrix products", "test accuracy, %", label(title, 80))
-    axes.legend(frameon=False, fontsize=8, loc="lower right", title="64: width of the tokens", title_fontsize=8)
+    axes.legend(
+        frameon=False, fontsize=8, title="64: width of the tokens", title_fontsize=8, loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+    )  # fmt: skip
     _save(figure, path)

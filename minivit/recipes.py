@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from minivit import checkpoint
-from minivit.budget import epochs_within, seconds_of
+from minivit.budget import seconds_of, within
 from minivit.cli import add_settings, counted, given, read_toml
 from minivit.data import DATASETS, FOLDERS, load
 from minivit.errors import InputError
@@ -85,7 +84,7 @@ def add_run(where, name):
         "--out", metavar="DIR", help=f"folder for the run [runs/{name}, or the first free runs/{name}-2, ...]"
     )
     where.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    where.add_argument("--budget", metavar="TIME", help="as many epochs as fit into 90s, 10m or 2.5h on this machine")
+    where.add_argument("--budget", metavar="TIME", help="as many epochs, or steps of one, as fit into 90s, 10m or 2.5h")
     where.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -195,16 +194,17 @@ def prepare(recipe):
 
 
 def within_budget(arguments, dataset, model, config, trainer_of=None):
-    """The settings of a training with as many epochs as fit into ``--budget`` on this machine; told in one line.
+    """The settings of a training as long as fits into ``--budget`` on this machine, see `within`; told in one line.
 
     ``trainer_of`` makes the trainer of such a run [Trainer].
-    Raises  InputError: epochs or steps were asked for too, or not even one epoch fits.
+    Raises  InputError: epochs or steps were asked for too, or not even a step fits.
     """
     if asked := {"epochs", "steps"} & set(given(arguments, TrainConfig)):
         raise InputError(f"--budget finds the number of epochs: leave --{asked.pop()} out")
-    epochs, each = epochs_within(seconds_of(arguments.budget), dataset, model, config, trainer_of)
-    print(f"an epoch takes about {each:.3g} s on this machine: {epochs} fit into {arguments.budget}", flush=True)
-    return replace(config, epochs=epochs, steps=0)
+    config, each = within(seconds_of(arguments.budget), dataset, model, config, trainer_of)
+    fit = f"{counted(config.steps, 'step')} of it" if config.steps else config.epochs
+    print(f"an epoch takes about {each:.3g} s on this machine: {fit} fit into {arguments.budget}", flush=True)
+    return config
 
 
 def stopped_run(arguments):

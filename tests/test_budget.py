@@ -1,5 +1,6 @@
 """Budgets: times in words, and the epochs that fit into them."""
 
+import json
 import signal
 from dataclasses import replace
 
@@ -12,6 +13,13 @@ from minivit.train import TrainConfig
 
 DIGITS = load("digits")
 MODEL = ViTConfig(image_size=8, patch_size=4, channels=1, width=8, depth=1, num_heads=2, mlp_dim=16)
+
+
+def epochs_within(*arguments):
+    """The epochs that fit, and the seconds of each."""
+    config, each = budget.within(*arguments)
+    assert config.steps == 0
+    return config.epochs, each
 
 
 @pytest.mark.parametrize(
@@ -39,7 +47,7 @@ def test_the_epochs_of_a_known_pace(monkeypatch):
     config = TrainConfig(batch_size=60, accumulate=2)
     n = len(DIGITS.train_images)
     steps, tests = -(-n // 120), len(DIGITS.test_images)
-    epochs, each = budget.epochs_within(10.0, DIGITS, MODEL, config)
+    epochs, each = epochs_within(10.0, DIGITS, MODEL, config)
     assert each == pytest.approx(0.01 * (steps + tests / 120 / 3))
     assert epochs == int(9.7 / each) and asked == [1, 2, 38]
     assert 38 > n / 120  # more steps than an epoch has
@@ -47,18 +55,33 @@ def test_the_epochs_of_a_known_pace(monkeypatch):
     time_of = budget.time_of_epochs(DIGITS, MODEL, replace(config, batch_size=2), probe=2.0)
     assert time_of(6) == pytest.approx(6 * 0.01 * (-(-n // 4) + tests / 4 / 3))
     assert asked == [1, 2, 8, 32]  # a shorter look at first, which tells nothing
-    _, rare = budget.epochs_within(10.0, DIGITS, MODEL, replace(config, evaluate_every=4))
+    _, rare = epochs_within(10.0, DIGITS, MODEL, replace(config, evaluate_every=4))
     assert rare == pytest.approx(0.01 * (steps + tests / 120 / 3 / 4))
-    _, twice = budget.epochs_within(10.0, DIGITS, MODEL, replace(config, test_flip=True))
+    _, twice = epochs_within(10.0, DIGITS, MODEL, replace(config, test_flip=True))
     assert twice == pytest.approx(0.01 * (steps + 2 * tests / 120 / 3))
     half = replace(config, half_size=0.5)
     monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + (0.002 if a[2].half_size else 0.01) * a[3])
-    few, each = budget.epochs_within(10.0, DIGITS, MODEL, half)
+    few, each = epochs_within(10.0, DIGITS, MODEL, half)
     halved = round(few / 2)
     whole = steps * (0.002 * halved + 0.01 * (few - halved)) + few * 0.01 * tests / 120 / 3
     assert each == pytest.approx(whole / few) and whole < 9.7 < whole + 0.01 * steps + 0.01 * tests / 120
-    with pytest.raises(InputError, match="an epoch takes about 0 s here, the budget is 0 s"):
-        budget.epochs_within(0.05, DIGITS, MODEL, config)
+
+
+@pytest.mark.parametrize(("half_size", "step"), [(0.0, 0.01), (0.4, 0.01), (0.6, 0.002)])
+def test_the_steps_of_an_epoch_that_does_not_fit(monkeypatch, half_size, step):
+    """Most of two epochs' half is one epoch's whole; then comes one evaluation, of a third of the steps' pace."""
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + (0.002 if a[2].half_size else 0.01) * a[3])
+    config = TrainConfig(batch_size=60, accumulate=2, epochs=9, half_size=half_size, evaluate_every=3)
+    test = len(DIGITS.test_images) / 120 * 0.01 / 3
+    assert -(-len(DIGITS.train_images) // 120) == 12
+    for steps in 1, 7, 11:
+        asked = (steps * step + test) / (1.0 - budget.RESERVE)
+        found, each = budget.within(asked + 1e-6, DIGITS, MODEL, config)
+        assert found == replace(config, epochs=1, steps=steps) and each == pytest.approx(12 * step + test)
+    found, _ = budget.within((12 * step + test) / (1.0 - budget.RESERVE) + 1e-6, DIGITS, MODEL, config)
+    assert found == replace(config, epochs=1, steps=0)
+    with pytest.raises(InputError, match=r"the test after it take about 0.0\d+ s here, the budget is 0.01 s;"):
+        budget.within(0.01, DIGITS, MODEL, config)
 
 
 @pytest.mark.parametrize("long", [18.0, 20.0, 24.0])
@@ -66,7 +89,7 @@ def test_a_longer_run_that_was_not_slower_is_noise(monkeypatch, long):
     """Then a step is its share of all that the run took: a budget holds too few epochs rather than millions."""
     monkeypatch.setattr(budget, "seconds_of_training", lambda *a: long if a[3] > 2 else 20.0)
     assert budget.seconds_of_step(DIGITS, MODEL, TrainConfig()) == long / 3
-    epochs, each = budget.epochs_within(36000.0, DIGITS, MODEL, TrainConfig(batch_size=500))
+    epochs, each = epochs_within(36000.0, DIGITS, MODEL, TrainConfig(batch_size=500))
     assert each > long and epochs == int(0.97 * 36000 / each)  # of three steps
 
 
@@ -90,7 +113,7 @@ def test_the_most_epochs_that_fit_are_found_at_once(monkeypatch):
 
     monkeypatch.setattr(budget, "time_of_epochs", counted)
     config = TrainConfig(batch_size=500, half_size=0.69, evaluate_every=5)
-    epochs, _ = budget.epochs_within(3600.0, DIGITS, MODEL, config)
+    epochs, _ = epochs_within(3600.0, DIGITS, MODEL, config)
     time_of = real(DIGITS, MODEL, config)
     assert epochs > 10**6 and len(calls) < 100
     assert time_of(epochs) <= 0.97 * 3600 < time_of(epochs + 1)
@@ -157,6 +180,11 @@ def test_a_budget_sets_the_epochs(tmp_path, call, no_figures, monkeypatch):
     ended = call("train", *flags, "--budget", "0.5s")
     assert ended.status == 0, ended.err
     assert "s on this machine: 7 fit into 0.5s" in ended.out and "epoch   7/7" in ended.out
+    flags[-1] = tmp_path / "short"
+    ended = call("train", *flags, "--budget", "0.05s")
+    assert ended.status == 0, ended.err
+    assert "s on this machine: 4 steps of it fit into 0.05s" in ended.out and "epoch   1/1" in ended.out
+    assert json.loads((tmp_path / "short" / "summary.json").read_text())["steps"] == 4
     for more, said in (
         (["--budget", "5m", "--epochs", 3], "leave --epochs out"), (["--budget", "soon"], "a budget is a time"),
         (["--budget", "1m", "--resume"], "--budget is for a new run"),

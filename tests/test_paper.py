@@ -184,6 +184,20 @@ def test_a_model_of_fewer_epochs_is_kept_and_goes_on_with_other_cores(call, tmp_
     assert (tmp_path / "p" / "model" / "last.npz").stat().st_mtime_ns == before
 
 
+def test_a_model_of_less_than_an_epoch(call, tmp_path, no_figures, monkeypatch):
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + 0.01 * a[3])
+    common = ["--config", TINY, "--out", tmp_path / "p", "--quiet", "--budget", "0.05s"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish", lambda self, engine: None)  # stopped after the last step
+        assert call("paper", "filters", *common).status == 130
+    ended = call("paper", "filters", *common)
+    assert ended.status == 0, ended.err
+    assert json.loads((tmp_path / "p" / "model" / "summary.json").read_text())["steps"] == 4
+    assert "% after 4 steps." in (tmp_path / "p" / "index.md").read_text()
+    ended = call("paper", "positions", *common)
+    assert ended.status == 0 and "training" not in ended.out, ended.err
+
+
 def test_all_rows_get_the_same_share_of_their_epochs():
     times = [lambda n: 10.0 * n, lambda n: 1.0 * n]  # 48 s for 4 and 8 epochs
     assert paper.share_within(times, [4, 8], 1000) == paper.share_within(times, [4, 8], 48) == 1.0
@@ -390,7 +404,7 @@ def test_half_of_the_time_without_labels(tmp_path, monkeypatch):
             stops.remove(out.name)
             raise paper.Stopped
         accuracy = {"plain": 0.5, "mae": 0.625}.get(out.name, 0.25)
-        summary = {"test_accuracy": accuracy, "epochs": 2, "train_seconds": 3.5, "test_images": 400}
+        summary = {"test_accuracy": accuracy, "steps": 1234, "train_seconds": 3.5, "test_images": 400}
         (out / "summary.json").write_text(json.dumps(summary))
 
     monkeypatch.setattr(paper, "call_script", script)
@@ -406,7 +420,7 @@ def test_half_of_the_time_without_labels(tmp_path, monkeypatch):
     assert words[words.index("--from") + 1] == tmp_path / "selfsupervision" / "mpp-before" / "last.npz"
     assert (tmp_path / made.files[0]).stat().st_size > 1000
     assert (
-        "| masked autoencoder, then labels | 62.50% | 2 | 4 |" in made.table
+        "| masked autoencoder, then labels | 62.50% | 1,234 | 4 |" in made.table
         and "100 s of training each" in made.caption
     )
     assert "on 400 test pictures an accuracy has a standard error of up to 2.5 points" in made.caption
@@ -425,7 +439,7 @@ def test_targets_of_masked_patches(tmp_path, monkeypatch):
         asked[Path(told.out).name] = (name, told)
         Path(told.out).mkdir(parents=True)
         accuracy = {"colour": 0.5, "downsized": 0.25}.get(Path(told.out).name, 0.125)
-        summary = {"test_accuracy": accuracy, "epochs": 2, "test_images": 400, "chance_accuracy": 0.0625}
+        summary = {"test_accuracy": accuracy, "steps": 2345, "test_images": 400, "chance_accuracy": 0.0625}
         (Path(told.out) / "summary.json").write_text(json.dumps(summary))
 
     monkeypatch.setattr(paper, "call_script", script)
@@ -436,7 +450,7 @@ def test_targets_of_masked_patches(tmp_path, monkeypatch):
         assert (before, first.method, first.target, first.budget) == ("pretrain.py", "mpp", target, "10s")
         assert (after, then.budget) == ("train.py", "10s") and first.data == then.data == "digits"
         assert then.checkpoint == str(tmp_path / "targets" / f"{target}-before" / "last.npz")
-    assert "| downsized | 12.5% | 6.2% | 2 | 25.00% | 2 |" in made.table
+    assert "| downsized | 12.5% | 6.2% | 2,345 | 25.00% | 2,345 |" in made.table
     assert (tmp_path / made.files[0]).stat().st_size > 1000 and "10 s without" in made.caption
 
 

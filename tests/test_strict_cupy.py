@@ -664,7 +664,7 @@ def test_the_papers_figures_are_made_on_a_device(cupy, tmp_path, call, no_figure
     )
     monkeypatch.setattr(paper, "CONFIGS", tmp_path)
     monkeypatch.setattr(paper, "time_of_epochs", lambda dataset, model, config, probe: times(config.device))
-    monkeypatch.setattr(paper, "epochs_within", lambda share, dataset, model, config: (times(config.device)(1), 1.0))
+    monkeypatch.setattr(paper, "within", lambda share, dataset, model, config: (config, times(config.device)(1.0)))
     monkeypatch.setattr(paper, "ENTRIES", (paper.entry_of("distance"), paper.sweep_entry("tiny", "Table 0", "T", "")))
 
     def times(device):
