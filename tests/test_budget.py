@@ -59,6 +59,7 @@ def test_the_epochs_of_a_known_pace(monkeypatch):
     assert rare == pytest.approx(0.01 * (steps + tests / 120 / 3 / 4))
     _, twice = epochs_within(10.0, DIGITS, MODEL, replace(config, test_flip=True))
     assert twice == pytest.approx(0.01 * (steps + 2 * tests / 120 / 3))
+    assert epochs_within(10.0, DIGITS, MODEL, replace(config, steps=5)) == (epochs, each)  # in place of those asked for
     half = replace(config, half_size=0.5)
     monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + (0.002 if a[2].half_size else 0.01) * a[3])
     few, each = epochs_within(10.0, DIGITS, MODEL, half)
