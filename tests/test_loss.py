@@ -8,7 +8,7 @@ import pytest
 from minivit import gradcheck
 from minivit import softmax_cross_entropy_backward as backward
 from minivit import softmax_cross_entropy_forward as forward
-from minivit.loss import soft_targets, softmax_cross_entropy_jvp
+from minivit.loss import soft_targets, softmax_cross_entropy_jvp, squared_error_forward
 
 
 def test_worked_example():
@@ -115,3 +115,9 @@ def test_targets_whose_rows_do_not_sum_to_one_count_with_their_weight():
     np.testing.assert_allclose(backward(1.0, cache), expected, rtol=1e-12, atol=1e-16)
     moved = rng.standard_normal((5, 4))
     assert math.isclose(softmax_cross_entropy_jvp(moved, cache), (expected * moved).sum(), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize(("y", "targets"), [((2, 3), (3, 2)), ((2, 3), (2,)), ((6,), (6,)), ((1, 2, 3), (1, 2, 3))])
+def test_the_squared_error_is_of_two_arrays_of_rows(y, targets):
+    with pytest.raises(ValueError, match=r"two arrays \(n, m\) are needed"):
+        squared_error_forward(np.zeros(y), np.zeros(targets))
