@@ -1,6 +1,6 @@
 """What several test files share: scripts called in this process, and one small run on the digits."""
 
-import importlib.util
+import importlib
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +11,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 
-from minivit import cli, plots
+from minivit.commands import cli
+from minivit.figures import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--config", str(ROOT / "tests" / "tiny.toml"), "--quiet"]  # flags of a training that takes a moment
@@ -26,11 +27,8 @@ class Ended(NamedTuple):
 
 
 def load_script(name):
-    """A file of scripts/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module of a command line."""
+    return importlib.import_module(f"minivit.commands.{name}")
 
 
 @pytest.fixture

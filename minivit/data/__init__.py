@@ -10,6 +10,7 @@ imagefolder           the same or ImageNet, read as they are needed        ``dat
 ====================  ===================================================  ============
 """
 
+from minivit.base.errors import InputError
 from minivit.data.augment import (
     CROP_MODES,
     augment,
@@ -29,7 +30,6 @@ from minivit.data.loader import batches, epoch_order, is_epoch_order
 from minivit.data.mixing import cutmix, mix, mixup
 from minivit.data.operations import POLICIES, auto_augment, operate, rand_augment, trivial_augment
 from minivit.data.scaling import scaled
-from minivit.errors import InputError
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder", "imagefolder")
 FOLDERS = ("folder", "imagefolder")  # whose pictures have no size of their own

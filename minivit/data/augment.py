@@ -6,7 +6,7 @@ the same seed gives the same pictures everywhere. No function changes its input.
 
 import numpy as np
 
-from minivit.backend import array_module
+from minivit.base.backend import array_module
 from minivit.data.operations import POLICIES, auto_augment, rand_augment, trivial_augment
 
 CROP_MODES = ("zero", "reflect")  # what `random_crop` moves in from beyond the border

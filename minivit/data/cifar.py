@@ -30,8 +30,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 from tqdm import tqdm
 
+from minivit.base.errors import InputError
 from minivit.data.dataset import Dataset
-from minivit.errors import InputError
 
 _URL = "https://www.cs.toronto.edu/~kriz/"
 _PIXELS = 3 * 32 * 32

@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 
+from minivit.base.errors import InputError
 from minivit.data.dataset import chosen
-from minivit.errors import InputError
 
 
 def parse_classes(text, class_names):

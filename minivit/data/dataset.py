@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minivit.errors import InputError
+from minivit.base.errors import InputError
 
 
 class Dataset(NamedTuple):

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from minivit.base.errors import InputError
 from minivit.data.dataset import Dataset
 from minivit.data.scaling import check_size
-from minivit.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 # Pillow goes by a file's content, not its name, and some other formats start programs (EPS: Ghostscript).

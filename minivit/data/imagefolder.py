@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minivit.base.errors import InputError
 from minivit.data.dataset import Dataset
 from minivit.data.folder import (
     SUFFIXES,
@@ -40,7 +41,6 @@ from minivit.data.folder import (
     refuse_unknown_classes,
 )
 from minivit.data.scaling import check_size
-from minivit.errors import InputError
 
 TEST_ZOOM = 0.875  # share of the short side that a test picture shows
 ATTEMPTS = 10

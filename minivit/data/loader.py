@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from minivit.backend import accelerated, array_module
+from minivit.base.backend import accelerated, array_module
 from minivit.data.augment import augment
 from minivit.data.dataset import is_lazy
 from minivit.data.imagefolder import ATTEMPTS

@@ -6,7 +6,7 @@ drawn comes from a NumPy Generator, and the arithmetic is of whole numbers, so a
 
 import numpy as np
 
-from minivit.backend import array_module
+from minivit.base.backend import array_module
 
 
 def one_hot(labels, num_classes):

@@ -27,7 +27,7 @@ Source  Cubuk et al., "AutoAugment", arXiv:1805.09501; Cubuk et al., "RandAugmen
 
 import numpy as np
 
-from minivit.backend import array_module
+from minivit.base.backend import array_module
 
 GEOMETRY = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 BLENDS = ("brightness", "color", "contrast", "sharpness")

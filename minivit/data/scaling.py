@@ -4,8 +4,8 @@ import os
 
 import numpy as np
 
-from minivit.errors import InputError
-from minivit.resize import interpolation
+from minivit.base.errors import InputError
+from minivit.weights.resize import interpolation
 
 LARGEST = 4096  # pixels
 ONE = 2.0**16  # what weights are whole multiples of 1 / ONE of
@@ -21,7 +21,7 @@ def check_size(image_size):
 def scaled(images, image_size):
     """Pictures made ``image_size`` high and wide; the same array if they are that already.
 
-    Math    each channel becomes M x M^T, M the matrix of `minivit.resize` "bilinear-antialias" with entries rounded to
+    Math    each channel becomes M x M^T, M the matrix of `minivit.weights.resize` "bilinear-antialias" with entries rounded to
             16 bits behind the point, and is then rounded, up at a half. All sums are of whole numbers below 2^53 and so
             exact: a run that goes on elsewhere finds the same pictures.
     Shapes  images (n, H, H, C) uint8  ->  (n, image_size, image_size, C) uint8

@@ -15,7 +15,7 @@ from ctypes import POINTER, byref, c_float, c_int, c_longlong, c_size_t, c_void_
 
 import numpy as np
 
-from minivit.backend import array_module
+from minivit.base.backend import array_module
 
 TYPES = {"float32": 0, "uint16": 14}  # cudaDataType_t; uint16 arrays hold the bits of bfloat16, which NumPy lacks
 COMPUTE = {"float32": 68, "tf32": 77}  # cublasComputeType_t: all 23 bits of the factors' mantissas, or 10 of them

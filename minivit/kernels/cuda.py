@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minivit.backend import array_module, kernels_wanted
+from minivit.base.backend import array_module, kernels_wanted
 from minivit.kernels.cublas import WORKSPACE, ArrayProducts, Cublas
 from minivit.layers.block import ATTN, BLOCK_PARAMETERS, MLP, NORM1, NORM2
 from minivit.layers.dropout import DropoutCache, dropout_mask
+from minivit.layers.loss import soft_targets
 from minivit.layers.patch_embed import unpatchify
-from minivit.loss import soft_targets
 from minivit.optim import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS
 
 SOURCE = Path(__file__).with_name("kernels.cu")
@@ -257,7 +257,7 @@ def _products(a, b, out, *, alpha=1.0):
 
 
 def matmul(a, b, *, out=None):
-    """Twin of `minivit.backend.matmul`, of views of up to two axes before the matrices'.
+    """Twin of `minivit.base.backend.matmul`, of views of up to two axes before the matrices'.
 
     A product with a vector is a sum, which is taken in float32 whatever the machine's precision.
     """
@@ -288,12 +288,12 @@ def _side_by_side(x):
 
 
 def row_sum(x):
-    """Twin of `minivit.backend.row_sum`: a sum, in float32 whatever the machine's precision."""
+    """Twin of `minivit.base.backend.row_sum`: a sum, in float32 whatever the machine's precision."""
     return x.sum(axis=-1, keepdims=True) if x.dtype == np.float32 else NotImplemented
 
 
 def column_sum(x):
-    """Twin of `minivit.backend.column_sum`."""
+    """Twin of `minivit.base.backend.column_sum`."""
     return x.sum(axis=0) if x.dtype == np.float32 else NotImplemented
 
 
@@ -764,7 +764,7 @@ class CudaCrossEntropyCache(NamedTuple):
 
 
 def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denominator=None):
-    """Twin of `minivit.loss.softmax_cross_entropy_forward`."""
+    """Twin of `minivit.layers.loss.softmax_cross_entropy_forward`."""
     if not _covered(logits) or logits.ndim != 2 or len(labels) != len(logits):
         return NotImplemented  # the plain body says what is wrong
     xp = array_module(logits, labels)
@@ -778,7 +778,7 @@ def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denomi
 
 
 def softmax_cross_entropy_backward(dloss, cache):
-    """Twin of `minivit.loss.softmax_cross_entropy_backward`, for a gradient that is a number of the host."""
+    """Twin of `minivit.layers.loss.softmax_cross_entropy_backward`, for a gradient that is a number of the host."""
     p, targets, weights, denominator = cache
     dlogits = array_module(p).empty_like(p)
     arguments = (p, targets, weights, dlogits, float(dloss) / denominator, p.size, p.shape[1])

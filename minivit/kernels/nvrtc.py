@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from minivit.errors import InputError
+from minivit.base.errors import InputError
 from minivit.kernels.cuda import TENSOR_TILES
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")  # Turing (T4), Ampere (A100), Hopper (H100)

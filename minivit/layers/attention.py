@@ -20,7 +20,7 @@ Backward, the same lines from the last to the first
 
 from typing import Any, NamedTuple
 
-from minivit.backend import array_module, matmul
+from minivit.base.backend import array_module, matmul
 from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
 from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forward, softmax_jvp
 

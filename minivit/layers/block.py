@@ -25,13 +25,13 @@ gradient into a mapping of the same names (the layers themselves only return gra
 
 from typing import NamedTuple
 
-from minivit.backend import accelerated
+from minivit.base.backend import accelerated
 from minivit.layers.drop_path import drop_path_backward, drop_path_forward, drop_path_jvp
 from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
-from minivit.layers.layer_scale import LayerScaleCache, layer_scale_backward, layer_scale_forward, layer_scale_jvp
 from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward, layernorm_jvp
 from minivit.layers.mlp import MLPCache, mlp_backward, mlp_forward, mlp_jvp
 from minivit.layers.msa import MSACache, msa_backward, msa_forward, msa_jvp
+from minivit.options.layer_scale import LayerScaleCache, layer_scale_backward, layer_scale_forward, layer_scale_jvp
 
 NORM1 = ("norm1.weight", "norm1.bias")
 ATTN = ("attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias")

@@ -12,7 +12,7 @@ Backward
     computed as such.
 """
 
-from minivit.backend import accelerated, array_module
+from minivit.base.backend import accelerated, array_module
 from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp, dropout_mask
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minivit.backend import accelerated, array_module
+from minivit.base.backend import accelerated, array_module
 
 
 class DropoutCache(NamedTuple):

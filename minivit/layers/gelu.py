@@ -18,7 +18,7 @@ Backward
 import math
 from typing import Any, NamedTuple
 
-from minivit.backend import array_module, erf
+from minivit.base.backend import array_module, erf
 
 SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 CUBIC = 0.044715

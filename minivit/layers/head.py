@@ -22,10 +22,10 @@ Like `block`, this is glue: parameters come by name, gradients are added by name
 
 from typing import Any, NamedTuple
 
-from minivit.backend import array_module
+from minivit.base.backend import array_module
 from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward, layernorm_jvp
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
-from minivit.layers.sequence_pool import (
+from minivit.options.sequence_pool import (
     SequencePoolCache,
     sequence_pool_backward,
     sequence_pool_forward,

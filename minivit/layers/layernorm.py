@@ -31,7 +31,7 @@ Backward
 
 from typing import Any, NamedTuple
 
-from minivit.backend import accelerated, array_module, row_mean
+from minivit.base.backend import accelerated, array_module, row_mean
 
 
 class LayerNormCache(NamedTuple):

@@ -18,7 +18,7 @@ Backward
 
 from typing import Any, NamedTuple
 
-from minivit.backend import accelerated, column_sum, matmul, matmul_rows
+from minivit.base.backend import accelerated, column_sum, matmul, matmul_rows
 
 
 class LinearCache(NamedTuple):

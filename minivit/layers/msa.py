@@ -31,17 +31,17 @@ there is a table of relative positions, sequences of any length take `relative_a
 
 from typing import NamedTuple
 
-from minivit.backend import array_module
+from minivit.base.backend import array_module
 from minivit.layers.attention import AttentionCache, attention_backward, attention_forward, attention_jvp
-from minivit.layers.flash_attention import (
+from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward, layernorm_jvp
+from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
+from minivit.options.flash_attention import (
     FlashAttentionCache,
     flash_attention_backward,
     flash_attention_forward,
     flash_attention_jvp,
 )
-from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward, layernorm_jvp
-from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
-from minivit.layers.relative_attention import (
+from minivit.options.relative_attention import (
     RelativeAttentionCache,
     relative_attention_backward,
     relative_attention_forward,

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minivit.backend import accelerated, array_module
+from minivit.base.backend import accelerated, array_module
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
 
 

@@ -15,7 +15,7 @@ Backward
 
 from typing import Any, NamedTuple
 
-from minivit.backend import array_module, row_sum
+from minivit.base.backend import array_module, row_sum
 
 
 class SoftmaxCache(NamedTuple):

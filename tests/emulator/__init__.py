@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from strict_cupy import STREAM
 
-from minivit.bandwidth import SIGNATURE
+from minivit.benchmark.bandwidth import SIGNATURE
 from minivit.kernels import cuda
 from minivit.kernels.cublas import Cublas
 

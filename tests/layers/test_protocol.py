@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minivit import gradcheck, layers
-from minivit.gradcheck_cases import JVPS, LAYERS
+from minivit import layers
+from minivit.laboratory import gradcheck
+from minivit.laboratory.cases import JVPS, LAYERS
 
 CASES = sorted(LAYERS)
 

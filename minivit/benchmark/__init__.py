@@ -1,0 +1,1 @@
+"""Time and memory, against other programs and the matrix products alone."""

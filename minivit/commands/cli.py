@@ -1,0 +1,146 @@
+"""What the scripts share: one-line errors, command-line flags made from settings, TOML files."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import os
+import sys
+import tomllib
+from pathlib import Path
+
+from minivit.base.backend import kernels_wanted
+from minivit.base.errors import InputError
+from minivit.base.settings import field_names, refuse_unknown
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are one line, ``error: what``, and exit status 2."""
+
+    def __init__(self, **keywords):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
+
+    def error(self, message):
+        """Print the message as one line and end with status 2."""
+        sys.exit(_complain(f"{message} (--help lists the options)"))
+
+
+def run(main):
+    """Run a script's ``main()`` and end the process; what the user can mend is one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # class and file names may be in any script
+    try:
+        kernels_wanted()  # refuses a bad MINIVIT_KERNELS before any work is done
+        status = main()
+    except (InputError, ImportError) as error:  # an import that fails this late is that of an optional library
+        status = _complain(error)
+    except MemoryError:
+        status = _complain(
+            "not enough memory; use a smaller --batch-size, --micro-batch (on a GPU: --gpu-micro-batch) or model"
+        )
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+        status = 1
+    except OSError as error:
+        status = _complain(describe_os_error(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def _complain(error):
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def describe_os_error(error):
+    """One line for an OSError: what, which file, and what to do."""
+    where = f"{error.filename}: " if error.filename else ""
+    advice = {
+        errno.ENOSPC: "; free some space and try again (a training run goes on with --resume)",
+        errno.EACCES: "; check the permissions or choose another place",
+        errno.EROFS: "; choose a place that can be written",
+        errno.EEXIST: "; choose another place",
+        errno.ENOTDIR: "; choose another place",
+        errno.EISDIR: "; choose another name",
+        errno.ENOENT: "; check the name",
+    }.get(error.errno, "")
+    return f"{where}{error.strerror or error}{advice}"
+
+
+def counted(count, noun):
+    """How many of something, in words: 1 epoch, 1,200 epochs."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
+def output_file(text):
+    """An argument's type: the name of a file to write, in a folder that exists."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file to write")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write {path.name} to")
+    return text
+
+
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def picture_file(text):
+    """An argument's type: the name of a picture to draw, of a kind that matplotlib draws."""
+    if Path(text).suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
+    return output_file(text)
+
+
+def add_settings(parser, cls, *, skip=()):
+    """One flag per field of a settings class; a flag that is not given leaves no trace in the namespace."""
+    for f in dataclasses.fields(cls):
+        if f.name in skip:
+            continue
+        flag, kind = "--" + f.name.replace("_", "-"), type(f.default)
+        text = f.metadata["help"].replace("%", "%%") + f" [{f.default}]"
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            metavar = {int: "N", float: "X", str: "NAME"}[kind]
+            parser.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+
+def given(namespace, cls):
+    """The settings of a class that were given on the command line, as a dict."""
+    return {name: getattr(namespace, name) for name in field_names(cls) if hasattr(namespace, name)}
+
+
+def parse_toml(path, what="settings file"):
+    """The content of a TOML file, a dict; ``what`` is what a message calls it.
+
+    Raises  InputError: no such file, or not TOML.
+    """
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
+    except FileNotFoundError:
+        raise InputError(f"there is no {what} {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not a {what}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not a TOML file: {error}") from None
+
+
+def read_toml(path, sections):
+    """Read a settings file; ``sections`` maps each allowed table to its allowed keys.
+
+    Returns  {section: {key: value}} with every section present.
+    Raises  InputError: no such file, not TOML, an unknown section or key.
+    """
+    content = parse_toml(path)
+    refuse_unknown(content, sections, path)
+    for section, values in content.items():
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: {section} must be a table, written [{section}]")
+        refuse_unknown(values, sections[section], f"{path} [{section}]")
+    return {section: content.get(section, {}) for section in sections}

@@ -1,0 +1,144 @@
+"""Convert weights between minivit, the official .npz, timm and Hugging Face, and say what is in a file of weights."""
+
+import sys
+from pathlib import Path
+
+from minivit import parameter_table
+from minivit.base.errors import InputError
+from minivit.base.params import count
+from minivit.commands.cli import Parser, run
+from minivit.layers.gelu import KINDS
+from minivit.weights import checkpoint
+from minivit.weights import layouts as pretrained
+from minivit.weights.layouts import load_any
+
+EXAMPLES = """
+examples:
+  python scripts/convert.py --info ViT-B_16.npz                      what is in it: settings, parameters, assumptions
+  python scripts/convert.py ViT-B_16.npz b16.npz --to minivit        for predict.py, evaluate.py, trace.py, ...
+  python scripts/convert.py R26_S_32.npz r26.npz --to minivit        a hybrid: its ResNet is seen from the names
+  python scripts/convert.py model.safetensors b16.npz --to minivit --heads 12 --class-names imagenet.txt
+  python scripts/convert.py runs/cifar10/best.npz cifar10.npz --to official
+  python scripts/convert.py runs/cifar10/best.npz out --to timm      timm.create_model("local-dir:out", pretrained=True)
+  python scripts/convert.py runs/cifar10/best.npz out --to hf        ViTForImageClassification.from_pretrained("out")
+
+IN is an .npz or .safetensors file, a folder with model.safetensors, or a checkpoint of minivit; which layout it has is
+seen from its content, and a config.json beside it is read. Pickles (.bin, .pt) are never read.
+"""
+
+
+CHANGES = ("gelu", "layernorm_eps", "stem_groups")  # settings that a file does not hold
+
+
+def read_names(path, classes):
+    """The class names in a file, one on each line.
+
+    Raises  InputError: there is no such file, or it has more or fewer names than there are classes.
+    """
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path} with class names") from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise InputError(f"{path} is no text with a class name on each line") from None
+    names = [name for name in names if name]
+    if len(names) != classes:
+        raise InputError(f"{path} has {len(names)} class names, the model {classes} classes")
+    return names
+
+
+def show(config, notes, keys):
+    """Print a model's settings and parameters; ``keys`` of a parameter's name are those that the file has for it."""
+    for note in notes:
+        print(f"note: {note}")
+    print("\n" + "\n".join(f"{name:18} {value}" for name, value in vars(config).items()))
+    rows = [(spec.name, str(spec.shape), ", ".join(keys(spec.name)) or "-") for spec in parameter_table(config)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(f"\n{'parameter':{widths[0]}}  {'shape':{widths[1]}}  in the file")
+    for name, shape, there in rows:
+        print(f"{name:{widths[0]}}  {shape:{widths[1]}}  {there}")
+    print(f"\n{count(parameter_table(config)):,} parameters")
+
+
+def info(path, **options):
+    """Print what is in a file."""
+    if not pretrained.is_readable(path):
+        arrays, meta = checkpoint.load(path)
+        config = checkpoint.config_of(meta, path)
+        print(f"{path}: checkpoint of minivit, {', '.join(sorted({a.dtype.name for a in arrays.values()}))}")
+        show(config, [], lambda name: [f"{p}/{name}" for p in ("params", "ema") if f"{p}/{name}" in arrays])
+    else:
+        found = pretrained.describe(path, need_head=False, **options)
+        print(f"{path}: layout {found.layout}, {', '.join(sorted({t.kind for t in found.tensors.values()}))}")
+        show(found.config, found.notes, lambda name: [key for key in found.keys(name) if key in found.tensors])
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="convert.py")
+    add = parser.add_argument
+    add("input", metavar="IN", help="the file or folder to read")
+    add("output", nargs="?", metavar="OUT", help="the file (minivit, official) or folder (timm, hf) to write")
+    add("--to", choices=("minivit", *pretrained.LAYOUTS), help="the layout to write")
+    add("--info", action="store_true", help="say what is in IN, and write nothing")
+    add(
+        "--naming",
+        choices=("published", "current"),
+        default="published",
+        help="of the official layout: the names of the published files, or those that Flax gives now [published]",
+    )
+    add("--heads", type=int, default=0, metavar="N", help="attention heads [what IN or its config.json says]")
+    add("--gelu", choices=KINDS, help="GELU form [that of IN's program]")
+    add("--layernorm-eps", type=float, metavar="X", help="eps of LayerNorm [that of IN's program]")
+    add("--stem-groups", type=int, metavar="N", help="groups of GroupNorm in a hybrid's stem [32]")
+    add("--image-size", type=int, default=0, metavar="N", help="pixels, where IN does not tell")
+    add("--pooling", choices=("cls", "mean"), default="", help="what is classified, where IN does not tell")
+    add("--num-classes", type=int, default=0, metavar="K", help="give a file without a head one of zeros")
+    add(
+        "--imagenet-pixels",
+        action="store_true",
+        help="IN was trained on pixels normalised by ImageNet's mean and std, as DeiT [if its config.json says so]",
+    )
+    add("--class-names", metavar="FILE", help="a name on each line [those in config.json, or class 0, ...]")
+    add(
+        "--weights",
+        choices=("auto", "params", "ema"),
+        default="auto",
+        help="of a checkpoint: parameters, moving average, or the average if there is one [auto]",
+    )
+    add("--overwrite", action="store_true", help="OUT may be there already")  # fmt: skip
+    arguments = parser.parse_args(argv)
+    changes = {name: value for name in CHANGES if (value := getattr(arguments, name)) is not None}
+    options = {
+        name: getattr(arguments, name) for name in ("heads", "image_size", "pooling", "num_classes", "imagenet_pixels")
+    }
+    if min(arguments.heads, arguments.image_size, arguments.num_classes) < 0:
+        raise InputError("--heads, --image-size and --num-classes cannot be negative")
+    path = Path(arguments.input)
+    if arguments.info:
+        info(path, changes=changes, **options)
+        return 0
+    if arguments.output is None or arguments.to is None:
+        raise InputError("say where to write and in which layout: convert.py IN OUT --to minivit, official, timm or hf")
+    model, meta, notes = load_any(path, weights=arguments.weights, changes=changes, **options)
+    if "stem_groups" in changes and not model.config.stem:
+        raise InputError(f"{path} is no hybrid: leave --stem-groups out")
+    names = meta["class_names"]
+    if arguments.class_names:
+        names = read_names(arguments.class_names, model.config.num_classes)
+    for note in notes:
+        print(f"note: {note}")
+    written = pretrained.write(
+        arguments.output, model, arguments.to, class_names=names, naming=arguments.naming, overwrite=arguments.overwrite
+    )
+    print(f"{model.flat.size:,} parameters in {' and '.join(map(str, written))}")
+    if arguments.to == "timm":
+        if model.config.stem:
+            print(f"note: {pretrained.TIMM_EPS}")
+            if not pretrained.timm_architecture(model.config):
+                print(
+                    "note: timm has no name for a model with this stem, so that create_model cannot make it: make it "
+                    f"as below, then model.load_state_dict(safetensors.torch.load_file({str(written[-1])!r}))"
+                )
+        print(pretrained.timm_call(model.config))
+    return 0

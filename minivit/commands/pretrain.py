@@ -1,0 +1,132 @@
+"""Pre-train a Vision Transformer without labels: it guesses what is under masked patches."""
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from minivit import ViTConfig
+from minivit.base.errors import InputError
+from minivit.base.settings import field_names
+from minivit.commands.cli import Parser, add_settings, given, read_toml, run
+from minivit.masked import MaskedConfig
+from minivit.masked.pretrain import Pretrainer, masked_of
+from minivit.training.recipes import (
+    SECTIONS,
+    add_recipe,
+    add_run,
+    check_same_data,
+    file_of_flags,
+    free_folder,
+    prepare,
+    recipe_of_flags,
+    run_to_end,
+    stopped_run,
+    within_budget,
+)
+from minivit.training.trainer import TrainConfig, config_from, refuse_used
+from minivit.weights import checkpoint
+
+EXAMPLES = """
+examples:
+  python scripts/pretrain.py                                      masked patches of CIFAR-10, minivit/configs/pretrain-mpp.toml
+  python scripts/pretrain.py --method mae                         a masked autoencoder, with minivit/configs/pretrain-mae.toml
+  python scripts/pretrain.py --target downsized --epochs 2        sixteen colours of every patch
+  python scripts/pretrain.py --method mae --budget 10m            as many epochs as ten minutes hold on this machine
+  python scripts/pretrain.py --data digits --patch-size 2 --crop-padding 1 --no-flip   the embedded digits
+  python scripts/pretrain.py --resume --out runs/mae-cifar10      go on where a run stopped
+  python scripts/visualize.py masked runs/mae-cifar10/last.npz    what it sees and what it guesses
+
+Two methods: mpp, the masked patch prediction of the ViT paper, and mae, the masked autoencoder. Test accuracy is the
+share of right guesses at masked patches of the test pictures (of regression, the share of variance explained), to be
+compared with guessing without looking. The checkpoints hold the encoder as an ordinary ViT with a zero head: what
+begins with weights of a file can begin with them.
+
+Settings come from, in rising order: their defaults, the settings file, --preset, the flags. A settings file has the
+tables [data], [model], [train] and [pretraining]; by default it is minivit/configs/pretrain-METHOD.toml.
+"""
+ALL_SECTIONS = SECTIONS | {"pretraining": field_names(MaskedConfig)}
+
+
+def parse(argv):
+    """The command line as a namespace; settings that were not given are absent from it."""
+    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="pretrain.py")
+    add_settings(parser.add_argument_group("pre-training"), MaskedConfig)
+    where = add_recipe(parser, data="that of the settings file", file="pretrain-METHOD", start=False)
+    add_run(where, "METHOD-NAME")
+    return parser.parse_args(argv)
+
+
+def recipe_and_task(arguments):
+    """What was asked for: (Recipe, MaskedConfig).
+
+    Raises  InputError: an unknown or impossible setting.
+    """
+    name = f"pretrain-{getattr(arguments, 'method', MaskedConfig().method)}"
+    file = file_of_flags(arguments, name)
+    task = read_toml(file, ALL_SECTIONS)["pretraining"] if file else {}
+    masked = MaskedConfig(**task | given(arguments, MaskedConfig))
+    return recipe_of_flags(arguments, name, sections=ALL_SECTIONS), masked
+
+
+def start(arguments):
+    """A `Pretrainer` at the beginning of a new run."""
+    recipe, masked = recipe_and_task(arguments)
+    if recipe.start:
+        raise InputError("pre-training begins from nothing: leave [start] out of the settings file")
+    if recipe.model.get("pre_logits"):
+        raise InputError("pre_logits is a layer of the head, which pre-training does not train: leave it out")
+    out = Path(arguments.out) if arguments.out else free_folder(f"{masked.method}-{recipe.data['data']}")
+    refuse_used(out)
+    dataset, model, config, begins = prepare(recipe)
+    trainer_of = partial(Pretrainer, masked=masked)
+    if arguments.budget is not None:
+        config = within_budget(arguments, dataset, model, config, trainer_of)
+    return trainer_of(dataset, model, config, out, progress=not arguments.quiet, **begins)
+
+
+def resume(arguments):
+    """A `Pretrainer` where the run in --out stopped; settings asked for again must be those of the run."""
+    path, meta, dataset, describe = stopped_run(arguments)
+    masked = masked_of(meta, path)
+    model, train = checkpoint.config_of(meta, path), config_from(meta, path)
+    asked_data, asked_model, asked_train = {}, given(arguments, ViTConfig), given(arguments, TrainConfig)
+    asked_task = given(arguments, MaskedConfig)
+    if arguments.preset or arguments.config:
+        (asked_data, asked_model, asked_train, _), task = recipe_and_task(arguments)
+        asked_task = {name: getattr(task, name) for name in field_names(MaskedConfig)}
+    check_same_data(arguments, asked_data, describe, path)
+    model, train, masked = replace(model, **asked_model), replace(train, **asked_train), replace(masked, **asked_task)
+    trainer = Pretrainer(
+        dataset, model, train, arguments.out, masked=masked, describe=describe, progress=not arguments.quiet
+    )
+    trainer.restore(path)
+    return trainer
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    arguments = parse(argv)
+    trainer = resume(arguments) if arguments.resume else start(arguments)
+    c, m, data = trainer.model.config, trainer.masked, trainer.dataset
+    print(f"{data.name}: {data.source}")
+    print(
+        f"{len(data.train_images):,} training and {len(data.test_images):,} test pictures of "
+        f"{c.image_size}x{c.image_size}x{c.channels}"
+    )
+    print(
+        f"{m.method}: {trainer.model.predicted} of {c.grid_size**2} patches of {c.patch_size}x{c.patch_size}, target "
+        f"{m.target}; width {c.width}, {c.depth} blocks, {trainer.model.flat.size:,} parameters, of which "
+        f"{trainer.model.encoder.flat.size:,} are the encoder's; writing to {trainer.out}"
+    )
+    summary, length = run_to_end(trainer, resumed=arguments.resume)
+    if summary is None:
+        return 130
+    figure = "right guesses" if trainer.model.classes else "variance explained"
+    print(
+        f"test loss {summary['test_loss']:.4f}, {figure} {summary['test_accuracy']:.2%} at the masked patches (without "
+        f"looking {summary['chance_loss']:.4f}, {summary['chance_accuracy']:.2%}) after {length} in "
+        f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} pictures/s); "
+        f"figures and checkpoints in {trainer.out}"
+    )
+    return 0

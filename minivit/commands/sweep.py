@@ -1,0 +1,65 @@
+"""Run settings side by side over seeds, and compare them in a table and a figure."""
+
+import sys
+from pathlib import Path
+
+from minivit.base.backend import find_device
+from minivit.base.errors import InputError
+from minivit.commands.cli import Parser, counted, run
+from minivit.training.sweep import carry_out, known_results, read_sweep, results_of, runs_of, write_table
+
+EXAMPLES = """
+examples:
+  python scripts/sweep.py minivit/configs/sweeps/digits.toml                      three rows on the digits: a minute
+  python scripts/sweep.py minivit/configs/sweeps/cifar10-10min.toml               the same command goes on where it stopped
+  python scripts/sweep.py minivit/configs/sweeps/cifar10-10min.toml --table       only write the table of what there is
+  python scripts/sweep.py minivit/configs/sweeps/digits.toml --seeds 0 1 2 3 4 --rows AdamW Muon
+
+The folder holds a run for each row and seed, and table.md, table.json, sweep.png of all rows, written anew after each
+run. What a table.json there holds is not run again, even where the run's own folder is gone. The settings of a sweep
+are TOML, see python -m pydoc minivit.training.sweep. A run that diverged is noted in the table and not made again until its
+folder is deleted. The exit status is 0, 1 if a run diverged, 130 if it was interrupted.
+"""
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="sweep.py")
+    parser.add_argument("sweep", metavar="FILE.toml", help="what to run")
+    parser.add_argument("--out", metavar="DIR", help="folder for the runs and the table [runs/sweep-NAME]")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="other seeds than the file's")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="some of the rows alone")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [where the settings say]")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the table")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    arguments = parser.parse_args(argv)
+    device = find_device(arguments.device) if arguments.device else None
+    sweep = whole = read_sweep(arguments.sweep)
+    out = Path(arguments.out or Path("runs") / f"sweep-{Path(arguments.sweep).stem}")
+    if arguments.seeds:
+        if min(arguments.seeds) < 0:
+            raise InputError("--seeds must be at least 0")
+        sweep = sweep._replace(seeds=tuple(dict.fromkeys(arguments.seeds)))
+    if arguments.rows:
+        known = {row.name: row for row in sweep.rows}
+        for name in arguments.rows:
+            if name not in known:
+                raise InputError(f"no row {name!r}; the rows are {', '.join(known)}")
+        sweep = sweep._replace(rows=tuple(known[name] for name in dict.fromkeys(arguments.rows)))
+    # the table is of all rows, and of all seeds that were ever run
+    seeds = {*whole.seeds, *sweep.seeds, *(seed for _, _, seed in known_results(out))}
+    whole = whole._replace(seeds=tuple(sorted(seeds)))
+    runs, finished = runs_of(sweep, out), results_of(whole, out)
+    left = [each for each in runs if (each.row.name, each.seed) not in finished]
+    print(f"{sweep.title}: {len(sweep.rows)} rows, {len(sweep.seeds)} seeds; {len(runs) - len(left)} runs are finished")
+    how = {"device": device, "progress": not arguments.quiet}
+    if not arguments.table and not carry_out(left, lambda: write_table(whole, out), **how):
+        return 130
+    if not out.is_dir():
+        raise InputError(f"there is no {out}: nothing has been run")
+    print("\n" + write_table(whole, out))
+    print(f"table and figure in {out}")
+    diverged = sum("diverged" in result for result in results_of(sweep, out).values())
+    if diverged:
+        print(f"{counted(diverged, 'run')} diverged")
+    return int(diverged > 0)

@@ -1,0 +1,99 @@
+"""What the scripts do with a trained model: load it with its data, run it over many pictures, see what it looks at."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from minivit.base.backend import to_device, to_host, use_device
+from minivit.base.errors import InputError
+from minivit.data import FOLDERS, load, mirrored
+from minivit.model import ViT
+from minivit.training.engine import Engine
+from minivit.training.engine_cuda import CudaEngine
+from minivit.training.trainer import dataset_of, quiet_overflow
+from minivit.weights.layouts import load_any
+
+CHUNK = 512  # pictures between two steps of the progress bar
+
+
+def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_classes=False):
+    """A checkpoint's model and meta (see `checkpoint.load_model`), and the data set that it is to be tested on.
+
+    ``other_classes``: the data set that is named may have others than the model.
+    Returns  (ViT, meta, Dataset)
+    Raises  InputError: the checkpoint or the data are missing or damaged, or the pictures or classes are not the
+    model's.
+    """
+    path = Path(path)
+    model, meta, notes = load_any(path, weights=weights)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if "pretraining" in meta and not other_classes:
+        raise InputError(
+            f"{path} is of pre-training, its head knows no classes yet; scripts/train.py --from begins with it, "
+            "scripts/visualize.py masked shows it"
+        )
+    c = model.config
+    if name is not None and other_classes:
+        dataset = load(name, data_dir or "data", image_size=c.image_size if name in FOLDERS else None)
+    else:
+        dataset = dataset_of(meta, path, name=name, data_dir=data_dir, image_size=c.image_size)
+    shape, classes = dataset.test_images.shape[1:], len(dataset.class_names)
+    if shape != (c.image_size, c.image_size, c.channels) or (classes != c.num_classes and not other_classes):
+        raise InputError(
+            f"{path} takes {c.image_size}x{c.image_size}x{c.channels} pictures of {c.num_classes} "
+            f"classes; {dataset.name} has {'x'.join(map(str, shape))} pictures of {classes}"
+        )
+    return model, meta, dataset
+
+
+def on_device(model, device):
+    """The model with its parameters on a device of `find_device`, which becomes the one in use."""
+    use_device(device)
+    return ViT(model.config, flat=to_device(model.flat, device))
+
+
+def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=False, features=False):
+    """Logits of all pictures on the host, with a progress bar if it takes over a second.
+
+    Shapes  images (n, H, W, C)  ->  logits (n, K); with ``features`` what the head reads, see `ViT.features`
+    With ``flip``, a picture's logits are the mean of its own and of its mirror image's.
+    """
+    views = [images, mirrored(images)] if flip else [images]
+    bar = tqdm(total=len(views) * len(images), desc="pictures", unit="", delay=1, disable=None)
+    if device == "cpu":
+        engine = Engine(model, workers=workers, micro_batch=micro_batch)
+    else:
+        engine = CudaEngine(on_device(model, device))
+    results = []  # of each view
+    with engine, bar, quiet_overflow():
+        for view in views:
+            parts = []
+            for i in range(0, len(view), CHUNK):
+                chunk = to_device(view[i : i + CHUNK], device)
+                parts.append(to_host(engine.predict(chunk, features=features)))
+                bar.update(len(parts[-1]))
+            results.append(np.concatenate(parts))
+    return (results[0] + results[1]) / 2 if flip else results[0]
+
+
+def check_finite(numbers, path, what="logits"):
+    """Raises InputError if a checkpoint's logits hold a number that is not finite."""
+    if not np.isfinite(numbers).all():
+        raise InputError(f"{path} gives {what} that are not finite numbers: its parameters are far too large")
+
+
+def attention_map(attention, pooling, registers=0):
+    """What the classified token looks at, of one block's attention maps; registers are left out.
+
+    Math    with a class token its row at the patches, without one the mean of the patches' rows; mean over the heads
+    Shapes  attention (h, N, N)  ->  (grid, grid)
+    """
+    mean = attention.mean(axis=0)  # (N, N)
+    row = mean[0, 1 + registers :] if pooling == "cls" else mean[registers:, registers:].mean(axis=0)  # (grid * grid,)
+    grid = round(len(row) ** 0.5)
+    return row.reshape(grid, grid)

@@ -1,0 +1,1 @@
+"""Checks of every gradient: numerical, planted mistakes, exact facts, traces."""

@@ -1,0 +1,60 @@
+r"""Gather: some of the tokens of each picture, in an order of one's choice.
+
+Forward
+    Row i of picture b is the token that an index names, no token twice:
+
+        y_bi = z_{b, k_bi}
+
+    A masked autoencoder's encoder sees a quarter of the patches so (He et al. 2021, arXiv:2111.06377). Attention does
+    not know of an order: what tells a token's place was added to it before.
+
+Backward
+    Every row goes back to where it came from (a scatter); what was not taken reached nothing:
+
+        dz_{b, k_bi} = dy_bi,      zero elsewhere
+"""
+
+from typing import Any, NamedTuple
+
+from minivit.base.backend import array_module
+
+
+class GatherCache(NamedTuple):
+    """What `gather_backward` reads."""
+
+    index: Any  # (B, n)
+    count: int  # N
+
+
+def gather_forward(z, index):
+    """The rows of each picture that an index names, none of them twice.
+
+    Math    y_bi = z_{b, k_bi}
+    Shapes  z (B, N, D), index (B, n) integers  ->  y (B, n, D)
+    Cache   the index, N
+    """
+    rows = array_module(z, index).arange(len(z))[:, None]
+    return z[rows, index], GatherCache(index, z.shape[1])
+
+
+def gather_backward(dy, cache):
+    """Backward of `gather_forward`.
+
+    Math    dz_{b, k_bi} = dy_bi, zero elsewhere
+    Shapes  dy (B, n, D)  ->  dz (B, N, D)
+    """
+    xp = array_module(dy)
+    B, _, D = dy.shape
+    dz = xp.zeros((B, cache.count, D), dy.dtype)
+    # y = z[rows, index]
+    dz[xp.arange(B)[:, None], cache.index] = dy
+    return dz
+
+
+def gather_jvp(zdot, cache):
+    """Forward-mode derivative of `gather_forward`.
+
+    Math    ydot_bi = zdot_{b, k_bi}
+    Shapes  zdot (B, N, D)  ->  ydot (B, n, D)
+    """
+    return gather_forward(zdot, cache.index)[0]

@@ -1,0 +1,63 @@
+r"""Axial attention: rows and columns of the grid of patches as sequences of their own (appendix D.6 of the ViT paper;
+Ho et al. 2019, arXiv:1912.12180).
+
+Forward
+    Attention of N = g g patches makes N^2 scores. If a patch attends only to those in its own row, and in the next
+    block to those in its own column, two blocks let each see all, for 2 N g scores. No new layer is needed: a block
+    takes a batch of sequences and does not ask what they stand for. With the patches in rows a and columns b,
+
+        a block of rows       takes (B, a, b, D) as B g sequences of g tokens: a reshape
+        a block of columns    takes (B, b, a, D), the transpose, as B g sequences of g tokens
+
+    and its result goes back the same way. The MLP and LayerNorm work token by token and do not notice; stochastic depth
+    drops a branch for a row or column at a time, where it would for a picture.
+
+    The paper's axial layer is two of these blocks: attention along rows and an MLP, attention along columns and an MLP.
+
+Backward
+    Every number moves to one place and back, so the map is a permutation, whose transpose is its inverse:
+
+        s = to_axis(z)     =>   dz = from_axis(ds),        z = from_axis(s)     =>   ds = to_axis(dz).
+"""
+
+from minivit.base.backend import array_module
+
+
+def to_axis(z, grid_size, *, columns):
+    """The tokens of each row of the grid, or of each column, as a sequence.
+
+    Shapes  z (B, g g, D)  ->  (B g, g, D), contiguous; the sequences of a picture follow each other
+    """
+    g, D = grid_size, z.shape[-1]
+    grid = z.reshape(-1, g, g, D)  # (B, rows, columns, D)
+    if columns:
+        grid = grid.swapaxes(1, 2)  # (B, columns, rows, D)
+    return array_module(z).ascontiguousarray(grid).reshape(-1, g, D)
+
+
+def from_axis(sequences, grid_size, *, columns):
+    """The sequences of `to_axis` as tokens again: its inverse, and its backward.
+
+    Shapes  sequences (B g, g, D)  ->  (B, g g, D)
+    """
+    g, D = grid_size, sequences.shape[-1]
+    grid = sequences.reshape(-1, g, g, D)
+    if columns:
+        grid = grid.swapaxes(1, 2)  # (B, rows, columns, D)
+    return grid.reshape(-1, g * g, D)
+
+
+def axial_map(maps, grid_size, *, columns):
+    """The attention maps of all sequences as one map per picture; nothing is attended to outside one's row or column.
+
+    Shapes  maps (B g, h, g, g)  ->  (B, h, g g, g g), zero between tokens of different sequences
+    """
+    g, h = grid_size, maps.shape[1]
+    maps = maps.reshape(-1, g, h, g, g)
+    full = array_module(maps).zeros((len(maps), h, g, g, g, g), maps.dtype)  # row and column of the query, of the key
+    for s in range(g):
+        if columns:
+            full[:, :, :, s, :, s] = maps[:, s]
+        else:
+            full[:, :, s, :, s, :] = maps[:, s]
+    return full.reshape(len(maps), h, g * g, g * g)

@@ -1,0 +1,1 @@
+"""The ResNet in front of a hybrid."""

@@ -1,0 +1,100 @@
+r"""Group normalisation of feature maps (Wu & He 2018, arXiv:1803.08494).
+
+Forward
+    The C channels are cut into G groups of neighbours. One picture's numbers of one group, all H W positions of its
+    C / G channels, are normalised together:
+
+        mean, var over (H, W, the group's channels)
+        xhat = (x - mean) (var + eps)^(-1/2)          y = xhat w + b,      w and b one number per channel.
+
+    LayerNorm over a token is the case H = W = G = 1. No picture sees another one, unlike in batch normalisation.
+
+Backward
+    As in `minivit.layers.layernorm`, with means over a group instead of a row, and with dxhat = dy w:
+
+        dw = sum_BHW dy xhat,      db = sum_BHW dy
+        dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)).
+
+    w differs within a group, so it is multiplied in before the means.
+
+A mean over a group is the mean over its channels of their means over the positions. The latter is a product with ones;
+the former has few numbers to do with.
+"""
+
+from typing import Any, NamedTuple
+
+from minivit.base.backend import array_module, column_sum, matmul
+
+
+class GroupNormCache(NamedTuple):
+    """What `groupnorm_backward` reads."""
+
+    xhat: Any  # (B, H, W, C)
+    rstd: Any  # (B, 1, 1, C), the same for all channels of a group
+    w: Any  # (C,)
+    groups: int
+
+
+def _group_mean(x, groups):
+    """Each picture's mean over its positions and over the channels of a group: (B, H, W, C) -> (B, 1, 1, C)."""
+    xp = array_module(x)
+    B, H, W, C = x.shape
+    means = matmul(xp.full(H * W, 1.0 / (H * W), x.dtype), x.reshape(B, H * W, C))  # (B, C)
+    means = means.reshape(B, groups, C // groups).mean(axis=2, keepdims=True)  # (B, G, 1)
+    return xp.broadcast_to(means, (B, groups, C // groups)).reshape(B, 1, 1, C)
+
+
+def groupnorm_forward(x, w, b, *, groups=32, eps=1e-6):
+    """Normalise each group of channels of each picture to mean 0 and variance 1, then scale and shift.
+
+    Math    xhat = (x - mean) / sqrt(var + eps),  y = xhat w + b
+    Shapes  x (B, H, W, C), w (C,), b (C,)  ->  y (B, H, W, C);  C a multiple of ``groups``
+    Cache   xhat (B, H, W, C), rstd (B, 1, 1, C), w
+    Source  arXiv:1803.08494; 32 groups and eps = 1e-6 as in the official ViT code (timm has 1e-5).
+    """
+    xc = x - _group_mean(x, groups)
+    var = _group_mean(xc * xc, groups)  # (B, 1, 1, C)
+    rstd = (var + eps) ** -0.5
+    xhat = xc
+    xhat *= rstd  # in place: xc is ours and not read again
+    y = xhat * w
+    y += b
+    return y, GroupNormCache(xhat, rstd, w, groups)
+
+
+def groupnorm_backward(dy, cache):
+    """Backward of `groupnorm_forward`.
+
+    Math    dw = sum dy xhat,  db = sum dy,  dxhat = dy w,
+            dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)), means over a group
+    Shapes  dy (B, H, W, C)  ->  dx (B, H, W, C), dw (C,), db (C,)
+    """
+    xhat, rstd, w, groups = cache
+    C = dy.shape[-1]
+    # y = xhat * w + b
+    product = dy * xhat
+    db = column_sum(dy.reshape(-1, C))
+    dw = column_sum(product.reshape(-1, C))
+    dxhat = dy * w
+    # xhat = (x - mean(x)) * rstd, where rstd depends on x too
+    product *= w  # = dxhat * xhat
+    dx = dxhat
+    dx -= _group_mean(dxhat, groups)
+    dx -= xhat * _group_mean(product, groups)
+    dx *= rstd
+    return dx, dw, db
+
+
+def groupnorm_jvp(xdot, wdot, bdot, cache):
+    """Forward-mode derivative of `groupnorm_forward`.
+
+    Math    xcdot = xdot - mean(xdot);  xhatdot = rstd (xcdot - xhat mean(xhat xcdot));
+            ydot = xhatdot w + xhat wdot + bdot
+    Shapes  xdot (B, H, W, C), wdot (C,), bdot (C,)  ->  ydot (B, H, W, C)
+    """
+    xhat, rstd, w, groups = cache
+    # xhat = (x - mean(x)) * rstd, where rstd depends on x too
+    xcdot = xdot - _group_mean(xdot, groups)
+    xhatdot = rstd * (xcdot - xhat * _group_mean(xhat * xcdot, groups))
+    # y = xhat * w + b
+    return xhatdot * w + xhat * wdot + bdot

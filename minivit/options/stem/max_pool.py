@@ -1,0 +1,79 @@
+r"""Max-pooling of feature maps over windows of 3 x 3 in steps of 2, with TensorFlow's SAME padding.
+
+Forward
+    y is the largest number that a window sees, each channel for itself:
+
+        y[b, r, c, k] = max_ij padded[b, 2 r + i, 2 c + j, k]
+
+    The border that completes the windows is -infinity: it is never the largest. Where it lies is said in
+    `minivit.options.stem.conv2d`; for an even number of rows, one comes after the last. The loop is over the nine positions
+    (i, j) of a window, all windows at once, and remembers for each which position won.
+
+Backward
+    A small change of the winner changes y by as much, one of the others changes nothing. All of dy goes to the winner:
+
+        dpadded[b, 2 r + i, 2 c + j, k] += dy[b, r, c, k]      where (i, j) won window (r, c).
+
+    Windows overlap: a pixel that wins several sums their gradients. Of several that are equally large (after a ReLU,
+    the zeros) the first one, in the order of rows, gets all of it: shared out to each of them, dy would count twice.
+
+    Complex numbers (the complex step of `minivit.laboratory.gradcheck`) are compared by their real parts.
+"""
+
+from typing import Any, NamedTuple
+
+from minivit.base.backend import array_module
+from minivit.options.stem.conv2d import interior, pad, padded_shape, taps
+
+KERNEL, STRIDE = (3, 3), 2
+
+
+class MaxPoolCache(NamedTuple):
+    """What `max_pool_backward` reads."""
+
+    winner: Any  # (B, H', W', C) uint8: 3 i + j
+    shape: tuple  # of x
+
+
+def max_pool_forward(x):
+    """The largest entry of each window.
+
+    Math    y = max over windows of 3 x 3 in steps of 2
+    Shapes  x (B, H, W, C)  ->  y (B, ceil(H / 2), ceil(W / 2), C)
+    Cache   which entry won, a byte each
+    """
+    xp = array_module(x)
+    padded = pad(x, KERNEL, STRIDE, float("-inf"))
+    y = winner = None
+    for t, (_, met) in enumerate(taps(padded, KERNEL, STRIDE)):
+        if y is None:
+            y, winner = met.copy(), xp.zeros(met.shape, xp.uint8)
+            continue
+        larger = met.real > y.real  # not >=: of equal ones the first stays
+        winner = xp.maximum(winner, larger * xp.uint8(t))  # t grows: the last one that was larger
+        y = xp.maximum(y, met)  # quicker than where(larger, met, y); complex numbers go by their real parts
+    return y, MaxPoolCache(winner, x.shape)
+
+
+def max_pool_backward(dy, cache):
+    """Backward of `max_pool_forward`.
+
+    Math    dpadded[:, 2 r + i, 2 c + j] += dy where (i, j) won window (r, c)
+    Shapes  dy (B, H', W', C)  ->  dx (B, H, W, C)
+    """
+    dpadded = array_module(dy).zeros(padded_shape(cache.shape, KERNEL, STRIDE), dy.dtype)
+    # y = max over the window
+    for t, (_, met) in enumerate(taps(dpadded, KERNEL, STRIDE)):
+        met += dy * (cache.winner == t)
+    # padded: x in a border of -infinity
+    return dpadded[interior(cache.shape, KERNEL, STRIDE)]
+
+
+def max_pool_jvp(xdot, cache):
+    """Forward-mode derivative of `max_pool_forward`.
+
+    Math    ydot = xdot of the window's winner
+    Shapes  xdot (B, H, W, C)  ->  ydot (B, H', W', C)
+    """
+    met = taps(pad(xdot, KERNEL, STRIDE), KERNEL, STRIDE)
+    return sum(xdot * (cache.winner == t) for t, (_, xdot) in enumerate(met))

@@ -1,0 +1,382 @@
+r"""The ResNet that the hybrid models cut their patches from (ViT paper, Section 3.1; He et al. 2016, arXiv:1603.05027).
+
+Forward
+    Every convolution has its kernel standardised and is followed by GroupNorm:
+
+        conv(x) = GN(x * WS(kernel))                              * is the convolution of `minivit.options.stem.conv2d`
+
+    root         y = max_pool(relu(conv_7x7/2(images)))           a quarter of the height, ``width`` channels
+    bottleneck   y = relu(shortcut(x) + f(x)),   f = conv3_1x1 . relu . conv2_3x3/stride . relu . conv1_1x1
+    stage        bottlenecks in a row
+
+    f narrows the map to ``width`` channels, looks around, and widens it to four times as many. The shortcut is x where
+    shapes allow (the identity), else conv_1x1/stride ("downsample"), in the first unit of each stage. The first stage
+    keeps the size of the map; each later one halves height and width and doubles the channels. conv2 has the stride,
+    not conv1.
+
+    The scale of the last GroupNorm in f starts from zero, so that at first a unit passes on its shortcut.
+
+    units     channels       of R + ViT-
+    none      64             Ti/16 (the root alone)
+    3,4,9     256 512 1024   B/16: the paper's ResNet-50 with the last stage's units in the third
+    3,4,6,3   256 ... 2048   L/32
+    2,2,2,2   256 ... 2048   S/32
+
+Backward
+    conv: GroupNorm's backward, the convolution's, and for its kernel that of the standardisation. bottleneck: a sum
+    hands its gradient to both terms, so with s = shortcut(x) + f(x)
+
+        ds = relu' dy,      dx = J_shortcut^T ds + J_f^T ds.
+
+This file is glue, as `minivit.layers.block` is: root, bottleneck, stage and resnet take parameters by timm's names from
+a mapping, and *add* each gradient into a mapping of the same names.
+"""
+
+from typing import NamedTuple
+
+from minivit.options.stem.conv2d import Conv2dCache, conv2d_backward, conv2d_forward, conv2d_jvp
+from minivit.options.stem.groupnorm import GroupNormCache, groupnorm_backward, groupnorm_forward, groupnorm_jvp
+from minivit.options.stem.max_pool import MaxPoolCache, max_pool_backward, max_pool_forward, max_pool_jvp
+from minivit.options.stem.relu import ReLUCache, relu_backward, relu_forward, relu_jvp
+from minivit.options.stem.weight_standardization import (
+    WeightStandardizationCache,
+    weight_standardization_backward,
+    weight_standardization_forward,
+    weight_standardization_jvp,
+)
+
+ROOT = ("conv.weight", "norm.weight", "norm.bias")
+CONV1 = ("conv1.weight", "norm1.weight", "norm1.bias")
+CONV2 = ("conv2.weight", "norm2.weight", "norm2.bias")
+CONV3 = ("conv3.weight", "norm3.weight", "norm3.bias")
+DOWNSAMPLE = ("downsample.conv.weight", "downsample.norm.weight", "downsample.norm.bias")  # where shapes change
+ROOT_STRIDE, EXPANSION = 4, 4  # of the convolution and the pooling; of conv3
+
+
+class Convolution(NamedTuple):
+    """One convolution with its GroupNorm: where it is, and its sizes."""
+
+    names: tuple  # of the kernel, and of GroupNorm's w and b
+    kernel: tuple  # (kh, kw, I, O)
+    stride: int
+
+
+def convolutions(channels, width, units):
+    """Every convolution of the network, in the order of the forward pass.
+
+    ``units`` counts those of each stage, (3, 4, 9); () stands for the root alone, whose names are then shorter.
+    Returns  a list of `Convolution`
+    """
+
+    def named(prefix, names):
+        return tuple(prefix + name for name in names)
+
+    found = [Convolution(named("stem." if units else "", ROOT), (7, 7, channels, width), 2)]
+    for s, count in enumerate(units):
+        narrow, wide = width * 2**s, width * 2**s * EXPANSION
+        for u in range(count):
+            prefix = f"stages.{s}.blocks.{u}."
+            C = wide if u else (wide // 2 if s else width)  # of what comes in
+            stride = 1 if u or not s else 2
+            found += [
+                Convolution(named(prefix, CONV1), (1, 1, C, narrow), 1),
+                Convolution(named(prefix, CONV2), (3, 3, narrow, narrow), stride),
+                Convolution(named(prefix, CONV3), (1, 1, narrow, wide), 1),
+            ]
+            if not u:
+                found.append(Convolution(named(prefix, DOWNSAMPLE), (1, 1, C, wide), stride))
+    return found
+
+
+def output_of(width, units):
+    """(how many pixels of the picture a step on the resulting map is, the map's channels)."""
+    later = max(len(units) - 1, 0)  # stages that halve the map
+    return ROOT_STRIDE * 2**later, width * 2**later * (EXPANSION if units else 1)
+
+
+def official_name(name):
+    """The name of a parameter in the official .npz files; kernels are (kh, kw, I, O) in both."""
+    place, number, parts = "", "_root", name.split(".")
+    if parts[0] == "stages":  # stages.S.blocks.U.conv1.weight, stages.S.blocks.U.downsample.conv.weight
+        place = f"block{int(parts[1]) + 1}/unit{int(parts[3]) + 1}/"
+        number = "_proj" if parts[4] == "downsample" else parts[4][-1]
+    if parts[-2].startswith("conv"):
+        return f"{place}conv{number}/kernel"
+    return f"{place}gn{number}/{'scale' if parts[-1] == 'weight' else 'bias'}"
+
+
+def _part(named, prefix):
+    """The entries whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+
+def _take(named, names):
+    return [named[name] for name in names]
+
+
+def _add(grads, names, gradients):
+    for name, gradient in zip(names, gradients, strict=True):
+        grads[name] += gradient
+
+
+# ---- conv: a convolution with a standardised kernel, and GroupNorm
+
+
+class ConvNormCache(NamedTuple):
+    """What `conv_norm_backward` reads."""
+
+    standardization: WeightStandardizationCache
+    conv: Conv2dCache
+    norm: GroupNormCache
+
+
+def conv_norm_forward(x, kernel, w, b, *, stride=1, groups=32):
+    """A convolution with a standardised kernel, and GroupNorm.
+
+    Math    y = GN(x * WS(kernel))
+    Shapes  x (B, H, W, I), kernel (kh, kw, I, O), w (O,), b (O,)  ->  y (B, ceil(H / stride), ceil(W / stride), O)
+    Cache   of each step
+    """
+    kernel, standardization = weight_standardization_forward(kernel)
+    y, conv = conv2d_forward(x, kernel, stride=stride)
+    y, norm = groupnorm_forward(y, w, b, groups=groups)
+    return y, ConvNormCache(standardization, conv, norm)
+
+
+def conv_norm_backward(dy, cache, *, need_dx=True):
+    """Backward of `conv_norm_forward`.
+
+    Math    dy through GN, then to x and to WS(kernel), and on to the kernel
+    Shapes  dy (B, H', W', O)  ->  dx (B, H, W, I) or None, dkernel (kh, kw, I, O), dw (O,), db (O,)
+    """
+    dy, dw, db = groupnorm_backward(dy, cache.norm)
+    dx, dkernel = conv2d_backward(dy, cache.conv, need_dx=need_dx)
+    dkernel = weight_standardization_backward(dkernel, cache.standardization)
+    return dx, dkernel, dw, db
+
+
+def conv_norm_jvp(xdot, kerneldot, wdot, bdot, cache):
+    """Forward-mode derivative of `conv_norm_forward`.
+
+    Math    that of each step
+    Shapes  tangents like the forward's arguments  ->  ydot (B, H', W', O)
+    """
+    kerneldot = weight_standardization_jvp(kerneldot, cache.standardization)
+    ydot = conv2d_jvp(xdot, kerneldot, cache.conv)
+    return groupnorm_jvp(ydot, wdot, bdot, cache.norm)
+
+
+# ---- root
+
+
+class RootCache(NamedTuple):
+    """What `root_backward` reads."""
+
+    conv: ConvNormCache
+    relu: ReLUCache
+    pool: MaxPoolCache
+
+
+def root_forward(images, params, *, groups=32):
+    """The first layers: they make a map of a quarter of the height and width.
+
+    Math    y = max_pool(relu(conv_7x7/2(images)))
+    Shapes  images (B, H, W, C), params maps ROOT to arrays  ->  y (B, H / 4, W / 4, width), rounded up
+    Cache   of each step
+    """
+    y, conv = conv_norm_forward(images, *_take(params, ROOT), stride=2, groups=groups)
+    y, relu = relu_forward(y)
+    y, pool = max_pool_forward(y)
+    return y, RootCache(conv, relu, pool)
+
+
+def root_backward(dy, cache, grads, *, need_dimages=False):
+    """Backward of `root_forward`: the parameters' gradients are added into ``grads``.
+
+    Math    dy through max_pool, relu, conv
+    Shapes  dy (B, H / 4, W / 4, width)  ->  dimages (B, H, W, C), or None unless asked for
+    """
+    # y = max_pool(relu(conv(images)))
+    dy = max_pool_backward(dy, cache.pool)
+    dy = relu_backward(dy, cache.relu)
+    dimages, *dconv = conv_norm_backward(dy, cache.conv, need_dx=need_dimages)
+    _add(grads, ROOT, dconv)
+    return dimages
+
+
+def root_jvp(imagesdot, paramsdot, cache):
+    """Forward-mode derivative of `root_forward`.
+
+    Math    that of each step
+    Shapes  imagesdot (B, H, W, C), paramsdot like params  ->  ydot (B, H / 4, W / 4, width)
+    """
+    ydot = conv_norm_jvp(imagesdot, *_take(paramsdot, ROOT), cache.conv)
+    ydot = relu_jvp(ydot, cache.relu)
+    return max_pool_jvp(ydot, cache.pool)
+
+
+# ---- bottleneck
+
+
+class BottleneckCache(NamedTuple):
+    """What `bottleneck_backward` reads; downsample is None where the shortcut is x."""
+
+    conv1: ConvNormCache
+    relu1: ReLUCache
+    conv2: ConvNormCache
+    relu2: ReLUCache
+    conv3: ConvNormCache
+    downsample: ConvNormCache | None
+    relu3: ReLUCache
+
+
+def bottleneck_forward(x, params, *, stride=1, groups=32):
+    """One residual unit.
+
+    Math    y = relu(shortcut(x) + conv3(relu(conv2(relu(conv1(x))))))
+    Shapes  x (B, H, W, I), params maps CONV1, CONV2, CONV3 and, where shapes change, DOWNSAMPLE to arrays
+            ->  y (B, ceil(H / stride), ceil(W / stride), O)
+    Cache   of each step
+    """
+    y, conv1 = conv_norm_forward(x, *_take(params, CONV1), groups=groups)
+    y, relu1 = relu_forward(y)
+    y, conv2 = conv_norm_forward(y, *_take(params, CONV2), stride=stride, groups=groups)
+    y, relu2 = relu_forward(y)
+    y, conv3 = conv_norm_forward(y, *_take(params, CONV3), groups=groups)
+    shortcut, downsample = x, None
+    if DOWNSAMPLE[0] in params:
+        shortcut, downsample = conv_norm_forward(x, *_take(params, DOWNSAMPLE), stride=stride, groups=groups)
+    y, relu3 = relu_forward(shortcut + y)
+    return y, BottleneckCache(conv1, relu1, conv2, relu2, conv3, downsample, relu3)
+
+
+def bottleneck_backward(dy, cache, grads):
+    """Backward of `bottleneck_forward`: the parameters' gradients are added into ``grads``.
+
+    Math    ds = relu' dy;  dx = J_shortcut^T ds + J_f^T ds
+    Shapes  dy (B, H', W', O)  ->  dx (B, H, W, I)
+    """
+    # y = relu(shortcut(x) + conv3(...))
+    ds = relu_backward(dy, cache.relu3)
+    dshortcut = ds
+    if cache.downsample is not None:
+        dshortcut, *ddownsample = conv_norm_backward(ds, cache.downsample)
+        _add(grads, DOWNSAMPLE, ddownsample)
+    # conv3(relu(conv2(relu(conv1(x)))))
+    dx, *dconv3 = conv_norm_backward(ds, cache.conv3)
+    _add(grads, CONV3, dconv3)
+    dx = relu_backward(dx, cache.relu2)
+    dx, *dconv2 = conv_norm_backward(dx, cache.conv2)
+    _add(grads, CONV2, dconv2)
+    dx = relu_backward(dx, cache.relu1)
+    dx, *dconv1 = conv_norm_backward(dx, cache.conv1)
+    _add(grads, CONV1, dconv1)
+    return dx + dshortcut
+
+
+def bottleneck_jvp(xdot, paramsdot, cache):
+    """Forward-mode derivative of `bottleneck_forward`.
+
+    Math    ydot = relu' (J_shortcut xdot + J_f xdot)
+    Shapes  xdot (B, H, W, I), paramsdot like params  ->  ydot (B, H', W', O)
+    """
+    ydot = conv_norm_jvp(xdot, *_take(paramsdot, CONV1), cache.conv1)
+    ydot = relu_jvp(ydot, cache.relu1)
+    ydot = conv_norm_jvp(ydot, *_take(paramsdot, CONV2), cache.conv2)
+    ydot = relu_jvp(ydot, cache.relu2)
+    ydot = conv_norm_jvp(ydot, *_take(paramsdot, CONV3), cache.conv3)
+    if cache.downsample is not None:
+        xdot = conv_norm_jvp(xdot, *_take(paramsdot, DOWNSAMPLE), cache.downsample)
+    return relu_jvp(xdot + ydot, cache.relu3)
+
+
+# ---- stages, and all of it
+
+
+def stage_forward(x, params, *, units, stride=1, groups=32):
+    """Some residual units, of which the first has the stride.
+
+    Math    y = unit(... unit(x))
+    Shapes  x (B, H, W, I), params maps blocks.u.NAME  ->  y (B, ceil(H / stride), ceil(W / stride), O)
+    Cache   of each unit, as a tuple
+    """
+    caches = []
+    for u in range(units):
+        x, cache = bottleneck_forward(x, _part(params, f"blocks.{u}."), stride=1 if u else stride, groups=groups)
+        caches.append(cache)
+    return x, tuple(caches)
+
+
+def stage_backward(dy, cache, grads):
+    """Backward of `stage_forward`: the parameters' gradients are added into ``grads``.
+
+    Math    dy through each unit, from the last to the first
+    Shapes  dy (B, H', W', O)  ->  dx (B, H, W, I)
+    """
+    # x = bottleneck(x), for each unit
+    for u in reversed(range(len(cache))):
+        dy = bottleneck_backward(dy, cache[u], _part(grads, f"blocks.{u}."))
+    return dy
+
+
+def stage_jvp(xdot, paramsdot, cache):
+    """Forward-mode derivative of `stage_forward`.
+
+    Math    that of each unit
+    Shapes  xdot (B, H, W, I), paramsdot like params  ->  ydot (B, H', W', O)
+    """
+    for u, unit in enumerate(cache):
+        xdot = bottleneck_jvp(xdot, _part(paramsdot, f"blocks.{u}."), unit)
+    return xdot
+
+
+class ResNetCache(NamedTuple):
+    """What `resnet_backward` reads."""
+
+    root: RootCache
+    stages: tuple
+
+
+def _root_prefix(stages):
+    """timm's name of the root has a prefix where stages follow, and none where it stands alone."""
+    return "stem." if stages else ""
+
+
+def resnet_forward(images, params, *, units=(), groups=32):
+    """Pictures to the map that patches are cut from.
+
+    Math    y = stages(root(images)), as many stages as ``units`` has counts
+    Shapes  images (B, H, W, C), params maps the names of `convolutions`  ->  y (B, H / stride, W / stride, C'),
+            rounded up, with stride and C' of `output_of`
+    Cache   of each part
+    """
+    y, root = root_forward(images, _part(params, _root_prefix(units)), groups=groups)
+    stages = []
+    for s, count in enumerate(units):
+        y, cache = stage_forward(y, _part(params, f"stages.{s}."), units=count, stride=2 if s else 1, groups=groups)
+        stages.append(cache)
+    return y, ResNetCache(root, tuple(stages))
+
+
+def resnet_backward(dy, cache, grads, *, need_dimages=False):
+    """Backward of `resnet_forward`: the parameters' gradients are added into ``grads``.
+
+    Math    dy through the stages, from the last to the first, and the root
+    Shapes  dy (B, H / stride, W / stride, C')  ->  dimages (B, H, W, C), or None unless asked for
+    """
+    # y = stages(root(images))
+    for s in reversed(range(len(cache.stages))):
+        dy = stage_backward(dy, cache.stages[s], _part(grads, f"stages.{s}."))
+    return root_backward(dy, cache.root, _part(grads, _root_prefix(cache.stages)), need_dimages=need_dimages)
+
+
+def resnet_jvp(imagesdot, paramsdot, cache):
+    """Forward-mode derivative of `resnet_forward`.
+
+    Math    that of each part
+    Shapes  imagesdot (B, H, W, C), paramsdot like params  ->  ydot (B, H / stride, W / stride, C')
+    """
+    ydot = root_jvp(imagesdot, _part(paramsdot, _root_prefix(cache.stages)), cache.root)
+    for s, stage in enumerate(cache.stages):
+        ydot = stage_jvp(ydot, _part(paramsdot, f"stages.{s}."), stage)
+    return ydot

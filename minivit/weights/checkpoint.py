@@ -1,0 +1,231 @@
+"""Checkpoints: one ``.npz`` file that anybody can read with NumPy, written so that no crash costs the previous one.
+
+Inside are named arrays and ``meta``, a JSON text with everything that is not an array:
+
+    params/NAME       the parameters, with the names and shapes of `minivit.model.parameter_table`
+    ema/NAME          their moving average, if the run keeps one
+    optimizer/NAME    the optimiser's state vectors, flat
+    order             the order of the pictures in the epoch under way
+    meta              format, configuration, settings, class names, progress
+
+    >>> import json, numpy as np
+    >>> with np.load("runs/digits/last.npz") as checkpoint:                             # doctest: +SKIP
+    ...     meta, head = json.loads(str(checkpoint["meta"])), checkpoint["params/head.weight"]
+
+Arrays are stored uncompressed and without pickles. Reading believes nothing: names, types and sizes are compared with
+the file's own length before memory is taken, and each array's checksum (CRC-32, part of the zip format) is verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from minivit.base import params as parameters
+from minivit.base.backend import to_host
+from minivit.base.errors import InputError
+from minivit.base.settings import settings_of
+from minivit.layers.block import BLOCK_PARAMETERS
+from minivit.model import ViT, ViTConfig, parameter_table
+
+FORMAT = "minivit checkpoint"
+VERSION = 1
+
+
+def write_atomically(path, write):
+    """Call ``write(file)`` on a temporary file beside ``path``, flush it to the disk, then rename it to ``path``.
+
+    Whatever happens on the way, ``path`` holds either what it held before or the whole new content.
+    Raises  OSError: the disk is full, the folder cannot be written, ...; it names ``path``, and the temporary file is
+    removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # the temporary file's name means nothing to a user
+            error.filename, error.filename2 = str(path), None
+        raise
+    if os.name == "posix":  # the rename itself must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save(path, arrays, meta):
+    """Write arrays and meta as a checkpoint, atomically.
+
+    Raises  OSError: see `write_atomically`.
+    """
+    meta = {"format": FORMAT, "version": VERSION, **meta}
+    arrays = {name: to_host(array) for name, array in arrays.items()}
+    write_atomically(path, lambda file: np.savez(file, meta=np.array(json.dumps(meta)), **arrays))
+
+
+def named_arrays(prefix, flat, table):
+    """The views of a flat buffer under ``prefix/NAME``, for `save`."""
+    return {f"{prefix}/{name}": view for name, view in parameters.views(flat, table).items()}
+
+
+def _read_npy(data, name):
+    """One array from the bytes of an ``.npy`` member, its size compared with the header's before memory is taken."""
+    stream = io.BytesIO(data)
+    major, minor = np.lib.format.read_magic(stream)
+    if (major, minor) not in ((1, 0), (2, 0)):
+        raise ValueError(f"array {name} has an unknown version")
+    read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    if dtype.kind not in "fiubU" or not dtype.itemsize:
+        raise ValueError(f"array {name} holds {dtype}, not numbers")
+    if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+        raise ValueError(f"array {name} is not as long as it says")
+    stream.seek(0)
+    return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def _read_members(path):
+    """All arrays of an uncompressed ``.npz`` file by name."""
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
+            raise ValueError("it is compressed")
+        if any(m.comment for m in members):  # NumPy writes none; a damaged length swallows the entries that follow
+            raise ValueError("its directory is damaged")
+        if sum(m.file_size for m in members) > path.stat().st_size:
+            raise ValueError("its parts overlap")
+        for m in members:
+            name = m.filename.removesuffix(".npy")
+            if name in arrays:
+                raise ValueError(f"it holds {name} twice")
+            arrays[name] = _read_npy(archive.read(m), name)  # read() verifies the checksum
+    return arrays
+
+
+def load(path):
+    """Read a checkpoint: (arrays, meta).
+
+    Raises  InputError: no such file, or it is not a whole, unaltered checkpoint of this version.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no checkpoint at {path}")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name the checkpoint in it, such as {path / 'last.npz'}")
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    try:
+        arrays = _read_members(path)
+        meta = json.loads(str(arrays.pop("meta", "")))
+        if meta["format"] != FORMAT:
+            raise ValueError("its format is another one")
+    except Exception as error:  # zipfile and NumPy raise nearly anything for a broken file
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+            raise  # the file is not to blame; EINVAL is a seek to before its beginning
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is not a minivit checkpoint, or it is truncated or altered ({detail})") from None
+    if meta.get("version") != VERSION:
+        raise InputError(f"{path} has checkpoint version {meta.get('version')}; this minivit reads {VERSION}")
+    return arrays, meta
+
+
+def config_of(meta, path):
+    """The `ViTConfig` that a checkpoint's meta describes.
+
+    Raises  InputError: it is missing, or holds unknown or impossible settings.
+    """
+    config = meta.get("config")
+    if not isinstance(config, dict):
+        raise InputError(f"{path} does not say which model it holds")
+    return settings_of(ViTConfig, config, path)
+
+
+def class_names_of(meta, path):
+    """The class names in a checkpoint's meta, one for each class of its model.
+
+    Raises  InputError: they are missing, or there are more or fewer.
+    """
+    names = meta.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path} does not say what its classes are called")
+    if len(names) != (classes := config_of(meta, path).num_classes):
+        raise InputError(f"{path} has a model of {classes} classes and names for {len(names)}")
+    return names
+
+
+def few_classes(meta):
+    """The first few of a model's class names, for a message; and what to do where its file named none."""
+    names = meta.get("class_names")
+    names = [str(name) for name in names] if isinstance(names, list) else []
+    few = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    numbered = names and names == [f"class {k}" for k in range(len(names))]
+    return few + (" (scripts/convert.py --class-names FILE gives them their names)" if numbered else "")
+
+
+def is_finite(array):
+    """Does it hold floating-point numbers, none of them NaN or infinite?"""
+    return array.dtype.kind == "f" and bool(np.isfinite(array).all())
+
+
+def fill(flat, table, arrays, prefix, path):
+    """Copy the arrays ``prefix/NAME`` of a checkpoint into a flat buffer.
+
+    Raises  InputError: an array is missing, has another shape or is not finite; the buffer is unchanged then.
+    """
+    found = {}
+    for spec in table:
+        array = arrays.get(f"{prefix}/{spec.name}")
+        if array is None:
+            raise InputError(f"{path} lacks {prefix}/{spec.name}")
+        if array.shape != spec.shape:
+            raise InputError(f"{path}: {prefix}/{spec.name} has shape {array.shape}, the model needs {spec.shape}")
+        if not is_finite(array):
+            raise InputError(f"{path}: {prefix}/{spec.name} holds values that are not finite numbers")
+        found[spec.name] = array
+    for name, view in parameters.views(flat, table).items():
+        view[...] = found[name]
+
+
+def load_model(path, *, weights="auto"):
+    """A `ViT` from a checkpoint, and the checkpoint's meta, with ``meta["weights"]`` saying which were taken.
+
+    ``weights``: "params", "ema" (the moving average), or "auto": the average if there is one.
+    Raises  InputError: see `load`, `config_of` and `fill`.
+    """
+    arrays, meta = load(path)
+    config = config_of(meta, path)
+    has_average = any(name.startswith("ema/") for name in arrays)
+    if weights == "ema" and not has_average:
+        raise InputError(f"{path} holds no moving average; use the plain weights")
+    prefix = "ema" if has_average and weights != "params" else "params"
+    if config.depth * len(BLOCK_PARAMETERS) > len(arrays):  # before a table of any length is built
+        raise InputError(f"{path} holds fewer blocks than the {config.depth} it announces")
+    table = parameter_table(config)
+    if (size := parameters.count(table)) > sum(a.size for a in arrays.values()):
+        raise InputError(f"{path} holds fewer numbers than the {size:,} parameters of its model")
+    flat = np.empty(size, np.float32)
+    fill(flat, table, arrays, prefix, path)
+    return ViT(config, flat=flat), {**meta, "weights": prefix}
+
+
+def model_meta(config):
+    """The part of meta that describes the model."""
+    return {"config": asdict(config)}

@@ -1,0 +1,158 @@
+"""A trained model as the start of another: for other classes, larger pictures, other patches.
+
+What the two models share is copied. The head, and the pre-logits layer before it, are replaced by a head of zeros, as
+in the official code's fine-tuning, unless they are to be kept; positions and patch embedding are resized where the
+number of patches or their size changes (see `minivit.weights.resize`).
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple
+
+from minivit.base.backend import to_host
+from minivit.base.errors import InputError
+from minivit.base.settings import check_choice, check_types, setting
+from minivit.layers.patch_embed import sincos2d
+from minivit.model import ViT
+from minivit.weights import checkpoint
+from minivit.weights.layouts import load_any
+from minivit.weights.resize import KINDS, PATCH_KINDS, resize_patch_embedding, resize_positions, resize_table
+
+# Settings of the model that may differ from the start's; the others come from it.
+MAY_CHANGE = ("image_size", "patch_size", "num_classes", "pre_logits", "dropout", "attention_dropout", "drop_path")
+HEAD = ("head.", "pre_logits.")
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Where a run's first parameters come from.
+
+    Raises  InputError (a ValueError): from the constructor, for any impossible setting.
+    """
+
+    checkpoint: str = setting("", "the checkpoint whose model a run begins with, its moving average if it has one")
+    keep_head: bool = setting(
+        False, "keep the checkpoint's head, for the same classes; otherwise the head begins at zero, without pre-logits"
+    )
+    pos_resize: str = setting(
+        "align-corners", f"how positions are resized: {', '.join(KINDS)}; the first is the official code's"
+    )
+    patch_resize: str = setting(
+        "pi", "how patches are: pi (pseudo-inverse: resized patches give the same tokens), or bilinear"
+    )
+
+    def __post_init__(self):
+        check_types(self)
+        check_choice(self, "pos_resize", KINDS)
+        check_choice(self, "patch_resize", PATCH_KINDS)
+        if not self.checkpoint and any(getattr(self, f.name) != f.default for f in fields(self)):
+            raise InputError("keep_head, pos_resize and patch_resize say what becomes of a start: name it with --from")
+
+
+class Start(NamedTuple):
+    """The first parameters of a run."""
+
+    flat: Any  # (n,) on the host, or None where they are known only by their origin
+    origin: dict  # `StartConfig`'s fields, "weights": params or ema, "crc": CRC-32 of the checkpoint's parameters
+
+
+def load_start(path):
+    """The model that a file holds, and its meta; ``meta["weights"]`` says which of its parameters were taken.
+
+    The file may be another program's (see `minivit.weights.layouts`); what had to be assumed of it is printed.
+    Raises  InputError: no such file, or nothing that minivit reads.
+    """
+    model, meta, notes = load_any(path, named=False)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return model, meta
+
+
+def model_from(trained, asked, where, *, keep_head=False):
+    """The `ViTConfig` of a model that begins as the trained one, with the settings that were asked for.
+
+    Raises  InputError: one is impossible, or cannot change.
+    """
+    if asked.get("channels", trained.channels) != trained.channels:
+        raise InputError(f"{where} takes pictures of {trained.channels} channels, not of {asked['channels']}")
+    made = replace(trained, **({} if keep_head else {"pre_logits": 0}) | asked)
+    for name, value in asdict(made).items():
+        before = getattr(trained, name)
+        to_learned = name == "pos_embed" and (before, value) == ("sincos2d", "learned")
+        if value != before and name not in MAY_CHANGE and not to_learned:
+            raise InputError(
+                f"{where} has {name} {_shown(before)}, {_shown(value)} was asked for; leave it out, or begin without "
+                "--from"
+            )
+    if not keep_head and made.pre_logits:
+        raise InputError("a new head has no pre-logits layer; leave pre_logits out, or keep the head with --keep-head")
+    if keep_head and made.pre_logits != trained.pre_logits:
+        raise InputError(f"{where} has pre_logits {trained.pre_logits}, which --keep-head keeps; leave pre_logits out")
+    return made
+
+
+def _shown(value):
+    return "none" if value == "" else value
+
+
+def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch_resize="pi"):
+    """The first parameters of a model of another configuration, from a trained one: a flat vector on the host.
+
+    Learned positions may begin as the sine-cosine ones that the trained model had.
+
+    Raises  InputError: a parameter is missing or has another shape, and none of these changes explains it.
+    """
+    old, new = trained.config, ViT(config)
+    named = {name: to_host(array) for name, array in trained.params.items()}
+    if old.pos_embed == "sincos2d":
+        named["pos_embed"] = sincos2d(old.grid_size, old.width, prefix_tokens=int(old.pooling == "cls"))
+    for name, view in new.params.items():
+        if not keep_head and name.startswith(HEAD):
+            view[...] = 0.0
+            continue
+        array = named.get(name)
+        if array is None:
+            raise InputError(f"the start has no parameter {name}")
+        last = name.rpartition(".")[2]
+        if last == "pos_embed":
+            prefix = int(old.pooling == "cls")
+            array = resize_positions(array, config.grid_size, prefix_tokens=prefix, kind=pos_resize)
+        elif last in ("pos_embed_x", "pos_embed_y"):
+            array = resize_table(array, config.grid_size, pos_resize)
+        elif name == "patch_embed.proj.weight":
+            array = resize_patch_embedding(array, config.patch_size, channels=config.patch_channels, kind=patch_resize)
+        if array.shape != view.shape:
+            raise InputError(
+                f"the start's {name} has shape {array.shape}, the new model needs {view.shape}"
+                + (
+                    "; positions of this kind cannot be resized: leave the size of pictures and patches as it was, "
+                    f"{old.image_size} and {old.patch_size}"
+                    if "pos" in name
+                    else ""
+                )
+            )
+        view[...] = array
+    return new.flat
+
+
+def prepare_start(start, asked, class_names, found=None):
+    """The model and the first parameters of a run that a `StartConfig` means: (ViTConfig, `Start`).
+
+    ``asked`` are the fields of `ViTConfig` that the data and the user want, ``class_names`` those of the data,
+    ``found`` what `load_start` returned, if it has been called.
+
+    Raises  InputError: see `load_start`, `model_from` and `begin`; the head is to be kept for other classes.
+    """
+    trained, meta = found or load_start(start.checkpoint)
+    config = model_from(trained.config, asked, start.checkpoint, keep_head=start.keep_head)
+    if start.keep_head:
+        if list(class_names) != meta.get("class_names"):
+            few = checkpoint.few_classes(meta)
+            raise InputError(f"{start.checkpoint} was trained for the classes {few}: leave --keep-head out for others")
+    settings = {"pos_resize": start.pos_resize, "patch_resize": start.patch_resize, "keep_head": start.keep_head}
+    flat = begin(trained, config, **settings)
+    origin = asdict(start) | {"weights": meta["weights"], "crc": zlib.crc32(to_host(trained.flat))}
+    return config, Start(flat, origin)
