@@ -102,16 +102,6 @@ def softmax_cross_entropy_backward(dloss, cache):
     return dlogits
 
 
-def softmax_cross_entropy_jvp(logitsdot, cache):
-    """Forward-mode derivative of `softmax_cross_entropy_forward`.
-
-    Math    lossdot = sum_ik (w_i p_ik - t_ik) logitsdot_ik / n
-    Shapes  logitsdot (B, K)  ->  lossdot ()
-    """
-    probabilities, targets, weights, denominator = cache
-    return ((weights * probabilities - targets) * logitsdot).sum() / denominator
-
-
 class SquaredErrorCache(NamedTuple):
     """What `squared_error_backward` reads."""
 
@@ -119,6 +109,7 @@ class SquaredErrorCache(NamedTuple):
     denominator: float  # of the sum of squares
 
 
+@accelerated
 def squared_error_forward(y, targets, *, denominator=None):
     """Mean squared error over all entries.
 
@@ -135,6 +126,7 @@ def squared_error_forward(y, targets, *, denominator=None):
     return (difference * difference).sum() / denominator, SquaredErrorCache(difference, denominator)
 
 
+@accelerated
 def squared_error_backward(dloss, cache):
     """Backward of `squared_error_forward`.
 
@@ -143,12 +135,3 @@ def squared_error_backward(dloss, cache):
     """
     # loss = sum_ij (y_ij - t_ij)^2 / (n m)
     return cache.difference * (2.0 * dloss / cache.denominator)
-
-
-def squared_error_jvp(ydot, cache):
-    """Forward-mode derivative of `squared_error_forward`.
-
-    Math    lossdot = 2 sum_ij (y_ij - t_ij) ydot_ij / (n m)
-    Shapes  ydot (n, m)  ->  lossdot ()
-    """
-    return 2.0 * (cache.difference * ydot).sum() / cache.denominator
