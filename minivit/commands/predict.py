@@ -10,7 +10,7 @@ from tqdm import tqdm
 from minivit.base.backend import find_device, to_device, to_host
 from minivit.base.errors import InputError
 from minivit.commands.cli import Parser, output_file, run
-from minivit.data import DATASETS, LazyPictures, read_image
+from minivit.data import DATASETS, LazyImages, read_image
 from minivit.evaluation.inference import attention_map, check_finite, on_device
 from minivit.figures import plots
 from minivit.layers.softmax import softmax_forward
@@ -73,7 +73,7 @@ def file_picture(path, size, channels, trained_on=None):
     """
     lazily = trained_on == "imagefolder"
     image = (
-        LazyPictures(path.parent, [path.name], [0], size)[0] if lazily else read_image(path, size)
+        LazyImages(path.parent, [path.name], [0], size)[0] if lazily else read_image(path, size)
     )  # (size, size, 3)
     if channels == 3:
         return image

@@ -11,6 +11,7 @@ from minivit.base.errors import InputError
 from minivit.commands.cli import Parser, run
 from minivit.data import DATASETS
 from minivit.evaluation import transfer
+from minivit.layers.patch_embed import scale_pixels
 from minivit.evaluation.inference import check_finite, load_with_data, predict_all
 from minivit.figures import plots
 from minivit.training.sweep import mean_and_spread
@@ -31,8 +32,8 @@ the nearest training pictures by cosine. See python -m pydoc minivit.evaluation.
 
 def pixels_of(images):
     """Pixels as features: (n, H W C) float32 in [-1, 1]."""
-    chunks = [np.asarray(images[i : i + 1000], np.float32) for i in range(0, len(images), 1000)]
-    return np.concatenate([chunk.reshape(len(chunk), -1) / 127.5 - 1.0 for chunk in chunks])
+    chunks = [scale_pixels(images[i : i + 1000], np.float32) for i in range(0, len(images), 1000)]
+    return np.concatenate([chunk.reshape(len(chunk), -1) for chunk in chunks])
 
 
 def accuracies_of(arguments, train, train_labels, test, test_labels, classes):

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from minivit.base.errors import InputError
-from minivit.data import cifar, fetch, load, scaled
+from minivit.data import fetch, load, resize_images
+from minivit.data.cifar import download, layouts, parse
 
 COUNTS = {"cifar10": (3, 1, 2, 3, 2, 4), "cifar100": (7, 5)}  # records of each file, the test file last
 BINARY = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}
@@ -30,7 +31,7 @@ NAMES = {
 }
 
 
-def pictures(name):
+def image_files(name):
     """Return [(images, labels)] for each file of a small data set."""
     rng = np.random.default_rng(4)
     classes = 10 if name == "cifar10" else 100
@@ -68,7 +69,7 @@ def contents(name, form):
     make = binary_file if form == "binary" else python_file
     return {
         file: make(images, labels, name)
-        for file, (images, labels) in zip(NAMES[name, form], pictures(name), strict=True)
+        for file, (images, labels) in zip(NAMES[name, form], image_files(name), strict=True)
     }
 
 
@@ -89,7 +90,7 @@ def write_archive(path, files, prefix="some/where/"):
 
 
 def assert_is(dataset, name):
-    expected = pictures(name)
+    expected = image_files(name)
     splits = (
         (expected[:-1], dataset.train_images, dataset.train_labels),
         (
@@ -177,7 +178,7 @@ def test_the_built_in_names_of_cifar100(tmp_path):
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_pickles_of_other_versions(tmp_path, protocol, order):
     files = {}
-    for file, (images, labels) in zip(NAMES["cifar100", "python"], pictures("cifar100"), strict=True):
+    for file, (images, labels) in zip(NAMES["cifar100", "python"], image_files("cifar100"), strict=True):
         data = np.array(images.transpose(0, 3, 1, 2).reshape(-1, 3072), order=order)
         content = pickle.dumps({b"data": data, b"fine_labels": labels.tolist()}, protocol=protocol)
         files[file] = content
@@ -194,7 +195,7 @@ def test_pickles_of_other_versions(tmp_path, protocol, order):
 def test_missing_says_how_to_get_it(tmp_path):
     place = tmp_path / "my data"
     message = refused("cifar10 is not in", "cifar10", place)
-    assert f"python scripts/data.py fetch cifar10 --data-dir '{place}'" in message
+    assert f"minivit data fetch cifar10 --data-dir '{place}'" in message
     assert "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz" in message
 
 
@@ -226,7 +227,7 @@ def test_a_size_that_is_no_multiple_of_a_record(tmp_path):
 def test_a_label_out_of_range(tmp_path, form):
     make = binary_file if form == "binary" else python_file
     files = contents("cifar10", form)
-    images, _ = pictures("cifar10")[0]
+    images, _ = image_files("cifar10")[0]
     file = NAMES["cifar10", form][0]
     files[file] = make(images, [0, 10, 3], "cifar10")
     write_folder(tmp_path / (BINARY if form == "binary" else PYTHON)["cifar10"], files)
@@ -245,8 +246,8 @@ def test_another_image_size(tmp_path):
     write_folder(tmp_path / BINARY["cifar100"], contents("cifar100", "binary"))
     plain, larger = load("cifar100", tmp_path), load("cifar100", tmp_path, image_size=40)
     assert larger.test_images.shape == (len(plain.test_images), 40, 40, 3)
-    np.testing.assert_array_equal(larger.train_images, scaled(plain.train_images, 40))
-    assert larger.source == plain.source + "; scaled from 32x32"
+    np.testing.assert_array_equal(larger.train_images, resize_images(plain.train_images, 40))
+    assert larger.source == plain.source + "; resized from 32x32"
 
 
 # --- Archives that are not what they seem ---
@@ -296,7 +297,7 @@ def test_only_regular_members_count(tmp_path, kind):
 
 @pytest.mark.parametrize("where", ["wanted", "unwanted", "header"])
 def test_a_decompression_bomb_is_refused_early(tmp_path, where, monkeypatch):
-    monkeypatch.setattr(cifar, "_MAX_BYTES", 100_000)
+    monkeypatch.setattr(layouts, "MAX_BYTES", 100_000)
     path = tmp_path / "cifar-100-binary.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         member = tarfile.TarInfo("test.bin" if where == "wanted" else "readme.html")
@@ -315,7 +316,7 @@ def test_a_decompression_bomb_is_refused_early(tmp_path, where, monkeypatch):
 
 def test_a_huge_file_is_not_read(tmp_path, monkeypatch):
     write_folder(tmp_path / BINARY["cifar100"], contents("cifar100", "binary"))
-    monkeypatch.setattr(cifar, "_MAX_BYTES", 100)
+    monkeypatch.setattr(layouts, "MAX_BYTES", 100)
     refused("far too many", "cifar100", tmp_path)
 
 
@@ -377,7 +378,7 @@ def test_hostile_pickles_run_nothing(tmp_path):
             load("cifar100", tmp_path)
             pytest.fail(f"read: {what}")
         assert not marker.exists(), what
-    assert cifar._Array().state is None and not hasattr(cifar._Array, "changed")
+    assert parse._Array().state is None and not hasattr(parse._Array, "changed")
     (folder / "train").write_bytes(contents("cifar100", "python")["train"])
     assert_is(load("cifar100", tmp_path), "cifar100")
 
@@ -424,7 +425,7 @@ def test_a_shape_that_its_bytes_do_not_fill(tmp_path):
         changed = b"J" + struct.pack("<i", n) + b"J" + struct.pack("<i", width)
         (folder / "train").write_bytes(data.replace(shape, changed))
         refused("train has no uint8 data", "cifar100", tmp_path)
-    images, labels = pictures("cifar100")[0]
+    images, labels = image_files("cifar100")[0]
     more = python_file(images, [*labels, 0], "cifar100")
     assert more.count(shape) == 1
     longer = b"J" + struct.pack("<i", 8) + b"J" + struct.pack("<i", 3072)
@@ -484,7 +485,7 @@ def official(server, tmp_path, monkeypatch):
     files = contents("cifar100", "binary") | {"../../evil.bin": b"x", "readme.html": b"x"}
     server.body = write_archive(tmp_path / "official", files, prefix="cifar-100-binary/").read_bytes()
     md5 = hashlib.md5(server.body).hexdigest()
-    monkeypatch.setitem(cifar._SETS, "cifar100", cifar._SETS["cifar100"]._replace(md5=md5))
+    monkeypatch.setitem(layouts.KINDS, "cifar100", layouts.KINDS["cifar100"]._replace(md5=md5))
     return server
 
 
@@ -569,12 +570,12 @@ def test_fetch_removes_a_download_of_the_wrong_checksum(official, tmp_path):
 
 
 def test_fetch_stops_an_endless_download(official, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar, "_MAX_BYTES", 1000)
+    monkeypatch.setattr(layouts, "MAX_BYTES", 1000)
     official.body += bytes(2**22)
     official.says_length = False
     sizes = []
-    verify = cifar._verify
-    monkeypatch.setattr(cifar, "_verify", lambda path, *_: sizes.append(path.stat().st_size) or verify(path, *_))
+    verify = download._verify
+    monkeypatch.setattr(download, "_verify", lambda path, *_: sizes.append(path.stat().st_size) or verify(path, *_))
     fails("MD5", tmp_path / "data", official.url)
     assert sizes[0] < 2**20
 
