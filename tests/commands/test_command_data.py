@@ -86,7 +86,7 @@ def test_help(command):
     result = run(*command, "--help")
     assert result.returncode == 0 and "usage:" in result.stdout
     if not command:
-        assert "minivit data fetch cifar10" in result.stdout
+        assert "python scripts/data.py fetch cifar10" in result.stdout
 
 
 def test_missing_data(tmp_path):
