@@ -11,8 +11,8 @@ EXAMPLES = """examples:
   minivit data fetch cifar10
   minivit data info digits
   minivit data info cifar100 --data-dir ~/datasets --json cifar100.json
-  minivit data info folder --data-dir my_pictures --image-size 64
-  minivit data info imagefolder --data-dir imagenet     reads every training picture: finds the broken ones
+  minivit data info folder --data-dir my_images --image-size 64
+  minivit data info imagefolder --data-dir imagenet     reads every training image: finds the broken ones
 """
 
 
@@ -37,7 +37,7 @@ def channel_statistics(images):
 def describe(dataset):
     """Return what ``info`` reports of a data set, ready for JSON."""
     if not len(dataset.train_labels):
-        raise InputError(f"{dataset.source} has no training pictures to take statistics of")
+        raise InputError(f"{dataset.source} has no training images to take statistics of")
     mean, std = channel_statistics(dataset.train_images)
     counts = {
         split: np.bincount(labels, minlength=len(dataset.class_names)).tolist()
@@ -60,7 +60,7 @@ def describe(dataset):
 
 def show(facts):
     """Print the facts of ``describe`` as a page to read."""
-    print(f"{facts['name']}: {facts['train']:,} training and {facts['test']:,} test pictures")
+    print(f"{facts['name']}: {facts['train']:,} training and {facts['test']:,} test images")
     print(f"source   {facts['source']}")
     print(f"shape    {' x '.join(map(str, facts['image_shape']))} (height, width, channels), uint8")
     print(f"mean     {' '.join(f'{value:.4f}' for value in facts['channel_mean'])} (training split, of 1)")
