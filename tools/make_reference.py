@@ -713,8 +713,8 @@ class FlaxReference:
         """Return the logits, and lists of the blocks' outputs and attention weights."""
         variables = {"params": self.load(params)}
         (logits, features), state = self.model.apply(variables, self.images, mutable=["intermediates"])
-        seen = state["intermediates"]["Transformer"]
-        blocks = [seen[f"encoderblock_{i}"] for i in range(self.config["depth"])]
+        inside = state["intermediates"]["Transformer"]
+        blocks = [inside[f"encoderblock_{i}"] for i in range(self.config["depth"])]
         attn = [np.asarray(block["MultiHeadDotProductAttention_0"]["attention_weights"][0]) for block in blocks]
         return np.asarray(logits), [np.asarray(x) for x in features], attn
 
@@ -991,8 +991,8 @@ def resizing():
             one_pixel = np.eye(old * old).reshape(old, old, -1)
             B = resized(one_pixel, new, "bilinear-antialias").reshape(new * new, -1)  # what becomes of each pixel
             inverse = torch.linalg.pinv(torch.from_numpy(B).T)
-            made = inverse @ torch.from_numpy(weights.reshape(old * old, -1))
-            arrays[f"pi/{old}-{new}"] = made.numpy().reshape(new, new, 3, 2)
+            resampled = inverse @ torch.from_numpy(weights.reshape(old * old, -1))
+            arrays[f"pi/{old}-{new}"] = resampled.numpy().reshape(new, new, 3, 2)
     versions = {package: version(package) for package in ("torch", "scipy", "numpy")}
     arrays["settings"] = np.array(json.dumps({"versions": versions}))
     return arrays

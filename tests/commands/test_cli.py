@@ -288,7 +288,7 @@ def test_help_is_written_as_the_command_was_started(capsys, monkeypatch, name, p
     assert f"\n{line}" in shown.partition("examples:\n")[2] and other not in shown
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.stem != "mutants"))
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
 def test_help_of_a_tool(capsys, name):
     shown = help_of(name, capsys)
     assert shown.startswith(f"usage: {name}.py") and "--help" in shown

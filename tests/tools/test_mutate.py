@@ -7,10 +7,10 @@ import subprocess
 import sys
 import tomllib
 
-import mutants
 import pytest
 from conftest import ROOT
 from cosmic_ray.mutating import mutate_code
+from mutation import operators, units
 
 SAMPLE = '''
 def sample_backward(dy, cache, *, scale=2.0):
@@ -26,7 +26,7 @@ def sample_backward(dy, cache, *, scale=2.0):
 
 
 def mutants_of_sample():
-    return mutants.mutants_of(mutants.Unit("minivit/sample.py", "sample_backward", 1, SAMPLE, True))
+    return units.mutants_of(units.Unit("minivit/sample.py", "sample_backward", 1, SAMPLE, True))
 
 
 # The gradient checks and facts of all layers, traced, take seconds: these are enough for softmax.
@@ -50,13 +50,13 @@ def script(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
 
 
-@pytest.mark.parametrize("operator", list(mutants.Provider()))
+@pytest.mark.parametrize("operator", list(operators.Provider()))
 def test_an_operator_by_its_examples(operator):
-    operator = mutants.Provider()[operator]
+    operator = operators.Provider()[operator]
     assert operator.examples()
     for example in operator.examples():
         changed = mutate_code(example.pre_mutation_code, operator(), example.occurrence)
-        if operator is not mutants.OtherNumber:  # cosmic-ray's examples do not look at the spaces
+        if operator is not operators.OtherNumber:  # cosmic-ray's examples do not look at the spaces
             assert changed == example.post_mutation_code
         assert ast.dump(ast.parse(changed)) == ast.dump(ast.parse(example.post_mutation_code))
 
@@ -101,13 +101,13 @@ def test_every_mutant_is_a_program_of_its_own_and_messages_are_left_alone():
 
 
 def test_what_is_mutated():
-    units = {(u.file.removeprefix("minivit/"), u.function) for u in mutants.all_units()}
+    mutated = {(u.file.removeprefix("minivit/"), u.function) for u in units.all_units()}
     layers = {p.stem for p in (ROOT / "minivit" / "layers").glob("*.py")} - {"__init__", "loss"}
     for layer in layers:
-        assert (f"layers/{layer}.py", f"{layer}_backward") in units
-    assert ("layers/patch_embed.py", "unpatchify") in units  # called by a backward
-    assert {("options/axial.py", name) for name in ("to_axis", "from_axis")} <= units  # their own backwards
-    assert not {("layers/gelu.py", "gelu_forward"), ("model/vit.py", "ViT.forward")} & units
+        assert (f"layers/{layer}.py", f"{layer}_backward") in mutated
+    assert ("layers/patch_embed.py", "unpatchify") in mutated  # called by a backward
+    assert {("options/axial.py", name) for name in ("to_axis", "from_axis")} <= mutated  # their own backwards
+    assert not {("layers/gelu.py", "gelu_forward"), ("model/vit.py", "ViT.forward")} & mutated
     for unit in (
         ("base/backend.py", "matmul"),
         ("layers/loss.py", "soft_targets"),
@@ -119,9 +119,9 @@ def test_what_is_mutated():
         ("training/engine.py", "Engine.predict"),
         ("training/trainer.py", "Trainer._gradient_uphill"),
     ):
-        assert unit in units, unit
+        assert unit in mutated, unit
     for function in ("Adam.step", "AdamW.decoupled"):
-        assert any(file.startswith("optim/") and name == function for file, name in units), function
+        assert any(file.startswith("optim/") and name == function for file, name in mutated), function
 
 
 WEAK = """
@@ -215,10 +215,10 @@ def test_an_entry_that_no_mutant_matches_is_an_error(call, tmp_path):
 
 def test_the_projects_equivalent_mutants_are_of_lines_that_are_there():
     """Quick; that each is a mutant still, and still unnoticed, is checked by the command."""
-    units = {(u.file, u.function): u.source for u in mutants.all_units()}
+    sources = {(u.file, u.function): u.source for u in units.all_units()}
     entries = tomllib.loads((ROOT / "tests" / "equivalent_mutants.toml").read_text())["equivalent"]
     for entry in entries:
-        lines = units[entry["file"], entry["function"]].splitlines()
-        ones_and_twos = {mutants._one_line(lines[i : i + n]) for i in range(len(lines)) for n in (1, 2)}
+        lines = sources[entry["file"], entry["function"]].splitlines()
+        ones_and_twos = {units._one_line(lines[i : i + n]) for i in range(len(lines)) for n in (1, 2)}
         assert entry["line"] in ones_and_twos, entry
         assert len(entry["reason"]) > 20 and entry["mutants"]
