@@ -1,4 +1,4 @@
-"""What several test files share: scripts called in this process, and one small run on the digits."""
+"""What several test files share: commands and tools called in this process, and one small run on the digits."""
 
 import importlib
 import os
@@ -11,7 +11,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 
-from minivit.commands import cli
+from minivit.commands import NAMES, cli
 from minivit.figures import plots
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +19,7 @@ TINY = ["--config", str(ROOT / "tests" / "tiny.toml"), "--quiet"]  # flags of a 
 
 
 class Ended(NamedTuple):
-    """How a script ended, and what it printed."""
+    """How a command ended, and what it printed."""
 
     status: int
     out: str
@@ -27,13 +27,13 @@ class Ended(NamedTuple):
 
 
 def load_script(name):
-    """The module of a command line."""
-    return importlib.import_module(f"minivit.commands.{name}")
+    """The module of a command, or of one of tools/."""
+    return importlib.import_module(f"minivit.commands.{name}" if name in NAMES else name)
 
 
 @pytest.fixture
 def call(capsys):
-    """``call("train", "--epochs", 1, ...)`` runs a script's ``main`` as its last lines do: an `Ended`."""
+    """``call("train", "--epochs", 1, ...)`` runs a command's ``main`` as its script does: an `Ended`."""
 
     def run(name, *arguments):
         main = load_script(name).main

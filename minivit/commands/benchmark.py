@@ -8,7 +8,7 @@ from minivit import ViTConfig
 from minivit.base.backend import device_name, find_device
 from minivit.base.errors import InputError
 from minivit.benchmark import contest as bench
-from minivit.commands.cli import Parser, add_settings, given, output_file, picture_file, run
+from minivit.commands.cli import Parser, add_settings, given, output_file, picture_file
 from minivit.kernels.cuda import PRECISIONS
 from minivit.laboratory.trace import expected_flops
 from minivit.model import preset_fields
@@ -17,15 +17,15 @@ from minivit.training.trainer import TrainConfig, check_workers, loading_setting
 
 EXAMPLES = """
 examples:
-  python scripts/benchmark.py step --against torch,torch-compile,jax      a training step; pip install -e ".[bench]"
-  python scripts/benchmark.py step --preset Ti/16 --batch 32 --json ti.json --png ti.png
-  python scripts/benchmark.py infer --against torch                       predictions: a batch of 256, and one picture
-  python scripts/benchmark.py layers                                      each layer alone, against its own floor
-  python scripts/benchmark.py scaling --png scaling.png                   time against batch, depth, tokens and workers
-  python scripts/benchmark.py data                                        the input pipeline
-  python scripts/benchmark.py data --config cifar10-gpu-30min             with the augmentation and model of a recipe
-  python scripts/benchmark.py step --against plain                        with and without the accelerated twins
-  python scripts/benchmark.py kernels --precision bf16                    a GPU's kernels, against its rate of copying
+  minivit benchmark step --against torch,torch-compile,jax      a training step; pip install -e ".[bench]"
+  minivit benchmark step --preset Ti/16 --batch 32 --json ti.json --png ti.png
+  minivit benchmark infer --against torch                       predictions: a batch of 256, and one picture
+  minivit benchmark layers                                      each layer alone, against its own floor
+  minivit benchmark scaling --png scaling.png                   time against batch, depth, tokens and workers
+  minivit benchmark data                                        the input pipeline
+  minivit benchmark data --config cifar10-gpu-30min             with the augmentation and model of a recipe
+  minivit benchmark step --against plain                        with and without the accelerated twins
+  minivit benchmark kernels --precision bf16                    a GPU's kernels, against its rate of copying
 
 Everybody runs in a process of its own and steps in turn; a ratio is the median of the ratios round by round, ours to
 theirs: below 1 we are quicker, or smaller. The floor is the step's matrix products alone. The exit status is 0; 1 if
@@ -45,7 +45,7 @@ NOT_COMPARED = ("dropout", "attention_dropout", "drop_path")  # random numbers: 
 
 def parse(argv):
     """The command line as a namespace; settings of the model that were not given are absent from it."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="benchmark.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="benchmark")
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     for name, (text, batch, pairs) in TASKS.items():
         task = tasks.add_parser(name, help=text, description=text, epilog=EXAMPLES)

@@ -1,12 +1,11 @@
 """Convert weights between minivit, the official .npz, timm and Hugging Face, and say what is in a file of weights."""
 
-import sys
 from pathlib import Path
 
 from minivit import parameter_table
 from minivit.base.errors import InputError
 from minivit.base.params import count
-from minivit.commands.cli import Parser, run
+from minivit.commands.cli import Parser
 from minivit.layers.gelu import KINDS
 from minivit.weights import checkpoint
 from minivit.weights import layouts as pretrained
@@ -14,13 +13,13 @@ from minivit.weights.layouts import load_any
 
 EXAMPLES = """
 examples:
-  python scripts/convert.py --info ViT-B_16.npz                      what is in it: settings, parameters, assumptions
-  python scripts/convert.py ViT-B_16.npz b16.npz --to minivit        for predict.py, evaluate.py, trace.py, ...
-  python scripts/convert.py R26_S_32.npz r26.npz --to minivit        a hybrid: its ResNet is seen from the names
-  python scripts/convert.py model.safetensors b16.npz --to minivit --heads 12 --class-names imagenet.txt
-  python scripts/convert.py runs/cifar10/best.npz cifar10.npz --to official
-  python scripts/convert.py runs/cifar10/best.npz out --to timm      timm.create_model("local-dir:out", pretrained=True)
-  python scripts/convert.py runs/cifar10/best.npz out --to hf        ViTForImageClassification.from_pretrained("out")
+  minivit convert --info ViT-B_16.npz                      what is in it: settings, parameters, assumptions
+  minivit convert ViT-B_16.npz b16.npz --to minivit        for predict.py, evaluate.py, trace.py, ...
+  minivit convert R26_S_32.npz r26.npz --to minivit        a hybrid: its ResNet is seen from the names
+  minivit convert model.safetensors b16.npz --to minivit --heads 12 --class-names imagenet.txt
+  minivit convert runs/cifar10/best.npz cifar10.npz --to official
+  minivit convert runs/cifar10/best.npz out --to timm      timm.create_model("local-dir:out", pretrained=True)
+  minivit convert runs/cifar10/best.npz out --to hf        ViTForImageClassification.from_pretrained("out")
 
 IN is an .npz or .safetensors file, a folder with model.safetensors, or a checkpoint of minivit; which layout it has is
 seen from its content, and a config.json beside it is read. Pickles (.bin, .pt) are never read.
@@ -75,7 +74,7 @@ def info(path, **options):
 
 def main(argv=None):
     """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="convert.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="convert")
     add = parser.add_argument
     add("input", metavar="IN", help="the file or folder to read")
     add("output", nargs="?", metavar="OUT", help="the file (minivit, official) or folder (timm, hf) to write")

@@ -1,20 +1,18 @@
 """Download a data set, or show what is in one."""
 
-import sys
-
 import numpy as np
 
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, output_file, run
+from minivit.commands.cli import Parser, output_file
 from minivit.data import DATASETS, fetch, load
 from minivit.training.trainer import write_json
 
 EXAMPLES = """examples:
-  python scripts/data.py fetch cifar10
-  python scripts/data.py info digits
-  python scripts/data.py info cifar100 --data-dir ~/datasets --json cifar100.json
-  python scripts/data.py info folder --data-dir my_pictures --image-size 64
-  python scripts/data.py info imagefolder --data-dir imagenet     reads every training picture: finds the broken ones
+  minivit data fetch cifar10
+  minivit data info digits
+  minivit data info cifar100 --data-dir ~/datasets --json cifar100.json
+  minivit data info folder --data-dir my_pictures --image-size 64
+  minivit data info imagefolder --data-dir imagenet     reads every training picture: finds the broken ones
 """
 
 
@@ -76,7 +74,7 @@ def show(facts):
 
 def parser():
     """Return the command line."""
-    main_parser = Parser(prog="data.py", description=__doc__, epilog=EXAMPLES)
+    main_parser = Parser(command="data", description=__doc__, epilog=EXAMPLES)
     commands = main_parser.add_subparsers(dest="command", required=True)
     get = commands.add_parser(
         "fetch",

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from minivit.base.backend import device_name, find_device
-from minivit.commands.cli import Parser, output_file, run
+from minivit.commands.cli import Parser, output_file
 from minivit.data import DATASETS
 from minivit.evaluation.inference import check_finite, load_with_data, predict_all
 from minivit.evaluation.metrics import measure, read_real, real_accuracy
@@ -15,10 +15,10 @@ from minivit.training.trainer import check_workers, fingerprint, write_json
 
 EXAMPLES = """
 examples:
-  python scripts/evaluate.py runs/digits/last.npz
-  python scripts/evaluate.py runs/cifar10/last.npz --data-dir ~/datasets --json result.json
-  python scripts/evaluate.py runs/pets/last.npz --data-dir more_pets --weights params --out more_pets_result
-  python scripts/evaluate.py runs/imagefolder/last.npz --real real.json             ImageNet, and ImageNet-ReaL
+  minivit evaluate runs/digits/last.npz
+  minivit evaluate runs/cifar10/last.npz --data-dir ~/datasets --json result.json
+  minivit evaluate runs/pets/last.npz --data-dir more_pets --weights params --out more_pets_result
+  minivit evaluate runs/imagefolder/last.npz --real real.json             ImageNet, and ImageNet-ReaL
 """
 
 
@@ -41,7 +41,7 @@ def show(facts):
 
 def main(argv=None):
     """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="evaluate.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="evaluate")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
     parser.add_argument("--data", choices=DATASETS, help="data set [the one it was trained on]")
     parser.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minivit import InputError
 from minivit.base.backend import find_device, use_device
-from minivit.commands.cli import Parser, output_file, run
+from minivit.commands.cli import Parser, output_file
 from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import LAYERS, MODELS
 from minivit.laboratory.checks import LIMITS, available, every_check, expose, model_problem, results_of, v_curves
@@ -20,15 +20,15 @@ from minivit.training.trainer import quiet_overflow, write_json
 
 EXAMPLES = """
 examples:
-  python scripts/gradcheck.py                        every layer and model, element by element, two methods
-  python scripts/gradcheck.py layernorm msa          only these
-  python scripts/gradcheck.py layernorm --device cuda   its gradient on a GPU, in float64
-  python scripts/gradcheck.py --all                  along random directions: all methods, adjoint, second derivatives
-  python scripts/gradcheck.py layernorm --depth      the error of each method against its step, explained and drawn
-  python scripts/gradcheck.py --against torch        every tensor, forward and backward, against PyTorch's
-  python scripts/gradcheck.py --plant list           the zoo of mistakes
-  python scripts/gradcheck.py --plant softmax-square what exposes this one
-  python scripts/gradcheck.py --plant random         hides one: find it with the checks, hints and guesses it takes
+  minivit gradcheck                        every layer and model, element by element, two methods
+  minivit gradcheck layernorm msa          only these
+  minivit gradcheck layernorm --device cuda   its gradient on a GPU, in float64
+  minivit gradcheck --all                  along random directions: all methods, adjoint, second derivatives
+  minivit gradcheck layernorm --depth      the error of each method against its step, explained and drawn
+  minivit gradcheck --against torch        every tensor, forward and backward, against PyTorch's
+  minivit gradcheck --plant list           the zoo of mistakes
+  minivit gradcheck --plant softmax-square what exposes this one
+  minivit gradcheck --plant random         hides one: find it with the checks, hints and guesses it takes
 
 The exit status is 0 if every gradient agrees (for --plant: if the mistake was exposed), 1 if not, 2 for bad input.
 """
@@ -278,7 +278,7 @@ def refuse_ignored(arguments):
 
 def main(argv=None):
     """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="gradcheck.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="gradcheck")
     known = [*LAYERS, *MODELS]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to check: {', '.join(known)} [all]")
     parser.add_argument("--method", choices=(*gradcheck.METHODS, "both"),

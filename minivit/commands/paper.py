@@ -1,22 +1,21 @@
 """Make the figures and tables of the ViT paper again, at a scale that a laptop bears."""
 
-import sys
 from pathlib import Path
 
 from minivit.base.backend import find_device
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, run
+from minivit.commands.cli import Parser
 from minivit.data import DATASETS
 from minivit.paper.entries import ENTRIES, PAGE, Context, Stopped, add_to_page, entry_of, is_made, make, shares_of
 from minivit.training.budget import seconds_of
 
 EXAMPLES = """
 examples:
-  python scripts/paper.py list                                           what there is, needs, and how long it takes
-  python scripts/paper.py filters positions distance rollout --run runs/cifar10
-  python scripts/paper.py rollout --data digits                          trains a small model of the digits first
-  python scripts/paper.py paper-table8 --budget 30m                      a sweep, cut to half an hour
-  python scripts/paper.py --all --budget 2h --out docs/paper             everything
+  minivit paper list                                           what there is, needs, and how long it takes
+  minivit paper filters positions distance rollout --run runs/cifar10
+  minivit paper rollout --data digits                          trains a small model of the digits first
+  minivit paper paper-table8 --budget 30m                      a sweep, cut to half an hour
+  minivit paper --all --budget 2h --out docs/paper             everything
 
 Figures, tables and a page of all of them, index.md, go to --out. What is there is not made again, and what was
 interrupted goes on: the same command, given again, ends the work. Where no --run is named, a model is trained first, by
@@ -38,7 +37,7 @@ def show_list(context):
 
 def command_of(entry, arguments):
     """The command that makes one figure again, but for its --budget, as a list of its words."""
-    words, asked = ["python", "scripts/paper.py", entry.name], ["out"]
+    words, asked = ["minivit", "paper", entry.name], ["out"]
     if entry.needs != "nothing":
         asked = ["run", "config", "data", "data_dir", "out"]
     for name in asked:
@@ -52,7 +51,7 @@ def command_of(entry, arguments):
 
 def main(argv=None):
     """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="paper.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="paper")
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to make, or list [list]")
     parser.add_argument("--all", action="store_true", help="make everything that can be made")
     parser.add_argument(

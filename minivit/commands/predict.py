@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from minivit.base.backend import find_device, to_device, to_host
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, output_file, run
+from minivit.commands.cli import Parser, output_file
 from minivit.data import DATASETS, LazyPictures, read_image
 from minivit.evaluation.inference import attention_map, check_finite, on_device
 from minivit.figures import plots
@@ -20,10 +20,10 @@ from minivit.weights.layouts import load_any
 
 EXAMPLES = """
 examples:
-  python scripts/predict.py runs/digits/last.npz --test 0 1 2          pictures of its own test set, by number
-  python scripts/predict.py runs/cifar10/last.npz cat.jpg dog.png      files: png, jpg, bmp, gif, webp
-  python scripts/predict.py runs/cifar10/last.npz cat.jpg --attention rollout       the attention of all blocks
-  python scripts/predict.py runs/digits/last.npz digit.npy --out out   an array (H, W) or (H, W, C), of the model's size
+  minivit predict runs/digits/last.npz --test 0 1 2          pictures of its own test set, by number
+  minivit predict runs/cifar10/last.npz cat.jpg dog.png      files: png, jpg, bmp, gif, webp
+  minivit predict runs/cifar10/last.npz cat.jpg --attention rollout       the attention of all blocks
+  minivit predict runs/digits/last.npz digit.npy --out out   an array (H, W) or (H, W, C), of the model's size
 
 An array holds uint8 pixels 0..255, or floats scaled to [-1, 1]. The digits are bright ink (255) on black (0); a file
 that shows dark ink on white paper needs --invert.
@@ -128,7 +128,7 @@ def gather(arguments, model, meta):
 
 def main(argv=None):
     """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="predict.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="predict")
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",

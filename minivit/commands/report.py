@@ -1,12 +1,11 @@
 """Write a run down as one HTML page: settings, curves, mistakes, calibration, speed, and how to make it again."""
 
-import sys
 import tomllib
 from pathlib import Path
 
 from minivit.base.backend import find_device
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, output_file, run
+from minivit.commands.cli import Parser, output_file
 from minivit.evaluation.inference import check_finite, load_with_data, predict_all
 from minivit.training.recipes import CONFIGS, FINETUNE
 from minivit.training.trainer import LAST, check_workers, config_from, fingerprint, origin_of
@@ -14,9 +13,9 @@ from minivit.weights.checkpoint import write_atomically
 
 EXAMPLES = """
 examples:
-  python scripts/report.py runs/digits                              runs/digits/report.html
-  python scripts/report.py runs/cifar10 --out cifar10.html --mistakes 24
-  python scripts/report.py runs/pets --data-dir ~/pets --weights params
+  minivit report runs/digits                              runs/digits/report.html
+  minivit report runs/cifar10 --out cifar10.html --mistakes 24
+  minivit report runs/pets --data-dir ~/pets --weights params
 
 The page needs no other file and no network, and may be mailed or published as it is: it holds the pictures of the
 mistakes that it shows. A run that is still under way is reported as it stands: metrics.jsonl to its last line, test
@@ -35,7 +34,7 @@ def own_settings(name):
 
 def main(argv=None):
     """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="report.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="report")
     parser.add_argument("run", metavar="RUN", help="the folder of a run, such as runs/digits")
     parser.add_argument("--out", type=output_file, metavar="FILE", help="the page to write [report.html in RUN]")
     parser.add_argument("--mistakes", type=int, default=12, metavar="N", help="most mistakes to show [12]")
@@ -59,7 +58,7 @@ def main(argv=None):
     path = folder / LAST
     if not path.exists():
         raise InputError(
-            f"there is no checkpoint at {path}; a report is of a run of scripts/train.py; scripts/evaluate.py "
+            f"there is no checkpoint at {path}; a report is of a run of minivit train; minivit evaluate "
             "tests a model alone"
         )
     model, meta, dataset = load_with_data(path, weights=arguments.weights, data_dir=arguments.data_dir)

@@ -1,19 +1,18 @@
 """Run settings side by side over seeds, and compare them in a table and a figure."""
 
-import sys
 from pathlib import Path
 
 from minivit.base.backend import find_device
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, counted, run
+from minivit.commands.cli import Parser, counted
 from minivit.training.sweep import carry_out, known_results, read_sweep, results_of, runs_of, write_table
 
 EXAMPLES = """
 examples:
-  python scripts/sweep.py minivit/configs/sweeps/digits.toml                      three rows on the digits: a minute
-  python scripts/sweep.py minivit/configs/sweeps/cifar10-10min.toml               the same command goes on where it stopped
-  python scripts/sweep.py minivit/configs/sweeps/cifar10-10min.toml --table       only write the table of what there is
-  python scripts/sweep.py minivit/configs/sweeps/digits.toml --seeds 0 1 2 3 4 --rows AdamW Muon
+  minivit sweep minivit/configs/sweeps/digits.toml                      three rows on the digits: a minute
+  minivit sweep minivit/configs/sweeps/cifar10-10min.toml               the same command goes on where it stopped
+  minivit sweep minivit/configs/sweeps/cifar10-10min.toml --table       only write the table of what there is
+  minivit sweep minivit/configs/sweeps/digits.toml --seeds 0 1 2 3 4 --rows AdamW Muon
 
 The folder holds a run for each row and seed, and table.md, table.json, sweep.png of all rows, written anew after each
 run. What a table.json there holds is not run again, even where the run's own folder is gone. The settings of a sweep
@@ -24,7 +23,7 @@ folder is deleted. The exit status is 0, 1 if a run diverged, 130 if it was inte
 
 def main(argv=None):
     """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="sweep.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="sweep")
     parser.add_argument("sweep", metavar="FILE.toml", help="what to run")
     parser.add_argument("--out", metavar="DIR", help="folder for the runs and the table [runs/sweep-NAME]")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="other seeds than the file's")

@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from minivit import ViT, ViTConfig
 from minivit.base import params
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, add_settings, given, output_file, run
+from minivit.commands.cli import Parser, add_settings, given, output_file
 from minivit.data import load
 from minivit.laboratory.trace import expected_cache_bytes, expected_flops, first_non_finite, norm, trace_batch
 from minivit.model import parameter_table, preset_fields
@@ -21,11 +21,11 @@ from minivit.weights.layouts import load_any
 
 EXAMPLES = """
 examples:
-  python scripts/trace.py                                                 a small model, random pictures
-  python scripts/trace.py --preset Ti/16 --batch-size 2 --random-head     Ti/16, its first block opened
-  python scripts/trace.py --checkpoint runs/digits/last.npz --out out     a trained model on its data; out/trace.png
-  python scripts/trace.py --levels 0                                      one line per block
-  python scripts/trace.py --nan --scale-weights 1e15                      which tensor overflows first?
+  minivit trace                                                 a small model, random pictures
+  minivit trace --preset Ti/16 --batch-size 2 --random-head     Ti/16, its first block opened
+  minivit trace --checkpoint runs/digits/last.npz --out out     a trained model on its data; out/trace.png
+  minivit trace --levels 0                                      one line per block
+  minivit trace --nan --scale-weights 1e15                      which tensor overflows first?
 
 The batch is that of one worker of a training step: dropout acts, BLAS has one thread. It runs twice, and the figures
 are those of the second time. The exit status is 0; with --nan it is 1 if a tensor is not finite. 2 is bad input.
@@ -35,7 +35,7 @@ MIB = 2**20
 
 def parse(argv):
     """The command line as a namespace; settings of the model that were not given are absent from it."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="trace.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="trace")
     what = parser.add_argument_group("what is traced")
     what.add_argument("--checkpoint", metavar="FILE",
                       help="a checkpoint, such as runs/digits/last.npz, or weights of another program")  # fmt: skip

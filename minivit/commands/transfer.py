@@ -8,7 +8,7 @@ import numpy as np
 from minivit import ViT
 from minivit.base.backend import device_name, find_device
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, run
+from minivit.commands.cli import Parser
 from minivit.data import DATASETS
 from minivit.evaluation import transfer
 from minivit.evaluation.inference import check_finite, load_with_data, predict_all
@@ -18,10 +18,10 @@ from minivit.training.trainer import check_workers, write_json
 
 EXAMPLES = """
 examples:
-  python scripts/transfer.py runs/cifar10/last.npz                                   few-shot, as in the ViT paper
-  python scripts/transfer.py runs/cifar10/last.npz --untrained --pixels              beside what needs no training
-  python scripts/transfer.py runs/cifar10/last.npz --data cifar100 --method probe    classes it was not trained for
-  python scripts/transfer.py runs/digits/last.npz --method knn --k 5
+  minivit transfer runs/cifar10/last.npz                                   few-shot, as in the ViT paper
+  minivit transfer runs/cifar10/last.npz --untrained --pixels              beside what needs no training
+  minivit transfer runs/cifar10/last.npz --data cifar100 --method probe    classes it was not trained for
+  minivit transfer runs/digits/last.npz --method knn --k 5
 
 The features are what the head reads. fewshot: regularised least squares from a few examples of each class, the mean
 over seeds; probe: logistic regression on all training pictures, its penalty chosen on a tenth of them; knn: votes of
@@ -76,7 +76,7 @@ def show(results):
 
 def main(argv=None):
     """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="transfer.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="transfer")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/cifar10/last.npz")
     parser.add_argument("--data", choices=DATASETS, help="data set, of any classes [the one it was trained on]")
     parser.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")

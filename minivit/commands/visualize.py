@@ -1,7 +1,6 @@
 """Draw what a trained model has inside and does to a picture, what training shows to it, and which rates it bears."""
 
 import dataclasses
-import sys
 import tempfile
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from minivit.base.backend import find_device, to_host, use_device
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, output_file, run
+from minivit.commands.cli import Parser, output_file
 from minivit.data import (
     DATASETS,
     FOLDERS,
@@ -44,16 +43,16 @@ from minivit.weights.layouts import load_any
 
 EXAMPLES = """
 examples:
-  python scripts/visualize.py curvature runs/digits/last.npz
-  python scripts/visualize.py curvature runs/digits/last.npz --every 10 --pictures 128 --count 3
-  python scripts/visualize.py curvature runs/digits/last.npz --optimizer sgd --lr 0.05 --epochs 40 --out sgd
-  python scripts/visualize.py masked runs/mae-cifar10/last.npz
-  python scripts/visualize.py journey runs/cifar10/last.npz --picture 409
-  python scripts/visualize.py augment
-  python scripts/visualize.py augment --data cifar10 --columns 16 --seed 1 --out figures
-  python scripts/visualize.py augment --data imagefolder --data-dir pictures --image-size 96
-  python scripts/visualize.py lr --data cifar10
-  python scripts/visualize.py lr --config my.toml --optimizer muon --lr-min 1e-5 --lr-max 10 --steps 400
+  minivit visualize curvature runs/digits/last.npz
+  minivit visualize curvature runs/digits/last.npz --every 10 --pictures 128 --count 3
+  minivit visualize curvature runs/digits/last.npz --optimizer sgd --lr 0.05 --epochs 40 --out sgd
+  minivit visualize masked runs/mae-cifar10/last.npz
+  minivit visualize journey runs/cifar10/last.npz --picture 409
+  minivit visualize augment
+  minivit visualize augment --data cifar10 --columns 16 --seed 1 --out figures
+  minivit visualize augment --data imagefolder --data-dir pictures --image-size 96
+  minivit visualize lr --data cifar10
+  minivit visualize lr --config my.toml --optimizer muon --lr-min 1e-5 --lr-max 10 --steps 400
 
 curvature: the training of the checkpoint is made again, in memory, with its own settings (or those given here), and
 every few epochs the largest eigenvalues of the loss's Hessian are computed, exactly, on a fixed set of training
@@ -62,7 +61,7 @@ curvature counts that its scaling leaves). Training often climbs to this edge an
 loss around the end of this training in the plane of the two sharpest directions. An eigenvalue that --steps products
 do not find to a thousandth of the largest is drawn hollow, with a bar as long as its residual: more --steps find it.
 
-masked: what a model of scripts/pretrain.py sees of test pictures, patches masked or exchanged, and what it guesses.
+masked: what a model of minivit pretrain sees of test pictures, patches masked or exchanged, and what it guesses.
 Colours are drawn in the middle of their class. Pixels that were normalised get the mean and the standard deviation that
 their patch really has: the model does not say them.
 
@@ -72,7 +71,7 @@ journey: how one test picture becomes a class, as a moving picture (journey.gif,
 augment: a sheet of training pictures, a row for each augmentation. The rows of single operations go from the weakest
 strength on the left to the strongest on the right, as TrivialAugment draws them.
 
-lr: the first steps of a training, with the settings files and flags of scripts/train.py, while the learning rate rises
+lr: the first steps of a training, with the settings files and flags of minivit train, while the learning rate rises
 exponentially; on whole pictures, whatever half_size is. The loss falls where the rate is good and leaps where it is too
 high. Two peak rates are suggested: that where the smoothed loss falls most steeply, and a tenth of that where it is
 least. No run's folder is touched.
@@ -340,7 +339,7 @@ def draw_lr(arguments):
 
 def main(argv=None):
     """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="visualize.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="visualize")
     commands = parser.add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
     about = "largest Hessian eigenvalues along training, loss surface"
     parts = commands.add_parser("curvature", help=about, description=about, epilog=EXAMPLES)
@@ -360,7 +359,7 @@ def main(argv=None):
     parts.set_defaults(draw=draw_curvature)
     about = "test pictures, what a pre-trained model sees of them, and what it guesses"
     parts = commands.add_parser("masked", help=about, description=about, epilog=EXAMPLES)
-    parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of scripts/pretrain.py")
+    parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of minivit pretrain")
     parts.add_argument("--count", type=int, default=12, metavar="N", help="how many pictures [12]")
     parts.add_argument("--seed", type=int, default=0, metavar="N", help="draws the masks; 0 is that of the tests [0]")
     parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minivit.base.backend import device_name, find_device
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, run
+from minivit.commands.cli import Parser
 from minivit.evaluation.inference import check_finite, predict_all
 from minivit.evaluation.vtab import (
     BATCH,
@@ -27,9 +27,9 @@ from minivit.weights.layouts import load_any
 
 HELP = f"""
 examples:
-  python scripts/vtab.py runs/imagefolder/last.npz --data-dir vtab                       a linear probe of each task
-  python scripts/vtab.py runs/imagefolder/last.npz --data-dir vtab --method finetune     as the ViT paper does
-  python scripts/vtab.py runs/cifar10/last.npz --data-dir vtab --tasks svhn eurosat
+  minivit vtab runs/imagefolder/last.npz --data-dir vtab                       a linear probe of each task
+  minivit vtab runs/imagefolder/last.npz --data-dir vtab --method finetune     as the ViT paper does
+  minivit vtab runs/cifar10/last.npz --data-dir vtab --tasks svhn eurosat
 
 The folder holds, for each task, NAME.npz with arrays train_images, train_labels, test_images and test_labels, or
 NAME/train/CLASS/*.png and NAME/test/CLASS/*.png. The names: {", ".join(TASKS[:10])},
@@ -53,7 +53,7 @@ def show(summary):
 
 def main(argv=None):
     """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=HELP, prog="vtab.py")
+    parser = Parser(description=__doc__, epilog=HELP, command="vtab")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/cifar10/last.npz")
     parser.add_argument("--data-dir", metavar="DIR", default="data/vtab", help="where the tasks lie [data/vtab]")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="NAME", help="some of the tasks [all there are]")

@@ -198,7 +198,7 @@ def _find(name, kind, data_dir):
     for layout in kind.layouts:
         if any((data_dir / file).is_file() for file in layout.pictures):
             return data_dir, layout
-    command = f"python scripts/data.py fetch {name} --data-dir {shlex.quote(str(data_dir))}"
+    command = f"minivit data fetch {name} --data-dir {shlex.quote(str(data_dir))}"
     url = _URL + kind.layouts[0].archive
     raise InputError(f"{name} is not in {data_dir}: run `{command}`, or download {url} and put it there")
 

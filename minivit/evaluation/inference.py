@@ -34,8 +34,8 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_clas
         print(f"note: {note}", file=sys.stderr)
     if "pretraining" in meta and not other_classes:
         raise InputError(
-            f"{path} is of pre-training, its head knows no classes yet; scripts/train.py --from begins with it, "
-            "scripts/visualize.py masked shows it"
+            f"{path} is of pre-training, its head knows no classes yet; minivit train --from begins with it, "
+            "minivit visualize masked shows it"
         )
     c = model.config
     if name is not None and other_classes:

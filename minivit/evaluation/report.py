@@ -176,11 +176,11 @@ def command(config, train, data, own, start=None):
     """The command that trains the same model again, as a list of its words, a list for each flag.
 
     Every setting that is not the default is a flag, and so is one that ``own``, the tables of the data set's settings
-    file (which `scripts/train.py` reads by itself), would change. ``data`` is the checkpoint's description of the data,
+    file (which `minivit train` reads by itself), would change. ``data`` is the checkpoint's description of the data,
     ``start`` that of where its first parameters came from (see `minivit.weights.start.Start`), or None.
     """
     name, place = data.get("data") or "digits", data.get("data_dir") or "data"
-    parts = [["python", "scripts/train.py"]]
+    parts = [["minivit", "train"]]
     if name != "digits":
         parts.append(["--data", name])
         if place != own.get("data", {}).get("data_dir", "data"):

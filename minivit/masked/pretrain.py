@@ -203,7 +203,7 @@ def masked_of(meta, path):
     """
     settings = meta.get("pretraining")
     if not isinstance(settings, dict):
-        raise InputError(f"{path} is not of pre-training; scripts/pretrain.py makes such checkpoints")
+        raise InputError(f"{path} is not of pre-training; minivit pretrain makes such checkpoints")
     return settings_of(MaskedConfig, settings, path)
 
 

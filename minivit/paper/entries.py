@@ -640,7 +640,7 @@ def make_axial(context):
 
 
 def make_few_shot(context):
-    """Fig. 4, by scripts/transfer.py."""
+    """Fig. 4, by minivit transfer."""
     folder = context.out / "fewshot"
     name, data_dir = context.analysed.values()
     data = [*(["--data", name] if name else []), *(["--data-dir", data_dir] if data_dir else [])]
@@ -655,7 +655,7 @@ def make_few_shot(context):
 
 
 def make_masked(context):
-    """Section 4.6, by scripts/pretrain.py."""
+    """Section 4.6, by minivit pretrain."""
     run = context.out / "masked"
     asked = ["--method", "mpp", "--device", context.device, "--out", run]
     asked += [] if context.progress else ["--quiet"]
@@ -759,8 +759,8 @@ ENTRIES = (
 ABSENT = (
     "Accuracies of pre-training on ImageNet, ImageNet-21k and JFT (Tables 2, 5 and 6; Fig. 3 to 5 at their scale): the "
     "settings of Tables 3 and 4 are in minivit/configs/paper-*.toml, the data and the machines are not here",
-    "VTAB (Fig. 2, Table 9): `scripts/vtab.py` has its protocol and its 19 tasks, whose pictures are to be supplied",
-    "ImageNet-ReaL (Table 2): `scripts/evaluate.py --real` has its metric; ObjectNet (D.9) has no code of its own",
+    "VTAB (Fig. 2, Table 9): `minivit vtab` has its protocol and its 19 tasks, whose pictures are to be supplied",
+    "ImageNet-ReaL (Table 2): `minivit evaluate --real` has its metric; ObjectNet (D.9) has no code of its own",
     "ResNets by themselves (Fig. 3 to 5, Table 6) and the AxialResNet (Fig. 13): a ResNet is here only the stem of a "
     "hybrid",
     "The axes of Fig. 12 that a TPU gives: the largest batch that fits, speeds of one core",
@@ -879,7 +879,7 @@ def page_of(index):
     lines = [
         "# The figures of the ViT paper, made again",
         "",
-        "After Dosovitskiy et al. 2020, [arXiv:2010.11929](https://arxiv.org/abs/2010.11929), by `scripts/paper.py`.",
+        "After Dosovitskiy et al. 2020, [arXiv:2010.11929](https://arxiv.org/abs/2010.11929), by `minivit paper`.",
         "Its `--all --budget TIME` makes all of them and shares the time out; the command below a figure makes that",
         "one alone, with the time that it had. One seed and little training each: means are shown, not ends.",
     ]

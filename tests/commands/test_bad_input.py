@@ -152,7 +152,7 @@ CASES = {
     },
     # evaluate
     "evaluate: other data": ("evaluate run/last.npz --data cifar10 --data-dir cifar", "was trained for other classes"),
-    "evaluate: data missing": ("evaluate run/last.npz --data cifar10", "scripts/data.py fetch cifar10"),
+    "evaluate: data missing": ("evaluate run/last.npz --data cifar10", "minivit data fetch cifar10"),
     "evaluate: unknown data": ("evaluate run/last.npz --data mnist", "invalid choice: 'mnist'"),
     "evaluate: workers": ("evaluate run/last.npz --workers -1", "workers must be at least 0"),
     "evaluate: many workers": ("evaluate run/last.npz --workers 99999999", "workers must be at least 0 and at most"),
@@ -168,13 +168,13 @@ CASES = {
             "nothing": "nothing does not exist; name the folder of a run",
             "file": "file is a file; name the folder of a run",
             "run/last.npz": "run/last.npz is a file; name the folder of a run",
-            "full": "there is no checkpoint at full/last.npz; a report is of a run of scripts/train.py",
+            "full": "there is no checkpoint at full/last.npz; a report is of a run of minivit train",
             "run-cut": "run-cut/last.npz is not a minivit checkpoint",
             "run-huge": "run-huge/last.npz gives logits that are not finite numbers",
             "run-nan": "ema/head.bias holds values that are not finite numbers",
             "run-names": "was trained for other classes than those of digits",
             "run-nodata": "does not say which data set it was trained on",
-            "run-nowhere": "scripts/data.py fetch cifar10",
+            "run-nowhere": "minivit data fetch cifar10",
             "run-settings": "run-settings/last.npz: epochs must be at least 1, got 0",
             "run --out run": "run is a folder; name a file to write",
             "run --out nowhere/x.html": "there is no folder nowhere to write x.html to",
@@ -299,7 +299,7 @@ CASES = {
         }.items()
     },
     # train: data
-    "train: no data": ("train --data cifar10 --data-dir nowhere --quiet --out new", "scripts/data.py fetch cifar10"),
+    "train: no data": ("train --data cifar10 --data-dir nowhere --quiet --out new", "minivit data fetch cifar10"),
     "train: cut data": ("train --data cifar10 --data-dir cutcifar --quiet --out new", "cifar-10-batches-bin"),
     "train: labels": ("train --data cifar10 --data-dir badlabels --quiet --out new", "label"),
     "train: unknown data": ("train --data mnist", "invalid choice: 'mnist'"),
@@ -326,7 +326,7 @@ CASES = {
     ),
     # data
     "data: unknown": ("data info mnist", "invalid choice: 'mnist'"),
-    "data: missing": ("data info cifar10 --data-dir nowhere", "scripts/data.py fetch cifar10"),
+    "data: missing": ("data info cifar10 --data-dir nowhere", "minivit data fetch cifar10"),
     "data: size": ("data info digits --image-size 0", "image size 0 is out of range; choose 1 to 4096"),
     "data: no command": ("data", "required: command"),
     # the others

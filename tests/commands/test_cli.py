@@ -281,7 +281,7 @@ def test_every_scripts_help_names_examples(capsys, script):
 
 def test_help_of_a_script_as_a_process():
     result = subprocess_of(ROOT / "scripts" / "train.py", "--help")
-    assert result.returncode == 0 and b"python scripts/train.py --resume" in result.stdout and result.stderr == b""
+    assert result.returncode == 0 and b"minivit train --resume" in result.stdout and result.stderr == b""
 
 
 def test_the_fields_are_where_the_tests_look():

@@ -1,4 +1,4 @@
-"""The command line ``scripts/convert.py``, and the scripts that take weights of other programs as they are."""
+"""The command line ``minivit convert``, and the scripts that take weights of other programs as they are."""
 
 import json
 import re

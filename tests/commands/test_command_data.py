@@ -1,4 +1,4 @@
-"""The command line ``scripts/data.py``: what it prints, writes and refuses."""
+"""The command line ``minivit data``: what it prints, writes and refuses."""
 
 import json
 import os
@@ -86,11 +86,11 @@ def test_help(command):
     result = run(*command, "--help")
     assert result.returncode == 0 and "usage:" in result.stdout
     if not command:
-        assert "python scripts/data.py fetch cifar10" in result.stdout
+        assert "minivit data fetch cifar10" in result.stdout
 
 
 def test_missing_data(tmp_path):
-    lines = assert_fails(run("info", "cifar10", "--data-dir", tmp_path), "scripts/data.py fetch cifar10")
+    lines = assert_fails(run("info", "cifar10", "--data-dir", tmp_path), "minivit data fetch cifar10")
     assert len(lines) == 1
 
 

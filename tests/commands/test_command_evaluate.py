@@ -1,4 +1,4 @@
-"""The command line ``scripts/evaluate.py``: its figures against scikit-like ones written out, and its files."""
+"""The command line ``minivit evaluate``: its figures against scikit-like ones written out, and its files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""scripts/gradcheck.py: passes as it stands, fails with status 1 when a gradient is wrong, and writes what it found."""
+"""minivit gradcheck: passes as it stands, fails with status 1 when a gradient is wrong, and writes what it found."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The command line ``scripts/predict.py``: pictures from files, arrays and the test set; what it says and draws."""
+"""The command line ``minivit predict``: pictures from files, arrays and the test set; what it says and draws."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command line ``scripts/report.py``: what its page says, that it needs nothing else, and that no name is HTML."""
+"""The command line ``minivit report``: what its page says, that it needs nothing else, and that no name is HTML."""
 
 import base64
 import io
@@ -335,7 +335,7 @@ def test_the_command_asks_for_the_same(flags):
     own = load_script("report").own_settings("digits")
     assert own["train"] and load_script("report").own_settings("folder") == {}
     first, *parts = report.command(*run, {"data": "digits", "data_dir": "data"}, own)
-    assert first == ["python", "scripts/train.py"] and all(part[0].startswith("--") for part in parts)
+    assert first == ["minivit", "train"] and all(part[0].startswith("--") for part in parts)
     assert asked([word for part in parts for word in part]) == run
 
 

@@ -1,4 +1,4 @@
-"""The command line ``scripts/trace.py``: the tables, the files, what is not finite, and bad input."""
+"""The command line ``minivit trace``: the tables, the files, what is not finite, and bad input."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The command line ``scripts/transfer.py``: its table and files against the functions, and what it refuses."""
+"""The command line ``minivit transfer``: its table and files against the functions, and what it refuses."""
 
 import json
 

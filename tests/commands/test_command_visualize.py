@@ -1,4 +1,4 @@
-"""scripts/visualize.py: the curvature of a run, the sheet of augmentations, the ramp of learning rates."""
+"""minivit visualize: the curvature of a run, the sheet of augmentations, the ramp of learning rates."""
 
 import json
 
@@ -87,8 +87,8 @@ def test_weights_of_other_programs_are_told_from_broken_checkpoints(call, traine
         assert call("convert", trained / "last.npz", tmp_path / name, "--to", layout).status == 0
     for name in (*converted.values(), "timm/model.safetensors"):
         for command, said in (
-            ("curvature", "does not say how its model was trained; the checkpoints of scripts/train.py do"),
-            ("masked", "is not of pre-training; scripts/pretrain.py makes such checkpoints"),
+            ("curvature", "does not say how its model was trained; the checkpoints of minivit train do"),
+            ("masked", "is not of pre-training; minivit pretrain makes such checkpoints"),
         ):
             ended = call("visualize", command, tmp_path / name, "--out", tmp_path / "new")
             assert ended.status == 2 and ended.err == f"error: {tmp_path / name} {said}\n"
@@ -232,7 +232,7 @@ def test_learning_rates_that_do_nothing(call, tmp_path):
         (["--repeats", 3], "batch_size 256 is not a multiple of repeats 3"),
         (["--crop-padding", 8], "crop_padding 8 moves whole pictures out of sight"),
         (["--config", "nothing.toml"], "there is no settings file nothing.toml"),
-        (["--data", "cifar10", "--data-dir", "nowhere"], "scripts/data.py fetch cifar10"),
+        (["--data", "cifar10", "--data-dir", "nowhere"], "minivit data fetch cifar10"),
         (["--optimizer", "lbfgs"], "optimizer must be one of"),
         (["--resume"], "unrecognized arguments: --resume"),
     ],

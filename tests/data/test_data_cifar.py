@@ -194,7 +194,7 @@ def test_pickles_of_other_versions(tmp_path, protocol, order):
 def test_missing_says_how_to_get_it(tmp_path):
     place = tmp_path / "my data"
     message = refused("cifar10 is not in", "cifar10", place)
-    assert f"python scripts/data.py fetch cifar10 --data-dir '{place}'" in message
+    assert f"minivit data fetch cifar10 --data-dir '{place}'" in message
     assert "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz" in message
 
 

@@ -1,4 +1,4 @@
-"""scripts/paper.py: every figure is listed, made, remembered and told of; trainings fit their budget and go on."""
+"""minivit paper: every figure is listed, made, remembered and told of; trainings fit their budget and go on."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_figures_of_a_run(call, tmp_path, trained):
         assert (tmp_path / "p" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"({name}.png)" in page and index[name]["caption"] in page and index[name]["caption"] in ended.out
         assert paper.entry_of(name).differs in page and paper.entry_of(name).mirrors in page
-        command = f"python scripts/paper.py {name} --run {trained} --out {tmp_path / 'p'}\n"
+        command = f"minivit paper {name} --run {trained} --out {tmp_path / 'p'}\n"
         assert command in page and "test accuracy" in page
     # nothing is made twice, unless it is asked for, or the model is another one
     before = (tmp_path / "p" / "filters.png").stat().st_mtime_ns
@@ -235,7 +235,7 @@ def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeyp
         and "(tiny.png)" in page
         and "Table 0" in page
     )
-    assert f"python scripts/paper.py tiny --out {tmp_path / 'p'} --budget 32s\n" in page
+    assert f"minivit paper tiny --out {tmp_path / 'p'} --budget 32s\n" in page
     (accuracies,) = ([row["mean"] for row in table["rows"]],)
     assert paper.sure_of(accuracies, 360) in page
     assert call("paper", "list", "--out", tmp_path / "p").out.count("  made\n") == 1  # of whatever budget
@@ -292,7 +292,7 @@ def test_the_budget_is_shared_out(call, tmp_path, monkeypatch):
     assert shares == [10, 20]
     # the page names the share of each; a budget that no number of seconds divides is told as it is used
     commands = [
-        f"scripts/paper.py b --config {TINY} --out {tmp_path} --budget 10s",
+        f"minivit paper b --config {TINY} --out {tmp_path} --budget 10s",
         f"c --config {TINY} --out {tmp_path}",
     ]
     assert all(words in (tmp_path / "index.md").read_text() for words in commands)
@@ -354,7 +354,7 @@ def test_figures_of_weights_of_another_program(call, tmp_path, trained):
     index = index_of(tmp_path / "p")
     assert list(index) == [*entries, "fewshot"] and index["filters"]["model"].startswith("digits, patch ")
     assert (
-        f"python scripts/paper.py filters --run {tmp_path / 'timm'} --data digits --out {tmp_path / 'p'}\n"
+        f"minivit paper filters --run {tmp_path / 'timm'} --data digits --out {tmp_path / 'p'}\n"
         in (tmp_path / "p" / "index.md").read_text()
     )
     again = [*entries, *common, "--data", "digits"]
@@ -367,7 +367,7 @@ def test_figures_of_weights_of_another_program(call, tmp_path, trained):
     assert call("convert", tmp_path / "other.npz", tmp_path / "timm", "--to", "timm").status == 0
     assert "already" not in call("paper", *again).out
     ended = call("paper", "filters", "--run", tmp_path / "o.npz", "--data", "digits", "--out", tmp_path / "p")
-    assert ended.status == 2 and "scripts/convert.py --class-names FILE gives them their names" in ended.err
+    assert ended.status == 2 and "minivit convert --class-names FILE gives them their names" in ended.err
 
 
 def test_masked_patches_by_another_script(tmp_path, monkeypatch):

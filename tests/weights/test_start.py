@@ -251,7 +251,7 @@ def test_a_head_of_another_program_is_kept(tmp_path, trained, call):
     assert ended.status == 2 and "classes 0, 1, 2, 3, 4, ...: leave --keep-head out" in ended.err
     assert call("convert", other, tmp_path / "unnamed.npz", "--to", "official").status == 0
     ended = call("train", *TINY, "--from", tmp_path / "unnamed.npz", "--keep-head", "--out", tmp_path / "b")
-    assert ended.status == 2 and "class 4, ... (scripts/convert.py --class-names FILE gives" in ended.err
+    assert ended.status == 2 and "class 4, ... (minivit convert --class-names FILE gives" in ended.err
 
 
 def test_it_resumes_exactly_also_when_the_start_is_gone(tmp_path, run_copy, call):
