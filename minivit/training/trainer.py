@@ -479,11 +479,11 @@ class Trainer:
 
     def _draw(self, logits):
         """The figures at the end, from what `_evaluate` gave."""
-        from minivit.figures import plots  # matplotlib is slow to import, and only the end needs it
+        from minivit import figures  # matplotlib is slow to import, and only the end needs it
 
         data = self.dataset
-        plots.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
-        plots.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
+        figures.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
+        figures.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
