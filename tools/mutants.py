@@ -413,7 +413,7 @@ class Provider:
 class Unit(NamedTuple):
     """What is mutated as a whole: a function, a method, or an assignment at the top of a module or class."""
 
-    file: str  # relative to the repository, as minivit/optim.py
+    file: str  # relative to the repository, as minivit/optim/adam.py
     function: str  # learning_rate, Adam.step, AdamW.decoupled, PIECE
     line: int  # where it starts
     source: str  # its text, not indented
@@ -452,12 +452,29 @@ def _assigned(statement):
     return None
 
 
+def _is_derivative(name):
+    """Does a function compute derivatives, by its name?"""
+    last = name.rpartition(".")[2]
+    return "backward" in last or "gradient" in last or last.endswith("_jvp") or last == "jvp"
+
+
+def _with_helpers(units, names):
+    """The units of these names and the functions of their file that they call, at any depth."""
+    chosen, waiting = set(), list(names)
+    while waiting:
+        name = waiting.pop()
+        chosen.add(name)
+        called = {n.id for n in ast.walk(ast.parse(units[name].source)) if isinstance(n, ast.Name)}
+        waiting += [n for n in called if n in units and n not in chosen and units[n].is_function]
+    return {name: unit for name, unit in units.items() if name in chosen}
+
+
 def units_of(path, *, root=ROOT):
-    """The units of a file. Of a layer: every X_backward and X_jvp, and what they call in their own file; else all."""
+    """Every unit of a file, {name: Unit}."""
     path = Path(path).resolve()
     file = path.relative_to(root).as_posix()
     tree = parso.parse(path.read_text(encoding="utf-8"))
-    found = {}
+    units = {}
 
     def visit(children, owner):
         for node in children:
@@ -468,41 +485,38 @@ def units_of(path, *, root=ROOT):
                 visit(node.children[-1].children, f"{name}.")
             elif name:
                 source = textwrap.dedent(" " * node.start_pos[1] + _code(node))
-                found[owner + name] = Unit(file, owner + name, node.start_pos[0], source, node.type == "funcdef")
+                units[owner + name] = Unit(file, owner + name, node.start_pos[0], source, node.type == "funcdef")
 
     visit(tree.children, "")
-    if path.parent.name == "layers":
-        gradients = [n for n in found if n.endswith(("_backward", "_jvp"))]
-        chosen, waiting = set(), gradients or list(found)  # axial.py only moves numbers, forward and back
-        while waiting:
-            name = waiting.pop()
-            chosen.add(name)
-            names = {n.id for n in ast.walk(ast.parse(found[name].source)) if isinstance(n, ast.Name)}
-            waiting += [n for n in names if n in found and n not in chosen and found[n].is_function]
-        found = {name: unit for name, unit in found.items() if name in chosen}
-    return list(found.values())
+    return units
 
 
-# Of files that do much else, what computes derivatives.
-CHOSEN = {
-    "model": ("ViT.gradient_buffer", "ViT._position_backward", "ViT.backward", "ViT.jvp"),
-    "masked": (
-        "patch_loss_gradient", "MaskedViT.gradient_buffer", "MaskedViT._blocks_backward", "MaskedViT._blocks_jvp",
-        "MaskedViT.backward", "MaskedViT.jvp",
-    ),
-    "backend": ("matmul", "matmul_rows", "column_sum"),
-    "train": ("Trainer._gradient_uphill",),
-}  # fmt: skip
+# What is mutated, by files of minivit/: the functions that compute derivatives, with their helpers; files as a whole;
+# and single functions. The tokens of options/axial.py only move, forward and back: it has no other backward.
+DERIVATIVES = (
+    "layers/*.py", "options/**/*.py", "model/vit.py", "model/compose.py", "masked/model.py", "kernels/cpu.py",
+)  # fmt: skip
+WHOLE = ("layers/loss.py", "options/axial.py", "optim/*.py", "training/engine.py")
+SINGLE = {
+    "base/backend.py": ("matmul", "matmul_rows", "column_sum"),
+    "training/trainer.py": ("Trainer._gradient_uphill",),
+}
 
 
 @functools.cache  # the files are parsed once
 def all_units(root=ROOT):
-    """Every unit of the project, in reading order: layers, models, matrix product, SAM, loss, optimisers, engine."""
-    package = root / "minivit"
-    files = [p for p in sorted((package / "layers").glob("*.py")) if p.stem != "__init__"]
-    files += [package / f"{name}.py" for name in (*CHOSEN, "loss", "optim", "engine")]
-    units = [unit for path in files for unit in units_of(path, root=root)]
-    return tuple(u for u in units if u.function in CHOSEN.get(Path(u.file).stem, (u.function,)))
+    """Every unit that is mutated, by files: layers, options, models, twins, loss, optimisers, engine, products."""
+    package, chosen = root / "minivit", {}
+    for pattern in DERIVATIVES:
+        for path in package.glob(pattern):
+            units = units_of(path, root=root)
+            chosen[path] = _with_helpers(units, filter(_is_derivative, units))
+    for pattern in WHOLE:
+        chosen |= {path: units_of(path, root=root) for path in package.glob(pattern) if path.stem != "__init__"}
+    for file, names in SINGLE.items():
+        units = units_of(package / file, root=root)
+        chosen[package / file] = {name: units[name] for name in names}
+    return tuple(unit for path in sorted(chosen) for unit in chosen[path].values())
 
 
 def _signatures(tree):

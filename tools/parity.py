@@ -4,7 +4,6 @@ Each library makes a model, fills it with random numbers, and writes it as its o
 then take the same pictures and the same random gradient of the logits.
 """
 
-import importlib.util
 import sys
 import tempfile
 import time
@@ -12,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import make_reference
 import numpy as np
 
 from minivit import ViTConfig
@@ -74,15 +74,6 @@ def draw(key, shape, rng, dtype):
     return noise / np.sqrt(inputs).astype(dtype)
 
 
-def _references():
-    """The module `make_reference.py`."""
-    path = Path(__file__).with_name("make_reference.py")
-    spec = importlib.util.spec_from_file_location("make_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def flax(config, rng, dtype, folder):
     """The official model."""
     import jax
@@ -91,7 +82,7 @@ def flax(config, rng, dtype, folder):
     jax.config.update("jax_enable_x64", True)
     from flax.traverse_util import flatten_dict, unflatten_dict
 
-    model = _references().make_flax_model(vars(config), dtype)
+    model = make_reference.make_flax_model(vars(config), dtype)
     side = config.image_size
     picture = jax.ShapeDtypeStruct((1, side, side, config.channels), dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), picture)["params"]
@@ -133,7 +124,7 @@ def timm(config, rng, dtype, folder):
     from safetensors.torch import save_file
     from timm.models import VisionTransformer
 
-    model = VisionTransformer(**pretrained.timm_arguments(config), **_references().timm_stem(vars(config)))
+    model = VisionTransformer(**pretrained.timm_arguments(config), **make_reference.timm_stem(vars(config)))
     model = model.to(getattr(torch, dtype))
     _fill(model, rng, dtype)
     save_file(model.state_dict(), folder / "model.safetensors")

@@ -567,7 +567,7 @@ def test_hybrids_against_compute(call, tmp_path, monkeypatch, no_figures):
 
 def test_equal_steps_on_shares_of_the_pictures():
     """The rows of minivit/configs/sweeps/paper-datasize.toml have as many steps, and as many of them to warm up."""
-    rows = paper.read_sweep(ROOT / "configs" / "sweeps" / "paper-datasize.toml").rows
+    rows = paper.read_sweep(paper.CONFIGS / "sweeps" / "paper-datasize.toml").rows
     shares = [row.recipe.data.get("train_share") or 1.0 for row in rows]
     assert shares == [1.0, 0.5, 0.25, 0.125]
     for name in ("epochs", "warmup_epochs"):
@@ -638,7 +638,7 @@ def test_what_is_missing_is_told(call, tmp_path):
         ended = call("paper", entry.name, "--out", tmp_path / "p")
         assert ended.status == 2 and f"{entry.name} cannot be made: this version has no " in ended.err
     assert (
-        paper.without_file(ROOT / "configs" / "nosuch.toml")()
+        paper.without_file(paper.CONFIGS / "nosuch.toml")()
         == f"this version has no {Path('minivit/configs/nosuch.toml')}"
     )
     assert paper.without_file(TINY)() == ""

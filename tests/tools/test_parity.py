@@ -1,4 +1,4 @@
-"""Live comparisons with Flax, timm and transformers, both ways: python -m pytest -m torch tests/test_parity.py"""
+"""Live comparisons with Flax, timm and transformers, both ways: python -m pytest -m torch tests/tools/test_parity.py"""
 
 import json
 
