@@ -11,8 +11,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 
+from minivit import figures
 from minivit.commands import NAMES, cli
-from minivit.figures import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--config", str(ROOT / "tests" / "tiny.toml"), "--quiet"]  # flags of a training that takes a moment
@@ -60,7 +60,7 @@ def trained(tmp_path_factory):
 def no_figures(monkeypatch):
     """Training writes empty figures: drawing them takes most of a small run's time."""
     for name in ("save_curves", "save_predictions", "save_masked_curves", "save_contact_sheet"):
-        monkeypatch.setattr(plots, name, lambda path, *arguments, **keywords: Path(path).write_bytes(b""))
+        monkeypatch.setattr(figures, name, lambda path, *arguments, **keywords: Path(path).write_bytes(b""))
 
 
 @pytest.fixture

@@ -298,16 +298,16 @@ def main(argv=None):
             **report, "config": vars(config), "pairs": arguments.pairs, "seed": arguments.seed, "machine": place,
         })  # fmt: skip
     if arguments.png:
-        from minivit.figures import plots  # matplotlib is slow to import
+        from minivit import figures  # matplotlib is slow to import
 
         title = f"{arguments.preset} on {place['cores']} cores of {place['processor']}"
         if arguments.task == "kernels":
             title = f"{arguments.preset} on {place['device']}, {arguments.precision}"
         draw = {
-            "layers": plots.save_layers,
-            "kernels": plots.save_layers,
-            "scaling": plots.save_scaling,
-            "data": plots.save_data,
+            "layers": figures.save_layers,
+            "kernels": figures.save_layers,
+            "scaling": figures.save_scaling,
+            "data": figures.save_data,
         }
-        draw.get(arguments.task, plots.save_contest)(arguments.png, report, title=title)
+        draw.get(arguments.task, figures.save_contest)(arguments.png, report, title=title)
     return 0

@@ -68,7 +68,7 @@ def info(path, **options):
         show(config, [], lambda name: [f"{p}/{name}" for p in ("params", "ema") if f"{p}/{name}" in arrays])
     else:
         found = pretrained.describe(path, need_head=False, **options)
-        print(f"{path}: layout {found.layout}, {', '.join(sorted({t.kind for t in found.tensors.values()}))}")
+        print(f"{path}: layout {found.layout.name}, {', '.join(sorted({t.kind for t in found.tensors.values()}))}")
         show(found.config, found.notes, lambda name: [key for key in found.keys(name) if key in found.tensors])
 
 
@@ -133,7 +133,7 @@ def main(argv=None):
     print(f"{model.flat.size:,} parameters in {' and '.join(map(str, written))}")
     if arguments.to == "timm":
         if model.config.stem:
-            print(f"note: {pretrained.TIMM_EPS}")
+            print(f"note: {pretrained.EPS_NOTE}")
             if not pretrained.timm_architecture(model.config):
                 print(
                     "note: timm has no name for a model with this stem, so that create_model cannot make it: make it "

@@ -10,7 +10,7 @@ from minivit.commands.cli import Parser, output_file
 from minivit.data import DATASETS
 from minivit.evaluation.inference import check_finite, load_with_data, predict_all
 from minivit.evaluation.metrics import measure, read_real, real_accuracy
-from minivit.figures import plots
+from minivit import figures
 from minivit.training.trainer import check_workers, fingerprint, write_json
 
 EXAMPLES = """
@@ -98,7 +98,7 @@ def main(argv=None):
     }
     show(facts)
     figure = out / f"confusion-{path.stem}.png"
-    plots.save_confusion(
+    figures.save_confusion(
         figure, confusion, names, title=f"{dataset.name}: {facts['accuracy']:.2%} of {len(images):,} right"
     )
     if arguments.json:

@@ -107,7 +107,7 @@ How to read it. A numerical derivative subtracts two values of the function that
 
 def depth(name, seed, out):
     """The V-curves of one layer: prints them in numbers, draws them; returns a JSON-ready dict."""
-    from minivit.figures import plots  # matplotlib is slow to import
+    from minivit import figures  # matplotlib is slow to import
 
     print(f"{name}: error of each numerical derivative along a random direction, over 82 steps from 1e-14 to 0.3")
     heads = ("best step", "predicted", "best error", "predicted", "slope", "theory")
@@ -119,15 +119,15 @@ def depth(name, seed, out):
             predicted = f"{knee.predicted_step:.0e}", f"{knee.predicted_error:.1e}"
             predicted = ("any", "-") if method == "complex" else predicted if knee.predicted_error else ("large", "-")
             slope = "-" if math.isnan(knee.slope) else f"{knee.slope:.2f}"
-            figures = (f"{knee.step:.0e}", predicted[0], f"{knee.error:.1e}", predicted[1], slope)
+            numbers = (f"{knee.step:.0e}", predicted[0], f"{knee.error:.1e}", predicted[1], slope)
             order = gradcheck.METHODS[method].order
-            print(f"{argument:20}{method:12}{kind:9}" + "".join(f"{figure:>12}" for figure in (*figures, order)))
+            print(f"{argument:20}{method:12}{kind:9}" + "".join(f"{number:>12}" for number in (*numbers, order)))
             finite = {key: value if math.isfinite(value) else None for key, value in knee._asdict().items()}
             report[argument].append({"method": method, "dtype": kind, **finite})
     print(THEORY)
     out.mkdir(parents=True, exist_ok=True)
     figure = out / f"v-curve-{name}.png"
-    plots.save_v_curves(figure, panels, title=f"{name}: how exact a numerical derivative can be")
+    figures.save_v_curves(figure, panels, title=f"{name}: how exact a numerical derivative can be")
     print(f"drawn in {figure}")
     return report
 

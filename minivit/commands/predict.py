@@ -12,7 +12,7 @@ from minivit.base.errors import InputError
 from minivit.commands.cli import Parser, output_file
 from minivit.data import DATASETS, LazyPictures, read_image
 from minivit.evaluation.inference import attention_map, check_finite, on_device
-from minivit.figures import plots
+from minivit import figures
 from minivit.layers.softmax import softmax_forward
 from minivit.paper.analyses import attention_rollout
 from minivit.training.trainer import dataset_of, quiet_overflow, write_json
@@ -174,7 +174,7 @@ def main(argv=None):
         attention = attention_map(to_host(maps[0]), model.config.pooling, model.config.registers)
         title = name if truth is None else f"{name}: truly {names[truth]}"
         what = ATTENTION[arguments.attention]
-        plots.save_attention(
+        figures.save_attention(
             figure, for_display(image), attention, probabilities, names, title=title, truth=truth, what=what
         )
         result = {"picture": name, "figure": str(figure)} | ({} if truth is None else {"truth": names[truth]})

@@ -254,9 +254,9 @@ def main(argv=None):
     if arguments.json:
         write_json(arguments.json, report_of(model, trace, nonfinite))
     if arguments.out:
-        from minivit.figures import plots  # matplotlib is slow to import
+        from minivit import figures  # matplotlib is slow to import
 
         figure = Path(arguments.out) / "trace.png"
-        plots.save_trace(figure, trace, title=name)
+        figures.save_trace(figure, trace, title=name)
         print(f"drawn in {figure}")
     return 1 if arguments.nan and nonfinite else 0

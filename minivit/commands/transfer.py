@@ -12,7 +12,7 @@ from minivit.commands.cli import Parser
 from minivit.data import DATASETS
 from minivit.evaluation import transfer
 from minivit.evaluation.inference import check_finite, load_with_data, predict_all
-from minivit.figures import plots
+from minivit import figures
 from minivit.training.sweep import mean_and_spread
 from minivit.training.trainer import check_workers, write_json
 
@@ -159,7 +159,7 @@ def main(argv=None):
     write_json(out / f"{stem}.json", results)
     written = f"{out / stem}.json"
     if arguments.method == "fewshot":
-        plots.save_few_shot(out / f"{stem}.png", results, title=f"{path.parent.name}, few-shot on {dataset.name}")
+        figures.save_few_shot(out / f"{stem}.png", results, title=f"{path.parent.name}, few-shot on {dataset.name}")
         written += " and .png"
     print(f"\nwritten to {written}")
     return 0

@@ -137,7 +137,7 @@ def along_training(dataset, config, settings, images, labels, *, every, count, s
 
 def draw_curvature(arguments):
     """The subcommand ``curvature``; returns the exit status."""
-    from minivit.figures import plots  # matplotlib is slow to import
+    from minivit import figures  # matplotlib is slow to import
 
     path = Path(arguments.checkpoint)
     model, meta, _ = load_any(path, weights="params", named=False)
@@ -182,7 +182,7 @@ def draw_curvature(arguments):
     figure = out / "curvature.png"
     momentum = f"momentum {settings.momentum:g}" if settings.optimizer == "sgd" else settings.optimizer
     title = f"{dataset.name}: {settings.epochs} epochs of {settings.optimizer}, lr {settings.lr:g}"
-    plots.save_curvature(figure, records, edge=f"edge of stability ({momentum})", slice_=surface, title=title)
+    figures.save_curvature(figure, records, edge=f"edge of stability ({momentum})", slice_=surface, title=title)
     same = np.array_equal(flat, model.flat)
     report = {
         "checkpoint": str(path),
@@ -244,7 +244,7 @@ def sheet_of(images, seed):
 
 def draw_augment(arguments):
     """The subcommand ``augment``; returns the exit status."""
-    from minivit.figures import plots  # matplotlib is slow to import
+    from minivit import figures  # matplotlib is slow to import
 
     size = arguments.image_size
     for name, low in (("columns", 2), ("seed", 0), ("image_size", 2)):
@@ -257,7 +257,7 @@ def draw_augment(arguments):
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     figure = out / f"augment-{arguments.data}.png"
-    plots.save_contact_sheet(figure, sheet_of(images, arguments.seed), title=f"{dataset.name}: augmentations")
+    figures.save_contact_sheet(figure, sheet_of(images, arguments.seed), title=f"{dataset.name}: augmentations")
     print(f"drawn in {figure}")
     return 0
 
@@ -292,7 +292,7 @@ def draw_journey(arguments):
 
 def draw_lr(arguments):
     """The subcommand ``lr``; returns the exit status."""
-    from minivit.figures import plots  # matplotlib is slow to import
+    from minivit import figures  # matplotlib is slow to import
 
     ramp = {"low": arguments.lr_min, "high": arguments.lr_max, "steps": arguments.ramp_steps}
     lr_finder.rising_rates(**ramp)  # bad ones are refused before the data are read
@@ -305,7 +305,7 @@ def draw_lr(arguments):
     least, lowest = found.rates[found.least], found.smoothed[found.least]
     figure = out / "lr.png"
     title = f"{dataset.name}: {config.optimizer}, batches of {config.batch_size * config.accumulate}"
-    plots.save_lr_curve(figure, found, chosen=config.lr, title=title)
+    figures.save_lr_curve(figure, found, chosen=config.lr, title=title)
     report = {
         "settings": {
             "model": dataclasses.asdict(model_config),

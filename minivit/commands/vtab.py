@@ -21,7 +21,7 @@ from minivit.evaluation.vtab import (
     load_task,
     summary_of,
 )
-from minivit.figures import plots
+from minivit import figures
 from minivit.training.trainer import check_workers, write_json
 from minivit.weights.layouts import load_any
 
@@ -124,6 +124,6 @@ def main(argv=None):
     settings = {"checkpoint": str(path), "weights": meta["weights"], "method": arguments.method, **data,
                 "device": device_name(device)}  # fmt: skip
     write_json(file, settings | summary | {"tasks": details})
-    plots.save_vtab(file.with_suffix(".png"), summary, title=f"VTAB, {arguments.method}: {path}")
+    figures.save_vtab(file.with_suffix(".png"), summary, title=f"VTAB, {arguments.method}: {path}")
     print(f"\nwritten to {file} and .png")
     return 0

@@ -51,7 +51,7 @@ from minivit.laboratory.trace import first_non_finite, recording
 from minivit.layers.loss import softmax_cross_entropy_forward
 from minivit.model import ViT, parameter_table
 from minivit.model.initialisation import INITS, mimetic, whiten
-from minivit.optim import EMA, OPTIMIZERS, SCHEDULES, Muon, clip_by_global_norm, learning_rate, make_optimizer
+from minivit.optim import EMA, OPTIMIZERS, Muon, check_schedule, clip_by_global_norm, learning_rate, make_optimizer
 from minivit.training.engine import Engine, available_cores, default_micro_batch
 from minivit.training.engine_cuda import CudaEngine, CudaStep
 from minivit.weights import checkpoint
@@ -92,7 +92,7 @@ class TrainConfig:
     adam_eps: float = setting(1e-8, "added to adam's denominator")
     weight_decay: float = setting(0.05, "weight decay of the matrices")
     sam: float = setting(0.0, "take the gradient this far uphill, as SAM does; 0 for here")
-    schedule: str = setting("cosine", "cosine, linear, constant, trapezoid (each after warmup_epochs) or onecycle")
+    schedule: str = setting("cosine", "cosine, linear, constant or trapezoid, each after warmup_epochs")
     cooldown: float = setting(0.2, "share of the steps over which a trapezoid falls to final_lr")
     warmup_epochs: float = setting(1.0, "epochs over which the learning rate rises linearly; at most half of the run")
     warmup_steps: int = setting(0, "optimiser steps in place of warmup_epochs; 0 for warmup_epochs")
@@ -176,7 +176,7 @@ class TrainConfig:
         check_range(self, 0.0, 1.0, "momentum", "beta1", "beta2", "ema_decay", "label_smoothing", open_high=True)
         check_range(self, 1e-30, 1.0, "adam_eps")
         check_choice(self, "optimizer", OPTIMIZERS)
-        check_choice(self, "schedule", SCHEDULES)
+        check_schedule(self.schedule)
         check_range(self, 0, None, "gpu_micro_batch")
         check_choice(self, "precision", cuda.PRECISIONS)
 
@@ -479,11 +479,11 @@ class Trainer:
 
     def _draw(self, logits):
         """The figures at the end, from what `_evaluate` gave."""
-        from minivit.figures import plots  # matplotlib is slow to import, and only the end needs it
+        from minivit import figures  # matplotlib is slow to import, and only the end needs it
 
         data = self.dataset
-        plots.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
-        plots.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
+        figures.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
+        figures.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 

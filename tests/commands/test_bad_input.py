@@ -270,6 +270,7 @@ CASES = {
             "--micro-batch -4": "micro_batch must be at least 0, got -4",
             "--optimizer lbfgs": "optimizer must be one of adamw, adam, sgd, lion, muon; got 'lbfgs'",
             "--schedule step": "schedule must be one of",
+            "--schedule onecycle": "schedule onecycle was removed; choose one of cosine",
             "--lr -1": "lr must be at least 0.0, got -1.0",
             "--lr nan": "lr must be a finite number, got nan",
             "--lr inf": "lr must be a finite number, got inf",

@@ -139,7 +139,7 @@ def test_the_weights_are_chosen(trained, tmp_path, call):
 
 
 def test_attention_of_the_last_block_or_of_all(trained, tmp_path, call, monkeypatch):
-    from minivit.figures import plots
+    from minivit import figures
 
     drawn = []
     monkeypatch.setattr(

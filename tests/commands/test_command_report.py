@@ -17,7 +17,7 @@ from minivit import ViT, ViTConfig
 from minivit.data import Dataset, load
 from minivit.evaluation import report
 from minivit.evaluation.inference import attention_map
-from minivit.figures import plots
+from minivit import figures
 from minivit.layers.softmax import softmax_forward
 from minivit.training.recipes import recipe_of_flags
 from minivit.training.trainer import LAST, METRICS, SUMMARY, TrainConfig, config_from
@@ -199,7 +199,7 @@ def test_the_page_is_the_same_again_and_lies_in_the_folder(run_copy, call):
 def undrawn(monkeypatch):
     """Curves and diagrams are empty: drawing them takes most of the time that a page takes."""
     for name in ("save_curve", "save_confusion", "save_calibration"):
-        monkeypatch.setattr(plots, name, lambda path, *arguments, **keywords: "<svg ></svg>")
+        monkeypatch.setattr(figures, name, lambda path, *arguments, **keywords: "<svg ></svg>")
 
 
 def test_an_unfinished_run_with_damaged_lines(run_copy, call):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from minivit.data import load
 from minivit.data.operations import OPERATIONS
-from minivit.figures import plots
+from minivit import figures
 from minivit.training import lr_finder
 from minivit.training.trainer import METRICS, SETTINGS, read_metrics
 
@@ -37,7 +37,7 @@ def test_curvature_of_a_run(call, trained, tmp_path):
 @pytest.fixture
 def undrawn(monkeypatch):
     """No figure of the curvature: drawing it takes most of the time."""
-    monkeypatch.setattr(plots, "save_curvature", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(figures, "save_curvature", lambda *arguments, **keywords: None)
 
 
 def test_another_optimizer(call, trained, tmp_path, undrawn):
@@ -97,7 +97,7 @@ def test_weights_of_other_programs_are_told_from_broken_checkpoints(call, traine
 
 def test_sheet_of_augmentations(call, tmp_path, monkeypatch):
     sheets = []
-    monkeypatch.setattr(plots, "save_contact_sheet", lambda path, rows, *, title: sheets.append((path, rows)))
+    monkeypatch.setattr(figures, "save_contact_sheet", lambda path, rows, *, title: sheets.append((path, rows)))
     for seed in (0, 0, 1):
         ended = call("visualize", "augment", "--columns", 9, "--seed", seed, "--out", tmp_path / "new")
         assert ended.status == 0, ended.err
@@ -124,7 +124,7 @@ def test_sheet_of_augmentations(call, tmp_path, monkeypatch):
 def test_sheet_of_pictures_of_another_size(call, tmp_path, monkeypatch):
     """Folders are read at the size; of other data the few pictures that are drawn are scaled as training scales all."""
     sheets = []
-    monkeypatch.setattr(plots, "save_contact_sheet", lambda path, rows, *, title: sheets.append(rows))
+    monkeypatch.setattr(figures, "save_contact_sheet", lambda path, rows, *, title: sheets.append(rows))
     rng = np.random.default_rng(0)
     for name in "ab":
         for split, n in (("train", 3), ("val", 1), ("test", 1)):
@@ -174,7 +174,7 @@ def test_a_sheet_of_no_training_pictures(call, tmp_path):
 def test_learning_rates(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     figures = []
-    real = plots.save_lr_curve
+    real = figures.save_lr_curve
     monkeypatch.setattr(
         plots,
         "save_lr_curve",

@@ -159,7 +159,6 @@ OPTIONS = {
     "sam": {"sam": 0.05, "accumulate": 1}, "layer_decay": {"layer_decay": 0.7}, "init": {"init": "mimetic"},
     "whiten": {"whiten": True}, "test_flip": {"test_flip": True},
     "schedule": {"schedule": "trapezoid", "cooldown": 0.5}, "cooldown": {"schedule": "trapezoid", "cooldown": 0.9},
-    "onecycle": {"schedule": "onecycle"},
 }  # fmt: skip
 
 
