@@ -71,11 +71,6 @@ def describe_os_error(error):
     return f"{where}{error.strerror or error}{advice}"
 
 
-def counted(count, noun):
-    """How many of something, in words: 1 epoch, 1,200 epochs."""
-    return f"{count:,} {noun}" + "s" * (count != 1)
-
-
 def output_file(text):
     """An argument's type: the name of a file to write, in a folder that exists."""
     path = Path(text)

@@ -1,11 +1,11 @@
 """Run settings side by side over seeds, and compare them in a table and a figure."""
 
-import sys
 from pathlib import Path
 
 from minivit.base.backend import find_device
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, counted, run
+from minivit.base.words import counted
+from minivit.commands.cli import Parser
 from minivit.training.sweep import carry_out, known_results, read_sweep, results_of, runs_of, write_table
 
 EXAMPLES = """

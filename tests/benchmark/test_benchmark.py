@@ -82,7 +82,7 @@ def test_the_floors_products_fit():
 @pytest.mark.parametrize("blas_threads", [True, False])
 @pytest.mark.parametrize("task", ["step", "infer"])
 def test_the_floor_covers_the_batch(task, blas_threads):
-    """Micro-batches of at most 2 in 2 workers, as many for each, cover 5 pictures exactly: 1 + 1 + 1 + 2."""
+    """Micro-batches of at most 2 in 2 workers, as many for each, cover 5 images exactly: 1 + 1 + 1 + 2."""
     wanted = trace.expected_flops(ViTConfig(**TINY), 5)
     floor = Floor(job(task, engine={"workers": 2, "micro_batch": 2}), blas_threads=blas_threads)
     with floor.pool:
@@ -354,7 +354,7 @@ def test_a_contest_on_a_gpu_shows_the_hosts_time(tmp_path, monkeypatch, call):
     assert ended.status == 0, ended.err
     report = json.loads((tmp_path / "g.json").read_text())
     lines = ended.out.splitlines()
-    assert max(map(len, lines)) <= 140 and any("IQR   host ms  pictures/s" in line for line in lines)
+    assert max(map(len, lines)) <= 140 and any("IQR   host ms  images/s" in line for line in lines)
     for name in ("minivit", "torch"):
         found = report["contenders"][name]
         assert found["median"] == pytest.approx(0.1) and len(found["host_seconds"]) == len(found["seconds"])
@@ -415,7 +415,7 @@ def test_nothing_is_timed_before_all_agree(crooked, call, how, message):
     crooked(how)
     ended = call("benchmark", "step", *FLAGS, "--against", "torch")
     assert ended.status == 1 and f"torch disagrees: {message}" in ended.err
-    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1 and "pictures/s" not in ended.out
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1 and "images/s" not in ended.out
 
 
 @pytest.mark.parametrize(("how", "message"), [
@@ -581,7 +581,7 @@ def test_scaling(tmp_path, monkeypatch, call):
 
 
 class Pretender(Child):
-    """Its steps take what a law says: 0.5 s + 0.1 s per picture, 0.5 s per block, N^2, 1 / workers."""
+    """Its steps take what a law says: 0.5 s + 0.1 s per image, 0.5 s per block, N^2, 1 / workers."""
 
     def __init__(self, contender, job, at=""):
         c, workers = job.config, job.engine.get("workers")
@@ -686,7 +686,7 @@ def test_the_figures_show_what_was_measured(tmp_path, monkeypatch):
     plots.save_contest(tmp_path / "x.png", report | {"latency": report | {"batch": 1}}, title="a $1 machine")
     texts = [t.get_text() for axes in figures[0].axes for t in [*axes.texts, axes.title, *axes.get_yticklabels()]]
     assert len(figures[0].axes) == 3 and "150 ms  (floor 300% of it)" in texts and "300 ms  (ours is 0.50×)" in texts
-    assert any("one picture" in axes.get_title(loc="left") for axes in figures[0].axes)
+    assert any("one image" in axes.get_title(loc="left") for axes in figures[0].axes)
 
 
 # ---- with PyTorch and JAX --------------------------------------------------------------------------------------------

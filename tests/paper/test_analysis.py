@@ -67,7 +67,7 @@ def test_filters_do_not_depend_on_sign_order_or_a_common_part():
 
 @pytest.mark.parametrize("patch", [3, 1, 5])
 def test_filters_of_features_are_refused(patch):
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="no images"):
         analysis.filters(np.ones((12, 7)), patch)
 
 
@@ -177,7 +177,7 @@ def test_distances_of_a_model(pooling, registers, monkeypatch):
     model, images = model_of(pooling=pooling, registers=registers), pictures(5)
     whole = analysis.head_distances(model, images)
     assert whole.shape == (3, 2) and (whole > 0).all() and (whole < 2 * math.sqrt(8)).all()
-    monkeypatch.setattr(analysis, "MAPS", 2 * 3 * 2 * model.config.num_tokens**2)  # two pictures at a time
+    monkeypatch.setattr(analysis, "MAPS", 2 * 3 * 2 * model.config.num_tokens**2)  # two images at a time
     np.testing.assert_allclose(analysis.head_distances(model, images), whole, rtol=1e-12)
     attention = model.intermediates(images).attention[1]
     prefix = registers + (pooling == "cls")
@@ -236,7 +236,7 @@ def test_rollout_of_a_model(pooling, registers, monkeypatch):
         rollout = mixed @ rollout  # registers stay in the products
         rows = rollout[:1] if pooling == "cls" else rollout[first:]
         np.testing.assert_allclose(found[block, 3].ravel(), rows[:, first:].mean(axis=0), rtol=1e-10)
-    monkeypatch.setattr(analysis, "MAPS", 1)  # a picture at a time
+    monkeypatch.setattr(analysis, "MAPS", 1)  # an image at a time
     np.testing.assert_allclose(analysis.rollout_maps(model, images).maps, found, rtol=1e-12)
 
 
@@ -282,7 +282,7 @@ def test_cost_of_two_sizes():
 
 
 def test_a_patch_of_filters_is_cut_as_patches_are():
-    """A component, seen as a picture, answers most to a patch that looks like it."""
+    """A component, seen as an image, answers most to a patch that looks like it."""
     W = np.random.default_rng(0).standard_normal((12, 9))
     first = analysis.filters(W, 2).pictures[0]
     answer = patchify(first[None], 2)[0, 0] @ (W - W.mean(axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""The journey of one picture: what is shown is what the model does, and the files are whole."""
+"""The journey of one image: what is shown is what the model does, and the files are whole."""
 
 from dataclasses import replace
 
@@ -58,7 +58,7 @@ def test_frames(changes):
     shown = frames[0][0][at]
     middles = np.round((np.arange(6) + 0.5) * journey.SIDE / 6).astype(int)
     if c.channels == 3:
-        np.testing.assert_array_equal(shown[middles][:, middles], image)  # the picture, before anything happens to it
+        np.testing.assert_array_equal(shown[middles][:, middles], image)  # the image, before anything happens to it
     said = [{words for _, _, words, _ in texts} for _, texts in frames]
     assert [f"block {b} of {c.depth}" in set().union(*said) for b in range(1, c.depth + 2)] == [True] * c.depth + [
         False
@@ -101,7 +101,7 @@ def test_the_files(tmp_path, monkeypatch):
         )
     texts = {text.get_text() for text in figures[0].findobj(lambda artist: hasattr(artist, "get_text"))}
     assert {
-        "1  a picture of 6 × 6",
+        "1  an image of 6 × 6",
         "2  9 patches of 2 × 2",
         "3  10 tokens of 8 numbers",
         "block 1",
@@ -139,7 +139,7 @@ def test_the_script(call, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(journey, "save_moving", lambda path, found, progress: path.write_bytes(b"GIF"))
     ended = call("visualize", "journey", trained / "last.npz", "--picture", 7, "--out", tmp_path / "new")
     assert ended.status == 0, ended.err
-    assert "test picture 7 of " in ended.out and sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+    assert "test image 7 of " in ended.out and sorted(p.name for p in (tmp_path / "new").iterdir()) == [
         "journey.gif", "journey.png"
     ]  # fmt: skip
     for wrong in (["--picture", 360], ["--picture", -1], ["--data-dir", tmp_path, "--weights", "no"]):

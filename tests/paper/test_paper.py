@@ -113,7 +113,7 @@ def test_pictures_are_drawn_once_and_their_classes_told(call, tmp_path, trained,
 
 
 def test_distances_are_of_pictures_of_all_classes(tmp_path, trained, monkeypatch):
-    """Folders come class by class: the first pictures would be of the first classes alone."""
+    """Folders come class by class: the first images would be of the first classes alone."""
     context, given = paper.Context(tmp_path, run=trained), []
     model, dataset = context.trained
     order = np.argsort(dataset.test_labels, kind="stable")
@@ -391,7 +391,7 @@ def test_masked_patches_by_another_script(tmp_path, monkeypatch):
     assert (tmp_path / "o" / "masked" / "argv").read_text() == f"{asked} --resume"
     with pytest.raises(InputError, match="cut for another budget .60.5 s, not 3600 s.; choose another --out"):
         paper.make_masked(other)
-    assert made.caption.startswith("Test pictures of digits, ") and "25.0% are right, of 8 colours" in made.caption
+    assert made.caption.startswith("Test images of digits, ") and "25.0% are right, of 8 colours" in made.caption
     assert "after 3 epochs; without looking 6.2%" in made.caption
 
 
@@ -428,7 +428,7 @@ def test_half_of_the_time_without_labels(tmp_path, monkeypatch):
         "| masked autoencoder, then labels | 62.50% | 1,234 | 4 |" in made.table
         and "100 s of training each" in made.caption
     )
-    assert "on 400 test pictures an accuracy has a standard error of up to 2.5 points" in made.caption
+    assert "on 400 test images an accuracy has a standard error of up to 2.5 points" in made.caption
     for other, words in ({"budget": 3600.0}, "cut for another budget"), ({"data": "cifar10"}, "runs of other settings"):
         with pytest.raises(InputError, match=words):  # whose caption would tell of what was never trained
             paper.make_self_supervision(paper.Context(tmp_path, **{"data": "digits", "budget": 400.0} | other))
@@ -607,10 +607,10 @@ def test_the_page_of_the_project():
 def test_a_note_at_the_head_of_the_page(call, tmp_path, trained, monkeypatch):
     monkeypatch.setattr(paper_plots, "save_filters", lambda path, *_, **__: path.write_bytes(b""))
     common = ["filters", "--run", trained, "--out", tmp_path / "p"]
-    assert call("paper", *common, "--note", "Half of the pictures.").status == 0
+    assert call("paper", *common, "--note", "Half of the images.").status == 0
     assert call("paper", *common, "--again").status == 0  # and it stays
     page = (tmp_path / "p" / "index.md").read_text()
-    assert page.index("Half of the pictures.") < page.index("## Filters") and "## What of the paper has no " in page
+    assert page.index("Half of the images.") < page.index("## Filters") and "## What of the paper has no " in page
     assert call("paper", *common, "--note", "All of them.").out.count("already") == 1
     assert "Half" not in (page := (tmp_path / "p" / "index.md").read_text()) and "All of them.\n\n## Filters" in page
 
