@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Run a command's ``main()`` and end the process; what the user can mend is one line on stderr and exit status 2."""
+    """Run a command's ``main()`` and end the process: what the user can mend is one line on stderr, and status 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # class and file names may be in any script
@@ -92,11 +92,6 @@ def describe_os_error(error):
     return f"{where}{error.strerror or error}{advice}"
 
 
-def counted(count, noun):
-    """How many of something, in words: 1 epoch, 1,200 epochs."""
-    return f"{count:,} {noun}" + "s" * (count != 1)
-
-
 def output_file(text):
     """An argument's type: the name of a file to write, in a folder that exists."""
     path = Path(text)
@@ -107,13 +102,13 @@ def output_file(text):
     return text
 
 
-PICTURES = (".png", ".pdf", ".svg")
+FIGURES = (".png", ".pdf", ".svg")
 
 
-def picture_file(text):
-    """An argument's type: the name of a picture to draw, of a kind that matplotlib draws."""
-    if Path(text).suffix.lower() not in PICTURES:
-        raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
+def figure_file(text):
+    """An argument's type: the name of a figure to draw, in a format that matplotlib writes."""
+    if Path(text).suffix.lower() not in FIGURES:
+        raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(FIGURES[:-1])} or {FIGURES[-1]}")
     return output_file(text)
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from minivit.base.backend import find_device
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, counted
+from minivit.base.words import counted
+from minivit.commands.cli import Parser
 from minivit.training.sweep import carry_out, known_results, read_sweep, results_of, runs_of, write_table
 
 EXAMPLES = """
@@ -16,8 +17,8 @@ examples:
 
 The folder holds a run for each row and seed, and table.md, table.json, sweep.png of all rows, written anew after each
 run. What a table.json there holds is not run again, even where the run's own folder is gone. The settings of a sweep
-are TOML, see python -m pydoc minivit.training.sweep. A run that diverged is noted in the table and not made again until its
-folder is deleted. The exit status is 0, 1 if a run diverged, 130 if it was interrupted.
+are TOML, see python -m pydoc minivit.training.sweep. A run that diverged is noted in the table and not made again
+until its folder is deleted. The exit status is 0, 1 if a run diverged, 130 if it was interrupted.
 """
 
 

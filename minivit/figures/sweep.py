@@ -36,7 +36,7 @@ def save_sweep(path, table):
 def save_few_shot(path, results, *, title=""):
     """Accuracy against examples of each class: a line for each row of ``results``, a band of one deviation over seeds.
 
-    ``results``: as `scripts/transfer.py` writes them, rows with mean and spread for each number of ``shots``
+    ``results``: as `minivit transfer` writes them, rows with mean and spread for each number of ``shots``
     """
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from minivit.base.errors import InputError
 from minivit.base.settings import field_names
-from minivit.commands.cli import add_settings, counted, given, read_toml
+from minivit.base.words import counted
+from minivit.commands.cli import add_settings, given, read_toml
 from minivit.data import DATASETS, FOLDERS, load
 from minivit.model import ViTConfig, preset_fields
 from minivit.training.budget import seconds_of, within

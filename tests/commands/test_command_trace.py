@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from conftest import load_script
 
-from minivit import ViT, ViTConfig
+from minivit import ViT, ViTConfig, figures
 from minivit.base import params
 from minivit.data import load
-from minivit import figures
+from minivit.figures import network
 from minivit.laboratory import trace
 from minivit.model import parameter_table
 from minivit.training.trainer import LAST
@@ -144,8 +144,8 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, call, flags, message):
 ])  # fmt: skip
 def test_the_figure_overlaps_nowhere(tmp_path, monkeypatch, changes):
     """No text lies on another one, or on the edge of the figure; it shows the tensors, shapes and gradients."""
-    figures = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: figures.append(figure))
+    drawn = []
+    monkeypatch.setattr(network, "save", lambda figure, path: drawn.append(figure))
     changes = dict(changes)
     name, backward = changes.pop("name", "B/16"), changes.pop("backward", True)
     config = ViTConfig(**{"image_size": 8, "patch_size": 2, "width": 48, "num_heads": 12, "depth": 3, **changes})
@@ -155,7 +155,7 @@ def test_the_figure_overlaps_nowhere(tmp_path, monkeypatch, changes):
     flat += np.random.default_rng(2).standard_normal(flat.size).astype(np.float32) * 0.1
     t = trace.trace_batch(config, images, labels, flat=flat, rng=np.random.default_rng(1), backward=backward)
     figures.save_trace(tmp_path / "t.png", t, title=name)
-    (figure,) = figures
+    (figure,) = drawn
     figure.canvas.draw()
     texts = [text for text in figure.axes[0].texts if text.get_text()]
     boxes = [text.get_window_extent() for text in texts]

@@ -312,7 +312,7 @@ def test_the_settings_of_the_papers_hybrids_are_seen_in_the_shapes():
             found = pretrained.describe_tensors(tensors, {}, preset)
             assert found.config == replace(config, gelu=gelu), preset
             assert any("other eps in GroupNorm" in note for note in found.notes) == (name == "timm")
-            assert ("conv_root/kernel" in tensors) == (layout == "official")
+            assert ("conv_root/kernel" in tensors) == (name == "official")
 
 
 def test_without_pre_logits(tmp_path):
@@ -619,7 +619,7 @@ BROKEN = {  # file, key -> array or None, what the message says
     "a wide kernel": ("layout_official_hybrid", {"block1/unit1/conv2/kernel": np.zeros((5, 5, 4, 4))},
                       "conv2/kernel has shape (5, 5, 4, 4), the model needs (3, 3, 4, 4)"),
     "a batch of scales": ("layout_official_hybrid", {"gn_root/scale": np.zeros((2, 1, 1, 4))}, "gn_root/scale has sh"),
-    "patches of a picture": ("layout_official_hybrid", {"embedding/kernel": np.zeros((1, 1, 3, 8))},
+    "patches of an image": ("layout_official_hybrid", {"embedding/kernel": np.zeros((1, 1, 3, 8))},
                              "embedding/kernel has shape (1, 1, 3, 8), the model needs (1, 1, 32, 8)"),
     "a stem alone": ("layout_timm_deit3", {"patch_embed.backbone.conv1.weight": np.zeros((4, 3, 7, 7))},
                      "no part of the model takes: patch_embed.backbone.conv1.weight"),
@@ -693,22 +693,22 @@ def test_options_that_contradict_the_file(tmp_path):
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_normalised_in_another_way_come_to_the_same_logits(tmp_path):
+def test_images_normalised_in_another_way_come_to_the_same_logits(tmp_path):
     mean, std = np.array(pretrained.IMAGENET)
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), dtype=np.uint8)
-    theirs = (pictures / 255 - mean) / std
+    images = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), dtype=np.uint8)
+    theirs = (images / 255 - mean) / std
     for name, beside in (("layout_timm_deit3", None), ("layout_hf", "preprocessor_config.json")):
         weights, _, _ = stored(name)
         path = put(tmp_path, weights, num_attention_heads=2)
         expected = load(path)[0].predict(theirs)
         model, found = load(path, imagenet_pixels=True)
-        close(model.predict(pictures), expected)
+        close(model.predict(images), expected)
         assert "made part of the patch embedding" in found.notes[-1]
         if beside is None:
             put(tmp_path, weights, pretrained_cfg={"mean": list(mean), "std": list(std)}, model_args={"num_heads": 2})
         else:
             (tmp_path / beside).write_text(json.dumps({"image_mean": list(mean), "image_std": list(std)}))
-        close(load(path)[0].predict(pictures), expected)
+        close(load(path)[0].predict(images), expected)
     for bad in ([0.2, 0.2], [0.2, 0.2, 0.0], [0.2, 0.2, "x"]):
         (tmp_path / beside).write_text(json.dumps({"image_mean": 0.5, "image_std": bad}))
         with pytest.raises(InputError):

@@ -16,6 +16,7 @@ All of them hold the same numbers. What differs is names, a file for each layout
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,7 @@ __all__ = [
     "hf_config",
     "is_readable",
     "load_any",
+    "load_with_notes",
     "read",
     "tensors_of",
     "timm_architecture",
@@ -107,3 +109,11 @@ def load_any(path, *, weights="auto", changes=None, named=True, **options):
     model, contents = read(path, changes=changes, **options)
     names = contents.class_names or [f"class {k}" for k in range(model.config.num_classes)]
     return model, {"class_names": names, "weights": "params"}, contents.notes
+
+
+def load_with_notes(path, **options):
+    """`load_any`, whose notes are printed on stderr: (ViT, meta)."""
+    model, meta, notes = load_any(path, **options)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return model, meta
