@@ -112,6 +112,9 @@ def test_settings_files_are_known_by_name(tmp_path):
     assert find_config(tmp_path / "x.toml") == tmp_path / "x.toml"
     with pytest.raises(InputError, match="there is no settings file cifar; .* cifar10, .*digits"):
         find_config("cifar")
+    assert find_config("digits", "sweeps") == CONFIGS / "sweeps" / "digits.toml"
+    with pytest.raises(InputError, match="there is no sweep cifar10; .* cifar10-10min, .*digits"):
+        find_config("cifar10", "sweeps", "sweep")
 
 
 def test_a_folder_is_no_settings_file(tmp_path, monkeypatch):
