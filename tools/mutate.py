@@ -46,7 +46,7 @@ COLUMNS = ("mutants", *KINDS, "invalid", "timeout", "equivalent", "survived")
 EXAMPLES = """
 examples:
   python tools/mutate.py                                everything: some 11,000 mutants
-  python tools/mutate.py layernorm_backward Adam.step   two functions
+  python tools/mutate.py layernorm_backward Adam.update two functions
   python tools/mutate.py minivit/optim --list           the mutants of a folder or a file, numbered
   python tools/mutate.py minivit/optim --show 17        one of them as a diff
   python tools/mutate.py --limit 100 --sample 0         a random hundred
@@ -73,7 +73,7 @@ def choose(names):
         ]
         if not named:
             raise InputError(
-                f"no function or file to mutate is called {name!r}: give names such as linear_backward, Adam.step or "
+                f"no function or file to mutate is called {name!r}: give names such as linear_backward, Adam.update or "
                 "minivit/optim (--list shows what there is)"
             )
         chosen += [u for u in named if u not in chosen]

@@ -24,7 +24,7 @@ class Unit(NamedTuple):
     """What is mutated as a whole: a function, a method, or an assignment at the top of a module or class."""
 
     file: str  # relative to the repository, as minivit/optim/adam.py
-    function: str  # learning_rate, Adam.step, AdamW.decoupled, PIECE
+    function: str  # learning_rate, Adam.update, AdamW.decoupled, PIECE
     line: int  # where it starts
     source: str  # its text, not indented
     is_function: bool
@@ -93,7 +93,7 @@ def units_of(path, *, root=ROOT):
             name = node.name.value if node.type in ("funcdef", "classdef") else _assigned(node)
             if node.type == "classdef":
                 visit(node.children[-1].children, f"{name}.")
-            elif name:
+            elif name and name != "__all__":
                 source = textwrap.dedent(" " * node.start_pos[1] + node.get_code(include_prefix=False))
                 units[owner + name] = Unit(file, owner + name, node.start_pos[0], source, node.type == "funcdef")
 
@@ -122,7 +122,7 @@ def all_units(root=ROOT):
             units = units_of(path, root=root)
             chosen[path] = _with_helpers(units, filter(_is_derivative, units))
     for pattern in WHOLE:
-        chosen |= {path: units_of(path, root=root) for path in package.glob(pattern) if path.stem != "__init__"}
+        chosen |= {path: units_of(path, root=root) for path in package.glob(pattern)}
     for file, names in SINGLE.items():
         units = units_of(package / file, root=root)
         chosen[package / file] = {name: units[name] for name in names}
