@@ -790,7 +790,9 @@ def augment_rows(
     images, rows, rng, *, crop_padding=0, crop_mode="zero", flip=False, policy="none", rand_count=0, rand_magnitude=0,
     **others,
 ):  # fmt: skip
-    """Twin of `minivit.data.loader.augment_rows`, for black-edged crops and flips; it draws the plain function's numbers.
+    """Twin of `minivit.data.loader.augment_rows`, for black-edged crops and flips.
+
+    It draws the same random numbers as the plain function.
 
     Any other augmentation, reflected crops too, is left to the plain function.
     """

@@ -473,11 +473,11 @@ class Trainer:
 
     def _draw(self, logits):
         """The figures at the end, from what `_evaluate` gave."""
-        from minivit.figures import plots  # matplotlib is slow to import, and only the end needs it
+        from minivit import figures  # matplotlib is slow to import, and only the end needs it
 
         data = self.dataset
-        plots.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
-        plots.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
+        figures.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
+        figures.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -529,8 +529,8 @@ class Trainer:
             raise InputError(f"{path} holds another model: {_difference(asdict(stored), asdict(self.model.config))}")
         stored, asked = meta.get("pretraining"), self.task.get("pretraining")
         if (stored is None) != (asked is None):
-            script = "train.py" if stored is None else "pretrain.py"
-            raise InputError(f"{path} is of another kind of run; go on with scripts/{script} --resume")
+            command = "train" if stored is None else "pretrain"
+            raise InputError(f"{path} is of another kind of run; go on with minivit {command} --resume")
         if stored != asked:
             raise InputError(f"{path} was trained for another task: {_difference(stored, asked)}")
         settings = asdict(config_from(meta, path))
@@ -959,7 +959,7 @@ def config_from(meta, path):
     """
     settings = meta.get("settings")
     if not isinstance(settings, dict):
-        raise InputError(f"{path} does not say how its model was trained; the checkpoints of scripts/train.py do")
+        raise InputError(f"{path} does not say how its model was trained; the checkpoints of minivit train do")
     return settings_of(TrainConfig, settings, path)
 
 

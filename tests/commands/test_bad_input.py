@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
+from minivit.commands import cli
 from minivit.training.trainer import LAST
 from minivit.weights import checkpoint
 
@@ -168,7 +169,7 @@ CASES = {
             "nothing": "nothing does not exist; name the folder of a run",
             "file": "file is a file; name the folder of a run",
             "run/last.npz": "run/last.npz is a file; name the folder of a run",
-            "full": "there is no checkpoint at full/last.npz; a report is of a run of scripts/train.py",
+            "full": "there is no checkpoint at full/last.npz; a report is of a run of minivit train",
             "run-cut": "run-cut/last.npz is not a minivit checkpoint",
             "run-huge": "run-huge/last.npz gives logits that are not finite numbers",
             "run-nan": "ema/head.bias holds values that are not finite numbers",
@@ -365,8 +366,8 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(place, monkeypatc
 
 
 def test_every_script_that_writes_json_is_among_them():
-    scripts = Path(__file__).resolve().parent.parent.parent / "scripts"
-    with_json = {path.stem for path in scripts.glob("*.py") if '"--json"' in path.read_text(encoding="utf-8")}
+    modules = [*Path(cli.__file__).parent.glob("*.py"), *(ROOT / "tools").glob("*.py")]
+    with_json = {path.stem for path in modules if '"--json"' in path.read_text(encoding="utf-8")}
     assert with_json == {command.split()[0] for command in WITH_JSON}
 
 

@@ -56,7 +56,7 @@ def plain_functions():
 
 
 def step_of(cupy, config, *, average=False, muon=False, graph=False):
-    """A training step on arrays of the stand-in, as `minivit.training.trainer` makes them: call it with the step's number."""
+    """A training step on arrays of the stand-in, as the trainer makes them: call it with the step's number."""
     model = ViT(config, flat=cupy.asarray(ViT(config).flat))
     optimizer = make_optimizer(
         "muon" if muon else "adamw", model.flat, cupy.asarray(parameters.decay_mask(model.table)), table=model.table,

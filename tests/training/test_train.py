@@ -764,7 +764,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def launch(out):
-    """scripts/train.py in a process of its own that has made 100 steps and waits for a signal in the next."""
+    """minivit train in a process of its own that has made 100 steps and waits for a signal in the next."""
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", WAITING, ROOT / "scripts" / "train.py", *FLAGS, "--out", out],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -1,30 +1,16 @@
-"""Mutants: small mistakes made on purpose, one at a time, in the code that computes gradients and updates.
+"""The operators of mutation: each makes one small mistake on purpose, at one place after the other.
 
-A test-suite that lets a mutant live does not check the line that was changed. The operators common to all programs
-(arithmetic, comparisons, constants, booleans, loops) are cosmic-ray's; those of array code (transposes, axes,
-dropped terms, swapped results, slices) are written here in cosmic-ray's own form, an `Operator` over a parso tree,
-and `Provider` offers them as its plugins do. `tools/mutate.py` runs them.
+Those common to all programs (arithmetic, comparisons, constants, booleans, loops) are cosmic-ray's, by their names in
+`GENERIC`; those of array code (transposes, axes, dropped terms, exchanged results, slices) are written here in
+cosmic-ray's own form, an `Operator` over a parso tree, and `Provider` offers them as its plugins do.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
-import functools
-import re
-import textwrap
-from pathlib import Path
-from typing import NamedTuple
-
-import parso
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
+from cosmic_ray.ast import ast_nodes
 from cosmic_ray.operators.number_replacer import NumberReplacer
 from cosmic_ray.operators.operator import Example, Operator
-from cosmic_ray.operators.provider import OperatorProvider
 from parso.python.tree import Name
-
-ROOT = Path(__file__).resolve().parent.parent
 
 _BINARY = {"Add": "Sub Mul", "Sub": "Add Mul", "Mul": "Div Add Pow", "Div": "Mul Sub", "FloorDiv": "Div Mul",
            "Mod": "Mul Add", "Pow": "Mul Div Add", "BitOr": "BitAnd", "BitAnd": "BitOr"}  # fmt: skip
@@ -230,10 +216,10 @@ class DropKeyword(Rewrite):
 
     def changes(self, node):
         if node.type == "trailer" and _is_call(node):
-            given = _arguments(node)
-            for a in given:
+            arguments = _arguments(node)
+            for a in arguments:
                 if a.type == "argument" and a.children[1] == "=":
-                    yield "(" + ", ".join(_code(b) for b in given if b is not a) + ")"
+                    yield "(" + ", ".join(_code(b) for b in arguments if b is not a) + ")"
 
 
 class OffByOne(Rewrite):
@@ -263,10 +249,10 @@ class OffByOne(Rewrite):
             yield "1:"
             yield ":-1"
         elif node.type == "trailer" and _is_call(node) and _called(node) in ("range", "slice"):
-            given = [_code(a) for a in _arguments(node)]
-            for i, text in enumerate(given):
+            bounds = [_code(a) for a in _arguments(node)]
+            for i, text in enumerate(bounds):
                 for moved in self.moved(text):
-                    yield "(" + ", ".join([*given[:i], moved, *given[i + 1 :]]) + ")"
+                    yield "(" + ", ".join([*bounds[:i], moved, *bounds[i + 1 :]]) + ")"
 
     @staticmethod
     def moved(text):
@@ -408,148 +394,3 @@ class Provider:
 
     def __getitem__(self, name):
         return OPERATORS[name]
-
-
-class Unit(NamedTuple):
-    """What is mutated as a whole: a function, a method, or an assignment at the top of a module or class."""
-
-    file: str  # relative to the repository, as minivit/optim.py
-    function: str  # learning_rate, Adam.step, AdamW.decoupled, PIECE
-    line: int  # where it starts
-    source: str  # its text, not indented
-    is_function: bool
-
-    @property
-    def module(self):
-        return self.file.removesuffix(".py").replace("/", ".")
-
-
-class Mutant(NamedTuple):
-    """One change of one unit."""
-
-    unit: Unit
-    operator: str
-    line: int  # in the file
-    original: str  # the lines that change, in one
-    mutated: str  # what they become
-    source: str  # the whole unit, changed
-
-    @property
-    def key(self):
-        return self.unit.file, self.unit.function, self.original, self.mutated
-
-    def diff(self):
-        """The change as a unified diff of the unit."""
-        before, after, file = self.unit.source.splitlines(), self.source.splitlines(), self.unit.file
-        return "\n".join(difflib.unified_diff(before, after, file, f"{file} ({self.operator})", lineterm="", n=2))
-
-
-def _assigned(statement):
-    """The one name that a simple assignment statement defines, or None."""
-    node = statement.children[0] if statement.type == "simple_stmt" else statement
-    if node.type == "expr_stmt" and node.children[0].type == "name" and node.children[1] == "=":
-        return node.children[0].value
-    return None
-
-
-def units_of(path, *, root=ROOT):
-    """The units of a file. Of a layer: every X_backward and X_jvp, and what they call in their own file; else all."""
-    path = Path(path).resolve()
-    file = path.relative_to(root).as_posix()
-    tree = parso.parse(path.read_text(encoding="utf-8"))
-    found = {}
-
-    def visit(children, owner):
-        for node in children:
-            if node.type == "decorated":
-                node = node.children[-1]
-            name = node.name.value if node.type in ("funcdef", "classdef") else _assigned(node)
-            if node.type == "classdef":
-                visit(node.children[-1].children, f"{name}.")
-            elif name:
-                source = textwrap.dedent(" " * node.start_pos[1] + _code(node))
-                found[owner + name] = Unit(file, owner + name, node.start_pos[0], source, node.type == "funcdef")
-
-    visit(tree.children, "")
-    if path.parent.name == "layers":
-        gradients = [n for n in found if n.endswith(("_backward", "_jvp"))]
-        chosen, waiting = set(), gradients or list(found)  # axial.py only moves numbers, forward and back
-        while waiting:
-            name = waiting.pop()
-            chosen.add(name)
-            names = {n.id for n in ast.walk(ast.parse(found[name].source)) if isinstance(n, ast.Name)}
-            waiting += [n for n in names if n in found and n not in chosen and found[n].is_function]
-        found = {name: unit for name, unit in found.items() if name in chosen}
-    return list(found.values())
-
-
-# Of files that do much else, what computes derivatives.
-CHOSEN = {
-    "model": ("ViT.gradient_buffer", "ViT._position_backward", "ViT.backward", "ViT.jvp"),
-    "masked": (
-        "patch_loss_gradient", "MaskedViT.gradient_buffer", "MaskedViT._blocks_backward", "MaskedViT._blocks_jvp",
-        "MaskedViT.backward", "MaskedViT.jvp",
-    ),
-    "backend": ("matmul", "matmul_rows", "column_sum"),
-    "train": ("Trainer._gradient_uphill",),
-}  # fmt: skip
-
-
-@functools.cache  # the files are parsed once
-def all_units(root=ROOT):
-    """Every unit of the project, in reading order: layers, models, matrix product, SAM, loss, optimisers, engine."""
-    package = root / "minivit"
-    files = [p for p in sorted((package / "layers").glob("*.py")) if p.stem != "__init__"]
-    files += [package / f"{name}.py" for name in (*CHOSEN, "loss", "optim", "engine")]
-    units = [unit for path in files for unit in units_of(path, root=root)]
-    return tuple(u for u in units if u.function in CHOSEN.get(Path(u.file).stem, (u.function,)))
-
-
-def _signatures(tree):
-    """Parameters of every function in a tree, without the defaults."""
-    return [[a.arg for a in ast.walk(n.args) if isinstance(a, ast.arg)] + [len(n.args.posonlyargs), len(n.args.args)]
-            for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]  # fmt: skip
-
-
-def _is_message(node):
-    """Is the node part of an error message, a documentation string or an annotation?"""
-    while node is not None:
-        if node.type in ("raise_stmt", "fstring", "tfpdef", "annassign"):
-            return True
-        node = node.parent
-    return False
-
-
-def _one_line(lines):
-    """Lines of code as one, without comments."""
-    return " ".join(" ".join(re.sub(r"(^|  )#.*", "", line) for line in lines).split())
-
-
-def mutants_of(unit):
-    """All mutants of a unit, each different from the original and from one another, in the order of its lines."""
-    original = ast.parse(unit.source)
-    seen, mutants = {ast.dump(original)}, []
-    before = unit.source.splitlines()
-    generic = OperatorProvider()
-    for name in (*GENERIC, *OPERATORS):
-        operator = (OPERATORS[name] if name in OPERATORS else generic[name])()
-        positions = [(n, p) for n in ast_nodes(get_ast(unit.source)) for p in operator.mutation_positions(n)]
-        for occurrence, (node, (start, _)) in enumerate(positions):
-            if _is_message(node) and not (name == "DropStatement" and node.type == "raise_stmt"):
-                continue
-            source = mutate_code(unit.source, operator, occurrence)
-            try:
-                tree = ast.parse(source)
-            except SyntaxError:  # the text is no program: nothing to test
-                continue
-            dump = ast.dump(tree)
-            if dump in seen or _signatures(tree) != _signatures(original):
-                continue
-            seen.add(dump)
-            after = source.splitlines()
-            matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-            changed = [c for c in matcher.get_opcodes() if c[0] != "equal"]
-            i1, i2, j1, j2 = changed[0][1], changed[-1][2], changed[0][3], changed[-1][4]
-            old, new = _one_line(before[i1:i2]), _one_line(after[j1:j2])
-            mutants.append(Mutant(unit, name, unit.line + start[0] - 1, old, new, source))
-    return sorted(mutants, key=lambda m: m.line)
