@@ -448,7 +448,7 @@ def test_validation_images_alone_are_there_to_be_tested_on(root, tmp_path, call,
     assert len(alone.train_images) == 0 and alone.class_names == CLASSES
     np.testing.assert_array_equal(alone.test_images[:], both.test_images[:])
     ended = call("evaluate", tmp_path / "run" / LAST, "--json", tmp_path / "e.json")
-    assert ended.status == 0 and "not the pictures of its training run" in ended.err
+    assert ended.status == 0 and "not the images of its training run" in ended.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert json.loads((tmp_path / "e.json").read_text())["accuracy"] == summary["test_accuracy"]
     for script, *more in (("train", *flags), ("transfer", tmp_path / "run" / LAST), ("data", "info", *flags[1:4])):
