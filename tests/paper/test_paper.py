@@ -287,7 +287,9 @@ def test_the_budget_is_shared_out(call, tmp_path, monkeypatch):
     monkeypatch.setattr(Context, "checkpoint", lambda self, **_: tmp_path / "model")
     index = index_of(tmp_path)
     (tmp_path / "index.json").write_text(json.dumps({name: index[name] for name in "ad"}))
-    monkeypatch.setattr(page, "is_made", lambda entry, context: entry.name in page.read_object(context.out / "index.json"))
+    monkeypatch.setattr(
+        page, "is_made", lambda entry, context: entry.name in page.read_object(context.out / "index.json")
+    )
     assert call("paper", "--all", "--out", tmp_path, "--config", TINY, "--budget", "60s").status == 0
     assert shares == [10, 20]
     # the page names the share of each; a budget that no number of seconds divides is told as it is used
