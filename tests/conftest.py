@@ -1,4 +1,4 @@
-"""What several test files share: scripts called in this process, and one small run on the digits."""
+"""What several test files share: commands and tools called in this process, and one small run on the digits."""
 
 import importlib
 import os
@@ -11,15 +11,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 
-from minivit.commands import cli
-from minivit.figures import plots
+from minivit import figures
+from minivit.commands import NAMES, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--config", str(ROOT / "tests" / "tiny.toml"), "--quiet"]  # flags of a training that takes a moment
 
 
 class Ended(NamedTuple):
-    """How a script ended, and what it printed."""
+    """How a command ended, and what it printed."""
 
     status: int
     out: str
@@ -27,13 +27,13 @@ class Ended(NamedTuple):
 
 
 def load_script(name):
-    """The module of a command line."""
-    return importlib.import_module(f"minivit.commands.{name}")
+    """The module of a command, or of one of tools/."""
+    return importlib.import_module(f"minivit.commands.{name}" if name in NAMES else name)
 
 
 @pytest.fixture
 def call(capsys):
-    """``call("train", "--epochs", 1, ...)`` runs a script's ``main`` as its last lines do: an `Ended`."""
+    """``call("train", "--epochs", 1, ...)`` runs a command's ``main`` as its script does: an `Ended`."""
 
     def run(name, *arguments):
         main = load_script(name).main
@@ -60,7 +60,7 @@ def trained(tmp_path_factory):
 def no_figures(monkeypatch):
     """Training writes empty figures: drawing them takes most of a small run's time."""
     for name in ("save_curves", "save_predictions", "save_masked_curves", "save_contact_sheet"):
-        monkeypatch.setattr(plots, name, lambda path, *arguments, **keywords: Path(path).write_bytes(b""))
+        monkeypatch.setattr(figures, name, lambda path, *arguments, **keywords: Path(path).write_bytes(b""))
 
 
 @pytest.fixture

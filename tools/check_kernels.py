@@ -26,8 +26,8 @@ def main(argv=None):
     chosen = [arguments.architecture] if arguments.architecture else ARCHITECTURES
     jobs = [(architecture, sizes) for architecture in chosen for sizes in usual_sizes(architecture)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda job: compile_kernels(source, *job), jobs)
-        for (architecture, sizes), kernels in zip(jobs, made, strict=True):
+        compiled = pool.map(lambda job: compile_kernels(source, *job), jobs)
+        for (architecture, sizes), kernels in zip(jobs, compiled, strict=True):
             spilled += sum(kernel.spilled > 0 for kernel in kernels)
             constants = " ".join(f"{name}={value}" for name, value in sizes)
             most = max(kernels, key=lambda kernel: kernel.registers)

@@ -45,7 +45,7 @@ benchmark() {
         "${model[@]}" --quiet --json "$out/$name.json" --png "$out/$name.png" "$@"
 }
 
-part 22 gpu-tests "$python" -m pytest -v --color=no -m gpu tests/test_cuda.py
+part 22 gpu-tests "$python" -m pytest -v --color=no -m gpu tests/kernels/test_cuda.py
 
 cases=("cifar-128 tf32" "s16-128 tf32" "s16-128 bf16" "cifar-1024 tf32" "cifar-128 bf16" "cifar-1024 bf16")
 percent=22
@@ -65,7 +65,7 @@ percent=88
 for tool in "memcheck --report-api-errors no" "racecheck"; do
     read -ra options <<<"$tool"
     part $((percent += 6)) "gpu-${options[0]}" compute-sanitizer --error-exitcode 1 --tool "${options[@]}" \
-        "$python" -m pytest -q -m gpu tests/test_cuda.py -k "$kernels"
+        "$python" -m pytest -q -m gpu tests/kernels/test_cuda.py -k "$kernels"
 done
 
 for model in cifar-128 cifar-1024 s16-128; do

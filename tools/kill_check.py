@@ -34,8 +34,20 @@ TIMES = ("images_per_second", "seconds")  # in metrics.jsonl, the figures that n
 
 def launch(out, workers, epochs, *, resume):
     """Start the training in a process of its own; returns once it has read the data and is about to train."""
-    script = Path(__file__).resolve().parent / "train.py"
-    command = [sys.executable, "-u", script, *SETTINGS, "--workers", workers, "--epochs", epochs, "--out", out]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "minivit",
+        "train",
+        *SETTINGS,
+        "--workers",
+        workers,
+        "--epochs",
+        epochs,
+        "--out",
+        out,
+    ]
     process = subprocess.Popen(
         [str(word) for word in command] + ["--resume"] * resume,
         stdout=subprocess.PIPE,
@@ -48,14 +60,14 @@ def launch(out, workers, epochs, *, resume):
         if line.startswith("ViT:"):
             return process
     process.wait()
-    raise InputError(f"train.py ended with status {process.returncode} before it began: {' '.join(said)}")
+    raise InputError(f"the training ended with status {process.returncode} before it began: {' '.join(said)}")
 
 
 def finish(process):
     """Let the training run to its end."""
     said, _ = process.communicate()
     if process.returncode:
-        raise InputError(f"train.py ended with status {process.returncode}: {said}")
+        raise InputError(f"the training ended with status {process.returncode}: {said}")
 
 
 def final(out):

@@ -54,7 +54,7 @@ Every file is checked before it is written: a NumPy forward pass on the stored a
 loss, features and attention to 1e-12, central differences of the library's loss agree with the gradients, and
 ten AdamW steps written out in NumPy lead to the same parameters.
 
-The file ``torchvision_operations`` is of another kind: the picture operations of AutoAugment on uint8. It holds
+The file ``torchvision_operations`` is of another kind: the image operations of AutoAugment on uint8. It holds
 ``color/before`` (4, 12, 16, 3) and ``grey/before`` (4, 12, 16, 1), ``KIND/after/OPERATION`` (magnitudes, 4, 12, 16, C)
 what ``torchvision.transforms.functional`` makes of them, with bilinear interpolation, ``magnitude/OPERATION`` and the
 ``cifar10`` policy of AutoAugment, as JSON text.
@@ -713,8 +713,8 @@ class FlaxReference:
         """Return the logits, and lists of the blocks' outputs and attention weights."""
         variables = {"params": self.load(params)}
         (logits, features), state = self.model.apply(variables, self.images, mutable=["intermediates"])
-        seen = state["intermediates"]["Transformer"]
-        blocks = [seen[f"encoderblock_{i}"] for i in range(self.config["depth"])]
+        inside = state["intermediates"]["Transformer"]
+        blocks = [inside[f"encoderblock_{i}"] for i in range(self.config["depth"])]
         attn = [np.asarray(block["MultiHeadDotProductAttention_0"]["attention_weights"][0]) for block in blocks]
         return np.asarray(logits), [np.asarray(x) for x in features], attn
 
@@ -912,7 +912,7 @@ def check_training(reference, params, losses, after):
     return worst
 
 
-# --------------------------------------------------------------------------------------- picture operations
+# --------------------------------------------------------------------------------------- image operations
 
 OPERATIONS_FILE = "torchvision_operations"
 RESIZE_FILE = "resize"
@@ -935,8 +935,8 @@ MAGNITUDES = {
 }
 
 
-def picture_operations():
-    """What torchvision makes of a few pictures, as AutoAugment applies its operations."""
+def image_operations():
+    """What torchvision makes of a few images, as AutoAugment applies its operations."""
     import torch
     from torchvision.transforms import AutoAugmentPolicy, InterpolationMode
     from torchvision.transforms import autoaugment as policies
@@ -991,8 +991,8 @@ def resizing():
             one_pixel = np.eye(old * old).reshape(old, old, -1)
             B = resized(one_pixel, new, "bilinear-antialias").reshape(new * new, -1)  # what becomes of each pixel
             inverse = torch.linalg.pinv(torch.from_numpy(B).T)
-            made = inverse @ torch.from_numpy(weights.reshape(old * old, -1))
-            arrays[f"pi/{old}-{new}"] = made.numpy().reshape(new, new, 3, 2)
+            resampled = inverse @ torch.from_numpy(weights.reshape(old * old, -1))
+            arrays[f"pi/{old}-{new}"] = resampled.numpy().reshape(new, new, 3, 2)
     versions = {package: version(package) for package in ("torch", "scipy", "numpy")}
     arrays["settings"] = np.array(json.dumps({"versions": versions}))
     return arrays
@@ -1157,6 +1157,7 @@ def make_reference(name):
 def parse_arguments(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(
+        prog="make_reference.py",
         description="Write the reference files of the tests from PyTorch/timm, transformers, JAX/Flax and torchvision.",
         epilog=f"files: {', '.join(FILES)}. requirements: pip install {REQUIREMENTS}",
     )
@@ -1183,7 +1184,7 @@ def main(argv=None):
         return fail(f"cannot write to {arguments.out} ({error.strerror}): choose another --out")
     for name in [arguments.only] if arguments.only else FILES:
         try:
-            others = {OPERATIONS_FILE: picture_operations, RESIZE_FILE: resizing}
+            others = {OPERATIONS_FILE: image_operations, RESIZE_FILE: resizing}
             if name in REFERENCES:
                 arrays, differences = make_reference(name)
             else:

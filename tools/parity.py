@@ -1,10 +1,9 @@
 """Compare minivit with Flax, timm and transformers on the same random weights: logits, attention maps, all gradients.
 
 Each library makes a model, fills it with random numbers, and writes it as its own file; minivit reads that file. Both
-then take the same pictures and the same random gradient of the logits.
+then take the same images and the same random gradient of the logits.
 """
 
-import importlib.util
 import sys
 import tempfile
 import time
@@ -12,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import make_reference
 import numpy as np
 
 from minivit import ViTConfig
@@ -32,15 +32,15 @@ needs: pip install -e ".[parity]"
 """
 MODELS = ("Ti/16", "S/16", "B/32")
 LIMITS = {"float32": 1e-5, "float64": 1e-10}
-PICTURES = 2
+IMAGES = 2
 # A hybrid has ReLUs: where rounding gives the argument of one the other sign, gradients differ by percents. That is
-# chance, a mistake is not: of so many pictures, one after the other, one must pass.
+# chance, a mistake is not: of so many images, one after the other, one must pass.
 HYBRID, HYBRID_SIDE, HAVE_HYBRIDS = "R26+S/32", 64, ("flax", "timm")
 DRAWS, HYBRID_GRADIENTS = 10, 1e-4
 
 
 class Library(NamedTuple):
-    """A library's model: where it wrote its weights, and what it makes of pictures and a gradient of the logits."""
+    """A library's model: where it wrote its weights, and what it makes of images and a gradient of the logits."""
 
     file: Path
     run: Any  # (images, dlogits) -> logits, attention maps, {key: gradient}
@@ -74,15 +74,6 @@ def draw(key, shape, rng, dtype):
     return noise / np.sqrt(inputs).astype(dtype)
 
 
-def _references():
-    """The module `make_reference.py`."""
-    path = Path(__file__).with_name("make_reference.py")
-    spec = importlib.util.spec_from_file_location("make_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def flax(config, rng, dtype, folder):
     """The official model."""
     import jax
@@ -91,22 +82,22 @@ def flax(config, rng, dtype, folder):
     jax.config.update("jax_enable_x64", True)
     from flax.traverse_util import flatten_dict, unflatten_dict
 
-    model = _references().make_flax_model(vars(config), dtype)
+    model = make_reference.make_flax_model(vars(config), dtype)
     side = config.image_size
-    picture = jax.ShapeDtypeStruct((1, side, side, config.channels), dtype)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), picture)["params"]
+    image = jax.ShapeDtypeStruct((1, side, side, config.channels), dtype)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     weights = {k: draw(k, s.shape, rng, dtype) for k, s in flatten_dict(shapes, sep="/").items()}
     write_npz(folder / "official.npz", weights)
 
     def steps(images, dlogits):
         def loss(tree):
-            (logits, _), seen = model.apply({"params": tree}, images, mutable=["intermediates"])
-            return (logits * dlogits).sum(), (logits, seen["intermediates"]["Transformer"])
+            (logits, _), state = model.apply({"params": tree}, images, mutable=["intermediates"])
+            return (logits * dlogits).sum(), (logits, state["intermediates"]["Transformer"])
 
         tree = unflatten_dict(weights, sep="/")
-        (_, (logits, seen)), grads = jax.value_and_grad(loss, has_aux=True)(tree)
+        (_, (logits, inside)), grads = jax.value_and_grad(loss, has_aux=True)(tree)
         maps = [
-            np.asarray(seen[f"encoderblock_{i}"]["MultiHeadDotProductAttention_0"]["attention_weights"][0])
+            np.asarray(inside[f"encoderblock_{i}"]["MultiHeadDotProductAttention_0"]["attention_weights"][0])
             for i in range(config.depth)
         ]
         return np.asarray(logits), maps, {k: np.asarray(g) for k, g in flatten_dict(grads, sep="/").items()}
@@ -133,14 +124,14 @@ def timm(config, rng, dtype, folder):
     from safetensors.torch import save_file
     from timm.models import VisionTransformer
 
-    model = VisionTransformer(**pretrained.timm_arguments(config), **_references().timm_stem(vars(config)))
+    model = VisionTransformer(**pretrained.timm_arguments(config), **make_reference.timm_stem(vars(config)))
     model = model.to(getattr(torch, dtype))
     _fill(model, rng, dtype)
     save_file(model.state_dict(), folder / "model.safetensors")
     maps = []
     for block in model.blocks:
         block.attn.fused_attn = False  # the written-out attention, whose maps a hook can see
-        block.attn.attn_drop.register_forward_hook(lambda module, given, out: maps.append(out.detach().numpy()))
+        block.attn.attn_drop.register_forward_hook(lambda module, inputs, out: maps.append(out.detach().numpy()))
 
     def steps(images, dlogits):
         model.zero_grad()
@@ -186,10 +177,10 @@ def relative(ours, theirs):
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def compare(library, preset, dtype, *, seed=0, pictures=PICTURES, draws=1, **changes):
+def compare(library, preset, dtype, *, seed=0, images=IMAGES, draws=1, **changes):
     """A `Difference`: minivit, on the file that a library wrote, from that library.
 
-    Pictures are drawn until some pass, at most ``draws`` times; the last ones count.
+    Images are drawn until some pass, at most ``draws`` times; the last ones count.
     """
     gelu = "tanh" if library == "flax" else "erf"
     config = ViTConfig.preset(preset, **({"gelu": gelu} | changes))
@@ -202,8 +193,8 @@ def compare(library, preset, dtype, *, seed=0, pictures=PICTURES, draws=1, **cha
         raise InputError(f"{theirs.file} was read as {model.config}, and is {config}")
     side = config.image_size
     for _ in range(draws):
-        images = rng.uniform(-1, 1, (pictures, side, side, config.channels)).astype(dtype)
-        dlogits = rng.standard_normal((pictures, config.num_classes)).astype(dtype)
+        images = rng.uniform(-1, 1, (images, side, side, config.channels)).astype(dtype)
+        dlogits = rng.standard_normal((images, config.num_classes)).astype(dtype)
         difference = Difference(library, preset, dtype, *differences(model, theirs, images, dlogits))
         if passes(difference):
             break
@@ -216,19 +207,19 @@ def differences(model, theirs, images, dlogits):
     ours, cache = model.forward(images)
     _, our_grads = model.gradient_buffer()
     model.backward(dlogits, cache, our_grads)
-    seen = model.intermediates(images)
+    inside = model.intermediates(images)
     # their gradients have the names and shapes of their weights, and are read as such
     about = pretrained.describe_tensors(of_arrays(grads), {}, "the gradients", heads=model.config.num_heads)
     expected = pretrained.build(about, dtype=logits.dtype).params
     errors = {name: relative(our_grads[name], g) for name, g in expected.items()}
     worst = max(errors, key=errors.get)
-    attention = max(relative(a, b) for a, b in zip(seen.attention, maps, strict=True))
+    attention = max(relative(a, b) for a, b in zip(inside.attention, maps, strict=True))
     return relative(ours, logits), attention, errors[worst], worst
 
 
 def compare_hybrid(library, dtype, *, seed=0):
     """`compare` for the hybrid, at its size."""
-    return compare(library, HYBRID, dtype, seed=seed, pictures=1, draws=DRAWS, image_size=HYBRID_SIDE)
+    return compare(library, HYBRID, dtype, seed=seed, images=1, draws=DRAWS, image_size=HYBRID_SIDE)
 
 
 def passes(d):
@@ -237,34 +228,34 @@ def passes(d):
     return d.logits <= LIMITS[d.dtype] and d.gradients <= limit
 
 
-def table(found):
+def table(compared):
     """The differences as a table in Markdown."""
     rows = ["| library | model | precision | logits | attention maps | gradients | the largest is that of |"]
     rows.append("|---|---|---|---|---|---|---|")
-    for d in found:
+    for d in compared:
         packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES[d.program])
         numbers = " | ".join(f"{x:.1e}" for x in (d.logits, d.attention, d.gradients))
         rows.append(f"| {packages} | {d.model} | {d.dtype} | {numbers} | `{d.worst}` |")
     return "\n".join(rows)
 
 
-def page(found, command):
+def page(compared, command):
     """The table with what it means."""
     return f"""# Parity with Flax, timm and transformers
 
 The largest differences between minivit and three libraries on the same random weights, each relative to the largest
 number of the array in question (of all parameters, that whose gradient differs most). Every library wrote its weights
-in its own format, and `minivit.weights.layouts` read that file; {PICTURES} pictures, a random gradient of the logits. Flax
-runs the official model (tanh GELU), timm and transformers theirs (erf GELU; LayerNorm's eps as in `config.json`). The
-attention maps that transformers shows are those of its "eager" attention, whose softmax is always in float32.
+in its own format, and `minivit.weights.layouts` read that file; {IMAGES} images, a random gradient of the logits.
+Flax runs the official model (tanh GELU), timm and transformers theirs (erf GELU; LayerNorm's eps as in `config.json`).
+The attention maps that transformers shows are those of its "eager" attention, whose softmax is always in float32.
 
 {HYBRID} is a hybrid, a ResNet-26 before S, at {HYBRID_SIDE} pixels. timm's has the official code's eps in GroupNorm and
 in the standardisation of kernels, not its own; transformers' ViT has no hybrids. Where the argument of a ReLU is nearer
 to zero than rounding, float32 decides by chance whether a gradient passes, and changes those before it by percents. So
-a hybrid is given one picture after the other, at most {DRAWS}, until all its gradients agree (in float32 to
+a hybrid is given one image after the other, at most {DRAWS}, until all its gradients agree (in float32 to
 {HYBRID_GRADIENTS:g}).
 
-{table(found)}
+{table(compared)}
 
 Made by `{command}`.
 """
@@ -276,11 +267,11 @@ def main(argv=None):
     parser.add_argument("--only", choices=LIBRARIES, help="one library [all]")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="presets [Ti/16 S/16 B/32 R26+S/32]")
     parser.add_argument("--dtypes", nargs="+", choices=LIMITS, default=tuple(LIMITS), help="precisions [both]")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and pictures [0]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and images [0]")
     parser.add_argument("--out", type=output_file, metavar="FILE", help="write the table as a page in Markdown")
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
-    found = []
+    compared = []
     for library in [arguments.only] if arguments.only else LIBRARIES:
         for preset in arguments.models or (*MODELS, HYBRID):
             if preset == HYBRID and library not in HAVE_HYBRIDS:
@@ -291,14 +282,14 @@ def main(argv=None):
                     d = compare_hybrid(library, dtype, seed=arguments.seed)
                 else:
                     d = compare(library, preset, dtype, seed=arguments.seed)
-                found.append(d)
+                compared.append(d)
                 print(f"{library:5} {preset:6} {dtype}  logits {d.logits:.1e}  attention {d.attention:.1e}  gradients "
                       f"{d.gradients:.1e} ({d.worst})  {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
-    print("\n" + table(found))
+    print("\n" + table(compared))
     if arguments.out:
-        text = page(found, " ".join(["python tools/parity.py", *map(str, argv)]))
+        text = page(compared, " ".join(["python tools/parity.py", *map(str, argv)]))
         write_atomically(arguments.out, lambda file: file.write(text.encode()))
-    return int(not all(passes(d) for d in found))
+    return int(not all(passes(d) for d in compared))
 
 
 if __name__ == "__main__":

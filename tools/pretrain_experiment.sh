@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Does it pay to pre-train without labels, on the same pictures and in the same time? Four ways to spend it on CIFAR-10:
+# Does it pay to pre-train without labels, on the same images and in the same time? Four ways to spend it on CIFAR-10:
 #     scratch   all of it with labels, by the settings of the fine-tuning below
-#     recipe    all of it with labels, by minivit/configs/cifar10.toml as it is (Muon, whitening, small pictures first)
+#     recipe    all of it with labels, by minivit/configs/cifar10.toml as it is (Muon, whitening, small images first)
 #     mpp, mae  half of it on masked patches, the other half on fine-tuning that encoder with labels
 #     bash tools/pretrain_experiment.sh [MINUTES] [SEED] [FOLDER]             20 minutes, seed 0, runs/pretraining
 # FLAGS="..." adds flags to all runs. A run that is finished is left alone, one that stopped goes on.

@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from minivit.benchmark.contenders import LR, Job, turn
 from minivit.benchmark.contenders.ours import OursOnGpu
-from minivit.benchmark.contest import check_config, check_model, paired_ratio, quartiles
+from minivit.benchmark.contest import check_config, check_model
+from minivit.benchmark.layers import Times, part_of_step, report_of_parts
+from minivit.benchmark.turns import quartiles
 from minivit.kernels import cuda
 from minivit.training.engine_cuda import CudaStep
 
@@ -43,7 +45,7 @@ class Parameter(NamedTuple):
 
 def signatures(source):
     """The parameters of every kernel of a source text: {name: [list of `Parameter`, ...]}, a list for each form."""
-    found = {}
+    kernels = {}
     for name, text in SIGNATURE.findall(source):
         parameters = []
         for declared in text.split(","):
@@ -54,8 +56,8 @@ def signatures(source):
                 own, " ".join(words[constant:-1]), array and (constant or own in IN_PLACE.get(name, ())),
                 array and not constant,
             ))  # fmt: skip
-        found.setdefault(name, []).append(parameters)
-    return found
+        kernels.setdefault(name, []).append(parameters)
+    return kernels
 
 
 class Launch(NamedTuple):
@@ -164,29 +166,20 @@ def kernels_report(config, *, batch=128, engine=None, pairs=20, seed=0, precisio
     repeats = max(1, min(1000, round(STEP_SECONDS / max(once, 1e-6))))
     largest = Repeated(copy_of(256 << 20))
     timers = [(Repeated(each.run), Repeated(copy_of(each.bytes))) for each in launches]
-    steps, rates, rows = [], [], [{"seconds": [], "floor": []} for _ in launches]
+    steps, rates, times = [], [], [Times([], []) for _ in launches]
     for _ in tqdm(range(pairs), desc="rounds", leave=False, disable=None if progress else True):
         steps.append(turn(contender.step, repeats, contender).seconds)
         rates.append((256 << 20) / largest())
-        for row, (kernel, copy) in zip(rows, timers, strict=True):
-            row["seconds"].append(kernel())
-            row["floor"].append(copy())
-    listed = []
-    for each, row in zip(launches, rows, strict=True):
-        seconds = quartiles(row["seconds"])
-        listed.append({
-            "layer": each.name, "direction": direction_of(each.name), "times": each.times, "bytes": each.bytes,
-            "seconds": seconds, "floor": quartiles(row["floor"]), "inside_another": False,
-            "bytes_per_second": each.bytes / seconds["median"],
-            "floor_fraction": paired_ratio(row["floor"], row["seconds"])["median"],
-            "share_of_step": float(np.median(each.times * np.asarray(row["seconds"]) / steps)),
-        })  # fmt: skip
-    step = quartiles(steps)
-    return {
-        "batch": batch, "step": step, "layers": listed, "copy_rate": quartiles(rates), "settings": contender.settings,
-        "rest_of_step": 1.0 - sum(row["share_of_step"] for row in listed),
-        "floor_fraction": sum(row["times"] * row["floor"]["median"] for row in listed) / step["median"],
-    }  # fmt: skip
+        for (seconds, floor), (kernel, copy) in zip(times, timers, strict=True):
+            seconds.append(kernel())
+            floor.append(copy())
+    rows = []
+    for each, own in zip(launches, times, strict=True):
+        row = {"layer": each.name, "direction": direction_of(each.name), "bytes": each.bytes, "inside_another": False}
+        row |= part_of_step(own, each.times, steps)
+        rows.append(row | {"bytes_per_second": each.bytes / row["seconds"]["median"]})
+    report = report_of_parts(rows, steps)
+    return {"batch": batch, "copy_rate": quartiles(rates), "settings": contender.settings} | report
 
 
 def direction_of(name):

@@ -1,4 +1,4 @@
-"""What the scripts share: one-line errors, command-line flags made from settings, TOML files."""
+"""What the commands share: one-line errors, command-line flags made from settings, TOML files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import errno
 import os
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -13,13 +14,33 @@ from pathlib import Path
 from minivit.base.backend import kernels_wanted
 from minivit.base.errors import InputError
 from minivit.base.settings import field_names, refuse_unknown
+from minivit.commands import NAMES
+
+COMMAND_LINE = re.compile(rf"\bminivit ({'|'.join(NAMES)})\b")
+
+
+def started_by_script():
+    """Was this process started as ``python scripts/COMMAND.py``, and not as ``minivit COMMAND``?"""
+    program = Path(sys.argv[0])
+    return program.suffix == ".py" and program.stem in NAMES
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one line, ``error: what``, and exit status 2."""
+    """An argument parser whose mistakes are one line, ``error: what``, and exit status 2.
 
-    def __init__(self, **keywords):
+    ``command`` is one of `NAMES`. Help is written for ``minivit COMMAND``; it says ``python scripts/COMMAND.py`` to
+    those who started it so.
+    """
+
+    def __init__(self, *, command=None, **keywords):
+        if command:
+            keywords["prog"] = f"{command}.py" if started_by_script() else f"minivit {command}"
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
+
+    def format_help(self):
+        """The help, with its command lines as the reader writes them."""
+        text = super().format_help()
+        return COMMAND_LINE.sub(r"python scripts/\1.py", text) if started_by_script() else text
 
     def error(self, message):
         """Print the message as one line and end with status 2."""
@@ -27,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Run a script's ``main()`` and end the process; what the user can mend is one line on stderr and exit status 2."""
+    """Run a command's ``main()`` and end the process: what the user can mend is one line on stderr, and status 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # class and file names may be in any script
@@ -71,11 +92,6 @@ def describe_os_error(error):
     return f"{where}{error.strerror or error}{advice}"
 
 
-def counted(count, noun):
-    """How many of something, in words: 1 epoch, 1,200 epochs."""
-    return f"{count:,} {noun}" + "s" * (count != 1)
-
-
 def output_file(text):
     """An argument's type: the name of a file to write, in a folder that exists."""
     path = Path(text)
@@ -86,13 +102,13 @@ def output_file(text):
     return text
 
 
-PICTURES = (".png", ".pdf", ".svg")
+FIGURES = (".png", ".pdf", ".svg")
 
 
-def picture_file(text):
-    """An argument's type: the name of a picture to draw, of a kind that matplotlib draws."""
-    if Path(text).suffix.lower() not in PICTURES:
-        raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
+def figure_file(text):
+    """An argument's type: the name of a figure to draw, in a format that matplotlib writes."""
+    if Path(text).suffix.lower() not in FIGURES:
+        raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(FIGURES[:-1])} or {FIGURES[-1]}")
     return output_file(text)
 
 

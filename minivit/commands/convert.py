@@ -1,26 +1,24 @@
 """Convert weights between minivit, the official .npz, timm and Hugging Face, and say what is in a file of weights."""
 
-import sys
 from pathlib import Path
 
 from minivit import parameter_table
 from minivit.base.errors import InputError
 from minivit.base.params import count
-from minivit.commands.cli import Parser, run
+from minivit.commands.cli import Parser
+from minivit.commands.flags import add_weights
 from minivit.layers.gelu import KINDS
-from minivit.weights import checkpoint
-from minivit.weights import layouts as pretrained
-from minivit.weights.layouts import load_any
+from minivit.weights import checkpoint, layouts
 
 EXAMPLES = """
 examples:
-  python scripts/convert.py --info ViT-B_16.npz                      what is in it: settings, parameters, assumptions
-  python scripts/convert.py ViT-B_16.npz b16.npz --to minivit        for predict.py, evaluate.py, trace.py, ...
-  python scripts/convert.py R26_S_32.npz r26.npz --to minivit        a hybrid: its ResNet is seen from the names
-  python scripts/convert.py model.safetensors b16.npz --to minivit --heads 12 --class-names imagenet.txt
-  python scripts/convert.py runs/cifar10/best.npz cifar10.npz --to official
-  python scripts/convert.py runs/cifar10/best.npz out --to timm      timm.create_model("local-dir:out", pretrained=True)
-  python scripts/convert.py runs/cifar10/best.npz out --to hf        ViTForImageClassification.from_pretrained("out")
+  minivit convert --info ViT-B_16.npz                      what is in it: settings, parameters, assumptions
+  minivit convert ViT-B_16.npz b16.npz --to minivit        for predict.py, evaluate.py, trace.py, ...
+  minivit convert R26_S_32.npz r26.npz --to minivit        a hybrid: its ResNet is seen from the names
+  minivit convert model.safetensors b16.npz --to minivit --heads 12 --class-names imagenet.txt
+  minivit convert runs/cifar10/best.npz cifar10.npz --to official
+  minivit convert runs/cifar10/best.npz out --to timm      timm.create_model("local-dir:out", pretrained=True)
+  minivit convert runs/cifar10/best.npz out --to hf        ViTForImageClassification.from_pretrained("out")
 
 IN is an .npz or .safetensors file, a folder with model.safetensors, or a checkpoint of minivit; which layout it has is
 seen from its content, and a config.json beside it is read. Pickles (.bin, .pt) are never read.
@@ -28,6 +26,7 @@ seen from its content, and a config.json beside it is read. Pickles (.bin, .pt) 
 
 
 CHANGES = ("gelu", "layernorm_eps", "stem_groups")  # settings that a file does not hold
+OPTIONS = ("heads", "image_size", "pooling", "num_classes", "imagenet_pixels")  # what a file may leave open
 
 
 def read_names(path, classes):
@@ -62,24 +61,30 @@ def show(config, notes, keys):
 
 def info(path, **options):
     """Print what is in a file."""
-    if not pretrained.is_readable(path):
+    if not layouts.is_readable(path):
         arrays, meta = checkpoint.load(path)
         config = checkpoint.config_of(meta, path)
         print(f"{path}: checkpoint of minivit, {', '.join(sorted({a.dtype.name for a in arrays.values()}))}")
         show(config, [], lambda name: [f"{p}/{name}" for p in ("params", "ema") if f"{p}/{name}" in arrays])
     else:
-        found = pretrained.describe(path, need_head=False, **options)
-        print(f"{path}: layout {found.layout}, {', '.join(sorted({t.kind for t in found.tensors.values()}))}")
-        show(found.config, found.notes, lambda name: [key for key in found.keys(name) if key in found.tensors])
+        contents = layouts.describe(path, need_head=False, **options)
+        print(
+            f"{path}: layout {contents.layout.name}, {', '.join(sorted({t.kind for t in contents.tensors.values()}))}"
+        )
+        show(
+            contents.config,
+            contents.notes,
+            lambda name: [key for key in contents.keys(name) if key in contents.tensors],
+        )
 
 
-def main(argv=None):
-    """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="convert.py")
+def parse(argv):
+    """The command line as a namespace."""
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="convert")
     add = parser.add_argument
     add("input", metavar="IN", help="the file or folder to read")
     add("output", nargs="?", metavar="OUT", help="the file (minivit, official) or folder (timm, hf) to write")
-    add("--to", choices=("minivit", *pretrained.LAYOUTS), help="the layout to write")
+    add("--to", choices=("minivit", *layouts.LAYOUTS), help="the layout to write")
     add("--info", action="store_true", help="say what is in IN, and write nothing")
     add(
         "--naming",
@@ -100,27 +105,38 @@ def main(argv=None):
         help="IN was trained on pixels normalised by ImageNet's mean and std, as DeiT [if its config.json says so]",
     )
     add("--class-names", metavar="FILE", help="a name on each line [those in config.json, or class 0, ...]")
-    add(
-        "--weights",
-        choices=("auto", "params", "ema"),
-        default="auto",
-        help="of a checkpoint: parameters, moving average, or the average if there is one [auto]",
-    )
+    add_weights(parser)
     add("--overwrite", action="store_true", help="OUT may be there already")  # fmt: skip
     arguments = parser.parse_args(argv)
-    changes = {name: value for name in CHANGES if (value := getattr(arguments, name)) is not None}
-    options = {
-        name: getattr(arguments, name) for name in ("heads", "image_size", "pooling", "num_classes", "imagenet_pixels")
-    }
     if min(arguments.heads, arguments.image_size, arguments.num_classes) < 0:
         raise InputError("--heads, --image-size and --num-classes cannot be negative")
+    return arguments
+
+
+def tell_timm(model, paths):
+    """Print how timm makes the same model."""
+    if model.config.stem:
+        print(f"note: {layouts.EPS_NOTE}")
+        if not layouts.timm_architecture(model.config):
+            print(
+                "note: timm has no name for a model with this stem, so that create_model cannot make it: make it "
+                f"as below, then model.load_state_dict(safetensors.torch.load_file({str(paths[-1])!r}))"
+            )
+    print(layouts.timm_call(model.config))
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    arguments = parse(argv)
+    changes = {name: value for name in CHANGES if (value := getattr(arguments, name)) is not None}
+    options = {name: getattr(arguments, name) for name in OPTIONS}
     path = Path(arguments.input)
     if arguments.info:
         info(path, changes=changes, **options)
         return 0
     if arguments.output is None or arguments.to is None:
         raise InputError("say where to write and in which layout: convert.py IN OUT --to minivit, official, timm or hf")
-    model, meta, notes = load_any(path, weights=arguments.weights, changes=changes, **options)
+    model, meta, notes = layouts.load_any(path, weights=arguments.weights, changes=changes, **options)
     if "stem_groups" in changes and not model.config.stem:
         raise InputError(f"{path} is no hybrid: leave --stem-groups out")
     names = meta["class_names"]
@@ -128,17 +144,10 @@ def main(argv=None):
         names = read_names(arguments.class_names, model.config.num_classes)
     for note in notes:
         print(f"note: {note}")
-    written = pretrained.write(
+    paths = layouts.write(
         arguments.output, model, arguments.to, class_names=names, naming=arguments.naming, overwrite=arguments.overwrite
     )
-    print(f"{model.flat.size:,} parameters in {' and '.join(map(str, written))}")
+    print(f"{model.flat.size:,} parameters in {' and '.join(map(str, paths))}")
     if arguments.to == "timm":
-        if model.config.stem:
-            print(f"note: {pretrained.TIMM_EPS}")
-            if not pretrained.timm_architecture(model.config):
-                print(
-                    "note: timm has no name for a model with this stem, so that create_model cannot make it: make it "
-                    f"as below, then model.load_state_dict(safetensors.torch.load_file({str(written[-1])!r}))"
-                )
-        print(pretrained.timm_call(model.config))
+        tell_timm(model, paths)
     return 0

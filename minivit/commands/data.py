@@ -1,20 +1,18 @@
 """Download a data set, or show what is in one."""
 
-import sys
-
 import numpy as np
 
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, output_file, run
+from minivit.commands.cli import Parser, output_file
 from minivit.data import DATASETS, fetch, load
 from minivit.training.trainer import write_json
 
 EXAMPLES = """examples:
-  python scripts/data.py fetch cifar10
-  python scripts/data.py info digits
-  python scripts/data.py info cifar100 --data-dir ~/datasets --json cifar100.json
-  python scripts/data.py info folder --data-dir my_pictures --image-size 64
-  python scripts/data.py info imagefolder --data-dir imagenet     reads every training picture: finds the broken ones
+  minivit data fetch cifar10
+  minivit data info digits
+  minivit data info cifar100 --data-dir ~/datasets --json cifar100.json
+  minivit data info folder --data-dir my_images --image-size 64
+  minivit data info imagefolder --data-dir imagenet     reads every training image: finds the broken ones
 """
 
 
@@ -39,7 +37,7 @@ def channel_statistics(images):
 def describe(dataset):
     """Return what ``info`` reports of a data set, ready for JSON."""
     if not len(dataset.train_labels):
-        raise InputError(f"{dataset.source} has no training pictures to take statistics of")
+        raise InputError(f"{dataset.source} has no training images to take statistics of")
     mean, std = channel_statistics(dataset.train_images)
     counts = {
         split: np.bincount(labels, minlength=len(dataset.class_names)).tolist()
@@ -62,7 +60,7 @@ def describe(dataset):
 
 def show(facts):
     """Print the facts of ``describe`` as a page to read."""
-    print(f"{facts['name']}: {facts['train']:,} training and {facts['test']:,} test pictures")
+    print(f"{facts['name']}: {facts['train']:,} training and {facts['test']:,} test images")
     print(f"source   {facts['source']}")
     print(f"shape    {' x '.join(map(str, facts['image_shape']))} (height, width, channels), uint8")
     print(f"mean     {' '.join(f'{value:.4f}' for value in facts['channel_mean'])} (training split, of 1)")
@@ -76,7 +74,7 @@ def show(facts):
 
 def parser():
     """Return the command line."""
-    main_parser = Parser(prog="data.py", description=__doc__, epilog=EXAMPLES)
+    main_parser = Parser(command="data", description=__doc__, epilog=EXAMPLES)
     commands = main_parser.add_subparsers(dest="command", required=True)
     get = commands.add_parser(
         "fetch",

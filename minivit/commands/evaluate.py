@@ -5,20 +5,20 @@ import sys
 import time
 from pathlib import Path
 
+from minivit import figures
 from minivit.base.backend import device_name, find_device
-from minivit.commands.cli import Parser, output_file, run
-from minivit.data import DATASETS
+from minivit.commands.cli import Parser, output_file
+from minivit.commands.flags import add_data, add_place, add_weights
 from minivit.evaluation.inference import check_finite, load_with_data, predict_all
 from minivit.evaluation.metrics import measure, read_real, real_accuracy
-from minivit.figures import plots
 from minivit.training.trainer import check_workers, fingerprint, write_json
 
 EXAMPLES = """
 examples:
-  python scripts/evaluate.py runs/digits/last.npz
-  python scripts/evaluate.py runs/cifar10/last.npz --data-dir ~/datasets --json result.json
-  python scripts/evaluate.py runs/pets/last.npz --data-dir more_pets --weights params --out more_pets_result
-  python scripts/evaluate.py runs/imagefolder/last.npz --real real.json             ImageNet, and ImageNet-ReaL
+  minivit evaluate runs/digits/last.npz
+  minivit evaluate runs/cifar10/last.npz --data-dir ~/datasets --json result.json
+  minivit evaluate runs/pets/last.npz --data-dir more_pets --weights params --out more_pets_result
+  minivit evaluate runs/imagefolder/last.npz --real real.json             ImageNet, and ImageNet-ReaL
 """
 
 
@@ -28,61 +28,60 @@ def show(facts):
     if "top5_accuracy" in facts:
         print(f"top 5      {facts['top5_accuracy']:.2%}")
     if "real_accuracy" in facts:
-        print(f"ReaL       {facts['real_accuracy']:.2%} of the {facts['real_images']:,} pictures that have its labels")
+        print(f"ReaL       {facts['real_accuracy']:.2%} of the {facts['real_images']:,} images that have its labels")
     print(f"loss       {facts['loss']:.4f}")
-    print(f"speed      {facts['images_per_second']:,.0f} pictures/s "
+    print(f"speed      {facts['images_per_second']:,.0f} images/s "
           + (f"with {facts['workers']} workers" if facts["device"] == "cpu" else f"on {facts['device']}"))  # fmt: skip
     width = max(5, *(len(each["name"]) for each in facts["classes"]))
-    print(f"\n{'class':{width}}  pictures  precision   recall")
+    print(f"\n{'class':{width}}  images  precision   recall")
     for each in facts["classes"]:
         precision, recall = ("-" if value is None else f"{value:.1%}" for value in (each["precision"], each["recall"]))
         print(f"{each['name']:{width}}  {each['count']:8,}  {precision:>9}  {recall:>7}")
 
 
-def main(argv=None):
-    """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="evaluate.py")
+def parse(argv):
+    """The command line as a namespace."""
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="evaluate")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
-    parser.add_argument("--data", choices=DATASETS, help="data set [the one it was trained on]")
-    parser.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
-    parser.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
-                        help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads; 0 for one per core [0]")
-    parser.add_argument("--device", default="cpu", metavar="NAME",
-                        help="where to compute: cpu, cuda, cuda:1, ... or auto [cpu]")  # fmt: skip
+    add_data(parser, "data set [the one it was trained on]")
+    add_weights(parser)
+    add_place(parser)
     parser.add_argument("--out", metavar="DIR", help="folder for confusion-NAME.png [the checkpoint's]")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction,
-                        help="test with the mean over each picture and its mirror image [as the run did]")  # fmt: skip
+                        help="test with the mean over each image and its mirror image [as the run did]")  # fmt: skip
     parser.add_argument("--real", metavar="FILE", help="ImageNet's reassessed labels, real.json: accuracy by them too")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every figure as JSON")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    arguments = parse(argv)
     workers, device = check_workers(arguments.workers), find_device(arguments.device)
     path = Path(arguments.checkpoint)
     model, meta, dataset = load_with_data(
         path, weights=arguments.weights, name=arguments.data, data_dir=arguments.data_dir
     )
     images, labels, names = dataset.test_images, dataset.test_labels, dataset.class_names
-    print(f"{path} on {len(images):,} test pictures of {dataset.name}: {dataset.source}")
-    trained_on = meta.get("data")
-    same = isinstance(trained_on, dict) and trained_on.get("fingerprint") == fingerprint(dataset)
+    print(f"{path} on {len(images):,} test images of {dataset.name}: {dataset.source}")
+    origin = meta.get("data")
+    same = isinstance(origin, dict) and origin.get("fingerprint") == fingerprint(dataset)
     if not same:
-        print(
-            "warning: these are not the pictures of its training run, perhaps another version of them", file=sys.stderr
-        )
+        print("warning: these are not the images of its training run, perhaps another version of them", file=sys.stderr)
     real = read_real(arguments.real, dataset.test_names, len(names)) if arguments.real else None
     out = Path(arguments.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
     flip = arguments.flip
     if flip is None:  # as the run itself tests
         settings = meta.get("settings")
         flip = isinstance(settings, dict) and settings.get("test_flip") is True
+    started = time.perf_counter()
     logits = predict_all(model, images, workers=workers, device=device, flip=flip)
     seconds = time.perf_counter() - started
     check_finite(logits, path)
-    figures, confusion = measure(logits, labels, names)
+    measures, confusion = measure(logits, labels, names)
     if real is not None:
-        figures["real_accuracy"], figures["real_images"] = real_accuracy(logits.argmax(axis=1), real)
+        measures["real_accuracy"], measures["real_images"] = real_accuracy(logits.argmax(axis=1), real)
     facts = {
         "checkpoint": str(path),
         "weights": meta["weights"],
@@ -94,13 +93,12 @@ def main(argv=None):
         "flip": flip,
         "seconds": round(seconds, 3),
         "images_per_second": round(len(images) / seconds, 1),
-        **figures,
+        **measures,
     }
     show(facts)
     figure = out / f"confusion-{path.stem}.png"
-    plots.save_confusion(
-        figure, confusion, names, title=f"{dataset.name}: {facts['accuracy']:.2%} of {len(images):,} right"
-    )
+    title = f"{dataset.name}: {facts['accuracy']:.2%} of {len(images):,} right"
+    figures.save_confusion(figure, confusion, names, title=title)
     if arguments.json:
         write_json(arguments.json, facts)
     print(f"\nconfusion matrix in {figure}")

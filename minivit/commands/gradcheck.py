@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minivit import InputError
 from minivit.base.backend import find_device, use_device
-from minivit.commands.cli import Parser, output_file, run
+from minivit.commands.cli import Parser, output_file
 from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import LAYERS, MODELS
 from minivit.laboratory.checks import LIMITS, available, every_check, expose, model_problem, results_of, v_curves
@@ -20,15 +20,15 @@ from minivit.training.trainer import quiet_overflow, write_json
 
 EXAMPLES = """
 examples:
-  python scripts/gradcheck.py                        every layer and model, element by element, two methods
-  python scripts/gradcheck.py layernorm msa          only these
-  python scripts/gradcheck.py layernorm --device cuda   its gradient on a GPU, in float64
-  python scripts/gradcheck.py --all                  along random directions: all methods, adjoint, second derivatives
-  python scripts/gradcheck.py layernorm --depth      the error of each method against its step, explained and drawn
-  python scripts/gradcheck.py --against torch        every tensor, forward and backward, against PyTorch's
-  python scripts/gradcheck.py --plant list           the zoo of mistakes
-  python scripts/gradcheck.py --plant softmax-square what exposes this one
-  python scripts/gradcheck.py --plant random         hides one: find it with the checks, hints and guesses it takes
+  minivit gradcheck                        every layer and model, element by element, two methods
+  minivit gradcheck layernorm msa          only these
+  minivit gradcheck layernorm --device cuda   its gradient on a GPU, in float64
+  minivit gradcheck --all                  along random directions: all methods, adjoint, second derivatives
+  minivit gradcheck layernorm --depth      the error of each method against its step, explained and drawn
+  minivit gradcheck --against torch        every tensor, forward and backward, against PyTorch's
+  minivit gradcheck --plant list           the zoo of mistakes
+  minivit gradcheck --plant softmax-square what exposes this one
+  minivit gradcheck --plant random         hides one: find it with the checks, hints and guesses it takes
 
 The exit status is 0 if every gradient agrees (for --plant: if the mistake was exposed), 1 if not, 2 for bad input.
 """
@@ -107,7 +107,7 @@ How to read it. A numerical derivative subtracts two values of the function that
 
 def depth(name, seed, out):
     """The V-curves of one layer: prints them in numbers, draws them; returns a JSON-ready dict."""
-    from minivit.figures import plots  # matplotlib is slow to import
+    from minivit import figures  # matplotlib is slow to import
 
     print(f"{name}: error of each numerical derivative along a random direction, over 82 steps from 1e-14 to 0.3")
     heads = ("best step", "predicted", "best error", "predicted", "slope", "theory")
@@ -119,15 +119,15 @@ def depth(name, seed, out):
             predicted = f"{knee.predicted_step:.0e}", f"{knee.predicted_error:.1e}"
             predicted = ("any", "-") if method == "complex" else predicted if knee.predicted_error else ("large", "-")
             slope = "-" if math.isnan(knee.slope) else f"{knee.slope:.2f}"
-            figures = (f"{knee.step:.0e}", predicted[0], f"{knee.error:.1e}", predicted[1], slope)
+            numbers = (f"{knee.step:.0e}", predicted[0], f"{knee.error:.1e}", predicted[1], slope)
             order = gradcheck.METHODS[method].order
-            print(f"{argument:20}{method:12}{kind:9}" + "".join(f"{figure:>12}" for figure in (*figures, order)))
+            print(f"{argument:20}{method:12}{kind:9}" + "".join(f"{number:>12}" for number in (*numbers, order)))
             finite = {key: value if math.isfinite(value) else None for key, value in knee._asdict().items()}
             report[argument].append({"method": method, "dtype": kind, **finite})
     print(THEORY)
     out.mkdir(parents=True, exist_ok=True)
     figure = out / f"v-curve-{name}.png"
-    plots.save_v_curves(figure, panels, title=f"{name}: how exact a numerical derivative can be")
+    figures.save_v_curves(figure, panels, title=f"{name}: how exact a numerical derivative can be")
     print(f"drawn in {figure}")
     return report
 
@@ -207,22 +207,22 @@ def hunt(choice, seed, out):
     print(f"One mistake is in the code (--seed {choice} hides the same again). This is what the checks say of it:")
     show(findings)
     print(HUNT)
-    told = False
+    solved = False
     with planted(mistake.name), quiet_overflow():
         for line in sys.stdin:
             guess = line.strip().lower()
             if guess in ("quit", "answer"):
-                told = guess == "answer"
+                solved = guess == "answer"
                 break
             if guess == "hint":
                 print(mistake.hint)
             elif guess in (mistake.function.lower(), mistake.function.rpartition(".")[2].lower(), mistake.name):
                 print("Yes.")
-                told = True
+                solved = True
                 break
             elif guess and not investigate(guess.split(), seed, out):
                 print(f"Not in {guess}.")
-    if told:
+    if solved:
         answer(mistake)
     else:
         print(f"Not found. --plant random --seed {choice} hides the same again; there, type answer to see it.")
@@ -254,31 +254,12 @@ def against(names, seed, json_file):
     return 1 if diverging else 0
 
 
-def refuse_ignored(arguments):
-    """Refuse what a mode would not look at.
+def parse(argv):
+    """The command line as a namespace.
 
-    Raises  InputError: names or --json with --plant; --method with any mode; --out where nothing is drawn.
+    Raises  InputError: a name of nothing that is checked, a flag that the chosen mode would not look at, a bad seed.
     """
-    modes = {
-        "--all": arguments.all,
-        "--depth": arguments.depth,
-        "--against": arguments.against,
-        "--plant": arguments.plant is not None,
-    }
-    mode = next((flag for flag, given in modes.items() if given), None)
-    if mode == "--plant" and arguments.names:
-        raise InputError(f"--plant runs every check; it takes no {arguments.names[0]}")
-    if mode == "--plant" and arguments.json:
-        raise InputError("--plant writes no table: leave --json out")
-    if mode and arguments.method:
-        raise InputError(f"{mode} chooses its methods itself: leave --method out")
-    if arguments.out and mode != "--depth" and arguments.plant != "random":
-        raise InputError("--out is the folder for what --depth draws: nothing is drawn without it")
-
-
-def main(argv=None):
-    """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="gradcheck.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="gradcheck")
     known = [*LAYERS, *MODELS]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to check: {', '.join(known)} [all]")
     parser.add_argument("--method", choices=(*gradcheck.METHODS, "both"),
@@ -292,54 +273,92 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu", metavar="NAME",
                         help="where to compute what is checked: cpu, cuda, cuda:1, ... or auto [cpu]")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder for the figures of --depth [.]")
-    parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write the table, and max_relative_error, as JSON"
-    )
+    parser.add_argument("--json", type=output_file, metavar="FILE",
+                        help="write the table, and max_relative_error, as JSON")  # fmt: skip
     arguments = parser.parse_args(argv)
     for name in arguments.names:
         if name not in known:
             plain = dict.fromkeys(each.partition("-")[0] for each in known)
             raise InputError(f"nothing called {name!r} to check; --help lists variants of {', '.join(plain)}")
     refuse_ignored(arguments)
-    seed, out, method = arguments.seed or 0, Path(arguments.out or "."), arguments.method or "both"
-    if seed < 0:
-        raise InputError(f"--seed must be at least 0, got {seed}")
-    device = find_device(arguments.device)
-    if device != "cpu" and (arguments.all or arguments.depth or arguments.against or arguments.plant is not None):
+    if arguments.seed is not None and arguments.seed < 0:
+        raise InputError(f"--seed must be at least 0, got {arguments.seed}")
+    return arguments
+
+
+def refuse_ignored(arguments):
+    """Refuse what a mode would not look at.
+
+    Raises  InputError: names or --json with --plant; --method with any mode; --out where nothing is drawn; layers with
+    --against, models with --depth; a device for anything but the table of every element.
+    """
+    modes = {
+        "--all": arguments.all,
+        "--depth": arguments.depth,
+        "--against": arguments.against,
+        "--plant": arguments.plant is not None,
+    }
+    mode = next((flag for flag, chosen in modes.items() if chosen), None)
+    if mode == "--plant" and arguments.names:
+        raise InputError(f"--plant runs every check; it takes no {arguments.names[0]}")
+    if mode == "--plant" and arguments.json:
+        raise InputError("--plant writes no table: leave --json out")
+    if mode and arguments.method:
+        raise InputError(f"{mode} chooses its methods itself: leave --method out")
+    if arguments.out and mode != "--depth" and arguments.plant != "random":
+        raise InputError("--out is the folder for what --depth draws: nothing is drawn without it")
+    if mode == "--against" and any(name in LAYERS for name in arguments.names):
+        raise InputError(f"--against compares whole models: {', '.join(MODELS)}")
+    if mode == "--depth" and (not arguments.names or any(name in MODELS for name in arguments.names)):
+        raise InputError(f"--depth needs the name of a layer: {', '.join(LAYERS)}")
+    if mode and find_device(arguments.device) != "cpu":
         raise InputError("--device is for the table of every element; the other checks run on the CPU")
-    use_device(device)
+
+
+def elements(names, arguments):
+    """The table of every element: (whether all derivatives are right, the report for JSON)."""
+    methods = ("central", "complex") if arguments.method in (None, "both") else (arguments.method,)
+    seed = arguments.seed or 0
+    rows, largest = table_of_elements(names, methods, seed, find_device(arguments.device))
+    passed = all(row["passed"] for row in rows)
+    return passed, {
+        "passed": passed,
+        "max_relative_error": max(largest.values()),
+        "max_relative_error_by_method": largest,
+        "methods": {m: gradcheck.METHODS[m]._asdict() for m in methods},
+        "seed": seed,
+        "results": rows,
+    }
+
+
+def everything(names, seed):
+    """The table of all kinds of checks: (whether all are within their limits, the report for JSON)."""
+    rows, largest = table_of_everything(names, FACTS, seed)
+    passed = all(largest[kind] <= limit for kind, limit in LIMITS.items())
+    return passed, {"passed": passed, "largest": largest, "limits": LIMITS, "seed": seed, "results": rows}
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    arguments = parse(argv)
+    seed, out = arguments.seed or 0, Path(arguments.out or ".")
+    use_device(find_device(arguments.device))
     if arguments.plant == "random":
         return hunt(random.randrange(10**6) if arguments.seed is None else seed, seed, out)
     if arguments.plant is not None:
         return plant(arguments.plant, seed)
     if arguments.against:
-        if any(name in LAYERS for name in arguments.names):
-            raise InputError(f"--against compares whole models: {', '.join(MODELS)}")
         return against(available(arguments.names or MODELS), seed, arguments.json)
-    names = available(arguments.names or known)
-    if skipped := [name for name in arguments.names or known if name not in names]:
+    wanted = arguments.names or [*LAYERS, *MODELS]
+    names = available(wanted)
+    if skipped := [name for name in wanted if name not in names]:
         print(f'skipped, for want of SciPy (pip install "minivit[interop]"): {", ".join(skipped)}')
     if arguments.depth:
-        if not arguments.names or any(name in MODELS for name in arguments.names):
-            raise InputError(f"--depth needs the name of a layer: {', '.join(LAYERS)}")
-        report = {name: depth(name, seed, out) for name in names}
-        passed = True
+        passed, report = True, {name: depth(name, seed, out) for name in names}
     elif arguments.all:
-        rows, largest = table_of_everything(names, FACTS, seed)
-        passed = all(largest[key] <= limit for key, limit in LIMITS.items())
-        report = {"passed": passed, "largest": largest, "limits": LIMITS, "seed": seed, "results": rows}
+        passed, report = everything(names, seed)
     else:
-        methods = ("central", "complex") if method == "both" else (method,)
-        rows, largest = table_of_elements(names, methods, seed, device)
-        passed = all(row["passed"] for row in rows)
-        report = {
-            "passed": passed,
-            "max_relative_error": max(largest.values()),
-            "max_relative_error_by_method": largest,
-            "methods": {m: gradcheck.METHODS[m]._asdict() for m in methods},
-            "seed": seed,
-            "results": rows,
-        }
+        passed, report = elements(names, arguments)
     if arguments.json:
         write_json(arguments.json, report)
     return 0 if passed else 1

@@ -1,57 +1,51 @@
-"""``minivit COMMAND ...``: the commands by what people want to do."""
+"""``minivit COMMAND ...``: every command line under one name."""
 
+import difflib
 import importlib
 import sys
 
 from minivit import __version__
+from minivit.base.errors import InputError
+from minivit.commands import COMMANDS, NAMES
 from minivit.commands.cli import run
 
-COMMANDS = {
-    "train and use a model": {
-        "train": "train a Vision Transformer, from nothing or from where a run stopped",
-        "evaluate": "accuracy, per-class table, confusion matrix of a checkpoint",
-        "predict": "classes of images, and what the model attends to",
-        "report": "a run as one HTML page",
-        "sweep": "settings side by side over seeds",
-        "data": "download or describe a data set",
-    },
-    "study the gradients": {
-        "gradcheck": "numerical against hand-written derivatives; hunt a planted mistake",
-        "trace": "one batch in numbers, layer by layer",
-        "visualize": "learning rates, curvature, augmentation, the journey of one image",
-    },
-    "start from other models": {
-        "convert": "weights between minivit, the official files, timm and Hugging Face",
-        "pretrain": "learn from images without labels",
-        "transfer": "few-shot, linear probe, nearest neighbours on frozen features",
-        "vtab": "the VTAB protocol on its 19 tasks",
-    },
-    "measure": {
-        "benchmark": "time and memory of a step, against PyTorch, JAX and the matrix products alone",
-        "paper": "the figures and tables of the ViT paper, made again",
-    },
-}
-NAMES = [name for group in COMMANDS.values() for name in group]
+USAGE = """usage: minivit COMMAND ...
+
+  minivit help COMMAND   the options of a command, with examples
+  minivit --version      the version
+"""
 
 
 def overview():
-    """The list of commands, as ``minivit`` alone prints it."""
-    lines = ["usage: minivit COMMAND ...   (minivit COMMAND --help tells its options)"]
-    for title, group in COMMANDS.items():
-        lines += ["", f"{title}:"] + [f"  {name:<10} {about}" for name, about in group.items()]
-    return "\n".join(lines)
+    """The list of the commands, by what people want to do."""
+    groups = (
+        [f"\n{title}:", *(f"  {name:<10} {purpose}" for name, purpose in group.items())]
+        for title, group in COMMANDS.items()
+    )
+    return USAGE + "\n".join(line for group in groups for line in group)
 
 
-def main(argv=None):
-    """Entry point of ``minivit``."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        print(overview())
-    elif name == "--version":
+def start(words):
+    """Do what the words of a command line say; returns the exit status.
+
+    Raises  InputError: there is no such command.
+    """
+    name, *rest = words or ["help"]
+    if name in ("help", "-h", "--help"):
+        if not rest:
+            print(overview())
+            return 0
+        name, rest = rest[0], ["--help"]
+    if name == "--version":
         print(f"minivit {__version__}")
-    elif name in NAMES:
-        command = importlib.import_module(f"minivit.commands.{name}")
-        run(lambda: command.main(rest))
-    else:
-        print(f"error: there is no command {name!r}; minivit --help lists them", file=sys.stderr)
-        sys.exit(2)
+        return 0
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else "minivit alone lists the commands"
+        raise InputError(f"there is no command {name!r}; {hint}")
+    return importlib.import_module(f"minivit.commands.{name}").main(rest)
+
+
+def main(words=None):
+    """Entry point of ``minivit``; ends the process."""
+    run(lambda: start(sys.argv[1:] if words is None else words))

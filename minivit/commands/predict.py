@@ -1,4 +1,4 @@
-"""Classify pictures with a checkpoint, and show what it looks at."""
+"""Classify images with a checkpoint, and show what it looks at."""
 
 import re
 import sys
@@ -7,23 +7,24 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from minivit import figures
 from minivit.base.backend import find_device, to_device, to_host
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, output_file, run
-from minivit.data import DATASETS, LazyPictures, read_image
+from minivit.commands.cli import Parser, output_file
+from minivit.commands.flags import add_data, add_weights
+from minivit.data import LazyImages, read_image
 from minivit.evaluation.inference import attention_map, check_finite, on_device
-from minivit.figures import plots
 from minivit.layers.softmax import softmax_forward
 from minivit.paper.analyses import attention_rollout
 from minivit.training.trainer import dataset_of, quiet_overflow, write_json
-from minivit.weights.layouts import load_any
+from minivit.weights.layouts import load_with_notes
 
 EXAMPLES = """
 examples:
-  python scripts/predict.py runs/digits/last.npz --test 0 1 2          pictures of its own test set, by number
-  python scripts/predict.py runs/cifar10/last.npz cat.jpg dog.png      files: png, jpg, bmp, gif, webp
-  python scripts/predict.py runs/cifar10/last.npz cat.jpg --attention rollout       the attention of all blocks
-  python scripts/predict.py runs/digits/last.npz digit.npy --out out   an array (H, W) or (H, W, C), of the model's size
+  minivit predict runs/digits/last.npz --test 0 1 2          images of its own test set, by number
+  minivit predict runs/cifar10/last.npz cat.jpg dog.png      files: png, jpg, bmp, gif, webp
+  minivit predict runs/cifar10/last.npz cat.jpg --attention rollout       the attention of all blocks
+  minivit predict runs/digits/last.npz digit.npy --out out   an array (H, W) or (H, W, C), of the model's size
 
 An array holds uint8 pixels 0..255, or floats scaled to [-1, 1]. The digits are bright ink (255) on black (0); a file
 that shows dark ink on white paper needs --invert.
@@ -35,8 +36,8 @@ ATTENTION = {
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
-def array_picture(path, size, channels):
-    """A picture from an ``.npy`` file, as the model takes it: (size, size, channels), uint8 or float32.
+def array_image(path, size, channels):
+    """An image from an ``.npy`` file, as the model takes it: (size, size, channels), uint8 or float32.
 
     Raises  InputError: it is no array of numbers, has another shape, or a pixel that is NaN, infinite or out of range.
     """
@@ -66,14 +67,14 @@ def array_picture(path, size, channels):
     return image.astype(np.float32)
 
 
-def file_picture(path, size, channels, trained_on=None):
-    """A picture file as the model takes it: (size, size, channels) uint8; one channel is the luminance.
+def file_image(path, size, channels, dataset=None):
+    """An image file as the model takes it: (size, size, channels) uint8; one channel is the luminance.
 
-    It is cut out as the test pictures of the data that the model was ``trained_on`` are.
+    It is cut out as the test images of the data set are that the model has learned, by name.
     """
-    lazily = trained_on == "imagefolder"
+    lazily = dataset == "imagefolder"
     image = (
-        LazyPictures(path.parent, [path.name], [0], size)[0] if lazily else read_image(path, size)
+        LazyImages(path.parent, [path.name], [0], size)[0] if lazily else read_image(path, size)
     )  # (size, size, 3)
     if channels == 3:
         return image
@@ -83,37 +84,37 @@ def file_picture(path, size, channels, trained_on=None):
 
 
 def for_display(image):
-    """A picture as uint8: floats in [-1, 1] become 0..255."""
+    """An image as uint8: floats in [-1, 1] become 0..255."""
     return image if image.dtype == np.uint8 else np.rint(np.asarray(image, np.float64) * 127.5 + 127.5).astype(np.uint8)
 
 
-def free_name(stem, taken):
-    """``prediction-STEM.png``, with a number where two pictures have the same name; remembers it in ``taken``."""
+def free_name(stem, names):
+    """``prediction-STEM.png``, with a number where two images have the same name; adds it to ``names``."""
     stem, number = re.sub(r"[^\w.-]+", "_", stem) or "picture", 2
     name = f"prediction-{stem}.png"
-    while name in taken:
+    while name in names:
         name, number = f"prediction-{stem}-{number}.png", number + 1
-    taken.add(name)
+    names.add(name)
     return name
 
 
 def gather(arguments, model, meta):
-    """Every picture that was named: a list of (name, picture, true class or None)."""
+    """Every image that was named: a list of (name, image, true class or None)."""
     size, channels = model.config.image_size, model.config.channels
-    described = meta["data"] if isinstance(meta.get("data"), dict) else {}
-    pictures = []
+    data = meta["data"] if isinstance(meta.get("data"), dict) else {}
+    images = []
     for path in map(Path, arguments.images):
         if not path.exists():
-            raise InputError(f"there is no picture {path}")
+            raise InputError(f"there is no image {path}")
         if path.is_dir():
-            raise InputError(f"{path} is a folder; name the pictures in it")
+            raise InputError(f"{path} is a folder; name the images in it")
         if path.suffix.lower() == ".npy":
-            image = array_picture(path, size, channels)
+            image = array_image(path, size, channels)
         else:
-            image = file_picture(path, size, channels, described.get("data"))
+            image = file_image(path, size, channels, data.get("data"))
         if arguments.invert:
             image = 255 - image if image.dtype == np.uint8 else -image
-        pictures.append((path.stem, image, None))
+        images.append((path.stem, image, None))
     if arguments.test:
         dataset = dataset_of(
             meta, arguments.checkpoint, name=arguments.data, data_dir=arguments.data_dir, image_size=size
@@ -121,60 +122,64 @@ def gather(arguments, model, meta):
         count = len(dataset.test_images)
         for index in arguments.test:
             if not 0 <= index < count:
-                raise InputError(f"there is no test picture {index}; {dataset.name} has 0 to {count - 1}")
-            pictures.append((f"test-{index}", dataset.test_images[index], int(dataset.test_labels[index])))
-    return pictures
+                raise InputError(f"there is no test image {index}; {dataset.name} has 0 to {count - 1}")
+            images.append((f"test-{index}", dataset.test_images[index], int(dataset.test_labels[index])))
+    return images
 
 
-def main(argv=None):
-    """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="predict.py")
+def parse(argv):
+    """The command line as a namespace."""
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="predict")
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
         help="a checkpoint, such as runs/digits/last.npz, or official, timm or Hugging Face weights",
     )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files or .npy arrays")
-    parser.add_argument("--test", nargs="+", type=int, default=[], metavar="INDEX", help="pictures of the test set")
-    parser.add_argument(
-        "--data", choices=DATASETS, help="data set of --test, of the same classes [that of its training]"
-    )
-    parser.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files or .npy arrays")
+    parser.add_argument("--test", nargs="+", type=int, default=[], metavar="INDEX", help="images of the test set")
+    add_data(parser, "data set of --test, of the same classes [that of its training]")
     parser.add_argument(
         "--invert", action="store_true", help="take the negative of the files (dark ink on white paper)"
     )
-    parser.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
-                        help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
+    add_weights(parser)
     parser.add_argument("--attention", choices=ATTENTION, default="last",
-                        help="what the picture shows: the last block's maps, or the rollout of all [last]")  # fmt: skip
+                        help="what the image shows: the last block's maps, or the rollout of all [last]")  # fmt: skip
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [cpu]")
     parser.add_argument("--out", metavar="DIR", help="folder for the figures [the checkpoint's]")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the predictions as JSON")
     arguments = parser.parse_args(argv)
     if not arguments.images and not arguments.test:
-        raise InputError("no picture is named; name files, or --test 0 for the first picture of the test set")
+        raise InputError("no image is named; name files, or --test 0 for the first image of the test set")
+    return arguments
+
+
+def answer(model, image, device, which):
+    """Probabilities (K,) of an image, and its map (grid, grid) of ``--attention``."""
+    with quiet_overflow():
+        steps = model.intermediates(to_device(image[None], device))
+        probabilities = softmax_forward(to_host(steps.logits))[0][0]
+    maps = steps.attention[-1] if which == "last" else attention_rollout(steps.attention)[-1][:, None]
+    return probabilities, attention_map(to_host(maps[0]), model.config.pooling, model.config.registers)
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    arguments = parse(argv)
     device = find_device(arguments.device)
-    model, meta, notes = load_any(arguments.checkpoint, weights=arguments.weights)
+    model, meta = load_with_notes(arguments.checkpoint, weights=arguments.weights)
     names = meta["class_names"]
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
     model = on_device(model, device)
-    pictures = gather(arguments, model, meta)
+    images = gather(arguments, model, meta)
     out = Path(arguments.out or Path(arguments.checkpoint).parent)
     out.mkdir(parents=True, exist_ok=True)
-    results, taken = [], set()
-    for name, image, truth in tqdm(pictures, "pictures", delay=1, disable=None):
-        with quiet_overflow():
-            seen = model.intermediates(to_device(image[None], device))
-            probabilities = softmax_forward(to_host(seen.logits))[0][0]  # (K,)
+    results, files, what = [], set(), ATTENTION[arguments.attention]
+    for name, image, truth in tqdm(images, "images", delay=1, disable=None):
+        probabilities, attention = answer(model, image, device, arguments.attention)
         check_finite(probabilities, arguments.checkpoint)
         order = np.argsort(-probabilities, kind="stable")[:5]
-        figure = out / free_name(name, taken)
-        maps = seen.attention[-1] if arguments.attention == "last" else attention_rollout(seen.attention)[-1][:, None]
-        attention = attention_map(to_host(maps[0]), model.config.pooling, model.config.registers)
+        figure = out / free_name(name, files)
         title = name if truth is None else f"{name}: truly {names[truth]}"
-        what = ATTENTION[arguments.attention]
-        plots.save_attention(
+        figures.save_attention(
             figure, for_display(image), attention, probabilities, names, title=title, truth=truth, what=what
         )
         result = {"picture": name, "figure": str(figure)} | ({} if truth is None else {"truth": names[truth]})

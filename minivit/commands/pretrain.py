@@ -1,6 +1,5 @@
 """Pre-train a Vision Transformer without labels: it guesses what is under masked patches."""
 
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from minivit import ViTConfig
 from minivit.base.errors import InputError
 from minivit.base.settings import field_names
-from minivit.commands.cli import Parser, add_settings, given, read_toml, run
+from minivit.commands.cli import Parser, add_settings, given, read_toml
 from minivit.masked import MaskedConfig
 from minivit.masked.pretrain import Pretrainer, masked_of
 from minivit.training.recipes import (
@@ -29,13 +28,13 @@ from minivit.weights import checkpoint
 
 EXAMPLES = """
 examples:
-  python scripts/pretrain.py                                      masked patches of CIFAR-10, minivit/configs/pretrain-mpp.toml
-  python scripts/pretrain.py --method mae                         a masked autoencoder, with minivit/configs/pretrain-mae.toml
-  python scripts/pretrain.py --target downsized --epochs 2        sixteen colours of every patch
-  python scripts/pretrain.py --method mae --budget 10m            as many epochs as ten minutes hold on this machine
-  python scripts/pretrain.py --data digits --patch-size 2 --crop-padding 1 --no-flip   the embedded digits
-  python scripts/pretrain.py --resume --out runs/mae-cifar10      go on where a run stopped
-  python scripts/visualize.py masked runs/mae-cifar10/last.npz    what it sees and what it guesses
+  minivit pretrain                                      masked patches of CIFAR-10, minivit/configs/pretrain-mpp.toml
+  minivit pretrain --method mae                         a masked autoencoder, with minivit/configs/pretrain-mae.toml
+  minivit pretrain --target downsized --epochs 2        sixteen colours of every patch
+  minivit pretrain --method mae --budget 10m            as many epochs as ten minutes hold on this machine
+  minivit pretrain --data digits --patch-size 2 --crop-padding 1 --no-flip   the embedded digits
+  minivit pretrain --resume --out runs/mae-cifar10      go on where a run stopped
+  minivit visualize masked runs/mae-cifar10/last.npz    what it sees and what it guesses
 
 Two methods: mpp, the masked patch prediction of the ViT paper, and mae, the masked autoencoder. Test accuracy is the
 share of right guesses at masked patches of the test pictures (of regression, the share of variance explained), to be
@@ -50,7 +49,7 @@ ALL_SECTIONS = SECTIONS | {"pretraining": field_names(MaskedConfig)}
 
 def parse(argv):
     """The command line as a namespace; settings that were not given are absent from it."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="pretrain.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="pretrain")
     add_settings(parser.add_argument_group("pre-training"), MaskedConfig)
     where = add_recipe(parser, data="that of the settings file", file="pretrain-METHOD", start=False)
     add_run(where, "METHOD-NAME")

@@ -1,31 +1,35 @@
 """Run settings side by side over seeds, and compare them in a table and a figure."""
 
-import sys
 from pathlib import Path
 
 from minivit.base.backend import find_device
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, counted, run
+from minivit.base.words import counted
+from minivit.commands.cli import Parser
+from minivit.training.recipes import find_config
 from minivit.training.sweep import carry_out, known_results, read_sweep, results_of, runs_of, write_table
 
 EXAMPLES = """
 examples:
-  python scripts/sweep.py minivit/configs/sweeps/digits.toml                      three rows on the digits: a minute
-  python scripts/sweep.py minivit/configs/sweeps/cifar10-10min.toml               the same command goes on where it stopped
-  python scripts/sweep.py minivit/configs/sweeps/cifar10-10min.toml --table       only write the table of what there is
-  python scripts/sweep.py minivit/configs/sweeps/digits.toml --seeds 0 1 2 3 4 --rows AdamW Muon
+  minivit sweep digits                      three rows on the digits: a minute
+  minivit sweep cifar10-10min               the same command goes on where it stopped
+  minivit sweep cifar10-10min --table       only write the table of what there is
+  minivit sweep digits --seeds 0 1 2 3 4 --rows AdamW Muon
+  minivit sweep my.toml --out my-sweep      a sweep of your own
 
 The folder holds a run for each row and seed, and table.md, table.json, sweep.png of all rows, written anew after each
 run. What a table.json there holds is not run again, even where the run's own folder is gone. The settings of a sweep
-are TOML, see python -m pydoc minivit.training.sweep. A run that diverged is noted in the table and not made again until its
-folder is deleted. The exit status is 0, 1 if a run diverged, 130 if it was interrupted.
+are TOML, see python -m pydoc minivit.training.sweep. A run that diverged is noted in the table and not made again
+until its folder is deleted. The exit status is 0, 1 if a run diverged, 130 if it was interrupted.
 """
 
 
 def main(argv=None):
     """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="sweep.py")
-    parser.add_argument("sweep", metavar="FILE.toml", help="what to run")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="sweep")
+    parser.add_argument(
+        "sweep", metavar="SWEEP", help="what to run: a file, or the name of one that comes with minivit"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder for the runs and the table [runs/sweep-NAME]")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="other seeds than the file's")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="some of the rows alone")
@@ -34,7 +38,7 @@ def main(argv=None):
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args(argv)
     device = find_device(arguments.device) if arguments.device else None
-    sweep = whole = read_sweep(arguments.sweep)
+    sweep = whole = read_sweep(find_config(arguments.sweep, "sweeps", "sweep"))
     out = Path(arguments.out or Path("runs") / f"sweep-{Path(arguments.sweep).stem}")
     if arguments.seeds:
         if min(arguments.seeds) < 0:

@@ -1,4 +1,4 @@
-"""What happens in one batch: every tensor of the forward and backward pass, in numbers and as a picture."""
+"""What happens in one batch: every tensor of the forward and backward pass, in numbers and as a figure."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from minivit import ViT, ViTConfig
 from minivit.base import params
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, add_settings, given, output_file, run
+from minivit.commands.cli import Parser, add_settings, given, output_file
 from minivit.data import load
 from minivit.laboratory.trace import expected_cache_bytes, expected_flops, first_non_finite, norm, trace_batch
 from minivit.model import parameter_table, preset_fields
@@ -21,11 +21,11 @@ from minivit.weights.layouts import load_any
 
 EXAMPLES = """
 examples:
-  python scripts/trace.py                                                 a small model, random pictures
-  python scripts/trace.py --preset Ti/16 --batch-size 2 --random-head     Ti/16, its first block opened
-  python scripts/trace.py --checkpoint runs/digits/last.npz --out out     a trained model on its data; out/trace.png
-  python scripts/trace.py --levels 0                                      one line per block
-  python scripts/trace.py --nan --scale-weights 1e15                      which tensor overflows first?
+  minivit trace                                                 a small model, random images
+  minivit trace --preset Ti/16 --batch-size 2 --random-head     Ti/16, its first block opened
+  minivit trace --checkpoint runs/digits/last.npz --out out     a trained model on its data; out/trace.png
+  minivit trace --levels 0                                      one line per block
+  minivit trace --nan --scale-weights 1e15                      which tensor overflows first?
 
 The batch is that of one worker of a training step: dropout acts, BLAS has one thread. It runs twice, and the figures
 are those of the second time. The exit status is 0; with --nan it is 1 if a tensor is not finite. 2 is bad input.
@@ -35,16 +35,16 @@ MIB = 2**20
 
 def parse(argv):
     """The command line as a namespace; settings of the model that were not given are absent from it."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="trace.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="trace")
     what = parser.add_argument_group("what is traced")
     what.add_argument("--checkpoint", metavar="FILE",
                       help="a checkpoint, such as runs/digits/last.npz, or weights of another program")  # fmt: skip
     what.add_argument("--preset", metavar="NAME", help="a named size, such as Micro/4 or Ti/16")
     what.add_argument("--data", choices=("digits", "cifar10", "random"),
-                      help="pictures [those of the checkpoint's data set; random without a checkpoint]")  # fmt: skip
+                      help="images [those of the checkpoint's data set; random without a checkpoint]")  # fmt: skip
     what.add_argument("--data-dir", metavar="DIR", help="where the data lie [data, or where they lay in training]")
-    what.add_argument("--batch-size", type=int, default=16, metavar="N", help="pictures [16]")
-    what.add_argument("--seed", type=int, default=0, metavar="N", help="seed of parameters, pictures and dropout [0]")
+    what.add_argument("--batch-size", type=int, default=16, metavar="N", help="images [16]")
+    what.add_argument("--seed", type=int, default=0, metavar="N", help="seed of parameters, images and dropout [0]")
     what.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="type of numbers [float32]")
     what.add_argument("--label-smoothing", type=float, default=0.0, metavar="X", help="of the loss [0.0]")
     what.add_argument("--scale-weights", type=float, default=1.0, metavar="X", help="multiply every parameter [1.0]")
@@ -56,7 +56,7 @@ def parse(argv):
     show.add_argument("--backward", action=argparse.BooleanOptionalAction, default=True, help="the backward pass [yes]")
     show.add_argument("--nan", action="store_true", help="name the first tensor that is not finite, and nothing else")
     show.add_argument("--json", type=output_file, metavar="FILE", help="write everything as JSON")
-    show.add_argument("--out", metavar="DIR", help="folder for the picture, trace.png [no picture]")
+    show.add_argument("--out", metavar="DIR", help="folder for the figure, trace.png [no figure]")
     add_settings(parser.add_argument_group("model, without a checkpoint"), ViTConfig)
     arguments = parser.parse_args(argv)
     for name, low in (("batch_size", 1), ("seed", 0), ("levels", 0)):
@@ -72,7 +72,7 @@ def parse(argv):
 
 
 def model_and_data(arguments):
-    """The model that was asked for, and its data set: (ViT, Dataset or None for random pictures, name of the model)."""
+    """The model that was asked for, and its data set: (ViT, Dataset or None for random images, name of the model)."""
     if arguments.checkpoint:
         model, meta, notes = load_any(arguments.checkpoint, named=False)
         for note in notes:
@@ -92,7 +92,7 @@ def model_and_data(arguments):
 
 
 def batch_of(dataset, config, size, seed):
-    """One batch: (images (B, H, W, C) uint8, labels (B,)), chosen from the training pictures, or random.
+    """One batch: (images (B, H, W, C) uint8, labels (B,)), chosen from the training images, or random.
 
     Raises  InputError: the data do not fit the model, or are fewer than a batch.
     """
@@ -104,11 +104,11 @@ def batch_of(dataset, config, size, seed):
     classes = len(dataset.class_names)
     if shape != [config.image_size, config.image_size, config.channels] or classes != config.num_classes:
         raise InputError(
-            f"the model takes {config.image_size}x{config.image_size}x{config.channels} pictures of "
-            f"{config.num_classes} classes; {dataset.name} has {'x'.join(map(str, shape))} pictures of {classes}"
+            f"the model takes {config.image_size}x{config.image_size}x{config.channels} images of "
+            f"{config.num_classes} classes; {dataset.name} has {'x'.join(map(str, shape))} images of {classes}"
         )
     if size > count:
-        raise InputError(f"--batch-size {size} is more than the {count:,} training pictures of {dataset.name}")
+        raise InputError(f"--batch-size {size} is more than the {count:,} training images of {dataset.name}")
     chosen = rng.permutation(count)[:size]
     return dataset.train_images[chosen], dataset.train_labels[chosen]
 
@@ -164,9 +164,9 @@ def print_totals(trace):
     t, flops = trace.totals, expected_flops(trace.config, trace.batch)
     print(f"\n{'TOTALS':12}{'recorded':>15}{'closed form':>15}{'':16}{'all operations':>16}{'time':>11}{'rate':>15}")
 
-    def line(name, found, expected, digits, unit, rest=""):
-        verdict = "equal" if found == expected else "DIFFERENT"
-        print(f"{name:12}{found:15,.{digits}f}{expected:15,.{digits}f} {unit:6}{verdict:9}{rest}")
+    def line(name, recorded, expected, digits, unit, rest=""):
+        verdict = "equal" if recorded == expected else "DIFFERENT"
+        print(f"{name:12}{recorded:15,.{digits}f}{expected:15,.{digits}f} {unit:6}{verdict:9}{rest}")
 
     for name, expected in zip(("forward", "backward"), flops, strict=True):
         everything, seconds = (getattr(t, f"{name}_{figure}") for figure in ("flops", "seconds"))
@@ -190,7 +190,7 @@ def plain(value):
     return value
 
 
-def report_of(model, trace, found):
+def report_of(model, trace, nonfinite):
     """Everything, ready for JSON."""
     gradients = {}
     if trace.gradient is not None:
@@ -207,7 +207,7 @@ def report_of(model, trace, found):
                 "parameters": params.count(parameter_table(trace.config)),
                 "cached": expected_cache_bytes(trace.config, trace.batch, trace.dtype),
             },
-            "first_non_finite": found and found._asdict(),
+            "first_non_finite": nonfinite and nonfinite._asdict(),
             "gradient_norms": gradients,
             "records": [r._asdict() | {"gflop_per_second": r.rate} for r in trace.records],
         }
@@ -232,9 +232,9 @@ def main(argv=None):
                 config, images, labels, flat=model.flat, backward=arguments.backward,
                 rng=np.random.default_rng([arguments.seed, DROPOUT_STREAM]), label_smoothing=arguments.label_smoothing,
             )  # fmt: skip
-        found = first_non_finite(trace)
+        nonfinite = first_non_finite(trace)
     source, blocks = dataset.name if dataset else "random", "1 block" if config.depth == 1 else f"{config.depth} blocks"
-    print(f"{name}: {len(images)} {source} pictures of {config.image_size}x{config.image_size}x{config.channels}, "
+    print(f"{name}: {len(images)} {source} images of {config.image_size}x{config.image_size}x{config.channels}, "
           f"patch {config.patch_size}, {config.num_tokens} tokens, width {config.width}, {blocks}, "
           f"{config.num_heads} heads, {trace.dtype}; loss {float(trace.loss):.4f}")  # fmt: skip
     if not arguments.nan:
@@ -247,16 +247,16 @@ def main(argv=None):
         if arguments.backward and not model.params["head.weight"].any():
             print("\nThe head is zero, as at the start of training: no gradient passes it. --random-head fills it.")
         print_totals(trace)
-    if found:
-        print(("" if arguments.nan else "\n") + found.message)
+    if nonfinite:
+        print(("" if arguments.nan else "\n") + nonfinite.message)
     elif arguments.nan:
         print(f"every tensor is finite ({len(trace.records)} calls)")
     if arguments.json:
-        write_json(arguments.json, report_of(model, trace, found))
+        write_json(arguments.json, report_of(model, trace, nonfinite))
     if arguments.out:
-        from minivit.figures import plots  # matplotlib is slow to import
+        from minivit import figures  # matplotlib is slow to import
 
         figure = Path(arguments.out) / "trace.png"
-        plots.save_trace(figure, trace, title=name)
-        print(f"picture in {figure}")
-    return 1 if arguments.nan and found else 0
+        figures.save_trace(figure, trace, title=name)
+        print(f"drawn in {figure}")
+    return 1 if arguments.nan and nonfinite else 0

@@ -1,13 +1,12 @@
 """Train a Vision Transformer, from nothing or from where a run stopped."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from minivit import ViTConfig
 from minivit.base.errors import InputError
 from minivit.base.params import count
-from minivit.commands.cli import Parser, given, run
+from minivit.commands.cli import Parser, given
 from minivit.training.recipes import (
     add_recipe,
     add_run,
@@ -26,17 +25,16 @@ from minivit.weights.start import Start, StartConfig
 
 EXAMPLES = """
 examples:
-  python scripts/train.py                                         the embedded digits, with minivit/configs/digits.toml
-  python scripts/train.py --data cifar10 --data-dir data          CIFAR-10, with minivit/configs/cifar10.toml
-  python scripts/train.py --config cifar10-1h                     a recipe, by the name of its file in configs/
-  python scripts/train.py --data cifar10 --budget 30m             as many epochs as 30 minutes hold on this machine
-  python scripts/train.py --resume --out runs/digits              go on where a run stopped
-  python scripts/train.py --config my.toml --lr 5e-4 --seed 1     a settings file, two of its values changed
-  python scripts/train.py --data folder --data-dir pictures --preset Micro/4 --image-size 48
-  python scripts/train.py --data cifar10 --classes 0-4            five of the classes
-  python scripts/train.py --data cifar10 --classes 5-9 --from runs/cifar10/last.npz --image-size 48
-                                                                  fine-tunes that model on the others, at a larger size
-                                                                  --freeze '*,!head.*' would train its new head alone
+  minivit train                                         the embedded digits, with minivit/configs/digits.toml
+  minivit train --data cifar10 --data-dir data          CIFAR-10, with minivit/configs/cifar10.toml
+  minivit train --config cifar10-1h                     a recipe, by the name of its file in configs/
+  minivit train --data cifar10 --budget 30m             as many epochs as 30 minutes hold on this machine
+  minivit train --resume --out runs/digits              go on where a run stopped
+  minivit train --config my.toml --lr 5e-4 --seed 1     a settings file, two of its values changed
+  minivit train --data folder --data-dir pictures --preset Micro/4 --image-size 48
+  minivit train --data cifar10 --classes 0-4            five of the classes
+  minivit train --data cifar10 --classes 5-9 --from runs/cifar10/last.npz --image-size 48
+      fine-tunes that model on the others, at a larger size; --freeze '*,!head.*' would train its new head alone
 
 Settings come from, in rising order: their defaults, the settings file (its preset, then its keys), --preset, the flags.
 A settings file has the tables [model] (and preset = "..." in it), [train], [data] and [start]; the keys are the flags'
@@ -46,7 +44,7 @@ names, and checkpoint for --from.
 
 def parse(argv):
     """The command line as a namespace; settings that were not given are absent from it."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="train.py")
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="train")
     where = add_recipe(parser)
     add_run(where, "NAME")
     return parser.parse_args(argv)

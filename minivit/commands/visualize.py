@@ -1,15 +1,14 @@
-"""Draw what a trained model has inside and does to a picture, what training shows to it, and which rates it bears."""
+"""Draw what a trained model has inside and does to an image, what training shows to it, and which rates it bears."""
 
 import dataclasses
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from minivit.base.backend import find_device, to_host, use_device
+from minivit.base.backend import find_device, use_device
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, output_file, run
+from minivit.commands.cli import Parser, output_file
+from minivit.commands.flags import add_data, add_weights
 from minivit.data import (
     DATASETS,
     FOLDERS,
@@ -20,19 +19,19 @@ from minivit.data import (
     mixup,
     operate,
     rand_augment,
-    scaled,
+    resize_images,
     trivial_augment,
 )
-from minivit.data.mixing import one_hot
 from minivit.data.operations import OPERATIONS, wide_space
 from minivit.evaluation.inference import check_finite, load_with_data, on_device
 from minivit.laboratory import curvature
+from minivit.laboratory.sharpness import along_training, spectrum_facts
+from minivit.layers.loss import one_hot
 from minivit.masked.pretrain import draw_reconstructions, load_masked
 from minivit.training import lr_finder
 from minivit.training.recipes import add_recipe, prepare, recipe_of_flags
 from minivit.training.trainer import (
     RECONSTRUCTIONS,
-    Trainer,
     config_from,
     dataset_of,
     origin_of,
@@ -44,104 +43,57 @@ from minivit.weights.layouts import load_any
 
 EXAMPLES = """
 examples:
-  python scripts/visualize.py curvature runs/digits/last.npz
-  python scripts/visualize.py curvature runs/digits/last.npz --every 10 --pictures 128 --count 3
-  python scripts/visualize.py curvature runs/digits/last.npz --optimizer sgd --lr 0.05 --epochs 40 --out sgd
-  python scripts/visualize.py masked runs/mae-cifar10/last.npz
-  python scripts/visualize.py journey runs/cifar10/last.npz --picture 409
-  python scripts/visualize.py augment
-  python scripts/visualize.py augment --data cifar10 --columns 16 --seed 1 --out figures
-  python scripts/visualize.py augment --data imagefolder --data-dir pictures --image-size 96
-  python scripts/visualize.py lr --data cifar10
-  python scripts/visualize.py lr --config my.toml --optimizer muon --lr-min 1e-5 --lr-max 10 --steps 400
+  minivit visualize curvature runs/digits/last.npz
+  minivit visualize curvature runs/digits/last.npz --every 10 --images 128 --count 3
+  minivit visualize curvature runs/digits/last.npz --optimizer sgd --lr 0.05 --epochs 40 --out sgd
+  minivit visualize masked runs/mae-cifar10/last.npz
+  minivit visualize journey runs/cifar10/last.npz --image 409
+  minivit visualize augment
+  minivit visualize augment --data cifar10 --columns 16 --seed 1 --out figures
+  minivit visualize augment --data imagefolder --data-dir images --image-size 96
+  minivit visualize lr --data cifar10
+  minivit visualize lr --config my.toml --optimizer muon --lr-min 1e-5 --lr-max 10 --steps 400
 
 curvature: the training of the checkpoint is made again, in memory, with its own settings (or those given here), and
 every few epochs the largest eigenvalues of the loss's Hessian are computed, exactly, on a fixed set of training
-pictures. Gradient descent on a loss of curvature c is stable while c < 2 / lr (more with momentum; for Adam the
+images. Gradient descent on a loss of curvature c is stable while c < 2 / lr (more with momentum; for Adam the
 curvature counts that its scaling leaves). Training often climbs to this edge and stays there. The last panel is the
 loss around the end of this training in the plane of the two sharpest directions. An eigenvalue that --steps products
 do not find to a thousandth of the largest is drawn hollow, with a bar as long as its residual: more --steps find it.
 
-masked: what a model of scripts/pretrain.py sees of test pictures, patches masked or exchanged, and what it guesses.
+masked: what a model of minivit pretrain sees of test images, patches masked or exchanged, and what it guesses.
 Colours are drawn in the middle of their class. Pixels that were normalised get the mean and the standard deviation that
 their patch really has: the model does not say them.
 
-journey: how one test picture becomes a class, as a moving picture (journey.gif, 800 pixels wide) and a still one
+journey: how one test image becomes a class, as a moving image (journey.gif, 800 pixels wide) and a still one
 (journey.png): patches, tokens, what they are made of after each block (attention rollout), probabilities.
 
-augment: a sheet of training pictures, a row for each augmentation. The rows of single operations go from the weakest
+augment: a sheet of training images, a row for each augmentation. The rows of single operations go from the weakest
 strength on the left to the strongest on the right, as TrivialAugment draws them.
 
-lr: the first steps of a training, with the settings files and flags of scripts/train.py, while the learning rate rises
-exponentially; on whole pictures, whatever half_size is. The loss falls where the rate is good and leaps where it is too
+lr: the first steps of a training, with the settings files and flags of minivit train, while the learning rate rises
+exponentially; on whole images, whatever half_size is. The loss falls where the rate is good and leaps where it is too
 high. Two peak rates are suggested: that where the smoothed loss falls most steeply, and a tenth of that where it is
 least. No run's folder is touched.
 """
 
 
-def measured_pictures(dataset, count, seed):
-    """A fixed random set of training pictures: (images, labels).
+def measured_images(dataset, count, seed):
+    """A fixed random set of training images: (images, labels).
 
     Raises  InputError: there are none.
     """
     if not len(dataset.train_images):
-        raise InputError(f"{dataset.source} has no training pictures; put some in its folder train")
-    chosen = np.random.default_rng(seed).permutation(len(dataset.train_images))[:count]
-    return dataset.train_images[chosen], dataset.train_labels[chosen]
+        raise InputError(f"{dataset.source} has no training images; put some in its folder train")
+    rows = np.random.default_rng(seed).permutation(len(dataset.train_images))[:count]
+    return dataset.train_images[rows], dataset.train_labels[rows]
 
 
-def figures_of(spectrum):
-    """A `curvature.Spectrum` without its vectors, ready for JSON."""
-    return {name: getattr(spectrum, name).tolist() for name in ("eigenvalues", "residuals", "converged")}
+def settings_of_run(arguments, meta, path):
+    """The settings of the run to be made again, with those of the command line.
 
-
-def in_words(figures):
-    """The largest eigenvalue, with how far it may be off where it was not found."""
-    value, residual, found = (figures[name][0] for name in ("eigenvalues", "residuals", "converged"))
-    return f"{value:9.3g}" if found else f"{value:9.3g} +- {residual:.2g}"
-
-
-def along_training(dataset, config, settings, images, labels, *, every, count, steps):
-    """Train once more and measure: a record per measurement, ready for JSON, and the parameters at the end.
-
-    Returns  (records, flat (n,) float32), or None if it was stopped
+    Raises  InputError: it began with another model, or an option is impossible.
     """
-    records = []
-
-    def measure(trainer):
-        if trainer.epoch % every and trainer.epoch != settings.epochs:
-            return
-        how = {"label_smoothing": settings.label_smoothing, "device": find_device(settings.device)}
-        flat = to_host(trainer.model.flat).astype(np.float64)
-        loss, _ = curvature.loss_gradient(config, flat, images, labels, **how)
-        spectrum = curvature.sharpness(config, flat, images, labels, count=count, steps=steps, **how)
-        lr = trainer.learning_rate(trainer.step - 1)
-        record = {"epoch": trainer.epoch, "loss": float(loss), "lr": lr}
-        record |= figures_of(spectrum)
-        record["edge"] = curvature.stability_edge(trainer.optimizer, lr) if lr else None
-        shown = f"largest eigenvalue {in_words(record)}"
-        if (scale := curvature.adam_scale(trainer.optimizer)) is not None:
-            seen = curvature.sharpness(config, flat, images, labels, scale=scale, steps=steps, **how)
-            record["preconditioned"] = figures_of(seen)
-            shown += f", as Adam sees it {in_words(record['preconditioned'])}"
-        edge = f", edge {record['edge']:9.3g}" if lr else ""
-        print(f"epoch {trainer.epoch:4d}  loss {loss:.4f}  {shown}{edge}", flush=True)
-        records.append(record)
-
-    quiet = dataclasses.replace(settings, evaluate_every=settings.epochs, checkpoint_seconds=1e9)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(dataset, config, quiet, Path(folder) / "run", progress=False, on_epoch=measure)
-        if trainer.run() is None:
-            return None
-    return records, to_host(trainer.model.flat)
-
-
-def draw_curvature(arguments):
-    """The subcommand ``curvature``; returns the exit status."""
-    from minivit.figures import plots  # matplotlib is slow to import
-
-    path = Path(arguments.checkpoint)
-    model, meta, _ = load_any(path, weights="params", named=False)
     settings = dataclasses.replace(config_from(meta, path), device=find_device(arguments.device))
     changes = {key: value for key in ("optimizer", "lr", "epochs") if (value := getattr(arguments, key)) is not None}
     settings = dataclasses.replace(settings, **changes, **({"steps": 0} if "epochs" in changes else {}))
@@ -150,23 +102,36 @@ def draw_curvature(arguments):
             f"{path} began with {origin.get('checkpoint')}; this trains a run again from the beginning, and can do so "
             "for runs that began with nothing"
         )
-    for name in ("every", "count", "steps", "pictures", "points"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    check_least(arguments, every=1, count=1, steps=1, images=1, points=1)
     if arguments.points < 2:
         raise InputError("--points must be at least 2: a surface has an extent")
+    return settings
+
+
+def check_least(arguments, **least):
+    """Raises InputError if a flag is below its least value; one that was not given is not."""
+    for name, low in least.items():
+        if (value := getattr(arguments, name)) is not None and value < low:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+
+
+def draw_curvature(arguments):
+    """The subcommand ``curvature``; returns the exit status."""
+    path = Path(arguments.checkpoint)
+    model, meta, _ = load_any(path, weights="params", named=False)
+    settings = settings_of_run(arguments, meta, path)
     dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
-    images, labels = measured_pictures(dataset, arguments.pictures, settings.seed)
+    images, labels = measured_images(dataset, arguments.images, settings.seed)
     out = Path(arguments.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
     print(
-        f"{model.flat.size:,} parameters; Hessian of the mean loss of {len(images)} training pictures of {dataset.name}"
+        f"{model.flat.size:,} parameters; Hessian of the mean loss of {len(images)} training images of {dataset.name}"
     )
-    measured = {"every": arguments.every, "count": arguments.count, "steps": arguments.steps}
-    made = along_training(dataset, model.config, settings, images, labels, **measured)
-    if made is None:
+    measurement = {"every": arguments.every, "count": arguments.count, "steps": arguments.steps}
+    run = along_training(dataset, model.config, settings, images, labels, **measurement)
+    if run is None:
         return 130
-    records, flat = made
+    records, flat = run
     if (fewest := min(len(record["eigenvalues"]) for record in records)) < arguments.count:
         print(
             f"of the {arguments.count} eigenvalues asked for only {fewest} were found: "
@@ -180,18 +145,15 @@ def draw_curvature(arguments):
     surface = curvature.loss_slice(
         model.config, flat, images, labels, spectrum.eigenvectors, radius, points=arguments.points, **how
     )  # fmt: skip
-    figure = out / "curvature.png"
-    momentum = f"momentum {settings.momentum:g}" if settings.optimizer == "sgd" else settings.optimizer
-    title = f"{dataset.name}: {settings.epochs} epochs of {settings.optimizer}, lr {settings.lr:g}"
-    plots.save_curvature(figure, records, edge=f"edge of stability ({momentum})", slice_=surface, title=title)
-    same = np.array_equal(flat, model.flat)
+    figure, same = out / "curvature.png", np.array_equal(flat, model.flat)
+    save_curvature(figure, records, surface, settings, dataset)
     report = {
         "checkpoint": str(path),
         "settings": dataclasses.asdict(settings),
         "pictures": len(images),
         "records": records,
         "ends_at_checkpoint": same,
-        "at_end": figures_of(spectrum) | {"products": spectrum.products},
+        "at_end": spectrum_facts(spectrum) | {"products": spectrum.products},
     }
     write_json(arguments.json or out / "curvature.json", report)
     eigenvalues = ", ".join(f"{value:.4g}" for value in spectrum.eigenvalues)
@@ -200,11 +162,18 @@ def draw_curvature(arguments):
     return 0
 
 
+def save_curvature(path, records, surface, settings, dataset):
+    """Draw the measurements of a run."""
+    from minivit import figures  # matplotlib is slow to import
+
+    momentum = f"momentum {settings.momentum:g}" if settings.optimizer == "sgd" else settings.optimizer
+    title = f"{dataset.name}: {settings.epochs} epochs of {settings.optimizer}, lr {settings.lr:g}"
+    figures.save_curvature(path, records, edge=f"edge of stability ({momentum})", slice_=surface, title=title)
+
+
 def draw_masked(arguments):
     """The subcommand ``masked``; returns the exit status."""
-    for name in ("count", "seed"):
-        if (value := getattr(arguments, name)) < (low := int(name == "count")):
-            raise InputError(f"--{name} must be at least {low}, got {value}")
+    check_least(arguments, count=1, seed=0)
     path = Path(arguments.checkpoint)
     model, meta = load_masked(path)
     dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
@@ -218,7 +187,7 @@ def draw_masked(arguments):
 
 
 def sheet_of(images, seed):
-    """A name and the augmented pictures (n, H, W, C) for each augmentation, as a dict."""
+    """A name and the augmented images (n, H, W, C) for each augmentation, as a dict."""
     n, H, W, _ = images.shape
     rows = {"as they are": images}
 
@@ -230,7 +199,6 @@ def sheet_of(images, seed):
     add("flip", augment, flip=True)
     add("affine", augment, rotate=15.0, zoom=0.15, shear=0.15, shift=H / 16)
     add("erasing", augment, erasing=1.0)
-    add("cutout", augment, cutout=H // 2)
     strengths = wide_space(H, W)[:, np.linspace(0, 30, n).round().astype(int)]
     for code, name in enumerate(OPERATIONS[1:], start=1):
         rows[name] = operate(images, np.full(n, code), strengths[code])
@@ -238,53 +206,52 @@ def sheet_of(images, seed):
     add("policy: rand", rand_augment)
     add("policy: auto", auto_augment)
     for name, function in (("mixup", mixup), ("cutmix", cutmix)):
-        mixed, targets = function(images, one_hot(np.arange(n), n), np.random.default_rng([seed, len(rows)]), 1.0)
+        targets, rng = one_hot(np.arange(n), n), np.random.default_rng([seed, len(rows)])
+        mixed, targets = function(images, targets, rng, 1.0)
         rows[f"{name}, {targets.diagonal().min():.0%} kept"] = mixed
     return rows
 
 
 def draw_augment(arguments):
     """The subcommand ``augment``; returns the exit status."""
-    from minivit.figures import plots  # matplotlib is slow to import
+    from minivit import figures  # matplotlib is slow to import
 
     size = arguments.image_size
-    for name, low in (("columns", 2), ("seed", 0), ("image_size", 2)):
-        if (value := getattr(arguments, name)) is not None and value < low:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+    check_least(arguments, columns=2, seed=0, image_size=2)
     dataset = load(arguments.data, arguments.data_dir, image_size=size if arguments.data in FOLDERS else None)
-    images, _ = measured_pictures(dataset, arguments.columns, arguments.seed)
+    images, _ = measured_images(dataset, arguments.columns, arguments.seed)
     if size is not None:
-        images = scaled(images, size)  # no others than these
+        images = resize_images(images, size)  # no others than these
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     figure = out / f"augment-{arguments.data}.png"
-    plots.save_contact_sheet(figure, sheet_of(images, arguments.seed), title=f"{dataset.name}: augmentations")
+    figures.save_contact_sheet(figure, sheet_of(images, arguments.seed), title=f"{dataset.name}: augmentations")
     print(f"drawn in {figure}")
     return 0
 
 
 def draw_journey(arguments):
     """The subcommand ``journey``; returns the exit status."""
-    from minivit.paper import journey  # matplotlib is slow to import
+    from minivit.paper import film, journey  # matplotlib is slow to import
 
     path, device = Path(arguments.checkpoint), find_device(arguments.device)
     model, _, dataset = load_with_data(
         path, weights=arguments.weights, name=arguments.data, data_dir=arguments.data_dir
     )  # fmt: skip
-    count = len(dataset.test_images)
-    if not 0 <= arguments.picture < count:
-        raise InputError(f"there is no test picture {arguments.picture}; {dataset.name} has 0 to {count - 1}")
-    image, truth = dataset.test_images[arguments.picture], int(dataset.test_labels[arguments.picture])
+    count, number = len(dataset.test_images), arguments.image
+    if not 0 <= number < count:
+        raise InputError(f"there is no test image {number}; {dataset.name} has 0 to {count - 1}")
+    image, truth = dataset.test_images[number], int(dataset.test_labels[number])
     with quiet_overflow():
-        found = journey.journey_of(on_device(model, device), image, dataset.class_names, truth=truth)
-    check_finite(found.probabilities, path)
+        way = journey.journey_of(on_device(model, device), image, dataset.class_names, truth=truth)
+    check_finite(way.probabilities, path)
     out = Path(arguments.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
-    journey.save_still(out / "journey.png", found)
-    journey.save_moving(out / "journey.gif", found, progress=True)
-    k = int(found.probabilities.argmax())
+    journey.save_still(out / "journey.png", way)
+    film.save_film(out / "journey.gif", way, progress=True)
+    k = int(way.probabilities.argmax())
     print(
-        f"test picture {arguments.picture} of {dataset.name}: {dataset.class_names[k]} {found.probabilities[k]:.1%}, "
+        f"test image {number} of {dataset.name}: {dataset.class_names[k]} {way.probabilities[k]:.1%}, "
         f"truly {dataset.class_names[truth]}; drawn in {out / 'journey.gif'} "
         f"({(out / 'journey.gif').stat().st_size / 2**20:.1f} MiB) and journey.png"
     )
@@ -293,20 +260,20 @@ def draw_journey(arguments):
 
 def draw_lr(arguments):
     """The subcommand ``lr``; returns the exit status."""
-    from minivit.figures import plots  # matplotlib is slow to import
+    from minivit import figures  # matplotlib is slow to import
 
-    ramp = {"low": arguments.lr_min, "high": arguments.lr_max, "steps": arguments.ramp_steps}
-    lr_finder.rising_rates(**ramp)  # bad ones are refused before the data are read
+    rates = {"low": arguments.lr_min, "high": arguments.lr_max, "steps": arguments.ramp_steps}
+    lr_finder.rising_rates(**rates)  # bad ones are refused before the data are read
     dataset, model_config, config, begins = prepare(recipe_of_flags(arguments))
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    found = lr_finder.find(
-        dataset, model_config, config, **ramp, start=begins["start"], progress=not arguments.quiet
+    ramp = lr_finder.find(
+        dataset, model_config, config, **rates, start=begins["start"], progress=not arguments.quiet
     )  # fmt: skip
-    least, lowest = found.rates[found.least], found.smoothed[found.least]
+    least, lowest = ramp.rates[ramp.least], ramp.smoothed[ramp.least]
     figure = out / "lr.png"
     title = f"{dataset.name}: {config.optimizer}, batches of {config.batch_size * config.accumulate}"
-    plots.save_lr_curve(figure, found, chosen=config.lr, title=title)
+    figures.save_lr_curve(figure, ramp, chosen=config.lr, title=title)
     report = {
         "settings": {
             "model": dataclasses.asdict(model_config),
@@ -317,19 +284,19 @@ def draw_lr(arguments):
         "lr_max": arguments.lr_max,
         "steps": arguments.ramp_steps,
         "smoothing": lr_finder.SMOOTHING,
-        "ended": found.ended,
+        "ended": ramp.ended,
         "least": {"lr": float(least), "smoothed": float(lowest)},
-        "suggestions": found.suggestions,
-        **{name: getattr(found, name).tolist() for name in ("rates", "losses", "smoothed")},
+        "suggestions": ramp.suggestions,
+        **{name: getattr(ramp, name).tolist() for name in ("rates", "losses", "smoothed")},
         "versions": versions(),
     }
     write_json(out / "lr.json", report)
     print(
-        f"{len(found.rates)} steps of {config.optimizer} from a rate of {found.rates[0]:.2g} to {found.rates[-1]:.2g}: "
-        f"{found.ended}; the smoothed loss went from {found.smoothed[0]:.3f} to {lowest:.3f}, at {least:.2g}"
+        f"{len(ramp.rates)} steps of {config.optimizer} from a rate of {ramp.rates[0]:.2g} to {ramp.rates[-1]:.2g}: "
+        f"{ramp.ended}; the smoothed loss went from {ramp.smoothed[0]:.3f} to {lowest:.3f}, at {least:.2g}"
     )
-    if found.suggestions:
-        steepest, tenth = found.suggestions.values()
+    if ramp.suggestions:
+        steepest, tenth = ramp.suggestions.values()
         print(f"  --lr {steepest:.2g}   where the smoothed loss falls most steeply")
         print(f"  --lr {tenth:.2g}   a tenth of the rate where it is least")
         print(f"for the peak learning rate, which is {config.lr:.2g} in these settings; drawn in {figure}")
@@ -338,15 +305,15 @@ def draw_lr(arguments):
     return 0
 
 
-def main(argv=None):
-    """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="visualize.py")
-    commands = parser.add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
+def add_curvature(commands):
+    """Add the flags of ``curvature``."""
     about = "largest Hessian eigenvalues along training, loss surface"
     parts = commands.add_parser("curvature", help=about, description=about, epilog=EXAMPLES)
     parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
     parts.add_argument("--every", type=int, default=5, metavar="N", help="epochs between two measurements [5]")
-    parts.add_argument("--pictures", type=int, default=64, metavar="N", help="training pictures measured on [64]")
+    parts.add_argument(
+        "--images", "--pictures", type=int, default=64, metavar="N", help="training images measured on [64]"
+    )
     parts.add_argument("--count", type=int, default=2, metavar="N", help="eigenvalues to follow [2]")
     parts.add_argument("--steps", type=int, default=20, metavar="N", help="most Hessian-vector products each [20]")
     parts.add_argument("--points", type=int, default=21, metavar="N", help="points along a side of the surface [21]")
@@ -358,35 +325,49 @@ def main(argv=None):
     parts.add_argument("--out", metavar="DIR", help="folder for curvature.png and .json [the checkpoint's]")
     parts.add_argument("--json", type=output_file, metavar="FILE", help="the measurements [curvature.json in --out]")
     parts.set_defaults(draw=draw_curvature)
-    about = "test pictures, what a pre-trained model sees of them, and what it guesses"
+
+
+def add_masked(commands):
+    """Add the flags of ``masked``."""
+    about = "test images, what a pre-trained model sees of them, and what it guesses"
     parts = commands.add_parser("masked", help=about, description=about, epilog=EXAMPLES)
-    parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of scripts/pretrain.py")
-    parts.add_argument("--count", type=int, default=12, metavar="N", help="how many pictures [12]")
+    parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of minivit pretrain")
+    parts.add_argument("--count", type=int, default=12, metavar="N", help="how many images [12]")
     parts.add_argument("--seed", type=int, default=0, metavar="N", help="draws the masks; 0 is that of the tests [0]")
     parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
     parts.add_argument("--out", metavar="DIR", help="folder for reconstructions.png [the checkpoint's]")
     parts.set_defaults(draw=draw_masked)
-    about = "how one picture becomes a class: patches, tokens, attention, probabilities; moving and still"
+
+
+def add_journey(commands):
+    """Add the flags of ``journey``."""
+    about = "how one image becomes a class: patches, tokens, attention, probabilities; moving and still"
     parts = commands.add_parser("journey", help=about, description=about, epilog=EXAMPLES)
     parts.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
-    parts.add_argument("--picture", type=int, default=0, metavar="N", help="number of the test picture [0]")
-    parts.add_argument("--data", choices=DATASETS, help="data set, of the same classes [that of its training]")
-    parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [where they lay in training]")
-    parts.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
-                       help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
+    parts.add_argument("--image", "--picture", type=int, default=0, metavar="N", help="number of the test image [0]")
+    add_data(parts, "data set, of the same classes [that of its training]")
+    add_weights(parts)
     parts.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [cpu]")
     parts.add_argument("--out", metavar="DIR", help="folder for journey.gif and journey.png [the checkpoint's]")
     parts.set_defaults(draw=draw_journey)
-    about = "a sheet of training pictures, a row for each augmentation"
+
+
+def add_augment(commands):
+    """Add the flags of ``augment``."""
+    about = "a sheet of training images, a row for each augmentation"
     parts = commands.add_parser("augment", help=about, description=about, epilog=EXAMPLES)
     parts.add_argument("--data", choices=DATASETS, default="digits", help="data set [digits]")
     parts.add_argument("--data-dir", default="data", metavar="DIR", help="where the data lie [data]")
-    parts.add_argument("--image-size", type=int, metavar="N", help="height and width of the pictures, pixels; those of "
+    parts.add_argument("--image-size", type=int, metavar="N", help="height and width of the images, pixels; those of "
                        "a data set are scaled to it [their own; of a folder 32, of an imagefolder 224]")  # fmt: skip
-    parts.add_argument("--columns", type=int, default=12, metavar="N", help="pictures in a row [12]")
-    parts.add_argument("--seed", type=int, default=0, metavar="N", help="draws pictures and augmentations [0]")
+    parts.add_argument("--columns", type=int, default=12, metavar="N", help="images in a row [12]")
+    parts.add_argument("--seed", type=int, default=0, metavar="N", help="draws images and augmentations [0]")
     parts.add_argument("--out", default="runs", metavar="DIR", help="folder for augment-DATA.png [runs]")
     parts.set_defaults(draw=draw_augment)
+
+
+def add_lr(commands):
+    """Add the flags of ``lr``."""
     about = "the loss while the learning rate rises, and the rates that it suggests"
     parts = commands.add_parser("lr", help=about, description=about, epilog=EXAMPLES)
     where = add_recipe(parts, skip=("steps",))
@@ -399,5 +380,13 @@ def main(argv=None):
         "--steps", type=int, default=200, dest="ramp_steps", metavar="N", help="how many training steps [200]"
     )
     parts.set_defaults(draw=draw_lr)
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    parser = Parser(description=__doc__, epilog=EXAMPLES, command="visualize")
+    commands = parser.add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
+    for add in (add_curvature, add_masked, add_journey, add_augment, add_lr):
+        add(commands)
     arguments = parser.parse_args(argv)
     return arguments.draw(arguments)

@@ -1,12 +1,13 @@
 """The Visual Task Adaptation Benchmark: how well a checkpoint adapts to 19 tasks from 1,000 examples of each."""
 
-import sys
 import time
 from pathlib import Path
 
+from minivit import figures
 from minivit.base.backend import device_name, find_device
 from minivit.base.errors import InputError
-from minivit.commands.cli import Parser, run
+from minivit.commands.cli import Parser
+from minivit.commands.flags import add_place, add_weights
 from minivit.evaluation.inference import check_finite, predict_all
 from minivit.evaluation.vtab import (
     BATCH,
@@ -21,21 +22,20 @@ from minivit.evaluation.vtab import (
     load_task,
     summary_of,
 )
-from minivit.figures import plots
 from minivit.training.trainer import check_workers, write_json
-from minivit.weights.layouts import load_any
+from minivit.weights.layouts import load_with_notes
 
 HELP = f"""
 examples:
-  python scripts/vtab.py runs/imagefolder/last.npz --data-dir vtab                       a linear probe of each task
-  python scripts/vtab.py runs/imagefolder/last.npz --data-dir vtab --method finetune     as the ViT paper does
-  python scripts/vtab.py runs/cifar10/last.npz --data-dir vtab --tasks svhn eurosat
+  minivit vtab runs/imagefolder/last.npz --data-dir vtab                       a linear probe of each task
+  minivit vtab runs/imagefolder/last.npz --data-dir vtab --method finetune     as the ViT paper does
+  minivit vtab runs/cifar10/last.npz --data-dir vtab --tasks svhn eurosat
 
 The folder holds, for each task, NAME.npz with arrays train_images, train_labels, test_images and test_labels, or
 NAME/train/CLASS/*.png and NAME/test/CLASS/*.png. The names: {", ".join(TASKS[:10])},
 {", ".join(TASKS[10:])}.
 Tasks that are not there are named and left out of the means. probe and fewshot are logistic regression and least
-squares on what the head reads. finetune trains everything, at the model's own picture size and without augmentation;
+squares on what the head reads. finetune trains everything, at the model's own image size and without augmentation;
 the same command goes on where it stopped. See python -m pydoc minivit.evaluation.vtab.
 """
 
@@ -51,9 +51,9 @@ def show(summary):
         print(f"missing: {', '.join(summary['missing'])}")
 
 
-def main(argv=None):
-    """Entry point; returns the exit status."""
-    parser = Parser(description=__doc__, epilog=HELP, prog="vtab.py")
+def parse(argv):
+    """The command line as a namespace."""
+    parser = Parser(description=__doc__, epilog=HELP, command="vtab")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/cifar10/last.npz")
     parser.add_argument("--data-dir", metavar="DIR", default="data/vtab", help="where the tasks lie [data/vtab]")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="NAME", help="some of the tasks [all there are]")
@@ -64,26 +64,45 @@ def main(argv=None):
     parser.add_argument("--lr", type=float, default=FINE_TUNING["lr"], metavar="X", help="finetune: peak rate [0.01]")
     parser.add_argument("--batch-size", type=int, default=BATCH, metavar="N", help="finetune: [512]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which examples; order of fine-tuning [0]")
-    parser.add_argument("--weights", choices=("auto", "params", "ema"), default="auto",
-                        help="the parameters, their moving average, or the average if there is one [auto]")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads; 0 for one per core [0]")
-    parser.add_argument("--device", default="cpu", metavar="NAME",
-                        help="where to compute: cpu, cuda, cuda:1, ... or auto [cpu]")  # fmt: skip
+    add_weights(parser)
+    add_place(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="folder for vtab-METHOD.json, .png and runs [vtab beside CHECKPOINT]"
     )
     arguments = parser.parse_args(argv)
     if arguments.examples < 5 or arguments.steps < 1 or arguments.seed < 0:
         raise InputError("--examples must be at least 5, --steps at least 1 and --seed at least 0")
+    return arguments
+
+
+def adapt(arguments, model, dataset, folder, workers, device):
+    """Adapt the model to a task: (accuracy, what else is known), or None if a signal stopped it."""
+    if arguments.method == "finetune":
+        summary = fine_tune(
+            model, dataset, folder, steps=arguments.steps, seed=arguments.seed, workers=workers, device=device,
+            lr=arguments.lr, batch_size=arguments.batch_size,
+        )  # fmt: skip
+        return summary and (summary["test_accuracy"], {"steps": summary["steps"]})
+    train, test = (
+        predict_all(model, images, workers=workers, device=device, features=True)
+        for images in (dataset.train_images, dataset.test_images)
+    )
+    for features in (train, test):
+        check_finite(features, arguments.checkpoint, "features")
+    score, l2 = fit_features(arguments.method, train, test, dataset)
+    return score, {"l2": l2}
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    arguments = parse(argv)
     workers, device = check_workers(arguments.workers), find_device(arguments.device)
     path = Path(arguments.checkpoint)
-    model, meta, notes = load_any(path, weights=arguments.weights, named=False)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    model, meta = load_with_notes(path, weights=arguments.weights, named=False)
     names = arguments.tasks or find_tasks(arguments.data_dir)
     names = [name for name in TASKS if name in names]  # each once
     data = {"examples": arguments.examples, "seed": arguments.seed}
-    for name in names:  # what is missing or does not fit is found before any work
+    for name in names:  # what is missing or does not fit is told before any work
         load_task(arguments.data_dir, name, model.config, **data)
     out = Path(arguments.out or path.parent / "vtab")
     out.mkdir(parents=True, exist_ok=True)
@@ -92,31 +111,17 @@ def main(argv=None):
     for name in names:
         started = time.perf_counter()
         dataset = load_task(arguments.data_dir, name, model.config, **data)
-        if arguments.method == "finetune":
-            result = fine_tune(
-                model, dataset, out / name, steps=arguments.steps, seed=arguments.seed, workers=workers,
-                device=device, lr=arguments.lr, batch_size=arguments.batch_size,
-            )  # fmt: skip
-            if result is None:
-                return 130
-            scores[name], details[name] = result["test_accuracy"], {"steps": result["steps"]}
-        else:
-            train, test = (
-                predict_all(model, images, workers=workers, device=device, features=True)
-                for images in (dataset.train_images, dataset.test_images)
-            )
-            check_finite(train, path, "features")
-            check_finite(test, path, "features")
-            scores[name], l2 = fit_features(arguments.method, train, test, dataset)
-            details[name] = {"l2": l2}
-        details[name] |= {
+        if (result := adapt(arguments, model, dataset, out / name, workers, device)) is None:
+            return 130
+        scores[name], more = result
+        details[name] = more | {
             "accuracy": scores[name],
             "classes": len(dataset.class_names),
             "test_images": len(dataset.test_labels),
             "source": dataset.source,
             "seconds": round(time.perf_counter() - started, 2),
         }
-        of = f"{details[name]['classes']} classes, {len(dataset.test_labels):,} test pictures"
+        of = f"{details[name]['classes']} classes, {len(dataset.test_labels):,} test images"
         print(f"{name:14}{scores[name]:>8.2%}   {of}, {details[name]['seconds']:.0f} s", flush=True)
     summary = summary_of(scores)
     show(summary)
@@ -124,6 +129,6 @@ def main(argv=None):
     settings = {"checkpoint": str(path), "weights": meta["weights"], "method": arguments.method, **data,
                 "device": device_name(device)}  # fmt: skip
     write_json(file, settings | summary | {"tasks": details})
-    plots.save_vtab(file.with_suffix(".png"), summary, title=f"VTAB, {arguments.method}: {path}")
+    figures.save_vtab(file.with_suffix(".png"), summary, title=f"VTAB, {arguments.method}: {path}")
     print(f"\nwritten to {file} and .png")
     return 0

@@ -1,8 +1,7 @@
-"""What the scripts do with a trained model: load it with its data, run it over many pictures, see what it looks at."""
+"""What the scripts do with a trained model: load it with its data, run it over many images, see what it looks at."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,14 @@ from tqdm import tqdm
 
 from minivit.base.backend import to_device, to_host, use_device
 from minivit.base.errors import InputError
-from minivit.data import FOLDERS, load, mirrored
+from minivit.data import FOLDERS, load, with_mirror_images
 from minivit.model import ViT
 from minivit.training.engine import Engine
 from minivit.training.engine_cuda import CudaEngine
 from minivit.training.trainer import dataset_of, quiet_overflow
-from minivit.weights.layouts import load_any
+from minivit.weights.layouts import load_with_notes
 
-CHUNK = 512  # pictures between two steps of the progress bar
+CHUNK = 512  # images between two steps of the progress bar
 
 
 def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_classes=False):
@@ -25,17 +24,15 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_clas
 
     ``other_classes``: the data set that is named may have others than the model.
     Returns  (ViT, meta, Dataset)
-    Raises  InputError: the checkpoint or the data are missing or damaged, or the pictures or classes are not the
+    Raises  InputError: the checkpoint or the data are missing or damaged, or the images or classes are not the
     model's.
     """
     path = Path(path)
-    model, meta, notes = load_any(path, weights=weights)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    model, meta = load_with_notes(path, weights=weights)
     if "pretraining" in meta and not other_classes:
         raise InputError(
-            f"{path} is of pre-training, its head knows no classes yet; scripts/train.py --from begins with it, "
-            "scripts/visualize.py masked shows it"
+            f"{path} is of pre-training, its head knows no classes yet; minivit train --from begins with it, "
+            "minivit visualize masked shows it"
         )
     c = model.config
     if name is not None and other_classes:
@@ -45,8 +42,8 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_clas
     shape, classes = dataset.test_images.shape[1:], len(dataset.class_names)
     if shape != (c.image_size, c.image_size, c.channels) or (classes != c.num_classes and not other_classes):
         raise InputError(
-            f"{path} takes {c.image_size}x{c.image_size}x{c.channels} pictures of {c.num_classes} "
-            f"classes; {dataset.name} has {'x'.join(map(str, shape))} pictures of {classes}"
+            f"{path} takes {c.image_size}x{c.image_size}x{c.channels} images of {c.num_classes} "
+            f"classes; {dataset.name} has {'x'.join(map(str, shape))} images of {classes}"
         )
     return model, meta, dataset
 
@@ -58,27 +55,27 @@ def on_device(model, device):
 
 
 def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=False, features=False):
-    """Logits of all pictures on the host, with a progress bar if it takes over a second.
+    """Logits of all images on the host, with a progress bar if it takes over a second.
 
     Shapes  images (n, H, W, C)  ->  logits (n, K); with ``features`` what the head reads, see `ViT.features`
-    With ``flip``, a picture's logits are the mean of its own and of its mirror image's.
+    With ``flip``, an image's logits are the mean of its own and of its mirror image's.
     """
-    views = [images, mirrored(images)] if flip else [images]
-    bar = tqdm(total=len(views) * len(images), desc="pictures", unit="", delay=1, disable=None)
+    bar = tqdm(total=(2 if flip else 1) * len(images), desc="images", unit="", delay=1, disable=None)
     if device == "cpu":
         engine = Engine(model, workers=workers, micro_batch=micro_batch)
     else:
         engine = CudaEngine(on_device(model, device))
-    results = []  # of each view
+
+    def predict(view):
+        parts = []
+        for i in range(0, len(view), CHUNK):
+            chunk = to_device(view[i : i + CHUNK], device)
+            parts.append(to_host(engine.predict(chunk, features=features)))
+            bar.update(len(parts[-1]))
+        return np.concatenate(parts)
+
     with engine, bar, quiet_overflow():
-        for view in views:
-            parts = []
-            for i in range(0, len(view), CHUNK):
-                chunk = to_device(view[i : i + CHUNK], device)
-                parts.append(to_host(engine.predict(chunk, features=features)))
-                bar.update(len(parts[-1]))
-            results.append(np.concatenate(parts))
-    return (results[0] + results[1]) / 2 if flip else results[0]
+        return with_mirror_images(predict, images, flip)
 
 
 def check_finite(numbers, path, what="logits"):

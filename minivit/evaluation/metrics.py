@@ -21,8 +21,8 @@ Temperature (the same paper, section 4.2)
     NLL falls for ever as b grows (T is 0).
 
 ReaL (Beyer, Henaff, Kolesnikov, Zhai and van den Oord 2020, "Are we done with ImageNet?", arXiv:2006.07159)
-    ImageNet's validation pictures were labelled again, each with all the classes that are to be seen. A prediction is
-    right if it is one of them; pictures of which people found no class are left out.
+    ImageNet's validation images were labelled again, each with all the classes that are to be seen. A prediction is
+    right if it is one of them; images of which people found no class are left out.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def measure(logits, labels, class_names):
             "count": int(count[k]),
             "accuracy": float((n - count[k] - guessed[k] + 2 * right[k]) / n),
             "precision": float(right[k] / guessed[k]) if guessed[k] else None,  # None: the class was never predicted,
-            "recall": float(right[k] / count[k]) if count[k] else None,  # or has no pictures
+            "recall": float(right[k] / count[k]) if count[k] else None,  # or has no images
         }
         for k in range(K)
     ]
@@ -75,12 +75,12 @@ def measure(logits, labels, class_names):
 
 
 def read_real(path, names, num_classes):
-    """The reassessed labels of ImageNet validation pictures, from the official ``real.json``.
+    """The reassessed labels of ImageNet validation images, from the official ``real.json``.
 
-    The file is a list with a list of classes for each picture, ILSVRC2012_val_00000001.JPEG first.
+    The file is a list with a list of classes for each image, ILSVRC2012_val_00000001.JPEG first.
 
-    Shapes  names (n,), of files, in any order  ->  n lists of classes; those of unknown pictures are empty there
-    Raises  InputError: no such file, it is another one, a name is none of an ImageNet validation picture, or no picture
+    Shapes  names (n,), of files, in any order  ->  n lists of classes; those of unknown images are empty there
+    Raises  InputError: no such file, it is another one, a name is none of an ImageNet validation image, or no image
     has a label.
     """
     try:
@@ -95,26 +95,24 @@ def read_real(path, names, num_classes):
         isinstance(classes, list) and all(type(k) is int and 0 <= k < num_classes for k in classes)
         for classes in listed
     ):
-        raise InputError(f"{path} must hold a list with a list of classes, 0 to {num_classes - 1}, for each picture")
+        raise InputError(f"{path} must hold a list with a list of classes, 0 to {num_classes - 1}, for each image")
     if not names:
-        raise InputError(
-            f"{path} is about the files of ImageNet's validation pictures: use --data folder or imagefolder"
-        )
+        raise InputError(f"{path} is about the files of ImageNet's validation images: use --data folder or imagefolder")
     found = []
     for name in names:
         match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.\w+", name)
         if not match or not 1 <= int(match[1]) <= len(listed):
             raise InputError(
-                f"{name} is none of the {len(listed):,} pictures of {path}, ILSVRC2012_val_00000001.JPEG, ..."
+                f"{name} is none of the {len(listed):,} images of {path}, ILSVRC2012_val_00000001.JPEG, ..."
             )
         found.append(listed[int(match[1]) - 1])
     if not any(found):
-        raise InputError(f"{path} has no label of any of the {len(names)} test pictures: there is nothing to count")
+        raise InputError(f"{path} has no label of any of the {len(names)} test images: there is nothing to count")
     return found
 
 
 def real_accuracy(guesses, real):
-    """The share of predictions that are among a picture's reassessed labels, of pictures that have any.
+    """The share of predictions that are among an image's reassessed labels, of images that have any.
 
     Math    mean of [guess_i in real_i] over the i with real_i not empty
     Shapes  guesses (n,) classes, real n lists of classes, not all empty  ->  accuracy, and how many were counted

@@ -1,6 +1,6 @@
 r"""What features are worth: simple classifiers on top of a frozen model, each fitted exactly, without a training run.
 
-All of them take features x (n, d), one row a picture, and labels (n,); all is float64 beyond the features themselves.
+All of them take features x (n, d), a row for each image, and labels (n,); all else is float64.
 
 Few-shot least squares (section 4.1 of the ViT paper; as its authors evaluate it)
     From each class take a few examples. Their features are whitened, x <- (x - mean) / (std + 1e-5), and get a constant
@@ -13,16 +13,16 @@ Few-shot least squares (section 4.1 of the ViT paper; as its authors evaluate it
     one of n: the smaller is taken, as Q diag(e) Q^T with orthogonal Q, and its inverse is Q diag(1 / (e + l2)) Q^T.
 
 Linear probe
-    Multinomial logistic regression on all training pictures, with the project's own linear layer and loss:
+    Multinomial logistic regression on all training images, with the project's own linear layer and loss:
 
         J(W, b) = 1/n sum_i crossentropy(x_i W + b, label_i) + l2/2 ||W||^2.
 
     J is convex, so that its minimum is where the gradient is zero, however it is reached; L-BFGS gets there. Of several
-    penalties the one is taken that does best on a tenth of the training pictures, which are held out; then all are
+    penalties the one is taken that does best on a tenth of the training images, which are held out; then all are
     fitted.
 
 Weighted nearest neighbours (Wu et al. 2018, arXiv:1805.01978; as DINO, arXiv:2104.14294, evaluates it)
-    Features are scaled to length 1. The k training pictures of the largest cosine s_j with a test picture vote for
+    Features are scaled to length 1. The k training images of the largest cosine s_j with a test image vote for
     their own classes, each with the weight exp(s_j / T), k = 20 and T = 0.07.
 """
 
@@ -34,7 +34,7 @@ import numpy as np
 
 from minivit.base.errors import InputError
 from minivit.layers.linear import linear_backward, linear_forward
-from minivit.layers.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
+from minivit.layers.loss import one_hot, softmax_cross_entropy_backward, softmax_cross_entropy_forward
 
 SHOTS, L2 = (1, 5, 10, 25), 2.0**10  # of the official evaluation
 BIAS = 100.0
@@ -92,7 +92,7 @@ def least_squares(x, labels, num_classes, *, l2=L2):
     n, d = x.shape
     X = np.full((n, d + 1), BIAS)
     X[:, :d] = (x - mean) / scale
-    Y = 2.0 * (labels[:, None] == np.arange(num_classes)) - 1.0  # (n, K)
+    Y = 2.0 * one_hot(labels, num_classes, np.float64) - 1.0  # (n, K)
     if n >= d + 1:
         e, Q = np.linalg.eigh(X.T @ X)  # (d + 1,), (d + 1, d + 1)
         W = Q / (e + l2) @ (Q.T @ (X.T @ Y))
@@ -107,12 +107,12 @@ def few_shot(train, train_labels, test, test_labels, num_classes, *, shots=SHOTS
 
     Shapes  train (n, d), train_labels (n,), test (m, d), test_labels (m,)
     """
-    found = {}
+    accuracies = {}
     for count in shots:
         rows = few_shot_rows(train_labels, num_classes, count, seed=seed)
-        fitted = least_squares(train[rows], train_labels[rows], num_classes, l2=l2)
-        found[count] = accuracy(fitted.scores(test), test_labels)
-    return found
+        classifier = least_squares(train[rows], train_labels[rows], num_classes, l2=l2)
+        accuracies[count] = accuracy(classifier.scores(test), test_labels)
+    return accuracies
 
 
 def logistic_loss(theta, x, labels, num_classes, l2):
@@ -190,35 +190,35 @@ def held_out(n, *, seed=0, share=0.1):
     return np.random.default_rng(seed).permutation(n)[: max(1, round(share * n))]
 
 
-class Chosen(NamedTuple):
-    """A classifier whose penalty was chosen on pictures that were held out."""
+class Selection(NamedTuple):
+    """A classifier whose penalty was chosen on images that were held out."""
 
-    classifier: Linear  # of all the pictures
+    classifier: Linear  # of all the images
     l2: float
-    accuracies: dict  # of each penalty, on the pictures held out
+    accuracies: dict  # of each penalty, on the images held out
 
 
 def choose(fit, x, labels, num_classes, rows, *, penalties=PENALTIES):
     """Fit with each penalty to all but some rows, take the penalty of the best accuracy on these, and fit to all.
 
     ``fit`` is `logistic` or `least_squares`. Of penalties that do equally well the largest is taken.
-    Shapes  x (n, d), labels (n,), rows (m,)  ->  Chosen
+    Shapes  x (n, d), labels (n,), rows (m,)  ->  Selection
     """
     rest = np.setdiff1d(np.arange(len(labels)), rows)
     if not len(rest):
-        raise InputError("every training picture is held out, none is left to learn from; give more of them")
-    found = {}
+        raise InputError("every training image is held out, none is left to learn from; give more of them")
+    accuracies = {}
     for l2 in sorted(penalties, reverse=True):
-        fitted = fit(x[rest], labels[rest], num_classes, l2=l2)
-        found[l2] = accuracy(fitted.scores(x[rows]), labels[rows])
-    best = max(found, key=found.get)  # the first of the best
-    return Chosen(fit(x, labels, num_classes, l2=best), best, found)
+        classifier = fit(x[rest], labels[rest], num_classes, l2=l2)
+        accuracies[l2] = accuracy(classifier.scores(x[rows]), labels[rows])
+    best = max(accuracies, key=accuracies.get)  # the first of the best
+    return Selection(fit(x, labels, num_classes, l2=best), best, accuracies)
 
 
 def probe(x, labels, num_classes, *, seed=0, penalties=PENALTIES):
-    """The linear probe: logistic regression, its penalty chosen on a random tenth of the pictures.
+    """The linear probe: logistic regression, its penalty chosen on a random tenth of the images.
 
-    Shapes  x (n, d), labels (n,)  ->  Chosen
+    Shapes  x (n, d), labels (n,)  ->  Selection
     """
     return choose(logistic, x, labels, num_classes, held_out(len(labels), seed=seed), penalties=penalties)
 
@@ -231,15 +231,15 @@ def unit_length(x):
 def check_neighbours(n, k, temperature):
     """Raises InputError if k is not in 1 .. n, or the temperature is not above 0."""
     if not 1 <= k <= n:
-        raise InputError(f"k must be at least 1 and at most {n}, the number of training pictures; got {k}")
+        raise InputError(f"k must be at least 1 and at most {n}, the number of training images; got {k}")
     if not temperature > 0.0:
         raise InputError(f"the temperature must be above 0, got {temperature:g}")
 
 
 def nearest_neighbours(train, labels, test, num_classes, *, k=NEIGHBOURS, temperature=TEMPERATURE, chunk=256):
-    """Votes of the k nearest training pictures for their classes.
+    """Votes of the k nearest training images for their classes.
 
-    Math    votes_c = sum of exp(s_j / T) over the k largest cosines s_j whose picture is of class c, scaled to sum to 1
+    Math    votes_c = sum of exp(s_j / T) over the k largest cosines s_j whose image is of class c, scaled to sum to 1
     Shapes  train (n, d), labels (n,), test (m, d)  ->  (m, K) float64
     Raises  InputError: see `check_neighbours`.
     """

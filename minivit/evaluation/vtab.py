@@ -8,11 +8,11 @@ means over its three groups say what kind of task a model is good at.
 The data are the user's: in one folder, for each task
 
     NAME.npz                             arrays train_images (n, H, W, C) uint8, train_labels (n,), and of test likewise
-    NAME/train/CLASS, NAME/test/CLASS    or folders of pictures
+    NAME/train/CLASS, NAME/test/CLASS    or folders of images
 
 Of exactly 1,000 training examples in an .npz the first 800 and the last 200 are the two parts, as the benchmark's own
-files have them; of more, and of pictures in folders, which come class by class, 1,000 are drawn from the seed, in
-random order. Pictures are scaled as a whole to the model's size, whatever their shape.
+files have them; of more, and of images in folders, which come class by class, 1,000 are drawn from the seed, in
+random order. Images are scaled as a whole to the model's size, whatever their shape.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 
 from minivit.base.backend import to_host
 from minivit.base.errors import InputError
-from minivit.data import Dataset, validated
+from minivit.data import Dataset, check_dataset
 from minivit.data.folder import load_folder, pillow_modules
 from minivit.evaluation.transfer import PENALTIES, accuracy, choose, least_squares, logistic
 from minivit.training.trainer import LAST, TrainConfig, Trainer
@@ -67,7 +67,7 @@ def find_tasks(folder):
 
 
 def load_task(folder, name, config, *, examples=EXAMPLES, seed=0):
-    """A task's data as a `Dataset` of ``examples`` training pictures, of the size and channels that a model takes.
+    """A task's data as a `Dataset` of ``examples`` training images, of the size and channels that a model takes.
 
     Raises  InputError: the data are missing or damaged, or fewer.
     """
@@ -79,7 +79,7 @@ def load_task(folder, name, config, *, examples=EXAMPLES, seed=0):
         dataset = load_folder(folder / name, config.image_size, whole=True)._replace(name=name)
     else:
         raise InputError(f"there is no task {name} in {folder}: neither {name}.npz nor a folder {name}")
-    dataset = validated(dataset)
+    dataset = check_dataset(dataset)
     n = len(dataset.train_labels)
     if n < examples:
         raise InputError(f"{name} ({dataset.source}) has {n} training examples, the protocol takes {examples}")
@@ -109,14 +109,14 @@ def _load_npz(path, name):
 
 
 def _fitted(images, config, source):
-    """Pictures scaled to a model's size; grey ones get as many channels as it takes."""
+    """Images scaled to a model's size; grey ones get as many channels as it takes."""
     n, H, W, C = images.shape
     if C not in (1, config.channels):
-        raise InputError(f"{source} has pictures of {C} channels, the model takes {config.channels}")
+        raise InputError(f"{source} has images of {C} channels, the model takes {config.channels}")
     size = config.image_size
     if (H, W) != (size, size):
         if C not in (1, 3):
-            raise InputError(f"{source} has pictures of {H}x{W}x{C}: scale them to {size}x{size} beforehand")
+            raise InputError(f"{source} has images of {H}x{W}x{C}: scale them to {size}x{size} beforehand")
         Image, _ = pillow_modules()
         bilinear = Image.Resampling.BILINEAR
         small = [Image.fromarray(image[..., 0] if C == 1 else image).resize((size, size), bilinear) for image in images]

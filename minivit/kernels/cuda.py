@@ -807,13 +807,15 @@ def softmax_cross_entropy_backward(dloss, cache):
     return dlogits
 
 
-def augmented(
+def augment_rows(
     images, rows, rng, *, crop_padding=0, crop_mode="zero", flip=False, policy="none", rand_count=0, rand_magnitude=0,
     **others,
 ):  # fmt: skip
-    """Twin of `minivit.data.loader.augmented`, for black-edged crops and flips; it draws the plain function's numbers.
+    """Twin of `minivit.data.loader.augment_rows`, for black-edged crops and flips.
 
-    Anything else asked for, reflected crops and cutout too, is left to the plain function.
+    It draws the same random numbers as the plain function.
+
+    Any other augmentation, reflected crops too, is left to the plain function.
     """
     if policy != "none" or any(others.values()) or not (crop_padding or flip) or (crop_padding and crop_mode != "zero"):
         return NotImplemented

@@ -1,4 +1,4 @@
-"""What `scripts/gradcheck.py` and the tests check: every layer, the loss, small models, at shapes that reveal.
+"""What `minivit gradcheck` and the tests check: every layer, the loss, small models, at shapes that reveal.
 
 All sizes differ from one another and the token counts are odd, so that a transposed axis, a sum over the
 wrong one or a factor of B, N or h cannot hide. A case is a function of a Generator that gives (forward,

@@ -5,7 +5,7 @@ r"""What happens in one batch, call by call: a recorder around the layers, and t
     for record in recorder.records:
         print(record.path, record.output, record.shape, record.seconds)
 
-While active, every ``X_forward`` and ``X_backward`` of `minivit.layers` and `minivit.layers.loss` is replaced, wherever the
+While active, every ``X_forward`` and ``X_backward`` of `minivit.layers` and `minivit.options` is replaced, wherever the
 package imported it, by a wrapper that calls the original and notes what went in and came out. The layers know nothing
 of it, and their numbers stay the same to the last bit.
 
@@ -537,7 +537,7 @@ def _is_layer_function(value):
     return (
         isinstance(value, FunctionType)
         and value.__name__.endswith(("_forward", "_backward"))
-        and (value.__module__ == "minivit.layers.loss" or value.__module__.startswith("minivit.layers."))
+        and value.__module__.startswith(("minivit.layers.", "minivit.options."))
     )
 
 

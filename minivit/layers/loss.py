@@ -36,6 +36,11 @@ class CrossEntropyCache(NamedTuple):
     denominator: float
 
 
+def one_hot(labels, num_classes, dtype=np.float32):
+    """Class indices (B,) as target probabilities (B, K): 1 at the class, 0 elsewhere."""
+    return (labels[:, None] == array_module(labels).arange(num_classes)).astype(dtype)
+
+
 def soft_targets(labels, num_classes, label_smoothing, dtype, xp=np):
     """Target probabilities (B, K) from class indices (B,) or soft targets (B, K), smoothed.
 
@@ -50,7 +55,7 @@ def soft_targets(labels, num_classes, label_smoothing, dtype, xp=np):
             raise ValueError(
                 f"labels must lie in [0, {num_classes}), found {labels.min()} to {labels.max()}"
             )  # on a GPU the check would stall the stream, and the data loaders have made it already
-        targets = (labels[:, None] == xp.arange(num_classes)).astype(dtype)
+        targets = one_hot(labels, num_classes, dtype)
     elif labels.ndim == 2 and labels.shape[1] == num_classes:
         targets = labels.astype(dtype)
     else:

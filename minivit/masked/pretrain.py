@@ -166,13 +166,13 @@ class Pretrainer(Trainer):
         return loss, self._accuracy(loss, int(result.correct), len(images)), None
 
     def _draw(self, outputs):
-        from minivit.figures import plots  # matplotlib is slow to import, and only the end needs it
+        from minivit import figures  # matplotlib is slow to import, and only the end needs it
 
         title = f"{self.dataset.name}, {self.masked.method}"
-        figures = {"loss": self.chance_loss, "accuracy": self.chance}
+        chance = {"loss": self.chance_loss, "accuracy": self.chance}
         records = read_metrics(self.out / METRICS)
-        plots.save_masked_curves(
-            self.out / CURVES, records, chance=figures, regression=not self.model.classes, title=title
+        figures.save_masked_curves(
+            self.out / CURVES, records, chance=chance, regression=not self.model.classes, title=title
         )
         model = MaskedViT(self.model_config, self.masked, flat=to_host(self.tested_model.flat))
         draw_reconstructions(self.out / RECONSTRUCTIONS, model, self.dataset, title=title)
@@ -203,7 +203,7 @@ def masked_of(meta, path):
     """
     settings = meta.get("pretraining")
     if not isinstance(settings, dict):
-        raise InputError(f"{path} is not of pre-training; scripts/pretrain.py makes such checkpoints")
+        raise InputError(f"{path} is not of pre-training; minivit pretrain makes such checkpoints")
     return settings_of(MaskedConfig, settings, path)
 
 
@@ -225,11 +225,11 @@ def draw_reconstructions(path, model, dataset, *, count=PICTURES, seed=TEST_SEED
 
     ``seed`` masks other patches than the tests do.
     """
-    from minivit.figures import plots
+    from minivit import figures
 
     images = dataset.test_images
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
     plan = plan_of_test(model.config, model.masked, len(images), seed)[chosen]
     if model.masked.target == "normalised":
         title += "; the predicted patches with the true mean and standard deviation of each"
-    plots.save_contact_sheet(path, reconstructions(model, images[chosen], plan), title=title)
+    figures.save_contact_sheet(path, reconstructions(model, images[chosen], plan), title=title)

@@ -4,9 +4,9 @@ r"""What a trained model has learned to see, measured as the ViT paper does (sec
     position_similarity  cosine similarity of the position embeddings of two patches             Fig. 7, centre; Fig. 10
     attention_distance   how far, in pixels, a head looks                                        Fig. 7, right; Fig. 11
     attention_rollout    which patches an output token is made of                                Fig. 6, Fig. 14
-    cost                 pictures per second and memory, by size of model and picture            Fig. 12
+    cost                 images per second and memory, by size of model and image            Fig. 12
 
-The first four are plain functions of arrays; those that take a model run it over pictures, a few at a time.
+The first four are plain functions of arrays; those that take a model run it over images, a few at a time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from tqdm import tqdm
 
 from minivit.base.backend import array_module, to_host
 from minivit.base.errors import InputError
-from minivit.benchmark.contenders import Job
-from minivit.benchmark.contest import Child, quartiles
 from minivit.evaluation.inference import attention_map
 
 MAPS = 2**26  # numbers in the attention maps that are held at a time
@@ -32,16 +30,16 @@ MAPS = 2**26  # numbers in the attention maps that are held at a time
 class Filters(NamedTuple):
     """Principal components of the filters of a patch embedding, the largest first."""
 
-    pictures: Any  # (n, P, P, C), of unit norm
+    images: Any  # (n, P, P, C), of unit norm
     shares: Any  # (n,) of the filters' variance, summing to at most 1
 
 
 def filters(W, patch_size, count=28):
-    """Principal components of the D filters of a patch embedding, each a picture of one patch.
+    """Principal components of the D filters of a patch embedding, each an image of one patch.
 
     Math    W = [w_1 ... w_D], w_d in R^(P^2 C);  [w_d - mean_d w_d] = U S V^T;  component k is column k of U and has
             the share S_k^2 / sum_j S_j^2 of the variance
-    Shapes  W (P*P*C, D)  ->  pictures (n, P, P, C), shares (n,), n = min(count, P*P*C, D - 1)
+    Shapes  W (P*P*C, D)  ->  images (n, P, P, C), shares (n,), n = min(count, P*P*C, D - 1)
     The sign of a component means nothing: it is chosen so that the entry of largest magnitude is positive.
     Raises  InputError: W is not a matrix of patches of that size (a hybrid's patches are of features, not of pixels).
     """
@@ -50,15 +48,15 @@ def filters(W, patch_size, count=28):
     C = size // patch_size**2
     if C * patch_size**2 != size or not 1 <= C <= 4:
         raise InputError(
-            f"filters of {size} numbers are no pictures of {patch_size}x{patch_size} pixels in colour; behind a stem, "
+            f"filters of {size} numbers are no images of {patch_size}x{patch_size} pixels in colour; behind a stem, "
             "patches are of features"
         )
     U, S, _ = np.linalg.svd(W - W.mean(axis=1, keepdims=True), full_matrices=False)
     n = min(count, size, D - 1)
     components = U.T[:n]  # (n, P*P*C)
     largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)  # (n, 1)
-    pictures = (components * np.sign(largest)).reshape(n, patch_size, patch_size, C)
-    return Filters(pictures, S[:n] ** 2 / max((S * S).sum(), 1e-300))
+    images = (components * np.sign(largest)).reshape(n, patch_size, patch_size, C)
+    return Filters(images, S[:n] ** 2 / max((S * S).sum(), 1e-300))
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------
@@ -108,7 +106,7 @@ def attention_distance(attention, pixels, prefix_tokens=0):
 
     Math    (1 / g^2) sum_q sum_k a_qk d_qk, over the patches q and k, with a_qk = A_qk / sum_k' A_qk'
     Shapes  attention (..., N, N), N = prefix_tokens + g*g  ->  (...)
-    Class token and registers are nowhere in the picture: their rows are left out, and what a patch spends on them is
+    Class token and registers are nowhere in the image: their rows are left out, and what a patch spends on them is
     shared out among the patches in proportion.
     """
     xp = array_module(attention)
@@ -135,43 +133,43 @@ def attention_rollout(attention):
     return tuple(rollouts)
 
 
-class Seen(NamedTuple):
-    """A model's answer to some pictures, and where it comes from."""
+class Answer(NamedTuple):
+    """A model's answer to some images, and where it comes from."""
 
     logits: Any  # (B, K)
     maps: Any  # (L, B, grid, grid): what the head reads of the rollout after each block
 
 
 def rollout_maps(model, images):
-    """Logits of pictures, and the rollout of what is classified: the class token's row, or the mean of the patches'.
+    """Logits of images, and the rollout of what is classified: the class token's row, or the mean of the patches'.
 
-    Shapes  images (B, H, W, C)  ->  `Seen`; registers are left out of the maps, which sum to less than 1 therefore
+    Shapes  images (B, H, W, C)  ->  `Answer`; registers are left out of the maps, which sum to less than 1 therefore
     """
     c, logits, maps = model.config, [], []
-    for seen in _look(model, images):
-        logits.append(to_host(seen.logits))
-        rollouts = [to_host(r) for r in attention_rollout(square_maps(seen.attention, c))]
+    for part in _intermediates(model, images):
+        logits.append(to_host(part.logits))
+        rollouts = [to_host(r) for r in attention_rollout(square_maps(part.attention, c))]
         each = [[attention_map(r[None], c.pooling, c.registers) for r in rollout] for rollout in rollouts]
         maps.append(np.array(each))  # (L, b, grid, grid)
-    return Seen(np.concatenate(logits), np.concatenate(maps, axis=1))
+    return Answer(np.concatenate(logits), np.concatenate(maps, axis=1))
 
 
 def head_distances(model, images):
-    """The mean attention distance of every head, over pictures.
+    """The mean attention distance of every head, over images.
 
     Shapes  images (B, H, W, C)  ->  (L, h), pixels
     """
     c = model.config
     prefix, pixels = c.num_tokens - c.grid_size**2, c.image_size / c.grid_size
     total = 0.0
-    for seen in _look(model, images):
-        found = [attention_distance(a, pixels, prefix).sum(axis=0) for a in square_maps(seen.attention, c)]
-        total = total + np.array([to_host(each) for each in found])
+    for part in _intermediates(model, images):
+        sums = [attention_distance(a, pixels, prefix).sum(axis=0) for a in square_maps(part.attention, c)]
+        total = total + np.array([to_host(each) for each in sums])
     return total / len(images)
 
 
-def _look(model, images):
-    """`ViT.intermediates` of a few pictures at a time, on the model's device."""
+def _intermediates(model, images):
+    """`ViT.intermediates` of a few images at a time, on the model's device."""
     c = model.config
     few = max(1, MAPS // (c.depth * c.num_heads * c.num_tokens**2))
     xp = array_module(model.flat)
@@ -192,30 +190,20 @@ def square_maps(attention, config):
 # ---- cost ------------------------------------------------------------------------------------------------------------
 
 
-def cost(models, sizes, *, batch=8, rounds=3, progress=True):
-    """Time of a prediction and of a training step, and the memory of each, by model and size of picture.
+def cost(models, sizes, speed, *, batch=8, rounds=3, progress=True):
+    """Time of a prediction and of a training step, and the memory of each, by model and size of image.
 
     ``models``: {name: `ViTConfig`}; ``sizes``: pixels, of which those that a model's patch divides are measured
-    Each point is measured in a process of its own (`minivit.benchmark.contenders`) on all cores, after a first time for nothing.
-    Returns  a list for JSON: {"model", "size", "tokens", "task", "images_per_second", "median", "q1", "q3" (seconds),
-             "peak_memory" (bytes)}, task "infer" or "step"
+    ``speed(config, task, batch, turns)`` measures a point: a dict with images_per_second, median, q1 and q3 (seconds),
+    peak_memory (bytes); `minivit.benchmark.speed.speed` does so in a process of its own
+    Returns  a list for JSON: {"model", "size", "tokens", "task", "batch"} and what ``speed`` gave, task "infer" or
+             "step"
     """
     points = [(name, c, size) for name, c in models.items() for size in sizes if size % c.patch_size == 0]
-    found = []
+    costs = []
     for name, c, size in tqdm(points, "models", disable=None if progress else True):
         config = replace(c, image_size=size)
         for task, turns in (("infer", rounds), ("step", 1)):
             point = {"model": name, "size": size, "tokens": config.num_tokens, "task": task, "batch": batch}
-            found.append(point | speed(config, task, batch, turns))
-    return found
-
-
-def speed(config, task, batch, turns):
-    """What a batch costs in a process of its own: {"images_per_second", "median", "q1", "q3", "peak_memory"}.
-
-    ``task``: "infer" or "step"; ``turns``: how often it is timed, after a first time for nothing
-    """
-    with Child("minivit", Job(task, config, batch, 0, {})) as child:
-        child.ask("turn", 1)
-        times = quartiles([child.ask("turn", 1)[0] for _ in range(turns)])
-        return {"images_per_second": batch / times["median"], **times, "peak_memory": child.ask("memory")}
+            costs.append(point | speed(config, task, batch, turns))
+    return costs

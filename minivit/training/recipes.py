@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from minivit.base.errors import InputError
 from minivit.base.settings import field_names
-from minivit.commands.cli import add_settings, counted, given, read_toml
+from minivit.base.words import counted
+from minivit.commands.cli import add_settings, given, read_toml
 from minivit.data import DATASETS, FOLDERS, load
 from minivit.model import ViTConfig, preset_fields
 from minivit.training.budget import seconds_of, within
@@ -121,18 +122,19 @@ def free_folder(name):
     return folder
 
 
-def find_config(name):
+def find_config(name, folder="", what="settings file"):
     """The path of a settings file: a file of that name, or minivit/configs/NAME.toml.
 
-    Raises  InputError: there is neither; the message lists those of configs/.
+    ``folder`` is where in configs/ to look, ``what`` is what a message calls the file.
+    Raises  InputError: there is neither; the message lists those of the folder.
     """
-    own = CONFIGS / f"{name}.toml"
+    own = CONFIGS / folder / f"{name}.toml"
     if own.exists() and not Path(name).is_file():
         return own
     if Path(name).exists() or "/" in str(name) or str(name).endswith(".toml"):
         return Path(name)
-    known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.toml")))
-    raise InputError(f"there is no settings file {name}; those that come with minivit are {known}")
+    known = ", ".join(sorted(path.stem for path in (CONFIGS / folder).glob("*.toml")))
+    raise InputError(f"there is no {what} {name}; those that come with minivit are {known}")
 
 
 def sizes_of(preset):

@@ -316,13 +316,13 @@ def markdown(table):
 
 def write_table(sweep, out):
     """Write table.md, table.json and sweep.png; returns the Markdown."""
-    from minivit.figures import plots  # matplotlib is slow to import
+    from minivit import figures  # matplotlib is slow to import
 
     table = table_of(sweep, out)
     text = markdown(table)
     write_json(Path(out) / TABLE, table)
     write_atomically(Path(out) / "table.md", lambda file: file.write(text.encode()))
-    plots.save_sweep(Path(out) / "sweep.png", table)
+    figures.save_sweep(Path(out) / "sweep.png", table)
     return text
 
 

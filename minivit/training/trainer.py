@@ -41,7 +41,7 @@ from minivit.base import params as parameters
 from minivit.base.backend import device_name, erf, find_device, kernels_wanted, to_device, to_host, use_device
 from minivit.base.errors import InputError
 from minivit.base.settings import check_choice, check_range, check_types, setting, settings_of
-from minivit.data import FOLDERS, is_lazy, mirrored
+from minivit.data import FOLDERS, is_lazy, with_mirror_images
 from minivit.data import load as load_data
 from minivit.data.augment import CROP_MODES
 from minivit.data.loader import batches, epoch_order, is_epoch_order
@@ -51,7 +51,7 @@ from minivit.laboratory.trace import first_non_finite, recording
 from minivit.layers.loss import softmax_cross_entropy_forward
 from minivit.model import ViT, parameter_table
 from minivit.model.initialisation import INITS, mimetic, whiten
-from minivit.optim import EMA, OPTIMIZERS, SCHEDULES, Muon, clip_by_global_norm, learning_rate, make_optimizer
+from minivit.optim import EMA, OPTIMIZERS, Muon, check_schedule, clip_by_global_norm, learning_rate, make_optimizer
 from minivit.training.engine import Engine, available_cores, default_micro_batch
 from minivit.training.engine_cuda import CudaEngine, CudaStep
 from minivit.weights import checkpoint
@@ -73,9 +73,6 @@ class TrainConfig:
     half_size: float = setting(
         0.0, "share of the epochs, the first, on pictures of half the height and width: a quarter of the patches"
     )
-    repeats: int = setting(
-        1, "times that a picture is in its batch, each augmented anew (an epoch sees 1/repeats of all)"
-    )
     accumulate: int = setting(1, "batches per optimiser step (gradient accumulation)")
     init: str = setting("official", "initial parameters: official, or mimetic (attention that begins as it ends)")
     whiten: bool = setting(False, "begin with a patch embedding that whitens the training patches")
@@ -92,7 +89,7 @@ class TrainConfig:
     adam_eps: float = setting(1e-8, "added to adam's denominator")
     weight_decay: float = setting(0.05, "weight decay of the matrices")
     sam: float = setting(0.0, "take the gradient this far uphill, as SAM does; 0 for here")
-    schedule: str = setting("cosine", "cosine, linear, constant, trapezoid (each after warmup_epochs) or onecycle")
+    schedule: str = setting("cosine", "cosine, linear, constant or trapezoid, each after warmup_epochs")
     cooldown: float = setting(0.2, "share of the steps over which a trapezoid falls to final_lr")
     warmup_epochs: float = setting(1.0, "epochs over which the learning rate rises linearly; at most half of the run")
     warmup_steps: int = setting(0, "optimiser steps in place of warmup_epochs; 0 for warmup_epochs")
@@ -114,7 +111,6 @@ class TrainConfig:
     shear: float = setting(0.0, "random slant, pixels per row")
     shift: float = setting(0.0, "random displacement by up to so many pixels, fractions included")
     erasing: float = setting(0.0, "probability that a random rectangle of a picture becomes noise")
-    cutout: int = setting(0, "side of a grey square somewhere on each picture, or partly beside it; 0 for none")
     mixup: float = setting(0.0, "alpha of mixup, which blends pictures and labels in pairs; 0 for none")
     cutmix: float = setting(0.0, "alpha of CutMix, which pastes rectangles between pictures; 0 for none")
     mix_probability: float = setting(1.0, "share of batches that are mixed, half of them by each if both are on")
@@ -150,10 +146,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_range(self, 1, None, "epochs", "batch_size", "repeats", "accumulate", "log_every", "evaluate_every")
-        if self.batch_size % self.repeats:
-            raise InputError(f"batch_size {self.batch_size} is not a multiple of repeats {self.repeats}")
-        check_range(self, 0, None, "crop_padding", "cutout", "seed", "micro_batch", "steps", "warmup_steps")
+        check_range(self, 1, None, "epochs", "batch_size", "accumulate", "log_every", "evaluate_every")
+        check_range(self, 0, None, "crop_padding", "seed", "micro_batch", "steps", "warmup_steps")
         check_choice(self, "crop_mode", CROP_MODES)
         check_range(self, 0.0, 180.0, "rotate")
         check_range(self, 0.0, None, "shear", "shift")
@@ -176,7 +170,7 @@ class TrainConfig:
         check_range(self, 0.0, 1.0, "momentum", "beta1", "beta2", "ema_decay", "label_smoothing", open_high=True)
         check_range(self, 1e-30, 1.0, "adam_eps")
         check_choice(self, "optimizer", OPTIMIZERS)
-        check_choice(self, "schedule", SCHEDULES)
+        check_schedule(self.schedule)
         check_range(self, 0, None, "gpu_micro_batch")
         check_choice(self, "precision", cuda.PRECISIONS)
 
@@ -184,7 +178,7 @@ class TrainConfig:
 # Settings that `minivit.data.augment` takes.
 AUGMENTATION = (
     "policy", "rand_count", "rand_magnitude", "rotate", "zoom", "shear", "shift", "crop_padding", "crop_mode", "flip",
-    "erasing", "cutout",
+    "erasing",
 )  # fmt: skip
 
 # Settings that a resumed run may change: they alter neither the numbers nor their order.
@@ -298,9 +292,11 @@ def evaluate(engine, model, images, labels, *, flip=False):
 
     With ``flip``, a picture's logits are the mean of its own and of its mirror image's.
     """
-    logits, labels = to_host(engine.predict(images, model)), to_host(labels)
-    if flip:
-        logits = (logits + to_host(engine.predict(mirrored(images), model))) / 2
+
+    def predict(view):
+        return to_host(engine.predict(view, model))
+
+    labels, logits = to_host(labels), with_mirror_images(predict, images, flip)
     loss, _ = softmax_cross_entropy_forward(logits.astype(np.float64), labels)
     return float(loss), float((logits.argmax(axis=1) == labels).mean()), logits
 
@@ -382,8 +378,6 @@ class Trainer:
             raise InputError(
                 f"crop_padding {config.crop_padding} moves whole pictures out of sight; they have {height} pixels"
             )
-        if config.cutout >= height:
-            raise InputError(f"cutout {config.cutout} may hide whole pictures; they have {height} pixels")
         if config.crop_area and not is_lazy(dataset.train_images):
             raise InputError(
                 "crop_area cuts parts out of pictures as their files are read, which is done with data imagefolder "
@@ -479,11 +473,11 @@ class Trainer:
 
     def _draw(self, logits):
         """The figures at the end, from what `_evaluate` gave."""
-        from minivit.figures import plots  # matplotlib is slow to import, and only the end needs it
+        from minivit import figures  # matplotlib is slow to import, and only the end needs it
 
         data = self.dataset
-        plots.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
-        plots.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
+        figures.save_curves(self.out / CURVES, read_metrics(self.out / METRICS), title=data.name)
+        figures.save_predictions(self.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -535,8 +529,8 @@ class Trainer:
             raise InputError(f"{path} holds another model: {_difference(asdict(stored), asdict(self.model.config))}")
         stored, asked = meta.get("pretraining"), self.task.get("pretraining")
         if (stored is None) != (asked is None):
-            script = "train.py" if stored is None else "pretrain.py"
-            raise InputError(f"{path} is of another kind of run; go on with scripts/{script} --resume")
+            command = "train" if stored is None else "pretrain"
+            raise InputError(f"{path} is of another kind of run; go on with minivit {command} --resume")
         if stored != asked:
             raise InputError(f"{path} was trained for another task: {_difference(stored, asked)}")
         settings = asdict(config_from(meta, path))
@@ -597,7 +591,7 @@ class Trainer:
             raise ValueError(f"step {step}, epoch {epoch} and batch {batch} contradict each other")
         if optimizer_steps != step or ema_steps != (step if self.ema else 0):
             raise ValueError("the optimiser or the moving average has made another number of steps")
-        if batch and (order is None or not is_epoch_order(order, n, repeats=c.repeats)):
+        if batch and (order is None or not is_epoch_order(order, n)):
             raise ValueError("the order of the pictures is not that of an epoch")
 
     def _origin(self, engine, images, labels, index, denominator):
@@ -714,7 +708,7 @@ class Trainer:
     def _train_epoch(self, engine, metrics, bar):
         c, data = self.config, self.dataset
         if self.batch == 0:
-            self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch, repeats=c.repeats)
+            self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch)
             self.running = {"loss": 0.0, "correct": 0, "seen": 0}
         on_gpu, whole_step = self.device != "cpu", self._whole_steps.get(engine)
         group = c.batch_size * c.accumulate  # pictures per optimiser step
@@ -965,7 +959,7 @@ def config_from(meta, path):
     """
     settings = meta.get("settings")
     if not isinstance(settings, dict):
-        raise InputError(f"{path} does not say how its model was trained; the checkpoints of scripts/train.py do")
+        raise InputError(f"{path} does not say how its model was trained; the checkpoints of minivit train do")
     return settings_of(TrainConfig, settings, path)
 
 

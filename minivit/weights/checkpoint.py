@@ -177,7 +177,7 @@ def few_classes(meta):
     names = [str(name) for name in names] if isinstance(names, list) else []
     few = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     numbered = names and names == [f"class {k}" for k in range(len(names))]
-    return few + (" (scripts/convert.py --class-names FILE gives them their names)" if numbered else "")
+    return few + (" (minivit convert --class-names FILE gives them their names)" if numbered else "")
 
 
 def is_finite(array):

@@ -1,4 +1,4 @@
-r"""Resizing of what a model learned for one size of picture or patch, and is to use at another.
+r"""Resizing of what a model learned for one size of image or patch, and is to use at another.
 
 Every kind is linear and separable: a vector of o numbers becomes M x, M (n, o), a grid G becomes M G M^T; positions of
 rows and of columns are two such vectors, for each of their numbers. Rows of M add up to 1. With the scale r = o / n,

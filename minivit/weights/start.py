@@ -1,4 +1,4 @@
-"""A trained model as the start of another: for other classes, larger pictures, other patches.
+"""A trained model as the start of another: for other classes, larger images, other patches.
 
 What the two models share is copied. The head, and the pre-logits layer before it, are replaced by a head of zeros, as
 in the official code's fine-tuning, unless they are to be kept; positions and patch embedding are resized where the
@@ -7,7 +7,6 @@ number of patches or their size changes (see `minivit.weights.resize`).
 
 from __future__ import annotations
 
-import sys
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from minivit.base.settings import check_choice, check_types, setting
 from minivit.layers.patch_embed import sincos2d
 from minivit.model import ViT
 from minivit.weights import checkpoint
-from minivit.weights.layouts import load_any
+from minivit.weights.layouts import load_with_notes
 from minivit.weights.resize import KINDS, PATCH_KINDS, resize_patch_embedding, resize_positions, resize_table
 
 # Settings of the model that may differ from the start's; the others come from it.
@@ -65,10 +64,7 @@ def load_start(path):
     The file may be another program's (see `minivit.weights.layouts`); what had to be assumed of it is printed.
     Raises  InputError: no such file, or nothing that minivit reads.
     """
-    model, meta, notes = load_any(path, named=False)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    return model, meta
+    return load_with_notes(path, named=False)
 
 
 def model_from(trained, asked, where, *, keep_head=False):
@@ -77,7 +73,7 @@ def model_from(trained, asked, where, *, keep_head=False):
     Raises  InputError: one is impossible, or cannot change.
     """
     if asked.get("channels", trained.channels) != trained.channels:
-        raise InputError(f"{where} takes pictures of {trained.channels} channels, not of {asked['channels']}")
+        raise InputError(f"{where} takes images of {trained.channels} channels, not of {asked['channels']}")
     made = replace(trained, **({} if keep_head else {"pre_logits": 0}) | asked)
     for name, value in asdict(made).items():
         before = getattr(trained, name)
@@ -128,7 +124,7 @@ def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch
             raise InputError(
                 f"the start's {name} has shape {array.shape}, the new model needs {view.shape}"
                 + (
-                    "; positions of this kind cannot be resized: leave the size of pictures and patches as it was, "
+                    "; positions of this kind cannot be resized: leave the size of images and patches as it was, "
                     f"{old.image_size} and {old.patch_size}"
                     if "pos" in name
                     else ""

@@ -13,24 +13,22 @@ import strict_cupy
 from conftest import ROOT, load_script
 
 from minivit import ViTConfig
+from minivit.base import params
 from minivit.base.backend import plain
 from minivit.base.errors import InputError
-from minivit.benchmark import contenders
-from minivit.benchmark import contest as benchmark
+from minivit.benchmark import agreement, contenders, contest, machine, scaling, tables, turns
+from minivit.benchmark.agreement import Disagreement, agree, disagreement
+from minivit.benchmark.child import Child
 from minivit.benchmark.contenders import Job, problem
 from minivit.benchmark.contenders.ours import Floor, Ours, OursOnGpu, Pipeline, model_products
-from minivit.benchmark.contest import (
-    Child,
-    Disagreement,
-    agree,
-    contest,
-    disagreement,
-    paired_ratio,
-    summarise,
-    take_turns,
-)
-from minivit.figures import plots
+from minivit.benchmark.contest import summarise
+from minivit.benchmark.layers import captured_layers
+from minivit.benchmark.turns import paired_ratio, take_turns
+from minivit.figures import contest as contest_figures
+from minivit.figures import save_contest
 from minivit.laboratory import trace
+from minivit.model import ViT
+from minivit.training.engine import Engine, available_cores
 
 TINY = {"image_size": 8, "patch_size": 4, "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
 FLAGS = [
@@ -51,8 +49,8 @@ def job(task="step", batch=5, engine=None, **changes):
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
     """A turn is one step, and nobody rests."""
-    monkeypatch.setattr(benchmark, "TURN_SECONDS", 0.0)
-    monkeypatch.setattr(benchmark, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(turns, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(turns, "PAUSE_SECONDS", 0.0)
 
 
 # ---- the floor -------------------------------------------------------------------------------------------------------
@@ -82,7 +80,7 @@ def test_the_floors_products_fit():
 @pytest.mark.parametrize("blas_threads", [True, False])
 @pytest.mark.parametrize("task", ["step", "infer"])
 def test_the_floor_covers_the_batch(task, blas_threads):
-    """Micro-batches of at most 2 in 2 workers, as many for each, cover 5 pictures exactly: 1 + 1 + 1 + 2."""
+    """Micro-batches of at most 2 in 2 workers, as many for each, cover 5 images exactly: 1 + 1 + 1 + 2."""
     wanted = trace.expected_flops(ViTConfig(**TINY), 5)
     floor = Floor(job(task, engine={"workers": 2, "micro_batch": 2}), blas_threads=blas_threads)
     with floor.pool:
@@ -131,11 +129,11 @@ def test_the_tolerance_tells_rounding_from_another_function():
 
     mine = check()
     flat, images, labels = problem(job(batch=16, **sizes))
-    model = benchmark.ViT(ViTConfig(**TINY | sizes), flat=flat.astype(np.float64))
-    with benchmark.Engine(model) as engine:
+    model = ViT(ViTConfig(**TINY | sizes), flat=flat.astype(np.float64))
+    with Engine(model) as engine:
         loss = float(engine.gradient(images, labels).loss)
-        exact = loss, benchmark.params.views(engine.grad, model.table)
-    assert disagreement(exact, mine)[1] < benchmark.GRADIENT_TOLERANCE / 10
+        exact = loss, params.views(engine.grad, model.table)
+    assert disagreement(exact, mine)[1] < agreement.GRADIENT_TOLERANCE / 10
     for changes in ({"gelu": "erf"}, {"layernorm_eps": 2e-6}):
         with pytest.raises(Disagreement):
             agree("another", mine, check(**changes))
@@ -192,13 +190,13 @@ class StandIn:
 
 
 def test_the_contenders_step_in_turn(monkeypatch):
-    monkeypatch.setattr(benchmark, "TURN_SECONDS", 0.01)
+    monkeypatch.setattr(turns, "TURN_SECONDS", 0.01)
     diary = []
-    turns = take_turns([StandIn("a", diary), StandIn("b", diary, 1.0, 0.5)], 3, progress=False)
+    rounds = take_turns([StandIn("a", diary), StandIn("b", diary, 1.0, 0.5)], 3, progress=False)
     assert diary[:4] == [("a", 2), ("a", 1), ("b", 2), ("b", 1)]  # warm-up
     assert diary[4:] == [("a", 10), ("b", 1)] * 3  # short steps are made several times in a turn
-    assert turns.seconds == {"a": [0.001] * 3, "b": [1.0] * 3} and len(turns.others) == 3
-    assert turns.host == {"a": [None] * 3, "b": [0.5] * 3}
+    assert rounds.seconds == {"a": [0.001] * 3, "b": [1.0] * 3} and len(rounds.others) == 3
+    assert rounds.host == {"a": [None] * 3, "b": [0.5] * 3}
 
 
 class Device:
@@ -268,11 +266,11 @@ def test_torchs_events_tell_the_time(monkeypatch):
 
 def test_disturbed_rounds_are_made_again(monkeypatch):
     shares = iter([0.0, 0.9, 0.01, 0.8, 0.02, 0.5])
-    monkeypatch.setattr(benchmark, "_share_of_others", lambda before, after: next(shares))
+    monkeypatch.setattr(turns, "share_of_others", lambda before, after: next(shares))
     child, count = StandIn("a", []), iter(range(99))
     child.ask = lambda request, repeats: (float(next(count)), None, None)  # each turn has its number
-    turns = take_turns([child], 3, patience=60, progress=False)
-    assert turns.others == [0.0, 0.01, 0.02] and turns.seconds["a"] == [2.0, 4.0, 6.0]  # two were warm-up
+    rounds = take_turns([child], 3, patience=60, progress=False)
+    assert rounds.others == [0.0, 0.01, 0.02] and rounds.seconds["a"] == [2.0, 4.0, 6.0]  # two were warm-up
     shares = iter([0.0, 0.9, 0.01, 0.8])
     assert take_turns([child], 3, progress=False).others == [0.0, 0.9, 0.01]  # no patience
 
@@ -282,9 +280,9 @@ def test_other_programs_are_seen():
     """What this process does is ours, what another one does is not."""
 
     def share(work):
-        before = benchmark._glance()
+        before = turns.glance()
         work()
-        return benchmark._share_of_others(before, benchmark._glance())
+        return turns.share_of_others(before, turns.glance())
 
     def busy(seconds=0.3):
         end = time.process_time() + seconds
@@ -295,19 +293,20 @@ def test_other_programs_are_seen():
         end = "import time\nwhile time.process_time() < 0.5: pass"
         subprocess.run([sys.executable, "-c", end], check=True)
 
-    before = benchmark._glance()
+    before = turns.glance()
     busy()
-    clock, all_, own = (b - a for a, b in zip(before, benchmark._glance(), strict=True))
+    clock, all_, own = (b - a for a, b in zip(before, turns.glance(), strict=True))
     assert own >= 0.29 and all_ >= 0.25
     assert share(another) > 0.0
-    assert benchmark._share_of_others((0.0, None, 0.0), (1.0, None, 0.0)) is None
+    assert turns.share_of_others((0.0, None, 0.0), (1.0, None, 0.0)) is None
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
 def test_a_contest_of_processes():
-    report = contest(ViTConfig(**TINY), batch=5, against=["plain"], engine={"workers": 2, "micro_batch": 2}, pairs=2,
+    engine = {"workers": 2, "micro_batch": 2}
+    report = contest.contest(ViTConfig(**TINY), batch=5, against=["plain"], engine=engine, pairs=2,
                      progress=False)  # fmt: skip
     mine, plain = report["contenders"]["minivit"], report["contenders"]["plain"]
     assert list(report["contenders"]) == ["minivit", "plain", "floor-threads", "floor-workers"]
@@ -316,7 +315,7 @@ def test_a_contest_of_processes():
     assert plain["loss"] == mine["loss"] != mine["updated_loss"] == plain["updated_loss"]
     assert plain["largest_error"] < 1e-5
     assert len(mine["seconds"]) == len(plain["seconds"]) == len(report["others"]) == 2
-    assert report["ratio_to_plain"] > 0 and 0 < report["floor_fraction"] and report["floor"] in benchmark.FLOORS
+    assert report["ratio_to_plain"] > 0 and 0 < report["floor_fraction"] and report["floor"] in contest.FLOORS
     assert mine["peak_memory"] > mine["start_memory"] > 2**20
 
 
@@ -344,9 +343,9 @@ class OnGpu(Ours):
 def test_a_contest_on_a_gpu_shows_the_hosts_time(tmp_path, monkeypatch, call):
     (tmp_path / "on_gpu.py").write_text(ON_GPU)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(benchmark, "NEEDS", {})
+    monkeypatch.setattr(contest, "NEEDS", {})
     for name in ("minivit", "torch"):
-        monkeypatch.setitem(benchmark.CONTENDERS, name, ("on_gpu", "OnGpu", {}, {}))
+        monkeypatch.setitem(contenders.CONTENDERS, name, ("on_gpu", "OnGpu", {}, {}))
     with strict_cupy.installed():
         ended = call(
             "benchmark", "step", *FLAGS, "--device", "cuda", "--against", "torch", "--json", tmp_path / "g.json"
@@ -354,7 +353,7 @@ def test_a_contest_on_a_gpu_shows_the_hosts_time(tmp_path, monkeypatch, call):
     assert ended.status == 0, ended.err
     report = json.loads((tmp_path / "g.json").read_text())
     lines = ended.out.splitlines()
-    assert max(map(len, lines)) <= 140 and any("IQR   host ms  pictures/s" in line for line in lines)
+    assert max(map(len, lines)) <= 140 and any("IQR   host ms    images/s" in line for line in lines)
     for name in ("minivit", "torch"):
         found = report["contenders"][name]
         assert found["median"] == pytest.approx(0.1) and len(found["host_seconds"]) == len(found["seconds"])
@@ -399,10 +398,10 @@ def crooked(tmp_path, monkeypatch):
     """A contender named torch that is wrong, in a module that its process finds."""
     (tmp_path / "crooked.py").write_text(CROOKED)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(benchmark, "NEEDS", {})
+    monkeypatch.setattr(contest, "NEEDS", {})
 
     def install(how=""):
-        monkeypatch.setitem(benchmark.CONTENDERS, "torch", ("crooked", "Crooked", {"how": how}, {}))
+        monkeypatch.setitem(contenders.CONTENDERS, "torch", ("crooked", "Crooked", {"how": how}, {}))
 
     install()
     return install
@@ -415,7 +414,7 @@ def test_nothing_is_timed_before_all_agree(crooked, call, how, message):
     crooked(how)
     ended = call("benchmark", "step", *FLAGS, "--against", "torch")
     assert ended.status == 1 and f"torch disagrees: {message}" in ended.err
-    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1 and "pictures/s" not in ended.out
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1 and "images/s" not in ended.out
 
 
 @pytest.mark.parametrize(("how", "message"), [
@@ -428,17 +427,20 @@ def test_a_contender_that_cannot_is_one_line(crooked, call, how, message):
 
 
 def test_only_so_many_cores():
-    before = benchmark.available_cores()
+    before = available_cores()
     if before > 1 and hasattr(os, "sched_setaffinity"):
-        with benchmark.only_cores(1), Child("minivit", job()) as child:
-            assert benchmark.available_cores() == child.settings["workers"] == 1
-    assert benchmark.available_cores() == before
-    with pytest.raises(InputError, match=f"--threads must be 1 to {before}"), benchmark.only_cores(before + 1):
+        with machine.only_cores(1), Child("minivit", job()) as child:
+            assert available_cores() == child.settings["workers"] == 1
+    assert available_cores() == before
+    with pytest.raises(InputError, match=f"--threads must be 1 to {before}"), machine.only_cores(before + 1):
         pass
 
 
 def test_importing_the_benchmark_imports_no_other_library():
-    code = "import sys, minivit.benchmark.contest, minivit.benchmark.contenders.ours; print({'torch', 'jax'} & set(sys.modules))"
+    code = (
+        "import sys, minivit.benchmark.contest, minivit.benchmark.contenders.ours;"
+        "print({'torch', 'jax'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
@@ -460,8 +462,8 @@ LAYERS_OF_A_BLOCK = ("norm1", "msa.qkv", "msa.attention", "msa.proj", "norm2", "
 def test_every_layer_has_its_floor(pooling):
     config = ViTConfig(**TINY | {"depth": 3, "pooling": pooling})
     _, images, labels = problem(job())
-    model = benchmark.ViT(config)
-    layers = {(r.path, r.direction): r for r in benchmark.captured_layers(model, images, labels, 2)}
+    model = ViT(config)
+    layers = {(r.path, r.direction): r for r in captured_layers(model, images, labels, 2)}
     last = [f"last {name}" for name in LAYERS_OF_A_BLOCK] if pooling == "cls" else []  # its rows are fewer
     for path in ("patch_embed.proj", *LAYERS_OF_A_BLOCK, *last, "head.norm", "head.head", "loss"):
         for direction in ("forward", "backward"):
@@ -479,13 +481,13 @@ def test_every_layer_has_its_floor(pooling):
 def test_long_attention_has_its_floor(monkeypatch):
     monkeypatch.setattr("minivit.layers.msa.LONG", 3)
     _, images, labels = problem(job())
-    layers = benchmark.captured_layers(benchmark.ViT(ViTConfig(**TINY)), images, labels, 1)
+    layers = captured_layers(ViT(ViTConfig(**TINY)), images, labels, 1)
     kinds = {(layer.path, layer.direction): layer.kind for layer in layers}
     assert kinds["msa.attention", "forward"] == kinds["msa.attention", "backward"] == "products"
 
 
 def test_scaling_varies_one_thing_at_a_time():
-    points = benchmark.scaling_points(ViTConfig(), 32)
+    points = scaling.scaling_points(ViTConfig(), 32)
     assert [p.x for p in points["batch"]] == [p.batch for p in points["batch"]] == [16, 32, 64, 128]
     assert [p.x for p in points["depth"]] == [p.config.depth for p in points["depth"]] == [1, 2, 3, 6, 12]
     tokens = [17, 65, 257, 1025, 2305]
@@ -497,9 +499,9 @@ def test_scaling_varies_one_thing_at_a_time():
 
 
 def test_line_through_times():
-    line = benchmark.line_through([1, 2, 4], [3.0, 5.0, 9.0])
+    line = scaling.line_through([1, 2, 4], [3.0, 5.0, 9.0])
     assert line == pytest.approx({"start": 1.0, "each": 2.0, "off": 0.0}, abs=1e-12)
-    bent = benchmark.line_through([1, 2, 3, 4], [1.0, 2.0, 3.0, 40.0])
+    bent = scaling.line_through([1, 2, 3, 4], [1.0, 2.0, 3.0, 40.0])
     assert bent["off"] > 0.3
 
 
@@ -533,7 +535,7 @@ def test_tables_and_files(tmp_path, call, task):
     assert report["task"] == task and report["config"]["num_heads"] == 3 and report["batch"] == 5
     assert report["pairs"] == 2 and {"processor", "cores", "blas", "numpy", "python"} <= set(report["machine"])
     if task in ("step", "infer"):
-        assert set(benchmark.KEYS) <= set(report) and report["ratio_to_torch"] is None
+        assert set(contest.KEYS) <= set(report) and report["ratio_to_torch"] is None
         assert report["ratio_to_plain"] > 0 and report["images_per_second"] > 0 and report["floor_fraction"] > 0
         assert "plain agrees with us" in ended.out and "floor-workers" in ended.out
     if task == "infer":
@@ -547,14 +549,14 @@ def test_tables_and_files(tmp_path, call, task):
 
 
 def test_scaling(tmp_path, monkeypatch, call):
-    points, diary = benchmark.scaling_points, []
-    monkeypatch.setattr(benchmark, "scaling_points", lambda *a: {k: v[:3] for k, v in points(*a).items()})
-    monkeypatch.setattr(benchmark, "Child", Pretender)
-    monkeypatch.setattr(benchmark, "take_turns", lambda children, *a, **k: diary.append(children) or take_turns(
+    points, diary = scaling.scaling_points, []
+    monkeypatch.setattr(scaling, "scaling_points", lambda *a: {k: v[:3] for k, v in points(*a).items()})
+    monkeypatch.setattr(contest, "Child", Pretender)
+    monkeypatch.setattr(scaling, "take_turns", lambda children, *a, **k: diary.append(children) or take_turns(
         children, *a, **k
     ))  # fmt: skip
-    monkeypatch.setattr(benchmark, "available_cores", lambda: 3)
-    monkeypatch.setattr(benchmark, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(scaling, "available_cores", lambda: 3)
+    monkeypatch.setattr(turns, "PAUSE_SECONDS", 0.0)
     ended = call("benchmark", "scaling", *FLAGS, "--against", "plain", "--json", tmp_path / "b.json",
                  "--png", tmp_path / "b.png")  # fmt: skip
     assert ended.status == 0 and "tokens" in ended.out, ended.err
@@ -581,7 +583,7 @@ def test_scaling(tmp_path, monkeypatch, call):
 
 
 class Pretender(Child):
-    """Its steps take what a law says: 0.5 s + 0.1 s per picture, 0.5 s per block, N^2, 1 / workers."""
+    """Its steps take what a law says: 0.5 s + 0.1 s per image, 0.5 s per block, N^2, 1 / workers."""
 
     def __init__(self, contender, job, at=""):
         c, workers = job.config, job.engine.get("workers")
@@ -663,7 +665,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, call, flags, message):
 
 @pytest.mark.parametrize("name", ["torch", "torch-compile", "jax"])
 def test_a_library_that_is_missing(monkeypatch, call, name):
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(contest.importlib.util, "find_spec", lambda name: None)
     ended = call("benchmark", "step", *FLAGS, "--against", name)
     library = name.partition("-")[0]
     assert ended.status == 2
@@ -671,22 +673,22 @@ def test_a_library_that_is_missing(monkeypatch, call, name):
 
 
 def test_others_are_mentioned(capsys):
-    load_script("benchmark").warn_of_others([0.0, None, 0.5, 0.4])
+    tables.warn_of_others([0.0, None, 0.5, 0.4])
     assert "in 2 of 3 rounds other programs took more than 5% of the cores (median 40%)" in capsys.readouterr().out
-    load_script("benchmark").warn_of_others([0.0, None, 0.05])
+    tables.warn_of_others([0.0, None, 0.05])
     assert capsys.readouterr().out == ""
 
 
 def test_the_figures_show_what_was_measured(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(contest_figures, "save", lambda figure, path: figures.append(figure))
     names = ("minivit", "torch", "floor-workers")
     report = summarise({name: {"seconds": [0.1 * k, 0.2 * k], "peak_memory": k * 2**20, "start_memory": 2**19}
                         for k, name in enumerate(names, 1)}, batch=8)  # fmt: skip
-    plots.save_contest(tmp_path / "x.png", report | {"latency": report | {"batch": 1}}, title="a $1 machine")
+    save_contest(tmp_path / "x.png", report | {"latency": report | {"batch": 1}}, title="a $1 machine")
     texts = [t.get_text() for axes in figures[0].axes for t in [*axes.texts, axes.title, *axes.get_yticklabels()]]
     assert len(figures[0].axes) == 3 and "150 ms  (floor 300% of it)" in texts and "300 ms  (ours is 0.50×)" in texts
-    assert any("one picture" in axes.get_title(loc="left") for axes in figures[0].axes)
+    assert any("one image" in axes.get_title(loc="left") for axes in figures[0].axes)
 
 
 # ---- with PyTorch and JAX --------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
+from minivit.commands import cli
 from minivit.training.trainer import LAST
 from minivit.weights import checkpoint
 
@@ -152,7 +153,7 @@ CASES = {
     },
     # evaluate
     "evaluate: other data": ("evaluate run/last.npz --data cifar10 --data-dir cifar", "was trained for other classes"),
-    "evaluate: data missing": ("evaluate run/last.npz --data cifar10", "scripts/data.py fetch cifar10"),
+    "evaluate: data missing": ("evaluate run/last.npz --data cifar10", "minivit data fetch cifar10"),
     "evaluate: unknown data": ("evaluate run/last.npz --data mnist", "invalid choice: 'mnist'"),
     "evaluate: workers": ("evaluate run/last.npz --workers -1", "workers must be at least 0"),
     "evaluate: many workers": ("evaluate run/last.npz --workers 99999999", "workers must be at least 0 and at most"),
@@ -168,13 +169,13 @@ CASES = {
             "nothing": "nothing does not exist; name the folder of a run",
             "file": "file is a file; name the folder of a run",
             "run/last.npz": "run/last.npz is a file; name the folder of a run",
-            "full": "there is no checkpoint at full/last.npz; a report is of a run of scripts/train.py",
+            "full": "there is no checkpoint at full/last.npz; a report is of a run of minivit train",
             "run-cut": "run-cut/last.npz is not a minivit checkpoint",
             "run-huge": "run-huge/last.npz gives logits that are not finite numbers",
             "run-nan": "ema/head.bias holds values that are not finite numbers",
             "run-names": "was trained for other classes than those of digits",
             "run-nodata": "does not say which data set it was trained on",
-            "run-nowhere": "scripts/data.py fetch cifar10",
+            "run-nowhere": "minivit data fetch cifar10",
             "run-settings": "run-settings/last.npz: epochs must be at least 1, got 0",
             "run --out run": "run is a folder; name a file to write",
             "run --out nowhere/x.html": "there is no folder nowhere to write x.html to",
@@ -185,12 +186,12 @@ CASES = {
         }.items()
     },
     # predict
-    "predict: no picture": ("predict run/last.npz", "no picture is named; name files, or --test 0"),
+    "predict: no picture": ("predict run/last.npz", "no image is named; name files, or --test 0"),
     "predict: nothing": ("predict", "the following arguments are required: CHECKPOINT"),
-    "predict: no such picture": ("predict run/last.npz cat.png", "there is no picture cat.png"),
-    "predict: folder": ("predict run/last.npz run", "run is a folder; name the pictures in it"),
-    "predict: index": ("predict run/last.npz --test 360", "there is no test picture 360; digits has 0 to 359"),
-    "predict: negative": ("predict run/last.npz --test -1", "there is no test picture -1"),
+    "predict: no such picture": ("predict run/last.npz cat.png", "there is no image cat.png"),
+    "predict: folder": ("predict run/last.npz run", "run is a folder; name the images in it"),
+    "predict: index": ("predict run/last.npz --test 360", "there is no test image 360; digits has 0 to 359"),
+    "predict: negative": ("predict run/last.npz --test -1", "there is no test image -1"),
     "predict: index a text": ("predict run/last.npz --test one", "invalid int value: 'one'"),
     **{
         f"predict: {name}": (f"predict run/last.npz {name} --out new", said)
@@ -269,6 +270,7 @@ CASES = {
             "--micro-batch -4": "micro_batch must be at least 0, got -4",
             "--optimizer lbfgs": "optimizer must be one of adamw, adam, sgd, lion, muon; got 'lbfgs'",
             "--schedule step": "schedule must be one of",
+            "--schedule onecycle": "schedule onecycle was removed; choose one of cosine",
             "--lr -1": "lr must be at least 0.0, got -1.0",
             "--lr nan": "lr must be a finite number, got nan",
             "--lr inf": "lr must be a finite number, got inf",
@@ -277,11 +279,7 @@ CASES = {
             "--label-smoothing 1": "label_smoothing must be",
             "--crop-padding 8": "crop_padding 8 moves whole pictures out of sight",
             "--crop-padding -1": "crop_padding must be at least 0",
-            "--repeats 0": "repeats must be at least 1, got 0",
-            "--repeats 3": "batch_size 256 is not a multiple of repeats 3",
             "--crop-mode wrap": "crop_mode must be one of zero, reflect; got 'wrap'",
-            "--cutout -1": "cutout must be at least 0, got -1",
-            "--cutout 8": "cutout 8 may hide whole pictures; they have 8 pixels",
             "--policy best": "policy must be one of none, trivial, rand, auto; got 'best'",
             "--rand-count 0": "rand_count must be at least 1 and at most 16",
             "--rand-magnitude 31": "rand_magnitude must be at least 0 and at most 30, got 31",
@@ -298,7 +296,7 @@ CASES = {
         }.items()
     },
     # train: data
-    "train: no data": ("train --data cifar10 --data-dir nowhere --quiet --out new", "scripts/data.py fetch cifar10"),
+    "train: no data": ("train --data cifar10 --data-dir nowhere --quiet --out new", "minivit data fetch cifar10"),
     "train: cut data": ("train --data cifar10 --data-dir cutcifar --quiet --out new", "cifar-10-batches-bin"),
     "train: labels": ("train --data cifar10 --data-dir badlabels --quiet --out new", "label"),
     "train: unknown data": ("train --data mnist", "invalid choice: 'mnist'"),
@@ -325,7 +323,7 @@ CASES = {
     ),
     # data
     "data: unknown": ("data info mnist", "invalid choice: 'mnist'"),
-    "data: missing": ("data info cifar10 --data-dir nowhere", "scripts/data.py fetch cifar10"),
+    "data: missing": ("data info cifar10 --data-dir nowhere", "minivit data fetch cifar10"),
     "data: size": ("data info digits --image-size 0", "image size 0 is out of range; choose 1 to 4096"),
     "data: no command": ("data", "required: command"),
     # the others
@@ -368,8 +366,8 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(place, monkeypatc
 
 
 def test_every_script_that_writes_json_is_among_them():
-    scripts = Path(__file__).resolve().parent.parent.parent / "scripts"
-    with_json = {path.stem for path in scripts.glob("*.py") if '"--json"' in path.read_text(encoding="utf-8")}
+    modules = [*Path(cli.__file__).parent.glob("*.py"), *(ROOT / "tools").glob("*.py")]
+    with_json = {path.stem for path in modules if '"--json"' in path.read_text(encoding="utf-8")}
     assert with_json == {command.split()[0] for command in WITH_JSON}
 
 

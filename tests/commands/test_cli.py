@@ -14,9 +14,9 @@ from conftest import load_script
 from minivit import ViTConfig
 from minivit.base.errors import InputError
 from minivit.base.settings import field_names
-from minivit.commands import cli
+from minivit.commands import NAMES, cli
 from minivit.commands.cli import Parser, add_settings, given, read_toml
-from minivit.training.recipes import recipe_of_flags
+from minivit.training.recipes import CONFIGS, recipe_of_flags
 from minivit.training.trainer import TrainConfig
 from minivit.weights.start import StartConfig
 
@@ -110,7 +110,7 @@ def test_defaults_then_file_then_preset_then_flags(tmp_path):
 
 def test_the_data_sets_own_file_is_read():
     data, model, train, _ = settings()
-    file = read_toml(ROOT / "configs" / "digits.toml", {k: _Anything() for k in ("data", "model", "train")})
+    file = read_toml(CONFIGS / "digits.toml", {k: _Anything() for k in ("data", "model", "train")})
     assert (data["data"], model, train) == ("digits", file["model"], file["train"]) and len(train) > 5
     data, _, train, _ = settings("--data", "cifar10", data="cifar10")
     assert data["data"] == "cifar10" and train["flip"] is True
@@ -247,7 +247,7 @@ def subprocess_of(script, *arguments, **keywords):
 
 
 def test_a_reader_that_leaves_is_no_error():
-    code = "from minivit import cli\ncli.run(lambda: [print(i, flush=True) for i in range(10**6)] and 0)"
+    code = "from minivit.commands import cli\ncli.run(lambda: [print(i, flush=True) for i in range(10**6)] and 0)"
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -259,7 +259,7 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 def test_names_in_any_script_can_be_printed():
-    code = "from minivit import cli\ncli.run(lambda: print('\\u732b \\udcff') or 0)"
+    code = "from minivit.commands import cli\ncli.run(lambda: print('\\u732b \\udcff') or 0)"
     result = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
         capture_output=True, check=False,
@@ -267,16 +267,43 @@ def test_names_in_any_script_can_be_printed():
     assert (result.returncode, result.stdout, result.stderr) == (0, b"\\u732b \\udcff\n", b"")
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=[s.stem for s in SCRIPTS])
-def test_every_scripts_help_names_examples(capsys, script):
-    module = load_script(script.stem)
+def help_of(name, capsys):
     with pytest.raises(SystemExit) as end:
-        module.main(["--help"])
-    shown = capsys.readouterr().out
+        load_script(name).main(["--help"])
     assert end.value.code == 0
-    assert "usage:" in shown and "--help" in shown
-    if script.stem != "make_reference":  # a developer's tool, without options but for tests of itself
-        assert f"python scripts/{script.name}" in shown and "examples:" in shown
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("program", ["minivit", "script"])
+def test_help_is_written_as_the_command_was_started(capsys, monkeypatch, name, program):
+    """The example lines too, which are written for ``minivit NAME``."""
+    started, usage, line, other = {
+        "minivit": ("/usr/bin/minivit", f"usage: minivit {name}", f"  minivit {name}", "python scripts/"),
+        "script": (f"scripts/{name}.py", f"usage: {name}.py", f"  python scripts/{name}.py", "  minivit "),
+    }[program]
+    monkeypatch.setattr(sys, "argv", [started, "--help"])
+    shown = help_of(name, capsys)
+    assert shown.startswith(usage) and "--help" in shown
+    assert f"\n{line}" in shown.partition("examples:\n")[2] and other not in shown
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
+def test_help_of_a_tool(capsys, name):
+    shown = help_of(name, capsys)
+    assert shown.startswith(f"usage: {name}.py") and "--help" in shown
+    if name != "make_reference":  # has no options but for tests of itself
+        assert f"python tools/{name}.py" in shown and "examples:" in shown
+
+
+def test_a_script_for_every_command():
+    assert [script.stem for script in SCRIPTS] == sorted(NAMES)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=[s.stem for s in SCRIPTS])
+def test_a_script_is_three_lines_over_its_command(script):
+    name, text = script.stem, script.read_text(encoding="utf-8")
+    assert text == f"from minivit.commands import {name}\nfrom minivit.commands.cli import run\n\nrun({name}.main)\n"
 
 
 def test_help_of_a_script_as_a_process():
@@ -290,7 +317,7 @@ def test_the_fields_are_where_the_tests_look():
 
 def test_a_bad_choice_of_kernels_is_refused_before_any_work():
     result = subprocess.run(
-        [sys.executable, "-c", "from minivit import cli\ncli.run(lambda: print('began') or 0)"], cwd=ROOT,
+        [sys.executable, "-c", "from minivit.commands import cli\ncli.run(lambda: print('began') or 0)"], cwd=ROOT,
         env={**os.environ, "MINIVIT_KERNELS": "fast"}, capture_output=True, text=True,
     )  # fmt: skip
     assert (result.returncode, result.stdout) == (2, "")

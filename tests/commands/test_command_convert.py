@@ -1,4 +1,4 @@
-"""The command line ``scripts/convert.py``, and the scripts that take weights of other programs as they are."""
+"""The command line ``minivit convert``, and the scripts that take weights of other programs as they are."""
 
 import json
 import re
@@ -148,14 +148,12 @@ def test_mistakes_are_one_line_and_nothing_is_lost(call, digits, tmp_path):
 
 
 def test_predict_and_evaluate_take_them(call, digits, tmp_path, no_figures):
-    np.save(tmp_path / "picture.npy", np.arange(64, dtype=np.uint8).reshape(8, 8))
+    np.save(tmp_path / "image.npy", np.arange(64, dtype=np.uint8).reshape(8, 8))
     call("convert", digits, tmp_path / "a.npz", "--to", "minivit")
     call("convert", digits, tmp_path / "b", "--to", "timm")
     seen = []
     for source in (digits, tmp_path / "a.npz", tmp_path / "b"):
-        ended = call(
-            "predict", source, tmp_path / "picture.npy", "--json", tmp_path / "p.json", "--out", tmp_path / "o"
-        )
+        ended = call("predict", source, tmp_path / "image.npy", "--json", tmp_path / "p.json", "--out", tmp_path / "o")
         assert ended.status == 0 and ended.err == ""
         seen.append(json.loads((tmp_path / "p.json").read_text())["predictions"][0]["top"])
     assert seen[0] == seen[1] == seen[2] and seen[0][0]["name"].startswith("class ")
@@ -171,4 +169,4 @@ def test_predict_and_evaluate_take_them(call, digits, tmp_path, no_figures):
     ended = call("predict", tmp_path / "c.npz", "--test", 0, "--data", "digits", "--out", tmp_path / "o")
     assert ended.status == 0 and "test-0: truly 5" in ended.out
     ended = call("visualize", "journey", tmp_path / "c.npz", "--data", "digits", "--picture", 360)
-    fails(ended, "there is no test picture 360; digits has 0 to 359")
+    fails(ended, "there is no test image 360; digits has 0 to 359")

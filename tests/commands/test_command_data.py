@@ -1,4 +1,4 @@
-"""The command line ``scripts/data.py``: what it prints, writes and refuses."""
+"""The command line ``minivit data``: what it prints, writes and refuses."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_help(command):
 
 
 def test_missing_data(tmp_path):
-    lines = assert_fails(run("info", "cifar10", "--data-dir", tmp_path), "scripts/data.py fetch cifar10")
+    lines = assert_fails(run("info", "cifar10", "--data-dir", tmp_path), "minivit data fetch cifar10")
     assert len(lines) == 1
 
 

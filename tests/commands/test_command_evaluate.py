@@ -1,4 +1,4 @@
-"""The command line ``scripts/evaluate.py``: its figures against scikit-like ones written out, and its files."""
+"""The command line ``minivit evaluate``: its figures against scikit-like ones written out, and its files."""
 
 import json
 
@@ -42,20 +42,20 @@ def test_the_figures(trained, tmp_path, call):
         assert facts["confusion"][k] == np.bincount(guesses[labels == k], minlength=10).tolist()
     assert facts["images_per_second"] > 0 and facts["weights"] == "ema" and facts["pictures_of_training_run"] is True
     assert (tmp_path / "new/folder/confusion-last.png").read_bytes().startswith(b"\x89PNG")
-    for shown in (f"accuracy   {facts['accuracy']:.2%}", f"top 5      {facts['top5_accuracy']:.2%}", "pictures/s with"):
+    for shown in (f"accuracy   {facts['accuracy']:.2%}", f"top 5      {facts['top5_accuracy']:.2%}", "images/s with"):
         assert shown in ended.out
     rows = [line for line in ended.out.splitlines() if line.endswith("%") and line[0].isdigit()]
     assert len(rows) == 10 and rows[3].split()[:2] == ["3", "37"]
 
 
 def test_folders_are_read_at_the_size_of_the_model(tmp_path, call):
-    """Also where the model says no size of its own pictures, as weights of another program, or had those of another."""
+    """Also where the model says no size of its own images, as weights of another program, or had those of another."""
     rng = np.random.default_rng(0)
     for k in range(10):
         for split in ("train", "test"):
             (tmp_path / split / str(k)).mkdir(parents=True)
-            picture = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
-            picture.save(tmp_path / split / str(k) / "x.png")
+            image = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+            image.save(tmp_path / split / str(k) / "x.png")
     model = ViT(ViTConfig(image_size=12, width=8, depth=1, num_heads=2))
     classes = {"class_names": list("0123456789")}
     checkpoint.save(
@@ -110,20 +110,20 @@ def test_the_figure_goes_beside_the_checkpoint(run_copy, call):
     assert (run_copy / "confusion-last.png").exists()
 
 
-def test_pictures_of_another_size_are_refused(trained, tmp_path, call, monkeypatch):
+def test_images_of_another_size_are_refused(trained, tmp_path, call, monkeypatch):
     data = load("digits")
     larger = data._replace(
         train_images=np.repeat(data.train_images, 2, 1), test_images=np.repeat(data.test_images, 2, 1)
     )
     monkeypatch.setattr(train, "load_data", lambda *arguments, **keywords: larger)
     ended = call("evaluate", trained / LAST, "--out", tmp_path / "new")
-    assert ended.status == 2 and "takes 8x8x1 pictures of 10 classes; digits has 16x8x1 pictures of 10" in ended.err
+    assert ended.status == 2 and "takes 8x8x1 images of 10 classes; digits has 16x8x1 images of 10" in ended.err
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("data", ["folder", "imagefolder"])
 def test_reassessed_labels(tmp_path, call, no_figures, data):
-    """Validation pictures lie by class, not by number: their names say which labels are theirs."""
+    """Validation images lie by class, not by number: their names say which labels are theirs."""
     rng = np.random.default_rng(0)
     for k, name in enumerate(("n01440764", "n01443537")):
         for split in ("train", "test"):
@@ -144,10 +144,10 @@ def test_reassessed_labels(tmp_path, call, no_figures, data):
     ended = call("evaluate", run / LAST, "--real", tmp_path / "real.json", "--json", tmp_path / "e.json")
     facts = json.loads((tmp_path / "e.json").read_text())
     assert ended.status == 0 and facts["real_accuracy"] == 0.6 and facts["real_images"] == 5
-    assert "ReaL       60.00% of the 5 pictures" in ended.out
+    assert "ReaL       60.00% of the 5 images" in ended.out
 
 
 def test_reassessed_labels_are_imagenets(trained, tmp_path, call):
     (tmp_path / "real.json").write_text("[[1]]")
     ended = call("evaluate", trained / LAST, "--real", tmp_path / "real.json", "--out", tmp_path / "new")
-    assert ended.status == 2 and "ImageNet's validation pictures" in ended.err and not (tmp_path / "new").exists()
+    assert ended.status == 2 and "ImageNet's validation images" in ended.err and not (tmp_path / "new").exists()

@@ -1,14 +1,13 @@
-"""scripts/gradcheck.py: passes as it stands, fails with status 1 when a gradient is wrong, and writes what it found."""
+"""minivit gradcheck: passes as it stands, fails with status 1 when a gradient is wrong, and writes what it found."""
 
 import io
 import json
 import random
 import re
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_script
 
 from minivit import InputError
 from minivit.laboratory import cases as gradcheck_cases
@@ -16,12 +15,10 @@ from minivit.laboratory import checks as laboratory
 from minivit.laboratory.facts import FACTS
 from minivit.laboratory.mistakes import BY_NAME, planted
 
-SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "gradcheck.py"
-
 
 @pytest.fixture(scope="module")
 def main():
-    return runpy.run_path(str(SCRIPT), run_name="gradcheck_script")["main"]
+    return load_script("gradcheck").main
 
 
 @pytest.fixture

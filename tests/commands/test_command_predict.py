@@ -1,4 +1,4 @@
-"""The command line ``scripts/predict.py``: pictures from files, arrays and the test set; what it says and draws."""
+"""The command line ``minivit predict``: images from files, arrays and the test set; what it says and draws."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def predictions(call, run, out, *arguments):
     return facts
 
 
-def test_pictures_of_the_test_set(trained, tmp_path, call):
+def test_images_of_the_test_set(trained, tmp_path, call):
     facts = predictions(call, trained, tmp_path, "--test", 0, 359)
     assert [each["picture"] for each in facts] == ["test-0", "test-359"]
     for each, index in zip(facts, (0, 359), strict=True):
@@ -41,7 +41,7 @@ def test_pictures_of_the_test_set(trained, tmp_path, call):
     assert {p.name for p in tmp_path.iterdir()} == {"prediction-test-0.png", "prediction-test-359.png", "p.json"}
 
 
-def test_a_picture_file_is_the_array_it_shows(trained, tmp_path, call):
+def test_an_image_file_is_the_array_it_shows(trained, tmp_path, call):
     image = DATA.test_images[5]
     Image.fromarray(image[..., 0]).save(tmp_path / "gray.png")
     Image.fromarray(np.repeat(image, 3, axis=2)).save(tmp_path / "rgb.PNG")
@@ -68,13 +68,13 @@ def test_dark_ink_is_inverted(trained, tmp_path, call):
 def test_one_channel_is_the_luminance(tmp_path):
     predict = load_script("predict")
     Image.fromarray(np.broadcast_to(np.uint8([255, 0, 0]), (9, 9, 3)).copy()).save(tmp_path / "red.png")
-    assert (predict.file_picture(tmp_path / "red.png", 4, 1) == round(0.299 * 255)).all()
+    assert (predict.file_image(tmp_path / "red.png", 4, 1) == round(0.299 * 255)).all()
     Image.fromarray(np.full((9, 9, 3), 255, np.uint8)).save(tmp_path / "white.png")
-    assert (predict.file_picture(tmp_path / "white.png", 4, 1) == 255).all()
-    assert predict.file_picture(tmp_path / "red.png", 4, 3).tolist() == [[[255, 0, 0]] * 4] * 4
+    assert (predict.file_image(tmp_path / "white.png", 4, 1) == 255).all()
+    assert predict.file_image(tmp_path / "red.png", 4, 3).tolist() == [[[255, 0, 0]] * 4] * 4
 
 
-def test_pictures_of_one_name_do_not_overwrite_each_other(trained, tmp_path, call):
+def test_images_of_one_name_do_not_overwrite_each_other(trained, tmp_path, call):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         np.save(tmp_path / folder / "x y.npy", DATA.test_images[3])
@@ -117,7 +117,7 @@ def test_a_model_with_other_positions_or_axial_attention(tmp_path, call, no_figu
         (["--pos-embed", "relative"], 'with pos_embed "relative", pos_at must be "every" or "shared", got "input"'),
         (["--pos-at", "blocks"], "pos_at must be one of input, every, shared; got 'blocks'"),
         (["--attention", "axial"], 'attention "axial" is between patches alone: set pooling to "mean", "avg" or "seq"'),
-        (["--pos-embed", "learned2d", "--half-size", 1], "pictures of half the size need fixed positions"),
+        (["--pos-embed", "learned2d", "--half-size", 1], "of half the size need fixed positions"),
     ],
     ids=lambda options: " ".join(map(str, options)) if isinstance(options, list) else "",
 )
@@ -139,11 +139,11 @@ def test_the_weights_are_chosen(trained, tmp_path, call):
 
 
 def test_attention_of_the_last_block_or_of_all(trained, tmp_path, call, monkeypatch):
-    from minivit.figures import plots
+    from minivit import figures
 
     drawn = []
     monkeypatch.setattr(
-        plots,
+        figures,
         "save_attention",
         lambda path, image, map_, *_, what, **__: (path.write_bytes(b""), drawn.append((map_, what))),
     )

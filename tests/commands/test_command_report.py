@@ -1,4 +1,4 @@
-"""The command line ``scripts/report.py``: what its page says, that it needs nothing else, and that no name is HTML."""
+"""The command line ``minivit report``: what its page says, that it needs nothing else, and that no name is HTML."""
 
 import base64
 import io
@@ -13,11 +13,11 @@ import pytest
 from conftest import TINY, load_script
 from PIL import Image
 
-from minivit import ViT, ViTConfig
+from minivit import ViT, ViTConfig, figures
 from minivit.data import Dataset, load
-from minivit.evaluation import report
+from minivit.evaluation import runs
 from minivit.evaluation.inference import attention_map
-from minivit.figures import plots
+from minivit.figures import html, report
 from minivit.layers.softmax import softmax_forward
 from minivit.training.recipes import recipe_of_flags
 from minivit.training.trainer import LAST, METRICS, SUMMARY, TrainConfig, config_from
@@ -28,11 +28,11 @@ LOADING = {"script", "link", "iframe", "object", "embed", "video", "audio", "bas
 
 
 class Page(HTMLParser):
-    """A page taken apart: its text, its tables' rows, its pictures; tags that are not closed in order are refused."""
+    """A page taken apart: its text, its tables' rows, its images; tags that are not closed in order are refused."""
 
     def __init__(self, text):
         super().__init__()
-        self.text, self.open, self.tags, self.pictures, self.rows, self.ids = "", [], [], [], [], []
+        self.text, self.open, self.tags, self.images, self.rows, self.ids = "", [], [], [], [], []
         self.feed(text)
         self.close()
         assert not self.open
@@ -48,7 +48,7 @@ class Page(HTMLParser):
         elif tag == "img":
             kind, _, content = attributes["src"].partition(",")
             assert kind == "data:image/png;base64" and attributes["alt"]
-            self.pictures.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")))
+            self.images.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")))
         if tag not in VOID:
             self.open.append(tag)
 
@@ -100,7 +100,7 @@ def reported(trained, tmp_path_factory):
 
 
 def by_hand(run, weights="auto"):
-    """Probabilities, predictions and labels of the run's test pictures from the model alone."""
+    """Probabilities, predictions and labels of the run's test images from the model alone."""
     data = load("digits")
     model, _ = checkpoint.load_model(run / LAST, weights=weights)
     p = softmax_forward(model.predict(data.test_images).astype(np.float64))[0]
@@ -122,7 +122,7 @@ def test_the_headline(trained, reported):
     assert f"test accuracy {accuracy}" in text.replace("accuracy" + accuracy, "accuracy " + accuracy)
     assert "after epoch 3 of 3" in text and f"{summary['parameters']:,}" in text
     assert f"best {100 * summary['best_test_accuracy']:.2f} % after epoch {summary['best_epoch']}" in text
-    assert "1,437 training and 360 test pictures of 8 × 8 × 1, 10 classes" in text
+    assert "1,437 training and 360 test images of 8 × 8 × 1, 10 classes" in text
     assert "A finished run. Its last.npz is of step 18 of 18, epoch 3 of 3." in text and "unfinished" not in text
     assert f"{summary['train_seconds']:.3g} s" in text
 
@@ -136,19 +136,19 @@ def test_the_headline_of_a_run_of_steps(call, tmp_path, no_figures):
     assert "Its last.npz is of step 8 of 8, epoch 2 of 2." in text
 
 
-def test_the_figures_about_test_pictures(trained, reported):
+def test_the_figures_about_test_images(trained, reported):
     _, p, guesses, labels = by_hand(trained)
     text = spaces(reported.text)
     right = guesses == labels
-    assert f"Of 360 test pictures {right.sum()} are right, {100 * right.mean():.2f} %" in text
-    assert "the moving average of the weights." in text and "weights, device or pictures were others" not in text
+    assert f"Of 360 test images {right.sum()} are right, {100 * right.mean():.2f} %" in text
+    assert "the moving average of the weights." in text and "weights, device or images were others" not in text
     confidence, error = p.max(axis=1), 0.0
     for m in range(15):
         inside = (confidence > m / 15) & (confidence <= (m + 1) / 15)
         if inside.any():
             error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     assert f"Expected calibration error: {100 * error:.2f} %." in text
-    assert re.search(r"T = \d\.\d{3}: with it the loss is", text) and "fitted to the very test pictures" in text
+    assert re.search(r"T = \d\.\d{3}: with it the loss is", text) and "fitted to the very test images" in text
     assert "arXiv:1706.04599" in text
     for k in range(10):
         taken, of_it = guesses == k, labels == k
@@ -163,11 +163,11 @@ def test_the_most_confident_mistakes(trained, reported):
     wrong = np.flatnonzero(guesses != labels)
     chosen = wrong[np.argsort(-p[wrong].max(axis=1))][:5]
     text = spaces(reported.text)
-    assert f"5 of {len(wrong)} wrong pictures" in text and len(reported.pictures) == 10
+    assert f"5 of {len(wrong)} wrong images" in text and len(reported.images) == 10
     images = load("digits").test_images
-    for i, shown, overlay in zip(chosen, reported.pictures[::2], reported.pictures[1::2], strict=True):
+    for i, shown, overlay in zip(chosen, reported.images[::2], reported.images[1::2], strict=True):
         said = f"predicted {guesses[i]} {100 * p[i].max():.1f} %truly {labels[i]} {100 * p[i, labels[i]]:.1f} %"
-        assert f"{said}test picture {i}" in text
+        assert f"{said}test image {i}" in text
         assert np.abs(shown[..., 0].astype(int) - (255 - images[i, ..., 0])).max() <= 3  # dark ink on white
         # of the four patches the one with most attention is the most yellow
         row = model.intermediates(images[i : i + 1]).attention[-1][0].mean(axis=0)[0, 1:]
@@ -199,7 +199,7 @@ def test_the_page_is_the_same_again_and_lies_in_the_folder(run_copy, call):
 def undrawn(monkeypatch):
     """Curves and diagrams are empty: drawing them takes most of the time that a page takes."""
     for name in ("save_curve", "save_confusion", "save_calibration"):
-        monkeypatch.setattr(plots, name, lambda path, *arguments, **keywords: "<svg ></svg>")
+        monkeypatch.setattr(report, name, lambda path, *arguments, **keywords: "<svg ></svg>")
 
 
 def test_an_unfinished_run_with_damaged_lines(run_copy, call):
@@ -212,7 +212,7 @@ def test_an_unfinished_run_with_damaged_lines(run_copy, call):
         json.loads(tests[0]) | {"epoch": 0}, json.loads(tests[0]) | {"accuracy": float("inf")},
     ]  # fmt: skip
     (run_copy / METRICS).write_text("\n".join([*map(json.dumps, bad), "{", "\0", json.dumps(old), tests[0], '{"ki']))
-    assert [r["kind"] for r in report.records_of(run_copy)] == ["train", "test"]
+    assert [r["kind"] for r in runs.records_of(run_copy)] == ["train", "test"]
     assert call("report", run_copy, "--mistakes", 0).status == 0
     page = Page((run_copy / "report.html").read_text())
     assert "unfinished: there is no whole summary.json" in spaces(page.text)
@@ -222,7 +222,7 @@ def test_an_unfinished_run_with_damaged_lines(run_copy, call):
 def test_a_run_of_which_there_is_no_more_than_a_checkpoint(run_copy, call, undrawn):
     for content in (b"{", b"[1]", b"[" * 10**5, b"\xff"):
         (run_copy / SUMMARY).write_bytes(content)
-        assert report.summary_of(run_copy) == {}
+        assert runs.summary_of(run_copy) == {}
     (run_copy / SUMMARY).write_text(
         '{"test_accuracy": "x", "images_per_second": NaN, "train_seconds": -1, "device": 3}'
     )
@@ -239,14 +239,14 @@ def test_the_weights_are_chosen(trained, tmp_path, call, undrawn):
         _, _, guesses, labels = by_hand(trained, weights)
         assert f"{(guesses == labels).sum()} are right" in text and said in text
         same = np.mean(guesses == labels) == json.loads((trained / SUMMARY).read_text())["test_accuracy"]
-        assert ("weights, device or pictures were others" in text) == (not same)
+        assert ("weights, device or images were others" in text) == (not same)
 
 
 HOSTILE = ("<script>alert(1)</script>", "a&b \"c\" 'd'", 'x id="y" #000000 $\\frac{', "猫 \udcff \x07")
 
 
 def a_run(folder, *, channels=3, pooling="mean", right=False, **settings):
-    """A `report.Run` of a folder's pictures with hostile names, without any training."""
+    """A `report.Run` of a folder's images with hostile names, without any training."""
     rng = np.random.default_rng(0)
     config = ViTConfig(image_size=8, patch_size=2, channels=channels, num_classes=4, width=8, depth=2, num_heads=2,
                        pooling=pooling)  # fmt: skip
@@ -257,7 +257,7 @@ def a_run(folder, *, channels=3, pooling="mean", right=False, **settings):
     if right:
         logits = np.eye(4, dtype=np.float32)[labels]
     meta = {"weights": "params", "data": {"data": "folder", "data_dir": "<i>"}, "versions": {"<u>": "<b>"}}
-    return report.Run(
+    return runs.Run(
         folder, model, meta, TrainConfig(**settings), data, False, logits, [], {"device": "<b>", "cores": "<b>"}, {}
     )
 
@@ -268,31 +268,31 @@ def test_no_name_is_html(tmp_path, channels, pooling):
     page = Page(text.encode("utf-8", errors="backslashreplace").decode())
     page.assert_alone()
     assert not {"b", "u", "i"} & {tag for tag, _ in page.tags} and HOSTILE[0] in page.text and HOSTILE[2] in page.text
-    assert len(page.pictures) > 4 and all(picture.shape == (8, 8, 3) for picture in page.pictures)
-    assert "not the pictures of its training run" in page.text
+    assert len(page.images) > 4 and all(image.shape == (8, 8, 3) for image in page.images)
+    assert "not the images of its training run" in page.text
 
 
 def test_the_attention_is_that_of_the_last_block(tmp_path):
     run = a_run(tmp_path)
     page = Page(report.page(run, mistakes=1).replace("\udcff", ""))
-    i = int(re.search(r"test picture (\d)", page.text)[1])
+    i = int(re.search(r"test image (\d)", page.text)[1])
     image = run.dataset.test_images[i]
     seen = [attention_map(a[0], "mean") for a in run.model.intermediates(image[None]).attention]
-    first, last = (np.asarray(Image.open(io.BytesIO(plots.picture_png(image, a))))[..., :3] for a in seen)
-    assert (first != last).any() and len(page.pictures) == 2
-    np.testing.assert_array_equal(page.pictures[1], last)
+    first, last = (np.asarray(Image.open(io.BytesIO(figures.image_png(image, a))))[..., :3] for a in seen)
+    assert (first != last).any() and len(page.images) == 2
+    np.testing.assert_array_equal(page.images[1], last)
     assert ["mlp_dim", "32"] in [row[:2] for row in page.rows]  # 4 x 8: what it is by itself
 
 
-def test_a_folder_of_pictures(tmp_path, call):
+def test_a_folder_of_images(tmp_path, call):
     names = ("<b>&", os.fsdecode(b"caf\xe9"))  # a folder's name may be any bytes
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in names:
             (tmp_path / "data" / split / name).mkdir(parents=True)
             for i in range(3):
-                picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-                picture.save(tmp_path / "data" / split / name / f"{i}.png")
+                image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+                image.save(tmp_path / "data" / split / name / f"{i}.png")
     flags = ["--data", "folder", "--data-dir", tmp_path / "data", "--image-size", 8, "--pooling", "mean"]
     assert call("train", *TINY, *flags, "--test-flip", "--epochs", 1, "--out", tmp_path / "run").status == 0
     (tmp_path / "data").rename(tmp_path / "moved")
@@ -308,7 +308,7 @@ def test_a_folder_of_pictures(tmp_path, call):
 
 def test_where_everything_is_right(tmp_path):
     text = spaces(Page(report.page(a_run(tmp_path, right=True, test_flip=True)).replace("\udcff", "")).text)
-    assert "There is none: every test picture is right." in text and "and none is best" in text
+    assert "There is none: every test image is right." in text and "and none is best" in text
     assert "mirror image" in text
 
 
@@ -332,19 +332,19 @@ def test_the_command_asks_for_the_same(flags):
         return ViTConfig(**fitted | model), TrainConfig(**settings)
 
     run = asked(shlex.split(flags))
-    own = load_script("report").own_settings("digits")
-    assert own["train"] and load_script("report").own_settings("folder") == {}
-    first, *parts = report.command(*run, {"data": "digits", "data_dir": "data"}, own)
-    assert first == ["python", "scripts/train.py"] and all(part[0].startswith("--") for part in parts)
+    own = runs.own_settings("digits")
+    assert own["train"] and runs.own_settings("folder") == {}
+    first, *parts = runs.command(*run, {"data": "digits", "data_dir": "data"}, own)
+    assert first == ["minivit", "train"] and all(part[0].startswith("--") for part in parts)
     assert asked([word for part in parts for word in part]) == run
 
 
 def test_the_command_names_the_data(tmp_path):
     run = a_run(tmp_path)
-    words = report.command(run.model.config, run.train, {"data": "folder", "data_dir": "my pictures"}, {})
-    assert words[1:4] == [["--data", "folder"], ["--data-dir", "my pictures"], ["--image-size", "8"]]
+    words = runs.command(run.model.config, run.train, {"data": "folder", "data_dir": "my images"}, {})
+    assert words[1:4] == [["--data", "folder"], ["--data-dir", "my images"], ["--image-size", "8"]]
     preset = {"model": {"preset": "Micro/4"}, "data": {"data_dir": "there"}}
-    words = report.command(ViTConfig(), TrainConfig(), {"data": "cifar10", "data_dir": "there"}, preset)
+    words = runs.command(ViTConfig(), TrainConfig(), {"data": "cifar10", "data_dir": "there"}, preset)
     assert words[1:3] == [["--data", "cifar10"], ["--patch-size", "4"]] and ["--width", "192"] in words
 
 
@@ -354,7 +354,7 @@ def test_the_command_of_a_run_that_began_with_another():
     data = {"data": "cifar10", "data_dir": "data", "image_size": 48, "classes": "5-9", "train_share": 0.5}
     config, train = ViTConfig(image_size=48, width=96, num_classes=5), TrainConfig(steps=7, epochs=2)
     own = {"model": {"drop_path": 0.0}, "train": {"steps": 100}}
-    words = report.command(config, train, data, own, start)
+    words = runs.command(config, train, data, own, start)
     assert words[1:7] == [
         ["--data", "cifar10"], ["--image-size", "48"], ["--classes", "5-9"],
         ["--train-share", "0.5"], ["--from", "a b.npz"], ["--keep-head"]
@@ -374,12 +374,12 @@ def test_the_command_of_a_run_that_began_with_another():
 
 def test_the_command_of_the_page(trained, reported):
     _, meta = checkpoint.load(trained / LAST)
-    own = load_script("report").own_settings("digits")
-    parts = report.command(checkpoint.config_of(meta, ""), config_from(meta, ""), meta["data"], own)
+    own = runs.own_settings("digits")
+    parts = runs.command(checkpoint.config_of(meta, ""), config_from(meta, ""), meta["data"], own)
     assert " \\\n  ".join(" ".join(part) for part in parts) in reported.text and ["--width", "16"] in parts
 
 
 def test_words():
-    assert report.duration(1.234) == "1.23\N{NO-BREAK SPACE}s" and report.duration(90) == "1.5\N{NO-BREAK SPACE}min"
-    assert spaces(report.duration(3600 * 2 + 59.7 * 60)) == "3 h 0 min" and report.percent(None) == "\N{EN DASH}"
-    assert report.tag("p", "<", report.tag("b", "&"), title='"') == '<p title="&quot;">&lt;<b>&amp;</b></p>'
+    assert html.duration(1.234) == "1.23\N{NO-BREAK SPACE}s" and html.duration(90) == "1.5\N{NO-BREAK SPACE}min"
+    assert spaces(html.duration(3600 * 2 + 59.7 * 60)) == "3 h 0 min" and html.percent(None) == "\N{EN DASH}"
+    assert html.tag("p", "<", html.tag("b", "&"), title='"') == '<p title="&quot;">&lt;<b>&amp;</b></p>'

@@ -1,4 +1,4 @@
-"""The command line ``scripts/trace.py``: the tables, the files, what is not finite, and bad input."""
+"""The command line ``minivit trace``: the tables, the files, what is not finite, and bad input."""
 
 import json
 import math
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from conftest import load_script
 
-from minivit import ViT, ViTConfig
+from minivit import ViT, ViTConfig, figures
 from minivit.base import params
 from minivit.data import load
-from minivit.figures import plots
+from minivit.figures import network
 from minivit.laboratory import trace
 from minivit.model import parameter_table
 from minivit.training.trainer import LAST
@@ -61,19 +61,19 @@ def test_levels_all_and_no_backward(call):
 
 def test_a_checkpoint_on_its_own_data(trained, tmp_path, call):
     ended = call("trace", "--checkpoint", trained / LAST, "--dtype", "float64", "--json", tmp_path / "t.json")
-    assert ended.status == 0 and "digits pictures of 8x8x1" in ended.out and "float64" in ended.out
+    assert ended.status == 0 and "digits images of 8x8x1" in ended.out and "float64" in ended.out
     report = json.loads((tmp_path / "t.json").read_text())
     config = checkpoint.load_model(trained / LAST)[0].config
     assert report["config"] == vars(config)
     assert report["totals"]["cached"] == trace.expected_cache_bytes(config, 16, np.float64)
-    assert report["loss"] < math.log(10)  # it has learned something: these are its own weights and pictures
+    assert report["loss"] < math.log(10)  # it has learned something: these are its own weights and images
     other = call("trace", "--checkpoint", trained / LAST, "--data", "random", "--json", tmp_path / "r.json")
     assert other.status == 0 and json.loads((tmp_path / "r.json").read_text())["loss"] > report["loss"]
 
 
 def test_data_fit_the_model(call):
     ended = call("trace", "--data", "digits", "--preset", "Nano/4", "--levels", 0, "--no-backward")
-    assert ended.status == 0 and "Nano/4: 16 digits pictures of 8x8x1" in ended.out
+    assert ended.status == 0 and "Nano/4: 16 digits images of 8x8x1" in ended.out
 
 
 def test_the_seed_decides(tmp_path, call):
@@ -85,7 +85,7 @@ def test_the_seed_decides(tmp_path, call):
     assert loss() != loss("--label-smoothing", 0.5)
 
 
-def test_the_pictures_are_drawn_by_the_seed():
+def test_the_images_are_drawn_by_the_seed():
     batch_of, config = load_script("trace").batch_of, ViTConfig(image_size=8, channels=1)
     for dataset in (None, load("digits")):
         images, labels = batch_of(dataset, config, 5, 0)
@@ -119,8 +119,8 @@ def test_what_is_not_finite_is_named(tmp_path, call):
     (["--dtype", "float16"], "invalid choice: 'float16'"),
     (["--data", "imagenet"], "invalid choice: 'imagenet'"),
     (["--data", "cifar10", "--data-dir", "missing"], "missing"),
-    (["--data", "digits", "--image-size", "16"], "the model takes 16x16x1 pictures of 10 classes; digits has 8x8x1"),
-    (["--data", "digits", "--num-classes", "9"], "pictures of 9 classes"),
+    (["--data", "digits", "--image-size", "16"], "the model takes 16x16x1 images of 10 classes; digits has 8x8x1"),
+    (["--data", "digits", "--num-classes", "9"], "images of 9 classes"),
     (["--data", "digits", "--batch-size", "100000"], "--batch-size 100000 is more than"),
     (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["--seed", "-1"], "--seed must be at least 0"),
@@ -142,10 +142,10 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, call, flags, message):
     {}, {"depth": 1, "pooling": "mean", "drop_path": 0.5}, {"dropout": 0.1, "drop_path": 0.2}, {"backward": False},
     {"name": "$x_1$ ^ 猫" * 9},
 ])  # fmt: skip
-def test_the_picture_overlaps_nowhere(tmp_path, monkeypatch, changes):
-    """No text lies on another one, or on the edge of the picture; it shows the tensors, shapes and gradients."""
-    figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+def test_the_figure_overlaps_nowhere(tmp_path, monkeypatch, changes):
+    """No text lies on another one, or on the edge of the figure; it shows the tensors, shapes and gradients."""
+    drawn = []
+    monkeypatch.setattr(network, "save", lambda figure, path: drawn.append(figure))
     changes = dict(changes)
     name, backward = changes.pop("name", "B/16"), changes.pop("backward", True)
     config = ViTConfig(**{"image_size": 8, "patch_size": 2, "width": 48, "num_heads": 12, "depth": 3, **changes})
@@ -154,8 +154,8 @@ def test_the_picture_overlaps_nowhere(tmp_path, monkeypatch, changes):
     flat = ViT(config).flat
     flat += np.random.default_rng(2).standard_normal(flat.size).astype(np.float32) * 0.1
     t = trace.trace_batch(config, images, labels, flat=flat, rng=np.random.default_rng(1), backward=backward)
-    plots.save_trace(tmp_path / "t.png", t, title=name)
-    (figure,) = figures
+    figures.save_trace(tmp_path / "t.png", t, title=name)
+    (figure,) = drawn
     figure.canvas.draw()
     texts = [text for text in figure.axes[0].texts if text.get_text()]
     boxes = [text.get_window_extent() for text in texts]

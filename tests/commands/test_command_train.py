@@ -1,4 +1,4 @@
-"""The command line ``scripts/train.py``: what it writes, resumes and refuses."""
+"""The command line ``minivit train``: what it writes, resumes and refuses."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The command line ``scripts/transfer.py``: its table and files against the functions, and what it refuses."""
+"""The command line ``minivit transfer``: its table and files against the functions, and what it refuses."""
 
 import json
 
@@ -80,13 +80,13 @@ def test_classes_that_the_model_was_not_trained_for(trained, tmp_path, call):
                 Image.fromarray(noise).save(tmp_path / "data" / split / name / f"{i}.png")
     flags = ["--data", "folder", "--data-dir", tmp_path / "data", "--out", tmp_path]
     ended = call("transfer", trained / LAST, *flags)
-    assert ended.status == 2 and "8x8x3 pictures of 2" in ended.err  # the digits have one channel
+    assert ended.status == 2 and "8x8x3 images of 2" in ended.err  # the digits have one channel
     run = [*flags[:4], "--config", "tests/tiny.toml", "--quiet", "--epochs", 1, "--out", tmp_path / "run"]
     assert call("train", *run, "--image-size", 8).status == 0
     (tmp_path / "data" / "train" / "dark").rename(tmp_path / "data" / "train" / "night")  # other names, other classes
     (tmp_path / "data" / "test" / "dark").rename(tmp_path / "data" / "test" / "night")
     ended = call("transfer", tmp_path / "run" / LAST, *flags, "--shots", 1, 50)
-    assert ended.status == 0 and "a class has 3 training pictures" in ended.err
+    assert ended.status == 0 and "a class has 3 training images" in ended.err
     assert json.loads((tmp_path / "transfer-fewshot-folder.json").read_text())["classes"] == 2
 
 

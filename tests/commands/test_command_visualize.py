@@ -1,4 +1,4 @@
-"""scripts/visualize.py: the curvature of a run, the sheet of augmentations, the ramp of learning rates."""
+"""minivit visualize: the curvature of a run, the sheet of augmentations, the ramp of learning rates."""
 
 import json
 
@@ -7,9 +7,9 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
+from minivit import figures
 from minivit.data import load
 from minivit.data.operations import OPERATIONS
-from minivit.figures import plots
 from minivit.training import lr_finder
 from minivit.training.trainer import METRICS, SETTINGS, read_metrics
 
@@ -37,7 +37,7 @@ def test_curvature_of_a_run(call, trained, tmp_path):
 @pytest.fixture
 def undrawn(monkeypatch):
     """No figure of the curvature: drawing it takes most of the time."""
-    monkeypatch.setattr(plots, "save_curvature", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(figures, "save_curvature", lambda *arguments, **keywords: None)
 
 
 def test_another_optimizer(call, trained, tmp_path, undrawn):
@@ -87,8 +87,8 @@ def test_weights_of_other_programs_are_told_from_broken_checkpoints(call, traine
         assert call("convert", trained / "last.npz", tmp_path / name, "--to", layout).status == 0
     for name in (*converted.values(), "timm/model.safetensors"):
         for command, said in (
-            ("curvature", "does not say how its model was trained; the checkpoints of scripts/train.py do"),
-            ("masked", "is not of pre-training; scripts/pretrain.py makes such checkpoints"),
+            ("curvature", "does not say how its model was trained; the checkpoints of minivit train do"),
+            ("masked", "is not of pre-training; minivit pretrain makes such checkpoints"),
         ):
             ended = call("visualize", command, tmp_path / name, "--out", tmp_path / "new")
             assert ended.status == 2 and ended.err == f"error: {tmp_path / name} {said}\n"
@@ -97,7 +97,7 @@ def test_weights_of_other_programs_are_told_from_broken_checkpoints(call, traine
 
 def test_sheet_of_augmentations(call, tmp_path, monkeypatch):
     sheets = []
-    monkeypatch.setattr(plots, "save_contact_sheet", lambda path, rows, *, title: sheets.append((path, rows)))
+    monkeypatch.setattr(figures, "save_contact_sheet", lambda path, rows, *, title: sheets.append((path, rows)))
     for seed in (0, 0, 1):
         ended = call("visualize", "augment", "--columns", 9, "--seed", seed, "--out", tmp_path / "new")
         assert ended.status == 0, ended.err
@@ -110,28 +110,27 @@ def test_sheet_of_augmentations(call, tmp_path, monkeypatch):
         "flip",
         "affine",
         "erasing",
-        "cutout",
     } < set(first)
-    same = {name for name, pictures in first.items() if np.array_equal(pictures, first["as they are"])}
+    same = {name for name, row in first.items() if np.array_equal(row, first["as they are"])}
     # digits have no colours, but white and black and too few pixels to spread evenly
     assert same == {"as they are", "color", "autocontrast", "equalize"}
-    for name, pictures in first.items():
-        assert pictures.shape == (9, 8, 8, 1) and pictures.dtype == np.uint8
-        np.testing.assert_array_equal(pictures, again[name])
+    for name, row in first.items():
+        assert row.shape == (9, 8, 8, 1) and row.dtype == np.uint8
+        np.testing.assert_array_equal(row, again[name])
     assert not np.array_equal(first["as they are"], other["as they are"])
 
 
-def test_sheet_of_pictures_of_another_size(call, tmp_path, monkeypatch):
-    """Folders are read at the size; of other data the few pictures that are drawn are scaled as training scales all."""
+def test_sheet_of_images_of_another_size(call, tmp_path, monkeypatch):
+    """Folders are read at the size; of other data the few images that are drawn are scaled as training scales all."""
     sheets = []
-    monkeypatch.setattr(plots, "save_contact_sheet", lambda path, rows, *, title: sheets.append(rows))
+    monkeypatch.setattr(figures, "save_contact_sheet", lambda path, rows, *, title: sheets.append(rows))
     rng = np.random.default_rng(0)
     for name in "ab":
         for split, n in (("train", 3), ("val", 1), ("test", 1)):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(n):
-                picture = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
-                picture.save(tmp_path / split / name / f"{i}.png")
+                image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+                image.save(tmp_path / split / name / f"{i}.png")
     flags = ["--data-dir", tmp_path, "--image-size", 10, "--columns", 4, "--out", tmp_path / "new"]
     for data in ("digits", "imagefolder", "folder"):
         ended = call("visualize", "augment", "--data", data, *flags)
@@ -139,7 +138,7 @@ def test_sheet_of_pictures_of_another_size(call, tmp_path, monkeypatch):
         images = load(data, tmp_path, image_size=10).train_images
         rows = np.random.default_rng(0).permutation(len(images))[:4]
         np.testing.assert_array_equal(sheets[-1]["as they are"], images[rows])
-        assert {pictures.shape for pictures in sheets[-1].values()} == {(4, 10, 10, images.shape[3])}
+        assert {row.shape for row in sheets[-1].values()} == {(4, 10, 10, images.shape[3])}
 
 
 def test_sheet_is_drawn(call, tmp_path):
@@ -160,7 +159,7 @@ def test_bad_settings_of_a_sheet(call, tmp_path, arguments):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_sheet_of_no_training_pictures(call, tmp_path):
+def test_a_sheet_of_no_training_images(call, tmp_path):
     """A folder with val alone, on which models are tested."""
     for name in "ab":
         (tmp_path / "val" / name).mkdir(parents=True)
@@ -168,19 +167,19 @@ def test_a_sheet_of_no_training_pictures(call, tmp_path):
     flags = ["--data-dir", tmp_path, "--image-size", 10, "--out", tmp_path / "new"]
     ended = call("visualize", "augment", "--data", "imagefolder", *flags)
     assert ended.status == 2 and not (tmp_path / "new").exists()
-    assert ended.err == f"error: {tmp_path} has no training pictures; put some in its folder train\n"
+    assert ended.err == f"error: {tmp_path} has no training images; put some in its folder train\n"
 
 
 def test_learning_rates(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    figures = []
-    real = plots.save_lr_curve
+    drawn = []
+    real = figures.save_lr_curve
     monkeypatch.setattr(
-        plots,
+        figures,
         "save_lr_curve",
-        lambda path, found, **words: figures.append((found, words)) or real(path, found, **words),
+        lambda path, found, **words: drawn.append((found, words)) or real(path, found, **words),
     )
-    flags = ["--lr-min", 1e-5, "--lr-max", 2, "--steps", 60, "--optimizer", "muon", "--repeats", 2, "--lr", 0.005]
+    flags = ["--lr-min", 1e-5, "--lr-max", 2, "--steps", 60, "--optimizer", "muon", "--lr", 0.005]
     ended = call("visualize", "lr", *TINY, *flags, "--out", "there")
     assert ended.status == 0 and ended.err == "", ended.err
     assert {str(path) for path in tmp_path.rglob("*")} == {
@@ -188,7 +187,7 @@ def test_learning_rates(call, tmp_path, monkeypatch):
     }
     assert (tmp_path / "there/lr.png").read_bytes()[:4] == b"\x89PNG"
     report = json.loads((tmp_path / "there/lr.json").read_text())
-    ((found, words),) = figures
+    ((found, words),) = drawn
     assert words == {"chosen": 0.005, "title": "digits: muon, batches of 256"}
     for name in ("rates", "losses", "smoothed"):
         assert report[name] == getattr(found, name).tolist()
@@ -196,7 +195,7 @@ def test_learning_rates(call, tmp_path, monkeypatch):
     assert report["least"] == {"lr": found.rates[found.least], "smoothed": found.smoothed[found.least]}
     np.testing.assert_array_equal(report["rates"], lr_finder.rising_rates(1e-5, 2.0, 60)[: len(found.rates)])
     # the settings are those of a training with the same flags
-    train = call("train", *TINY, "--epochs", 1, "--optimizer", "muon", "--repeats", 2, "--lr", 0.005, "--out", "run")
+    train = call("train", *TINY, "--epochs", 1, "--optimizer", "muon", "--lr", 0.005, "--out", "run")
     assert train.status == 0
     settings = json.loads((tmp_path / "run" / SETTINGS).read_text())
     assert report["settings"]["model"] == settings["model"] and report["settings"]["data"] == settings["data"]
@@ -229,10 +228,9 @@ def test_learning_rates_that_do_nothing(call, tmp_path):
         (["--lr-max", "much"], "invalid float value: 'much'"),
         (["--steps", 9], "steps must be at least 10, got 9"),
         (["--batch-size", 0], "batch_size must be at least 1, got 0"),
-        (["--repeats", 3], "batch_size 256 is not a multiple of repeats 3"),
-        (["--crop-padding", 8], "crop_padding 8 moves whole pictures out of sight"),
+        (["--crop-padding", 8], "crop_padding 8 moves whole"),
         (["--config", "nothing.toml"], "there is no settings file nothing.toml"),
-        (["--data", "cifar10", "--data-dir", "nowhere"], "scripts/data.py fetch cifar10"),
+        (["--data", "cifar10", "--data-dir", "nowhere"], "minivit data fetch cifar10"),
         (["--optimizer", "lbfgs"], "optimizer must be one of"),
         (["--resume"], "unrecognized arguments: --resume"),
     ],

@@ -34,7 +34,7 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_files_that_are_named_exist():
     links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
-    named = re.findall(r"`((?:tests|minivit|configs|scripts)/[\w./-]+)`", README) + [
+    named = re.findall(r"`((?:tests|minivit|scripts|tools)/[\w./-]+)`", README) + [
         f"scripts/{name}" for name in re.findall(r"^\| `(\w+\.py)", README, re.M)
     ]
     assert len(links) > 10 and len(named) > 8
@@ -45,6 +45,8 @@ def test_files_that_are_named_exist():
 def test_every_script_is_listed():
     for script in (ROOT / "scripts").glob("*.py"):
         assert f"`{script.name}" in README, script.name
+    for tool in (ROOT / "tools").glob("*.py"):
+        assert f"`tools/{tool.name}" in README, tool.name
 
 
 def test_no_placeholder_is_left():

@@ -1,4 +1,4 @@
-"""A trained model over many pictures, and what it looks at."""
+"""A trained model over many images, and what it looks at."""
 
 import numpy as np
 import pytest
@@ -16,12 +16,12 @@ def test_workers_change_nothing(trained, tmp_path):
     np.testing.assert_array_equal(one, three)
 
 
-def test_flipped_pictures_count_as_much(trained):
+def test_flipped_images_count_as_much(trained):
     model, _ = checkpoint.load_model(trained / LAST)
     images = load("digits").test_images[:20]
     plain, mirrored, mean = (
-        predict_all(model, pictures, workers=1, micro_batch=20, flip=flip)
-        for pictures, flip in ((images, False), (images[:, :, ::-1], False), (images, True))
+        predict_all(model, part, workers=1, micro_batch=20, flip=flip)
+        for part, flip in ((images, False), (images[:, :, ::-1], False), (images, True))
     )
     assert np.abs(plain - mirrored).max() > 0.01
     np.testing.assert_array_equal(mean, (plain + mirrored) / 2)

@@ -131,7 +131,7 @@ REAL = [[2], [0, 1], [], [1, 2], [0]]
 
 
 def test_real_accuracy_by_hand(tmp_path):
-    """Pictures 4, 1, 3, 2 have the labels {1, 2}, {2}, none and {0, 1}."""
+    """Images 4, 1, 3, 2 have the labels {1, 2}, {2}, none and {0, 1}."""
     (path := tmp_path / "real.json").write_text(json.dumps(REAL))
     real = read_real(path, NAMES, 3)
     assert real == [[1, 2], [2], [], [0, 1]]
@@ -150,11 +150,11 @@ def test_real_accuracy_by_hand(tmp_path):
     ("[1, 2, 3, 4]", NAMES, "must hold a list with a list of classes"),
     ("[[1], [2], [3], [0]]", NAMES, "must hold a list with a list of classes, 0 to 2"),
     ("[[true], [2], [1], [0]]", NAMES, "must hold a list with a list of classes"),
-    ("[[1], [2], [0]]", NAMES, "ILSVRC2012_val_00000004.JPEG is none of the 3 pictures"),
-    (json.dumps(REAL), ["cat.png"], "cat.png is none of the 5 pictures"),
-    (json.dumps(REAL), ["ILSVRC2012_val_00000000.JPEG"], "is none of the 5 pictures"),
+    ("[[1], [2], [0]]", NAMES, "ILSVRC2012_val_00000004.JPEG is none of the 3 images"),
+    (json.dumps(REAL), ["cat.png"], "cat.png is none of the 5 images"),
+    (json.dumps(REAL), ["ILSVRC2012_val_00000000.JPEG"], "is none of the 5 images"),
     (json.dumps(REAL), (), "use --data folder or imagefolder"),
-    ("[[], [], [], []]", NAMES, "no label of any of the 4 test pictures"),
+    ("[[], [], [], []]", NAMES, "no label of any of the 4 test images"),
 ])  # fmt: skip
 def test_real_labels_that_do_not_fit(tmp_path, content, names, message):
     if content is not None:

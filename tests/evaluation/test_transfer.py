@@ -165,7 +165,7 @@ def test_the_penalty_is_chosen_on_what_is_held_out():
     again, other = probe(x, labels, K, seed=1), probe(x, labels, K, seed=1)
     np.testing.assert_array_equal(again.classifier.W, other.classifier.W)
     assert again.accuracies == other.accuracies != probe(x, labels, K, seed=2).accuracies
-    with pytest.raises(InputError, match="every training picture is held out"):
+    with pytest.raises(InputError, match="every training image is held out"):
         choose(logistic, x, labels, K, np.arange(120))
 
 

@@ -47,7 +47,7 @@ def folder(tmp_path):
 
 
 def in_folders(root, arrays):
-    """A task's pictures as files; each file's name tells its row."""
+    """A task's images as files; each file's name tells its row."""
     for split in ("train", "test"):
         for i, (image, k) in enumerate(zip(arrays[f"{split}_images"], arrays[f"{split}_labels"], strict=True)):
             path = root / split / f"breed{k}" / f"{i:03}.png"
@@ -104,7 +104,7 @@ def test_folders_and_other_sizes(folder):
         np.testing.assert_array_equal(data.test_images[7, :, :, channel], expected)
 
 
-def test_pictures_of_folders_are_scaled_as_those_of_arrays(folder):
+def test_images_of_folders_are_scaled_as_those_of_arrays(folder):
     """Nothing is cut off: what a label speaks of may be at the edge."""
     arrays = stand_in(size=(12, 20))
     arrays["test_images"][:, :, :3] = 255
@@ -145,7 +145,7 @@ def test_examples_of_folders_are_in_random_order(folder):
     ({"test_labels": np.zeros(20)}, "test_labels must be whole numbers"),
     ({"train_labels": np.zeros((50, 1), int)}, "train_labels must be whole numbers"),
     ({"train_images": np.zeros((50, 8, 8, 3))}, "holds float64"),
-    ({"test_images": np.zeros((7, 8, 8, 3), np.uint8)}, r"holds \(20,\) labels for \(7, 8, 8, 3\) pictures"),
+    ({"test_images": np.zeros((7, 8, 8, 3), np.uint8)}, r"holds \(20,\) labels for \(7, 8, 8, 3\)"),
     ({"train_labels": np.full(50, -1)}, "has labels from -1"),
     ({"train_labels": np.zeros(0, int), "train_images": np.zeros((0, 8, 8, 3), np.uint8)}, "is empty"),
 ])  # fmt: skip
@@ -162,7 +162,7 @@ def test_what_cannot_be_read(folder):
         (folder / "svhn.npz").write_bytes(damaged)
         refused("svhn.npz cannot be read as arrays", folder, "svhn", MODEL)
     np.savez(folder / "svhn.npz", **stand_in(channels=2))
-    refused("has pictures of 2 channels, the model takes 3", folder, "svhn", MODEL, examples=50)
+    refused("has images of 2 channels, the model takes 3", folder, "svhn", MODEL, examples=50)
 
 
 def test_penalties_are_chosen_on_the_last_fifth(folder):

@@ -13,8 +13,9 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 from PIL import Image
 
+from minivit import figures
 from minivit.evaluation.metrics import Calibration
-from minivit.figures import plots
+from minivit.figures import canvas, curves
 from minivit.laboratory.checks import v_curves
 from minivit.training.lr_finder import Found, rising_rates
 
@@ -26,8 +27,8 @@ def records(tests, steps_per_epoch=5):
         {"kind": "train", "step": s, "epoch": -(-s // steps_per_epoch), "loss": 1 / s, "lr": 0.1 / s}
         for s in range(1, steps_per_epoch * max(tests, 1) + 1)
     ]
-    figures = {"loss": 0.5, "accuracy": 0.75, "train_loss": 0.25, "train_accuracy": 0.875}
-    return train + [{"kind": "test", "step": steps_per_epoch * e, "epoch": e, **figures} for e in range(1, tests + 1)]
+    numbers = {"loss": 0.5, "accuracy": 0.75, "train_loss": 0.25, "train_accuracy": 0.875}
+    return train + [{"kind": "test", "step": steps_per_epoch * e, "epoch": e, **numbers} for e in range(1, tests + 1)]
 
 
 def whole(path, minimum=300):
@@ -40,19 +41,19 @@ def whole(path, minimum=300):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved, to look into."""
-    figures, real = [], Figure.savefig
+    saved, real = [], Figure.savefig
 
     def savefig(self, *arguments, **keywords):
-        figures.append(self)
+        saved.append(self)
         return real(self, *arguments, **keywords)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    return figures
+    return saved
 
 
 @pytest.mark.parametrize("tests", [0, 1, 4])
 def test_curves(tmp_path, drawn, tests):
-    plots.save_curves(tmp_path / "c.png", records(tests), title="digits")
+    figures.save_curves(tmp_path / "c.png", records(tests), title="digits")
     whole(tmp_path / "c.png")
     loss, accuracy, lr = drawn[0].axes
     np.testing.assert_allclose(loss.lines[0].get_ydata(), 1 / np.arange(1, 5 * max(tests, 1) + 1))
@@ -65,7 +66,7 @@ def test_curves(tmp_path, drawn, tests):
 
 
 def test_curves_of_nothing(tmp_path):
-    plots.save_curves(tmp_path / "c.png", [])
+    figures.save_curves(tmp_path / "c.png", [])
     whole(tmp_path / "c.png")
 
 
@@ -73,21 +74,21 @@ def test_predictions(tmp_path, drawn):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
     logits = np.eye(8, dtype=np.float32)[[0, 1, 2, 3, 4]] * 9
-    plots.save_predictions(tmp_path / "p.png", images, np.array([0, 1, 2, 3, 5]), logits, NAMES)
+    figures.save_predictions(tmp_path / "p.png", images, np.array([0, 1, 2, 3, 5]), logits, NAMES)
     whole(tmp_path / "p.png", 240)
     texts = [axes.get_title() for axes in drawn[0].axes]
     assert texts[2] == "猫 100%" and "truly _" not in texts[2] and "\ntruly " in texts[4]
-    assert drawn[0].get_suptitle() == "5 of the test pictures: 4 right, 1 wrong"
+    assert drawn[0].get_suptitle() == "5 of the test images: 4 right, 1 wrong"
     shown = drawn[0].axes[1].images[0]
     np.testing.assert_array_equal(shown.get_array(), images[1, ..., 0])
-    assert shown.get_clim() == (0, 255)  # a dark picture stays dark
+    assert shown.get_clim() == (0, 255)  # a dark image stays dark
 
 
 @pytest.mark.parametrize("K", [1, 2, 8, 10, 31, 100])
 def test_confusion(tmp_path, drawn, K):
     counts = np.random.default_rng(0).integers(0, 9, (K, K))
-    counts[0] = 0  # a class without pictures
-    plots.save_confusion(tmp_path / "c.png", counts, (NAMES * 13)[:K], title="t")
+    counts[0] = 0  # a class without images
+    figures.save_confusion(tmp_path / "c.png", counts, (NAMES * 13)[:K], title="t")
     whole(tmp_path / "c.png")
     axes = drawn[0].axes[0]
     shown = np.asarray(axes.images[0].get_array())
@@ -103,41 +104,41 @@ def test_attention(tmp_path, drawn, size, channels, grid):
     image = rng.integers(0, 256, (size, size, channels), dtype=np.uint8)
     attention = rng.random((grid, grid))
     probabilities = np.array([0.05, 0.1, 0.02, 0.5, 0.01, 0.02, 0.3, 0.0])
-    plots.save_attention(tmp_path / "a.png", image, attention, probabilities, NAMES, title="x $y")
+    figures.save_attention(tmp_path / "a.png", image, attention, probabilities, NAMES, title="x $y")
     whole(tmp_path / "a.png")
     original, overlay, bars, _ = drawn[0].axes
     np.testing.assert_allclose(overlay.images[1].get_array(), 100 * attention / attention.sum())
     assert overlay.images[1].get_extent() == [-0.5, size - 0.5, size - 0.5, -0.5]
     assert [t.get_text() for t in bars.texts] == ["50.0%", "30.0%", "10.0%", "5.0%", "2.0%"]
-    assert [t.get_text() for t in bars.get_yticklabels()][:2] == [plots.label(NAMES[3]), "_x"]
+    assert [t.get_text() for t in bars.get_yticklabels()][:2] == [canvas.label(NAMES[3]), "_x"]
     assert original.get_title("left") == r"x \$y"
 
 
 def test_attention_of_few_classes_or_none_at_all(tmp_path):
     image = np.zeros((4, 4, 3), np.uint8)
-    plots.save_attention(tmp_path / "a.png", image, np.zeros((2, 2)), np.array([1.0]), ["only"])
+    figures.save_attention(tmp_path / "a.png", image, np.zeros((2, 2)), np.array([1.0]), ["only"])
     whole(tmp_path / "a.png")
 
 
 def test_a_wrong_prediction_is_red(tmp_path, drawn):
     image, p = np.zeros((4, 4, 1), np.uint8), np.array([0.2, 0.8])
     for truth in (1, 0, None):
-        plots.save_attention(tmp_path / "a.png", image, np.ones((2, 2)), p, "ab", truth=truth)
+        figures.save_attention(tmp_path / "a.png", image, np.ones((2, 2)), p, "ab", truth=truth)
     colors = [figure.axes[2].patches[0].get_facecolor()[:3] for figure in drawn]
     assert colors[0] == colors[2] != colors[1]
 
 
 def test_eigenvalues_that_have_not_converged_are_hollow(tmp_path, drawn):
-    def figures(*eigenvalues, converged):
+    def facts(*eigenvalues, converged):
         return {"eigenvalues": eigenvalues, "residuals": [3.0] * len(eigenvalues), "converged": converged}
 
-    adam = figures(90.0, converged=[False])
+    adam = facts(90.0, converged=[False])
     runs = [
-        {"epoch": e, "loss": 1.0, "lr": 0.1, "edge": 200.0, "preconditioned": adam, **figures(9.0, 5.0, converged=c)}
+        {"epoch": e, "loss": 1.0, "lr": 0.1, "edge": 200.0, "preconditioned": adam, **facts(9.0, 5.0, converged=c)}
         for e, c in ((1, [True, True]), (2, [True, False]))
     ]
     surface = np.linspace(-1, 1, 3), np.ones((3, 3)) + np.eye(3)
-    plots.save_curvature(tmp_path / "c.png", runs, edge="edge", slice_=surface, title="digits: 2 epochs of adam")
+    figures.save_curvature(tmp_path / "c.png", runs, edge="edge", slice_=surface, title="digits: 2 epochs of adam")
     whole(tmp_path / "c.png")
     _, sharp, around, _ = drawn[0].axes
     points = [bar for bar in sharp.containers if bar[0].get_markerfacecolor() == "white"]
@@ -152,7 +153,7 @@ def test_eigenvalues_that_have_not_converged_are_hollow(tmp_path, drawn):
 def test_a_curvature_measured_once_can_be_seen(tmp_path, drawn, epochs):
     found = {"eigenvalues": [9.0], "residuals": [0.0], "converged": [True]}
     runs = [{"epoch": 1 + e, "loss": 1.0, "lr": 0.1, "edge": 200.0, **found} for e in range(epochs)]
-    plots.save_curvature(tmp_path / "c.png", runs, edge="edge")
+    figures.save_curvature(tmp_path / "c.png", runs, edge="edge")
     _, sharp = drawn[0].axes
     assert {line.get_marker() for line in sharp.lines} == {"o" if epochs == 1 else "None"}
 
@@ -164,29 +165,29 @@ def test_the_kind_of_file_follows_its_name(tmp_path, name, begin):
     files = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        plots.save_confusion(tmp_path / folder / name, np.eye(2), "ab")
+        figures.save_confusion(tmp_path / folder / name, np.eye(2), "ab")
         files.append((tmp_path / folder / name).read_bytes())
     assert files[0].startswith(begin) and files[0] == files[1]  # no date, no random ids
 
 
 def test_the_map_is_called_what_it_is(tmp_path, drawn):
     image, p = np.zeros((4, 4, 1), np.uint8), np.array([0.2, 0.8])
-    plots.save_attention(tmp_path / "a.png", image, np.ones((2, 2)), p, "ab", what="rollout")
-    plots.save_attention(tmp_path / "a.png", image, np.ones((2, 2)), p, "ab")
+    figures.save_attention(tmp_path / "a.png", image, np.ones((2, 2)), p, "ab", what="rollout")
+    figures.save_attention(tmp_path / "a.png", image, np.ones((2, 2)), p, "ab")
     said = [figure.axes[1].get_title("left") for figure in drawn]
     assert said == ["rollout", "attention of the last block, mean of its heads"]
 
 
 def test_labels():
-    assert plots.label("a  b\nc\t") == "a b c"
-    assert plots.label("x" * 50) == "x" * 23 + "…" and plots.label("x" * 24) == "x" * 24
-    assert plots.label("a$b") == r"a\$b" and plots.label(7) == "7"
-    assert plots.label("\udcff") == r"\udcff"  # of a folder's name that is no UTF-8
+    assert canvas.label("a  b\nc\t") == "a b c"
+    assert canvas.label("x" * 50) == "x" * 23 + "…" and canvas.label("x" * 24) == "x" * 24
+    assert canvas.label("a$b") == r"a\$b" and canvas.label(7) == "7"
+    assert canvas.label("\udcff") == r"\udcff"  # of a folder's name that is no UTF-8
 
 
-def test_pictures():
+def test_images():
     image = np.arange(4 * 4 * 5).reshape(4, 4, 5)
-    assert plots.picture(image).shape == (4, 4, 3) and plots.picture(image[..., :2]).shape == (4, 4)
+    assert canvas.pixels_of(image).shape == (4, 4, 3) and canvas.pixels_of(image[..., :2]).shape == (4, 4)
 
 
 def test_a_failure_leaves_the_old_figure(tmp_path, monkeypatch):
@@ -198,13 +199,13 @@ def test_a_failure_leaves_the_old_figure(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     with pytest.raises(KeyboardInterrupt):
-        plots.save_curves(tmp_path / "c.png", records(2))
+        figures.save_curves(tmp_path / "c.png", records(2))
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("c.png", b"old")]
 
 
 def test_figures_need_no_display_and_no_global_state(tmp_path):
     code = (
-        "import sys, minivit.figures.plots as p, numpy as np; p.save_confusion(sys.argv[1], np.eye(2), 'ab');"
+        "import sys, minivit.figures as p, numpy as np; p.save_confusion(sys.argv[1], np.eye(2), 'ab');"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     environment = {k: v for k, v in os.environ.items() if k != "DISPLAY"} | {"PYTHONPATH": str(ROOT)}
@@ -214,7 +215,7 @@ def test_figures_need_no_display_and_no_global_state(tmp_path):
 
 def test_v_curves_show_the_slopes_and_knees_of_theory(tmp_path, drawn):
     panels = v_curves("layernorm", 0)
-    plots.save_v_curves(tmp_path / "v.png", panels)
+    figures.save_v_curves(tmp_path / "v.png", panels)
     x, w, b = drawn[0].axes
     diamonds, discs = ([line for line in x.lines if line.get_marker() == marker] for marker in "Do")
     knees = [knee for (method, _), (_, knee) in panels["x"].items() if method != "complex"]
@@ -237,7 +238,7 @@ def test_lr_curve(tmp_path, drawn, steepest):
     losses = 2.3 - 0.5 * np.exp(-((np.arange(41) - 25.0) ** 2) / 50)
     losses[38:] = 5, 50, 5000
     found = Found(rates, losses, losses.clip(0, 60), "", 25, steepest)
-    plots.save_lr_curve(tmp_path / "x.png", found, chosen=1e-2, title=NAMES[0].replace("$", ""))
+    figures.save_lr_curve(tmp_path / "x.png", found, chosen=1e-2, title=NAMES[0].replace("$", ""))
     whole(tmp_path / "x.png")
     (axes,) = drawn[0].axes
     assert axes.get_xscale() == "log"
@@ -253,15 +254,15 @@ def test_lr_curve(tmp_path, drawn, steepest):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_contact_sheet(tmp_path, drawn, channels):
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 4, 5, channels), dtype=np.uint8)
-    plots.save_contact_sheet(tmp_path / "s.png", {"first": pictures, NAMES[0]: pictures[:2] // 2}, title=NAMES[1])
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, channels), dtype=np.uint8)
+    figures.save_contact_sheet(tmp_path / "s.png", {"first": images, NAMES[0]: images[:2] // 2}, title=NAMES[1])
     whole(tmp_path / "s.png", 100)
     axes = drawn[0].axes[0]
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["first", plots.label(NAMES[0], 40)]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["first", canvas.label(NAMES[0], 40)]
     shown = np.asarray(axes.images[0].get_array()).reshape(9, 17, channels)
     for row, factor, count in ((0, 1, 3), (5, 2, 2)):
         for i in range(count):
-            np.testing.assert_array_equal(shown[row : row + 4, 6 * i : 6 * i + 5], pictures[i] // factor)
+            np.testing.assert_array_equal(shown[row : row + 4, 6 * i : 6 * i + 5], images[i] // factor)
     left = min(t.get_window_extent().x0 for t in axes.get_yticklabels())
     assert left >= 0  # no name is cut off
 
@@ -269,7 +270,7 @@ def test_contact_sheet(tmp_path, drawn, channels):
 def test_a_figure_for_a_page():
     counts = np.array([[3, 1], [0, 2]])
     names = ['x id="y" #000000', "<b>&"]
-    svg, again = (plots.save_confusion(None, counts, names) for _ in range(2))
+    svg, again = (figures.save_confusion(None, counts, names) for _ in range(2))
     assert svg == again and svg.startswith("<svg ") and svg.endswith("</svg>")
     root = ElementTree.fromstring(svg)
     texts = {"".join(e.itertext()) for e in root.iter() if e.tag.endswith("}text")}
@@ -281,43 +282,43 @@ def test_a_figure_for_a_page():
     assert len(ids) > 20 and all(i.startswith(prefix + "-") for i in ids)
     used = re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', svg)
     assert used and set(used) <= set(ids)
-    other = plots.save_confusion(None, counts + 1, names)
+    other = figures.save_confusion(None, counts + 1, names)
     assert not set(ids) & set(re.findall(r' id="([^"]+)', other))
     dark, light = (re.search(f'style="([^"]*)"[^>]*>{n}<', svg)[1] for n in (2, 1))
-    assert "#ffffff" in dark and plots.INK in light  # on its own square, whatever the page's colour
+    assert "#ffffff" in dark and canvas.INK in light  # on its own square, whatever the page's colour
 
 
 def test_curves_for_a_page(monkeypatch):
-    figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    drawn = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
     found = records(3)
     for r in found:
         epoch = {"seconds": float(r["epoch"] ** 2)} if r["kind"] == "test" else {}
         r |= epoch or {"grad_norm": 2.0 * r["step"], "images_per_second": 100.0 * r["step"]}
     old = {"kind": "train", "step": 1, "epoch": 1, "loss": 1.0, "lr": 0.1}  # of a version that logged no more
-    for name in plots.CURVES:
-        plots.save_curve(None, name, [old, *found])
-    loss, accuracy, lr, norm, rate, time = (figure.axes[0] for figure in figures)
+    for name in curves.CURVES:
+        figures.save_curve(None, name, [old, *found])
+    loss, accuracy, lr, norm, rate, time = (figure.axes[0] for figure in drawn)
     assert loss.lines[0].get_xydata()[-1].tolist() == [3.0, 1 / 15] and len(loss.lines[0].get_xdata()) == 16
     assert accuracy.lines[0].get_ydata().tolist() == [87.5] * 3 and lr.lines[0].get_ydata()[-1] == 0.1 / 15
     assert norm.lines[0].get_ydata().tolist() == [2.0 * s for s in range(1, 16)] and norm.get_yscale() == "log"
     assert rate.lines[0].get_ydata().tolist() == [100.0 * s for s in range(1, 16)]
     assert "median 800" in rate.get_title("left")
     assert time.lines[0].get_xydata().tolist() == [[1, 1], [2, 3], [3, 5]] and "median 3 s" in time.get_title("left")
-    plots.save_curve(None, "lr", records(0), per_epoch=50)  # not tested yet
-    assert figures[-1].axes[0].lines[0].get_xdata().tolist() == [s / 50 for s in range(1, 6)]
+    figures.save_curve(None, "lr", records(0), per_epoch=50)  # not tested yet
+    assert drawn[-1].axes[0].lines[0].get_xdata().tolist() == [s / 50 for s in range(1, 6)]
 
 
 def test_epoch_times():
     tests = [{"kind": "test", "epoch": e, "seconds": s} for e, s in ((5, 10.0), (10, 25.0), (10, 26.0), (15, 20.0))]
-    assert plots.epoch_times([*tests, {"kind": "test", "epoch": 20}]) == ([5, 10], [2.0, 3.0])
-    assert plots.epoch_times([]) == ([], [])
+    assert curves.epoch_times([*tests, {"kind": "test", "epoch": 20}]) == ([5, 10], [2.0, 3.0])
+    assert curves.epoch_times([]) == ([], [])
 
 
 def test_a_reliability_diagram(tmp_path, drawn):
     nan = np.nan
     found = Calibration(np.array([0, 1, 3]), np.array([nan, 0.5, 1.0]), np.array([nan, 0.6, 0.7]), 0.25)
-    plots.save_calibration(tmp_path / "c.png", found, title="t")
+    figures.save_calibration(tmp_path / "c.png", found, title="t")
     whole(tmp_path / "c.png")
     reliability, share = drawn[0].axes
     bars = [(p.get_x(), p.get_y(), p.get_height()) for p in reliability.patches]
@@ -326,10 +327,10 @@ def test_a_reliability_diagram(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_a_picture_pixel_by_pixel(channels):
+def test_an_image_pixel_by_pixel(channels):
     image = np.random.default_rng(0).integers(0, 256, (4, 4, channels), dtype=np.uint8)
     attention = np.array([[0.0, 1.0], [2.0, 4.0]])
-    plain, under = (np.asarray(Image.open(io.BytesIO(plots.picture_png(image, a)))) for a in (None, attention))
+    plain, under = (np.asarray(Image.open(io.BytesIO(figures.image_png(image, a)))) for a in (None, attention))
     shown = image[..., :3] if channels > 2 else 255 - np.repeat(image, 3, axis=2)
     assert plain.shape == (4, 4, 4) and np.abs(plain[..., :3].astype(int) - shown).max() <= 2
     colors = {0.0: (68, 1, 84), 1.0: (253, 231, 37)}  # the ends of viridis
@@ -344,16 +345,16 @@ def test_settings_that_have_not_been_run_are_left_out_of_a_sweeps_figure(tmp_pat
         return {"name": name, "runs": runs, "mean": np.mean(accuracies) if runs else None, "gain": None}
 
     first, waits, third = row("first", 0.5, 0.6), row("waits"), row("third", 0.7)
-    plots.save_sweep(tmp_path / "s.png", {"title": "", "rows": [first, waits, third]})
-    plots.save_sweep(tmp_path / "s.png", {"title": "", "rows": [waits, first, third]})
-    plots.save_sweep(tmp_path / "s.png", {"title": "", "rows": [waits]})
+    figures.save_sweep(tmp_path / "s.png", {"title": "", "rows": [first, waits, third]})
+    figures.save_sweep(tmp_path / "s.png", {"title": "", "rows": [waits, first, third]})
+    figures.save_sweep(tmp_path / "s.png", {"title": "", "rows": [waits]})
     whole(tmp_path / "s.png", 100)
     one, other, none = (figure.axes[0] for figure in drawn)
     for axes in (one, other):
         assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "third"]
         assert [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"] == [0, 1]
     # the first row of the table, not of the figure, is what others are compared with
-    for axes, color in ((one, plots.THEIRS), (other, plots.OURS)):
-        assert axes.lines[0].get_color() == color and axes.lines[2].get_color() == plots.OURS
+    for axes, color in ((one, canvas.THEIRS), (other, canvas.OURS)):
+        assert axes.lines[0].get_color() == color and axes.lines[2].get_color() == canvas.OURS
     assert [len([line for line in axes.lines if line.get_linestyle() == ":"]) for axes in (one, other)] == [1, 0]
     assert not none.get_yticklabels() and one.get_ylim() == (1.6, -0.6)

@@ -20,7 +20,7 @@ from minivit.benchmark.contenders import Job
 from minivit.benchmark.contenders.ours import OursOnGpu
 from minivit.data import Dataset
 from minivit.data.augment import augment
-from minivit.data.loader import augmented, batches
+from minivit.data.loader import augment_rows, batches
 from minivit.evaluation.inference import load_with_data, on_device
 from minivit.kernels import cuda
 from minivit.kernels.cublas import Cublas
@@ -30,8 +30,7 @@ from minivit.layers import msa
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, make_optimizer
 from minivit.paper import analyses as analysis
-from minivit.paper import entries as paper
-from minivit.paper import journey
+from minivit.paper import entries, film, trainings
 from minivit.paper.journey import journey_of
 from minivit.training.engine_cuda import CudaEngine, CudaStep
 from minivit.training.recipes import find_config, read_recipe
@@ -56,7 +55,7 @@ def plain_functions():
 
 
 def step_of(cupy, config, *, average=False, muon=False, graph=False):
-    """A training step on arrays of the stand-in, as `minivit.training.trainer` makes them: call it with the step's number."""
+    """A training step on arrays of the stand-in, as the trainer makes them: call it with the step's number."""
     model = ViT(config, flat=cupy.asarray(ViT(config).flat))
     optimizer = make_optimizer(
         "muon" if muon else "adamw", model.flat, cupy.asarray(parameters.decay_mask(model.table)), table=model.table,
@@ -478,7 +477,7 @@ def test_it_gives_the_numbers_of_numpy(cupy):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"crop_padding": 3, "crop_mode": "reflect"}, {"cutout": 3}], ids=lambda s: [*s][-1]
+    "settings", [{"crop_padding": 3, "crop_mode": "reflect"}, {"erasing": 0.5}], ids=lambda s: [*s][-1]
 )
 def test_augmentation_never_waits_and_gives_the_numbers_of_numpy(cupy, settings):
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 7, 3), dtype=np.uint8)
@@ -486,7 +485,7 @@ def test_augmentation_never_waits_and_gives_the_numbers_of_numpy(cupy, settings)
     strict_cupy.clear()
     for machine in (None, Emulator()):
         with plain() if machine is None else cuda.using(machine):
-            found = augmented(on_device, rows, np.random.default_rng(4), flip=True, **settings)
+            found = augment_rows(on_device, rows, np.random.default_rng(4), flip=True, **settings)
         assert not waits and not doubles and isinstance(found, cupy.ndarray)
         np.testing.assert_array_equal(to_host(found), augment(images, np.random.default_rng(4), flip=True, **settings))
         strict_cupy.clear()
@@ -623,7 +622,7 @@ def test_curvature_is_the_same_on_a_device(cupy):
 
 
 def test_pictures_of_a_run_are_drawn_on_a_device(cupy, trained, tmp_path, call, monkeypatch):
-    monkeypatch.setattr(journey, "save_moving", lambda path, found, progress: path.write_bytes(b""))
+    monkeypatch.setattr(film, "save_film", lambda path, found, progress: path.write_bytes(b""))
     few = ["--pictures", 4, "--points", 2, "--epochs", 1, "--count", 1, "--steps", 2]
     for arguments in (["journey", trained / "last.npz"], ["curvature", trained / "last.npz", *few]):
         launches.clear()
@@ -667,10 +666,12 @@ def test_the_papers_figures_are_made_on_a_device(cupy, tmp_path, call, no_figure
     (tmp_path / "sweeps" / "tiny.toml").write_text(
         f'config = "{ROOT}/tests/tiny.toml"\nbase.train.epochs = 1\n[[row]]\nname = "one"\n'
     )
-    monkeypatch.setattr(paper, "CONFIGS", tmp_path)
-    monkeypatch.setattr(paper, "time_of_epochs", lambda dataset, model, config, probe: times(config.device))
-    monkeypatch.setattr(paper, "within", lambda share, dataset, model, config: (config, times(config.device)(1.0)))
-    monkeypatch.setattr(paper, "ENTRIES", (paper.entry_of("distance"), paper.sweep_entry("tiny", "Table 0", "T", "")))
+    monkeypatch.setattr(trainings, "CONFIGS", tmp_path)
+    monkeypatch.setattr(trainings, "time_of_epochs", lambda dataset, model, config, probe: times(config.device))
+    within = lambda share, dataset, model, config, trainer: (config, times(config.device)(1.0))  # noqa: E731
+    monkeypatch.setattr(trainings, "within", within)
+    two = entries.entry_of("distance"), entries.sweep_entry("tiny", "Table 0", "T", "")
+    monkeypatch.setattr(entries, "ENTRIES", two)
 
     def times(device):
         asked.append(device)

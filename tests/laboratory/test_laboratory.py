@@ -85,7 +85,7 @@ def test_dropout_acts_in_every_check_of_a_model_that_has_it():
 
 def test_a_mistake_is_exposed_by_the_checks_that_it_concerns(monkeypatch):
     few = {name: LAYERS[name] for name in ("linear", "layernorm", "softmax", "mlp")}
-    monkeypatch.setattr(laboratory, "LAYERS", few)  # all of them: tests/test_scripts_gradcheck.py
+    monkeypatch.setattr(laboratory, "LAYERS", few)  # all of them: tests/commands/test_command_gradcheck.py
     findings = expose(find("layernorm-dropped-variance"), 0)
     assert any(line.startswith("layernorm dx: analytic") for line in findings)
     assert any(line.startswith("layernorm: <J v, u>") for line in findings)

@@ -214,14 +214,14 @@ def test_runs_of_another_kind_are_not_gone_on_with(tmp_path):
     with pytest.raises(InputError, match="trained for another task: ratio 0.75 there, 0.5 asked for|method mae there"):
         trainer(tmp_path / "mae", "mpp").restore()
     config = replace(HARD)
-    with pytest.raises(InputError, match="another kind of run; go on with scripts/pretrain.py --resume"):
+    with pytest.raises(InputError, match="another kind of run; go on with minivit pretrain --resume"):
         Trainer(FEW, MODEL, config, tmp_path / "mpp").restore()
     run = Trainer(FEW, MODEL, config, tmp_path / "classes", describe={"data": "digits"}, progress=False)
     stop_at(run, 1)
     run.run()
-    with pytest.raises(InputError, match="another kind of run; go on with scripts/train.py --resume"):
+    with pytest.raises(InputError, match="another kind of run; go on with minivit train --resume"):
         trainer(tmp_path / "classes", "mpp").restore()
-    with pytest.raises(InputError, match="is not of pre-training; scripts/pretrain.py makes such"):
+    with pytest.raises(InputError, match="is not of pre-training; minivit pretrain makes such"):
         load_masked(tmp_path / "classes" / LAST)
 
 
@@ -269,7 +269,7 @@ def test_the_script(tmp_path, call):
     assert used.status == 2 and "already holds a run's last.npz" in used.err
     other = call("pretrain", "--resume", "--quiet", "--out", out, "--ratio", 0.5)
     assert other.status == 2 and "trained for another task: ratio 0.75 there, 0.5 asked for" in other.err
-    assert call("train", "--resume", "--quiet", "--out", out).err.count("scripts/pretrain.py --resume") == 1
+    assert call("train", "--resume", "--quiet", "--out", out).err.count("minivit pretrain --resume") == 1
 
 
 def test_what_the_script_refuses(tmp_path, call, trained):

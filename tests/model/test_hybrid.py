@@ -1,10 +1,8 @@
 """The hybrids live against timm and Flax. What needs them runs with: python -m pytest -m torch"""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+from conftest import load_script
 
 from minivit import ViT, ViTConfig
 
@@ -15,11 +13,7 @@ CONFIG = ViTConfig(  # R26 in full, a small transformer behind it
 
 def reference(source):
     """The class of tools/make_reference.py that runs another library's model."""
-    path = Path(__file__).parent.parent.parent / "scripts" / "make_reference.py"
-    spec = importlib.util.spec_from_file_location("make_reference", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return getattr(script, source)
+    return getattr(load_script("make_reference"), source)
 
 
 def problem(gelu):

@@ -140,7 +140,7 @@ def test_mlp_width_follows_the_width():
         ViTConfig().width = 3
 
 
-# scripts/gradcheck.py takes central differences of every element of all of them, in a minute
+# minivit gradcheck takes central differences of every element of all of them, in a minute
 @pytest.mark.parametrize(
     ("name", "method"), [*((name, "complex") for name in MODELS), ("vit", "central"), ("vit-mean", "central")]
 )

@@ -8,6 +8,7 @@ import pytest
 from strict_cupy import clear, doubles, installed
 
 from minivit.base.errors import InputError
+from minivit.benchmark.speed import speed
 from minivit.layers.patch_embed import patchify, sincos2d
 from minivit.model import ViT, ViTConfig
 from minivit.paper import analyses as analysis
@@ -22,7 +23,7 @@ def model_of(**changes):
     return model
 
 
-def pictures(count):
+def random_images(count):
     return np.random.default_rng(1).integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
 
 
@@ -35,7 +36,7 @@ def maps(*shape, seed=0):
 # ---- filters ---------------------------------------------------------------------------------------------------------
 
 
-def test_filters_made_of_two_pictures_have_them_as_components():
+def test_filters_made_of_two_images_have_them_as_components():
     rng = np.random.default_rng(0)
     first, second = np.linalg.qr(rng.standard_normal((12, 2)))[0].T
     a, b = rng.standard_normal((2, 40))
@@ -47,7 +48,7 @@ def test_filters_made_of_two_pictures_have_them_as_components():
     order = sorted([(25.0, first), (b_norm**2, second)], key=lambda pair: -pair[0])
     for k, (variance, expected) in enumerate(order):
         expected = expected * np.sign(expected[np.abs(expected).argmax()])  # the convention of the sign
-        np.testing.assert_allclose(found.pictures[k], expected.reshape(2, 2, 3), atol=1e-12)
+        np.testing.assert_allclose(found.images[k], expected.reshape(2, 2, 3), atol=1e-12)
         np.testing.assert_allclose(found.shares[k], variance / (25 + b_norm**2), rtol=1e-12)
     assert found.shares[2] < 1e-25
 
@@ -55,19 +56,19 @@ def test_filters_made_of_two_pictures_have_them_as_components():
 def test_filters_do_not_depend_on_sign_order_or_a_common_part():
     W = np.random.default_rng(0).standard_normal((12, 7)).astype(np.float32)
     found = analysis.filters(W, 2)
-    assert found.pictures.shape == (6, 2, 2, 3) and found.shares.sum() == pytest.approx(1.0)
+    assert found.images.shape == (6, 2, 2, 3) and found.shares.sum() == pytest.approx(1.0)
     assert (np.diff(found.shares) <= 0).all()
     changed = W[:, ::-1].astype(np.float64)
     for other in (-changed, changed + np.random.default_rng(1).standard_normal((12, 1))):
-        np.testing.assert_allclose(analysis.filters(other, 2).pictures, found.pictures, atol=1e-6)
-    flat = found.pictures.reshape(6, 12)
+        np.testing.assert_allclose(analysis.filters(other, 2).images, found.images, atol=1e-6)
+    flat = found.images.reshape(6, 12)
     np.testing.assert_allclose(flat @ flat.T, np.eye(6), atol=1e-12)
     assert (np.take_along_axis(flat, np.abs(flat).argmax(axis=1)[:, None], axis=1) > 0).all()
 
 
 @pytest.mark.parametrize("patch", [3, 1, 5])
 def test_filters_of_features_are_refused(patch):
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="no images"):
         analysis.filters(np.ones((12, 7)), patch)
 
 
@@ -174,10 +175,10 @@ def test_attention_to_the_class_token_counts_for_nothing():
 
 @pytest.mark.parametrize(("pooling", "registers"), [("cls", 2), ("mean", 0)])
 def test_distances_of_a_model(pooling, registers, monkeypatch):
-    model, images = model_of(pooling=pooling, registers=registers), pictures(5)
+    model, images = model_of(pooling=pooling, registers=registers), random_images(5)
     whole = analysis.head_distances(model, images)
     assert whole.shape == (3, 2) and (whole > 0).all() and (whole < 2 * math.sqrt(8)).all()
-    monkeypatch.setattr(analysis, "MAPS", 2 * 3 * 2 * model.config.num_tokens**2)  # two pictures at a time
+    monkeypatch.setattr(analysis, "MAPS", 2 * 3 * 2 * model.config.num_tokens**2)  # two images at a time
     np.testing.assert_allclose(analysis.head_distances(model, images), whole, rtol=1e-12)
     attention = model.intermediates(images).attention[1]
     prefix = registers + (pooling == "cls")
@@ -225,7 +226,7 @@ def test_rows_of_a_rollout_sum_to_one_and_permuted_tokens_permute_it():
 
 @pytest.mark.parametrize(("pooling", "registers"), [("cls", 0), ("cls", 2), ("mean", 0), ("seq", 1)])
 def test_rollout_of_a_model(pooling, registers, monkeypatch):
-    model, images = model_of(pooling=pooling, registers=registers), pictures(5)
+    model, images = model_of(pooling=pooling, registers=registers), random_images(5)
     logits, found = analysis.rollout_maps(model, images)
     np.testing.assert_allclose(logits, model.predict(images), rtol=1e-10)
     assert found.shape == (3, 5, 3, 3)
@@ -236,22 +237,22 @@ def test_rollout_of_a_model(pooling, registers, monkeypatch):
         rollout = mixed @ rollout  # registers stay in the products
         rows = rollout[:1] if pooling == "cls" else rollout[first:]
         np.testing.assert_allclose(found[block, 3].ravel(), rows[:, first:].mean(axis=0), rtol=1e-10)
-    monkeypatch.setattr(analysis, "MAPS", 1)  # a picture at a time
+    monkeypatch.setattr(analysis, "MAPS", 1)  # an image at a time
     np.testing.assert_allclose(analysis.rollout_maps(model, images).maps, found, rtol=1e-12)
 
 
 def test_maps_that_are_not_of_all_tokens_are_refused(monkeypatch):
     model = model_of()
-    seen = model.intermediates(pictures(1))
+    seen = model.intermediates(random_images(1))
     monkeypatch.setattr(type(model), "intermediates", lambda self, x: seen._replace(attention=[maps(3, 2, 3, 3)] * 3))
     for look in (analysis.rollout_maps, analysis.head_distances):
         with pytest.raises(InputError, match="not every token"):
-            look(model, pictures(1))
+            look(model, random_images(1))
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_a_model_on_a_gpu(pooling):
-    model, images = model_of(pooling=pooling, registers=1), pictures(3)
+    model, images = model_of(pooling=pooling, registers=1), random_images(3)
     model = ViT(model.config, flat=model.flat.astype(np.float32))
     expected = analysis.rollout_maps(model, images), analysis.head_distances(model, images)
     with installed() as cupy:
@@ -270,7 +271,8 @@ def test_a_model_on_a_gpu(pooling):
 
 
 def test_cost_of_two_sizes():
-    points = analysis.cost({"tiny": CONFIG, "odd": replace(CONFIG, patch_size=3)}, [6, 8], batch=2, progress=False)
+    models = {"tiny": CONFIG, "odd": replace(CONFIG, patch_size=3)}
+    points = analysis.cost(models, [6, 8], speed, batch=2, progress=False)
     assert [(p["model"], p["size"], p["task"]) for p in points] == [
         ("tiny", 6, "infer"), ("tiny", 6, "step"), ("tiny", 8, "infer"), ("tiny", 8, "step"), ("odd", 6, "infer"),
         ("odd", 6, "step"),
@@ -282,9 +284,9 @@ def test_cost_of_two_sizes():
 
 
 def test_a_patch_of_filters_is_cut_as_patches_are():
-    """A component, seen as a picture, answers most to a patch that looks like it."""
+    """A component, seen as an image, answers most to a patch that looks like it."""
     W = np.random.default_rng(0).standard_normal((12, 9))
-    first = analysis.filters(W, 2).pictures[0]
+    first = analysis.filters(W, 2).images[0]
     answer = patchify(first[None], 2)[0, 0] @ (W - W.mean(axis=1, keepdims=True))
-    others = [patchify(p[None], 2)[0, 0] @ (W - W.mean(axis=1, keepdims=True)) for p in analysis.filters(W, 2).pictures]
+    others = [patchify(p[None], 2)[0, 0] @ (W - W.mean(axis=1, keepdims=True)) for p in analysis.filters(W, 2).images]
     assert np.linalg.norm(answer) == pytest.approx(max(np.linalg.norm(a) for a in others))

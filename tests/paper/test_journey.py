@@ -1,4 +1,4 @@
-"""The journey of one picture: what is shown is what the model does, and the files are whole."""
+"""The journey of one image: what is shown is what the model does, and the files are whole."""
 
 from dataclasses import replace
 
@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
 from minivit.base.errors import InputError
+from minivit.figures.attention import spotlight
 from minivit.layers.patch_embed import patchify
 from minivit.layers.softmax import softmax_forward
 from minivit.model import ViT, ViTConfig
-from minivit.paper import journey
+from minivit.paper import film, journey
 
 CONFIG = ViTConfig(image_size=6, patch_size=2, channels=3, num_classes=5, width=8, depth=2, num_heads=2, mlp_dim=12)
 NAMES = ("cat", "a $x_1$ ^ b$", "猫" * 30, "dog", "x")
@@ -52,13 +53,13 @@ def test_what_is_shown_is_what_the_model_does(changes):
 def test_frames(changes):
     _, image, found = journey_of(**changes)
     g, c = found.config.grid_size, found.config
-    frames = list(journey.frames_of(found))
+    frames = list(film.frames_of(found))
     assert all(canvas.shape == (450, 800, 3) and canvas.dtype == np.uint8 for canvas, _ in frames)
-    at = slice(journey.TOP, journey.TOP + journey.SIDE), slice(journey.LEFT, journey.LEFT + journey.SIDE)
+    at = slice(film.TOP, film.TOP + film.SIDE), slice(film.LEFT, film.LEFT + film.SIDE)
     shown = frames[0][0][at]
-    middles = np.round((np.arange(6) + 0.5) * journey.SIDE / 6).astype(int)
+    middles = np.round((np.arange(6) + 0.5) * film.SIDE / 6).astype(int)
     if c.channels == 3:
-        np.testing.assert_array_equal(shown[middles][:, middles], image)  # the picture, before anything happens to it
+        np.testing.assert_array_equal(shown[middles][:, middles], image)  # the image, before anything happens to it
     said = [{words for _, _, words, _ in texts} for _, texts in frames]
     assert [f"block {b} of {c.depth}" in set().union(*said) for b in range(1, c.depth + 2)] == [True] * c.depth + [
         False
@@ -68,40 +69,40 @@ def test_frames(changes):
     assert f"{found.probabilities.max():.0%}" in said[-1]
     # when all have arrived, the patches stand beside their tokens, from top to bottom
     canvas = next(canvas for (canvas, _), words in zip(frames, said, strict=True) if f"block 1 of {c.depth}" in words)
-    row = journey.TOKENS[1] / c.num_tokens
+    row = film.TOKENS[1] / c.num_tokens
     if c.channels == 3 and g > 1:
         size = min(row, 14.0)
         for i, patch in enumerate(patchify(image[None], c.patch_size)[0].reshape(g * g, c.patch_size, c.patch_size, 3)):
-            y = journey.TOP + (c.num_tokens - g * g + i + 0.5) * row
-            x = journey.MIDDLE - 6 - size
+            y = film.TOP + (c.num_tokens - g * g + i + 0.5) * row
+            x = film.MIDDLE - 6 - size
             np.testing.assert_array_equal(canvas[round(y - size / 4), round(x + size / 4)], patch[0, 0])
 
 
 def test_light_falls_where_the_map_is_large():
     image = np.full((4, 4, 3), 200, np.uint8)
-    shown = journey.spotlight(image, np.array([[0.1, 0.2], [0.3, 0.1]]))
+    shown = spotlight(image, np.array([[0.1, 0.2], [0.3, 0.1]]))
     assert (shown[2:, :2] == 200).all() and (shown[:2, :2] == 24).all() and (shown[:2, 2:] == 112).all()
-    assert (journey.spotlight(image, np.ones((2, 2))) == 24).all()  # none stands out
+    assert (spotlight(image, np.ones((2, 2))) == 24).all()  # none stands out
 
 
 def test_the_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(journey, "frames_of", lambda found, real=journey.frames_of: list(real(found))[::9])
+    monkeypatch.setattr(film, "frames_of", lambda found, real=film.frames_of: list(real(found))[::9])
     figures, real = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), real(self, *a, **k))[1])
     _, _, found = journey_of(truth=3)
-    journey.save_moving(tmp_path / "j.gif", found)
+    film.save_film(tmp_path / "j.gif", found)
     figures.clear()
     journey.save_still(tmp_path / "j.png", found)
     with Image.open(tmp_path / "j.gif") as moving:
         assert moving.size == (800, 450) and moving.info["loop"] == 0 and moving.n_frames > 5
         durations = [frame.info["duration"] for frame in ImageSequence.Iterator(moving)]
-        assert sum(durations) == 80 * len(journey.frames_of(found))
+        assert sum(durations) == 80 * len(film.frames_of(found))
         assert all(
             frame.convert("RGB").getpixel((790, 440)) == (255, 255, 255) for frame in ImageSequence.Iterator(moving)
         )
     texts = {text.get_text() for text in figures[0].findobj(lambda artist: hasattr(artist, "get_text"))}
     assert {
-        "1  a picture of 6 × 6",
+        "1  an image of 6 × 6",
         "2  9 patches of 2 × 2",
         "3  10 tokens of 8 numbers",
         "block 1",
@@ -110,7 +111,7 @@ def test_the_files(tmp_path, monkeypatch):
     assert "4  what the class token is made of" in texts and f"{found.probabilities.max():.0%}" in texts
     assert sorted(p.name for p in tmp_path.iterdir()) == ["j.gif", "j.png"]
     with pytest.raises(InputError, match="must end in .gif"):
-        journey.save_moving(tmp_path / "j.png", found)
+        film.save_film(tmp_path / "j.png", found)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_the_still_figure_of_any_model(tmp_path, changes, end):
 @pytest.mark.parametrize("changes", [{}, {"pooling": "mean"}, {"depth": 4, "pooling": "mean"}])
 def test_headings_do_not_touch(monkeypatch, changes):
     figures = []
-    monkeypatch.setattr(journey, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(journey, "save", lambda figure, path: figures.append(figure))
     monkeypatch.setitem(globals(), "NAMES", tuple("01234"))  # long ones would push the last panel away
     journey.save_still("j.png", journey_of(**changes)[2])
     canvas = FigureCanvasAgg(figures[0])
@@ -136,10 +137,10 @@ def test_headings_do_not_touch(monkeypatch, changes):
 
 
 def test_the_script(call, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(journey, "save_moving", lambda path, found, progress: path.write_bytes(b"GIF"))
-    ended = call("visualize", "journey", trained / "last.npz", "--picture", 7, "--out", tmp_path / "new")
+    monkeypatch.setattr(film, "save_film", lambda path, found, progress: path.write_bytes(b"GIF"))
+    ended = call("visualize", "journey", trained / "last.npz", "--image", 7, "--out", tmp_path / "new")
     assert ended.status == 0, ended.err
-    assert "test picture 7 of " in ended.out and sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+    assert "test image 7 of " in ended.out and sorted(p.name for p in (tmp_path / "new").iterdir()) == [
         "journey.gif", "journey.png"
     ]  # fmt: skip
     for wrong in (["--picture", 360], ["--picture", -1], ["--data-dir", tmp_path, "--weights", "no"]):

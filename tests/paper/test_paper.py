@@ -1,19 +1,21 @@
-"""scripts/paper.py: every figure is listed, made, remembered and told of; trainings fit their budget and go on."""
+"""minivit paper: every figure is listed, made, remembered and told of; trainings fit their budget and go on."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_script
+from conftest import ROOT
 
+from minivit import figures
 from minivit.base.errors import InputError
+from minivit.commands import paper as command
 from minivit.data import load
-from minivit.figures import paper_plots, plots
 from minivit.laboratory.trace import expected_flops
 from minivit.model import ViTConfig
-from minivit.paper import analyses as analysis
-from minivit.paper import entries as paper
+from minivit.paper import analyses, entries, of_a_model, of_trainings, page, trainings
+from minivit.paper.context import Context, Entry, Result
+from minivit.paper.entries import entry_of, sweep_entry
+from minivit.paper.trainings import Stopped, share_within, standard_error
 from minivit.training import budget
 from minivit.training import trainer as train
 from minivit.training.trainer import Trainer
@@ -47,8 +49,8 @@ def sweep(tmp_path, monkeypatch, no_figures):
     (tmp_path / "configs" / "sweeps").mkdir(parents=True)
     path = tmp_path / "configs" / "sweeps" / "tiny.toml"
     path.write_text(SWEEP.format(config=TINY))
-    monkeypatch.setattr(paper, "CONFIGS", tmp_path / "configs")
-    monkeypatch.setattr(paper, "ENTRIES", (paper.sweep_entry("tiny", "Table 0", "Tiny", "all of it"),))
+    monkeypatch.setattr(trainings, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(entries, "ENTRIES", (sweep_entry("tiny", "Table 0", "Tiny", "all of it"),))
     return path
 
 
@@ -57,10 +59,10 @@ def test_the_list(call, tmp_path, trained):
         ended = call("paper", *words, "--out", tmp_path / "none")
         assert ended.status == 0 and not (tmp_path / "none").exists()
         lines = ended.out.splitlines()
-        for entry in paper.ENTRIES:
+        for entry in entries.ENTRIES:
             (line,) = (line for line in lines if line.startswith(f"{entry.name} "))
-            assert entry.mirrors in line and entry.needs in line and line.endswith(entry.missing())
-    names = [entry.name for entry in paper.ENTRIES]
+            assert entry.mirrors in line and entry.needs in line
+    names = [entry.name for entry in entries.ENTRIES]
     assert len(set(names)) == len(names)
 
 
@@ -77,8 +79,8 @@ def test_figures_of_a_run(call, tmp_path, trained):
     for name in OF_A_MODEL:
         assert (tmp_path / "p" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"({name}.png)" in page and index[name]["caption"] in page and index[name]["caption"] in ended.out
-        assert paper.entry_of(name).differs in page and paper.entry_of(name).mirrors in page
-        command = f"python scripts/paper.py {name} --run {trained} --out {tmp_path / 'p'}\n"
+        assert entry_of(name).differs in page and entry_of(name).mirrors in page
+        command = f"minivit paper {name} --run {trained} --out {tmp_path / 'p'}\n"
         assert command in page and "test accuracy" in page
     # nothing is made twice, unless it is asked for, or the model is another one
     before = (tmp_path / "p" / "filters.png").stat().st_mtime_ns
@@ -97,9 +99,9 @@ def test_figures_of_a_run(call, tmp_path, trained):
     assert index_of(tmp_path / "p")["filters"]["files"] == ["filters.svg"]
 
 
-def test_pictures_are_drawn_once_and_their_classes_told(call, tmp_path, trained, monkeypatch):
+def test_images_are_drawn_once_and_their_classes_told(call, tmp_path, trained, monkeypatch):
     sheets = []
-    monkeypatch.setattr(paper_plots, "save_rollouts", lambda path, *shown, title: sheets.append(shown))
+    monkeypatch.setattr(figures, "save_rollouts", lambda path, *shown, title: sheets.append(shown))
     for out in ("a", "b"):
         assert call("paper", "rollout", "--run", trained, "--out", tmp_path / out).status == 0
     images, maps, titles = sheets[0]
@@ -112,27 +114,27 @@ def test_pictures_are_drawn_once_and_their_classes_told(call, tmp_path, trained,
         assert text.split()[0] == str(guess) and right == (guess == truth)
 
 
-def test_distances_are_of_pictures_of_all_classes(tmp_path, trained, monkeypatch):
-    """Folders come class by class: the first pictures would be of the first classes alone."""
-    context, given = paper.Context(tmp_path, run=trained), []
-    model, dataset = context.trained
+def test_distances_are_of_images_of_all_classes(tmp_path, trained, monkeypatch):
+    """Folders come class by class: the first images would be of the first classes alone."""
+    context, given = Context(tmp_path, run=trained), []
+    model, dataset = context.subject
     order = np.argsort(dataset.test_labels, kind="stable")
-    context.trained = model, dataset._replace(test_images=dataset.test_images[order])
-    monkeypatch.setattr(analysis, "head_distances", lambda model, images: (given.append(images), np.ones((2, 2)))[1])
-    monkeypatch.setattr(paper_plots, "save_distances", lambda *_, **__: None)
-    paper.make_distance(context)
+    context.subject = model, dataset._replace(test_images=dataset.test_images[order])
+    monkeypatch.setattr(analyses, "head_distances", lambda model, images: (given.append(images), np.ones((2, 2)))[1])
+    monkeypatch.setattr(figures, "save_distances", lambda *_, **__: None)
+    of_a_model.make_distance(context)
     labels = {image.tobytes(): label for image, label in zip(dataset.test_images, dataset.test_labels, strict=True)}
     found = [labels[image.tobytes()] for image in given[0]]
     assert len(found) == 128 and set(found) == set(range(10))
 
 
 def test_cost_in_a_table(call, tmp_path, monkeypatch):
-    def cost(models, sizes, *, progress):
+    def cost(models, sizes, speed, *, progress):
         assert models["B/16"].width == 768 and progress
         point = {"model": "B/16", "size": 64, "tokens": 17, "batch": 8, "peak_memory": 3 * 2**20}
         return [point | {"task": task, "images_per_second": rate} for task, rate in (("infer", 50.0), ("step", 12.34))]
 
-    monkeypatch.setattr(analysis, "cost", cost)
+    monkeypatch.setattr(analyses, "cost", cost)
     assert call("paper", "cost", "--out", tmp_path).status == 0
     assert "| B/16 | 64 | 17 | 50 | 12.3 | 3, 3 |" in (tmp_path / "index.md").read_text()
     assert len(json.loads((tmp_path / "cost.json").read_text())) == 2
@@ -205,13 +207,13 @@ def test_a_model_of_less_than_an_epoch(call, tmp_path, no_figures, monkeypatch):
 
 def test_all_rows_get_the_same_share_of_their_epochs():
     times = [lambda n: 10.0 * n, lambda n: 1.0 * n]  # 48 s for 4 and 8 epochs
-    assert paper.share_within(times, [4, 8], 1000) == paper.share_within(times, [4, 8], 48) == 1.0
-    assert 0.4998 < paper.share_within(times, [4, 8], 24) <= 0.5
-    assert paper.share_within(times, [4, 8], 0) == 0.0
+    assert share_within(times, [4, 8], 1000) == share_within(times, [4, 8], 48) == 1.0
+    assert 0.4998 < share_within(times, [4, 8], 24) <= 0.5
+    assert share_within(times, [4, 8], 0) == 0.0
 
 
 def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeypatch):
-    monkeypatch.setattr(paper, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
+    monkeypatch.setattr(trainings, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
     common = ["tiny", "--out", tmp_path / "p", "--quiet"]
     train = Trainer.run
     with monkeypatch.context() as patch:
@@ -220,7 +222,7 @@ def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeyp
     assert not (tmp_path / "p" / "index.json").exists()
     plan = json.loads((tmp_path / "p" / "tiny" / "plan.json").read_text())  # 30.4 of 60 s, for 4 and 2 epochs
     assert plan["steps"] == {"AdamW": 12, "SGD": 6}
-    monkeypatch.setattr(paper, "time_of_epochs", None)  # measured once
+    monkeypatch.setattr(trainings, "time_of_epochs", None)  # measured once
     before = (tmp_path / "p" / "tiny" / "adamw-seed3" / "last.npz").stat().st_mtime_ns
     ended = call("paper", *common, "--budget", "32s")
     assert ended.status == 0, ended.err
@@ -235,9 +237,9 @@ def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeyp
         and "(tiny.png)" in page
         and "Table 0" in page
     )
-    assert f"python scripts/paper.py tiny --out {tmp_path / 'p'} --budget 32s\n" in page
+    assert f"minivit paper tiny --out {tmp_path / 'p'} --budget 32s\n" in page
     (accuracies,) = ([row["mean"] for row in table["rows"]],)
-    assert paper.sure_of(accuracies, 360) in page
+    assert standard_error(accuracies, 360) in page
     assert call("paper", "list", "--out", tmp_path / "p").out.count("  made\n") == 1  # of whatever budget
     assert "already" in call("paper", *common, "--budget", "32s").out
     ended = call("paper", *common, "--budget", "1h")
@@ -249,8 +251,8 @@ def test_measured_times_of_two_sweeps(call, tmp_path, sweep, monkeypatch):
     monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + 0.01 * a[3])
     other = sweep.with_name("other.toml")
     other.write_text(sweep.read_text())
-    entries = [paper.sweep_entry(name, "Table 0", "Tiny", "all of it") for name in ("tiny", "other")]
-    monkeypatch.setattr(paper, "ENTRIES", entries)
+    two = [sweep_entry(name, "Table 0", "Tiny", "all of it") for name in ("tiny", "other")]
+    monkeypatch.setattr(entries, "ENTRIES", two)
     ended = call("paper", "tiny", "--out", tmp_path / "p", "--quiet", "--budget", "0.13s")  # 0.1235 after the reserve
     assert ended.status == 2 and "larger --budget" in ended.err and ended.err.count("\n") == 1
     # four epochs of the one and two of the other take 0.388 s; each sweep has half of the budget, less its reserve
@@ -265,40 +267,40 @@ def test_the_budget_is_shared_out(call, tmp_path, monkeypatch):
 
     def made(context):
         shares.append(context.share)
-        return paper.Made((), "c")
+        return Result((), "c")
 
-    entry = paper.Entry("a", "Fig. 0", "A", "nothing", "training", 0, made)
-    entries = (
+    entry = Entry("a", "Fig. 0", "A", "nothing", "training", 0, made)
+    four = (
         entry._replace(weight=6.0),
         entry._replace(name="b"),
         entry._replace(name="c", needs="a model"),
         entry._replace(name="d", needs="nothing"),
     )
-    monkeypatch.setattr(paper, "ENTRIES", entries)
-    monkeypatch.setattr(paper, "made_from", lambda entry, context: {})
-    monkeypatch.setattr(paper.Context, "says", "")
+    monkeypatch.setattr(entries, "ENTRIES", four)
+    monkeypatch.setattr(page, "sources_of", lambda entry, context: {})
+    monkeypatch.setattr(Context, "description", "")
     assert call("paper", "--all", "--out", tmp_path, "--config", TINY, "--budget", "60s").status == 0
     assert shares == [30, 10, 20, 60]  # by weight: 6, 2, and the model's 4; the last trains nothing
     # what is made, and a model that is trained, have their shares still
     shares.clear()
     (tmp_path / "model").mkdir()
-    monkeypatch.setattr(paper.Context, "checkpoint", lambda self, **_: tmp_path / "model")
+    monkeypatch.setattr(Context, "checkpoint", lambda self, **_: tmp_path / "model")
     index = index_of(tmp_path)
     (tmp_path / "index.json").write_text(json.dumps({name: index[name] for name in "ad"}))
     monkeypatch.setattr(
-        paper, "is_made", lambda entry, context: entry.name in paper.read_json(context.out / "index.json")
+        page, "is_made", lambda entry, context: entry.name in page.read_object(context.out / "index.json")
     )
     assert call("paper", "--all", "--out", tmp_path, "--config", TINY, "--budget", "60s").status == 0
     assert shares == [10, 20]
     # the page names the share of each; a budget that no number of seconds divides is told as it is used
     commands = [
-        f"scripts/paper.py b --config {TINY} --out {tmp_path} --budget 10s",
+        f"minivit paper b --config {TINY} --out {tmp_path} --budget 10s",
         f"c --config {TINY} --out {tmp_path}",
     ]
     assert all(words in (tmp_path / "index.md").read_text() for words in commands)
-    third = paper.shares_of(entries[:3], paper.Context(tmp_path, budget=7.0))
+    third = page.shares_of(four[:3], Context(tmp_path, budget=7.0))
     assert third == {"a": 3.5, "b": 1.167, "c": 2.333}
-    assert paper.shares_of(entries[1:2], paper.Context(tmp_path, budget=1.167)) == {"b": 1.167}
+    assert page.shares_of(four[1:2], Context(tmp_path, budget=1.167)) == {"b": 1.167}
     shares.clear()
     assert call("paper", "b", "--out", tmp_path / "x", "--config", TINY, "--budget", "60s").status == 0
     assert shares == [60]
@@ -308,56 +310,45 @@ def test_what_fails_of_all_is_told_and_the_rest_made(call, tmp_path, monkeypatch
     def bad(context):
         raise InputError("no luck")
 
-    entry = paper.Entry("a", "Fig. 0", "A", "nothing", "nothing", 0, bad)
-    gone = entry._replace(name="gone", missing=lambda: "this version has no x")
-    good = entry._replace(name="good", make=lambda context: paper.Made((), "fine"))
-    monkeypatch.setattr(paper, "ENTRIES", (entry, gone, good))
+    entry = Entry("a", "Fig. 0", "A", "nothing", "nothing", 0, bad)
+    good = entry._replace(name="good", make=lambda context: Result((), "fine"))
+    monkeypatch.setattr(entries, "ENTRIES", (entry, good))
     ended = call("paper", "--all", "--out", tmp_path)
-    assert ended.status == 0 and "  not made: no luck" in ended.out and "fine" in ended.out and "gone" not in ended.out
+    assert ended.status == 0 and "  not made: no luck" in ended.out and "fine" in ended.out
     assert list(index_of(tmp_path)) == ["good"]
-    monkeypatch.setattr(paper, "ENTRIES", (entry,))
+    monkeypatch.setattr(entries, "ENTRIES", (entry,))
     ended = call("paper", "--all", "--out", tmp_path)
     assert ended.status == 2 and ended.err == "error: nothing could be made of a: the reasons stand above\n"
 
 
-def test_a_figure_of_another_script(tmp_path, trained, call, monkeypatch):
-    monkeypatch.setattr(paper, "SCRIPTS", tmp_path)
-    (tmp_path / "transfer.py").write_text(
-        "import sys\nfrom pathlib import Path\n"
-        "def main(argv):\n    out = Path(argv[-1])\n    out.mkdir(parents=True, exist_ok=True)\n"
-        "    (out / 'transfer-fewshot-digits.png').write_text(' '.join(argv))\n    return len(argv) - 7\n"
-    )
-    context = paper.Context(tmp_path / "o", run=trained, data="cifar10")  # the run's own are the digits
-    made = paper.make_few_shot(context)
-    assert made.files == ("fewshot/transfer-fewshot-digits.png",)
-    (tmp_path / "o" / "fewshot" / "transfer-fewshot-cifar10.png").write_text("of another run in the same folder")
-    assert paper.make_few_shot(context).files == made.files
-    asked = (tmp_path / "o" / made.files[0]).read_text()
-    assert asked == f"{trained / 'last.npz'} --untrained --pixels --device cpu --out {tmp_path / 'o' / 'fewshot'}"
-    context = paper.Context(tmp_path / "o2", run=trained, data_dir="there")
-    with pytest.raises(InputError, match="ended with status 2"):
-        paper.make_few_shot(context)
-    assert " --data-dir there --device cpu --out " in (tmp_path / "o2" / made.files[0]).read_text()
-    with pytest.raises(InputError, match="ended with status 1"):
-        paper.call_script("transfer.py", *range(1, 8), tmp_path / "y")
+def test_few_shot_accuracies_are_of_the_runs_own_data(tmp_path, trained):
+    context = Context(tmp_path / "o", run=trained, data="cifar10")  # the run's own are the digits
+    result = of_a_model.make_few_shot(context)
+    assert result.files == ("fewshot/transfer-fewshot-digits.png",)
+    assert (tmp_path / "o" / result.files[0]).read_bytes().startswith(b"\x89PNG")
+    told = json.loads((tmp_path / "o" / "fewshot" / "transfer-fewshot-digits.json").read_text())
+    assert [row["features"] for row in told["rows"]] == ["trained", "untrained", "pixels"]
+    assert told["checkpoint"] == str(trained / "last.npz") and told["method"] == "fewshot"
+    with pytest.raises(InputError, match="nowhere"):
+        of_a_model.make_few_shot(Context(tmp_path / "o2", run=tmp_path / "nowhere"))
 
 
 def test_figures_of_weights_of_another_program(call, tmp_path, trained):
     """What its file does not say is the data set that is named; other weights in the same place are another model."""
-    entries, common = ("filters", "positions"), ["--run", tmp_path / "timm", "--out", tmp_path / "p"]
+    names, common = ("filters", "positions"), ["--run", tmp_path / "timm", "--out", tmp_path / "p"]
     for layout, name in (("timm", "timm"), ("official", "o.npz")):
         assert call("convert", trained / "last.npz", tmp_path / name, "--to", layout).status == 0
-    ended = call("paper", *entries, *common)
+    ended = call("paper", *names, *common)
     assert ended.status == 2 and ended.err.endswith("name one with --data\n") and ended.err.count("\n") == 1
-    ended = call("paper", *entries, "fewshot", *common, "--data", "digits")
+    ended = call("paper", *names, "fewshot", *common, "--data", "digits")
     assert ended.status == 0, ended.err
     index = index_of(tmp_path / "p")
-    assert list(index) == [*entries, "fewshot"] and index["filters"]["model"].startswith("digits, patch ")
+    assert list(index) == [*names, "fewshot"] and index["filters"]["model"].startswith("digits, patch ")
     assert (
-        f"python scripts/paper.py filters --run {tmp_path / 'timm'} --data digits --out {tmp_path / 'p'}\n"
+        f"minivit paper filters --run {tmp_path / 'timm'} --data digits --out {tmp_path / 'p'}\n"
         in (tmp_path / "p" / "index.md").read_text()
     )
-    again = [*entries, *common, "--data", "digits"]
+    again = [*names, *common, "--data", "digits"]
     assert call("paper", *again).out.count("already") == 2
     arrays, meta = checkpoint.load(trained / "last.npz")
     changed = arrays | {"ema/head.bias": arrays["ema/head.bias"] + 1}
@@ -367,111 +358,122 @@ def test_figures_of_weights_of_another_program(call, tmp_path, trained):
     assert call("convert", tmp_path / "other.npz", tmp_path / "timm", "--to", "timm").status == 0
     assert "already" not in call("paper", *again).out
     ended = call("paper", "filters", "--run", tmp_path / "o.npz", "--data", "digits", "--out", tmp_path / "p")
-    assert ended.status == 2 and "scripts/convert.py --class-names FILE gives them their names" in ended.err
+    assert ended.status == 2 and "minivit convert --class-names FILE gives them their names" in ended.err
 
 
-def test_masked_patches_by_another_script(tmp_path, monkeypatch):
-    monkeypatch.setattr(paper, "SCRIPTS", tmp_path)
-    (tmp_path / "pretrain.py").write_text(
-        "import json, os\nfrom pathlib import Path\n"
-        "def main(argv):\n"
-        "    out = Path(argv[argv.index('--out') + 1])\n    os.makedirs(out, exist_ok=True)\n"
-        "    (out / 'argv').write_text(' '.join(argv))\n    (out / 'last.npz').write_text('')\n"
-        "    figures = {'test_accuracy': 0.25, 'chance_accuracy': 0.0625, 'epochs': 3,\n"
-        "               'settings': {'data': {'data': 'digits'}, 'model': {'channels': 1}}}\n"
-        "    (out / 'summary.json').write_text(json.dumps(figures))\n"
-        "    return 0 if '--resume' in argv else 130\n"
+def test_masked_patches(tmp_path, monkeypatch, no_figures):
+    """A step takes 0.01 s; what stopped goes on with as many steps as were measured."""
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a, **k: 0.5 + 0.01 * a[3])
+    context, other = (
+        Context(tmp_path / "o", data="digits", budget=seconds, progress=False) for seconds in (0.08, 3600.0)
     )
-    context, other = (paper.Context(tmp_path / "o", data_dir="d", budget=b, progress=False) for b in (60.5, 3600.0))
-    asked = f"--method mpp --device cpu --out {tmp_path / 'o' / 'masked'} --quiet --data-dir d"
-    with pytest.raises(paper.Stopped):
-        paper.make_masked(context)
-    assert (tmp_path / "o" / "masked" / "argv").read_text() == f"{asked} --budget 60.5s"
-    made = paper.make_masked(context)
-    assert (tmp_path / "o" / "masked" / "argv").read_text() == f"{asked} --resume"
-    with pytest.raises(InputError, match="cut for another budget .60.5 s, not 3600 s.; choose another --out"):
-        paper.make_masked(other)
-    assert made.caption.startswith("Test pictures of digits, ") and "25.0% are right, of 8 colours" in made.caption
-    assert "after 3 epochs; without looking 6.2%" in made.caption
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish", lambda self, engine: None)  # stopped after the last step
+        with pytest.raises(Stopped):
+            of_trainings.make_masked(context)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainings, "within", None)  # measured once
+        result = of_trainings.make_masked(context)
+    summary = json.loads((tmp_path / "o" / "masked" / "summary.json").read_text())
+    assert 1 < summary["steps"] < 8 and summary["settings"]["pretraining"]["method"] == "mpp"
+    with pytest.raises(InputError, match="cut for another budget .0.08 s, not 3600 s.; choose another --out"):
+        of_trainings.make_masked(other)
+    assert result.files == ("masked/reconstructions.png",)
+    assert result.caption.startswith("Test images of digits, ")
+    assert f"{summary['test_accuracy']:.1%} are right, of 8 colours" in result.caption
+    assert f"after 1 epoch; without looking {summary['chance_accuracy']:.1%}" in result.caption
+
+
+class Pretence:
+    """In place of `run_of`: remembers what it is asked for, and gives summaries; some runs stop at first."""
+
+    def __init__(self, summaries, stops=()):
+        self.summaries, self.stops, self.runs = summaries, list(stops), {}
+
+    def __call__(self, context, folder, recipe, seconds, *, masked=None):
+        self.runs[folder.name] = (seconds, recipe, masked)
+        if folder.name in self.stops:
+            self.stops.remove(folder.name)
+            raise Stopped
+        accuracy = self.summaries.get(folder.name, 0.25)
+        return {"test_accuracy": accuracy, "steps": 1234, "train_seconds": 3.5, "test_images": 400,
+                "chance_accuracy": 0.0625}  # fmt: skip
 
 
 def test_half_of_the_time_without_labels(tmp_path, monkeypatch):
-    """Equal times for all; what is finished is left alone, what stopped goes on; the flags are those of the scripts."""
-    asked, stops = [], ["mae"]
-
-    def script(name, *arguments):
-        load_script(name.removesuffix(".py")).parse([str(a) for a in arguments])
-        out = Path(arguments[-1])
-        asked.append((out.name, arguments))
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "last.npz").write_text("")
-        if out.name in stops:
-            stops.remove(out.name)
-            raise paper.Stopped
-        accuracy = {"plain": 0.5, "mae": 0.625}.get(out.name, 0.25)
-        summary = {"test_accuracy": accuracy, "steps": 1234, "train_seconds": 3.5, "test_images": 400}
-        (out / "summary.json").write_text(json.dumps(summary))
-
-    monkeypatch.setattr(paper, "call_script", script)
-    context = paper.Context(tmp_path, data="digits", budget=400.0, progress=False)
-    with pytest.raises(paper.Stopped):
-        paper.make_self_supervision(context)
-    made = paper.make_self_supervision(context)
-    times = {name: words[words.index("--budget") + 1] for name, words in asked if "--budget" in words}
-    halves = dict.fromkeys(["mpp-before", "mpp", "mae-before", "mae"], "50s")
-    assert times == {"plain": "100s", "recipe": "100s"} | halves
-    assert [name for name, words in asked if "--resume" in words] == ["mae"] and len(asked) == 7
-    words = dict(asked)["mpp"]
-    assert words[words.index("--from") + 1] == tmp_path / "selfsupervision" / "mpp-before" / "last.npz"
-    assert (tmp_path / made.files[0]).stat().st_size > 1000
-    assert (
-        "| masked autoencoder, then labels | 62.50% | 1,234 | 4 |" in made.table
-        and "100 s of training each" in made.caption
-    )
-    assert "on 400 test pictures an accuracy has a standard error of up to 2.5 points" in made.caption
+    """Equal times for all; each run that begins with another takes that one's last checkpoint."""
+    pretence = Pretence({"plain": 0.5, "mae": 0.625}, stops=["mae"])
+    monkeypatch.setattr(of_trainings, "run_of", pretence)
+    context = Context(tmp_path, data="digits", budget=400.0, progress=False)
+    with pytest.raises(Stopped):
+        of_trainings.make_self_supervision(context)
+    result = of_trainings.make_self_supervision(context)
+    times = {name: seconds for name, (seconds, _, _) in pretence.runs.items()}
+    assert times == {"plain": 100, "recipe": 100} | dict.fromkeys(["mpp-before", "mpp", "mae-before", "mae"], 50)
+    for method in ("mpp", "mae"):
+        _, before, masked = pretence.runs[f"{method}-before"]
+        _, after, none = pretence.runs[method]
+        assert masked.method == method and none is None and before.start == {} and "init" not in before.train
+        assert after.start == {"checkpoint": str(tmp_path / "selfsupervision" / f"{method}-before" / "last.npz")}
+        assert after.train == pretence.runs["plain"][1].train
+        assert before.data["data"] == after.data["data"] == "digits" and before.model["width"] == after.model["width"]
+    plain, recipe = pretence.runs["plain"][1].train, pretence.runs["recipe"][1].train
+    assert (plain["optimizer"], plain["half_size"], plain["whiten"]) == ("adamw", 0.0, False)
+    assert recipe["optimizer"] == "muon" and recipe["half_size"] > 0 and plain["flip"] == recipe["flip"]
+    assert (tmp_path / result.files[0]).stat().st_size > 1000
+    assert "| masked autoencoder, then labels | 62.50% | 1,234 | 4 |" in result.table
+    assert "100 s of training each" in result.caption
+    assert "on 400 test images an accuracy has a standard error of up to 2.5 points" in result.caption
+    runs = dict(pretence.runs)
     for other, words in ({"budget": 3600.0}, "cut for another budget"), ({"data": "cifar10"}, "runs of other settings"):
         with pytest.raises(InputError, match=words):  # whose caption would tell of what was never trained
-            paper.make_self_supervision(paper.Context(tmp_path, **{"data": "digits", "budget": 400.0} | other))
-    assert len(asked) == 7
+            of_trainings.make_self_supervision(Context(tmp_path, **{"data": "digits", "budget": 400.0} | other))
+    assert pretence.runs == runs
 
 
 def test_targets_of_masked_patches(tmp_path, monkeypatch):
     """Each target gets a sixth of the time before the labels and a sixth with them, and begins where it ended."""
-    asked = {}
+    pretence = Pretence({"colour": 0.5, "downsized": 0.25, "downsized-before": 0.125})
+    monkeypatch.setattr(of_trainings, "run_of", pretence)
+    result = of_trainings.make_targets(Context(tmp_path, data="digits", budget=60.0, progress=False))
+    targets = ("colour", "downsized", "pixels")
+    assert list(pretence.runs) == [name for each in targets for name in (f"{each}-before", each)]
+    for target in targets:
+        (first, _, masked), (then, recipe, none) = pretence.runs[f"{target}-before"], pretence.runs[target]
+        assert (first, masked.method, masked.target) == (10, "mpp", target) and (then, none) == (10, None)
+        assert recipe.start == {"checkpoint": str(tmp_path / "targets" / f"{target}-before" / "last.npz")}
+    assert "| downsized | 12.5% | 6.2% | 1,234 | 25.00% | 1,234 |" in result.table
+    assert (tmp_path / result.files[0]).stat().st_size > 1000 and "10 s without" in result.caption
 
-    def script(name, *arguments):
-        told = load_script(name.removesuffix(".py")).parse([str(a) for a in arguments])
-        asked[Path(told.out).name] = (name, told)
-        Path(told.out).mkdir(parents=True)
-        accuracy = {"colour": 0.5, "downsized": 0.25}.get(Path(told.out).name, 0.125)
-        summary = {"test_accuracy": accuracy, "steps": 2345, "test_images": 400, "chance_accuracy": 0.0625}
-        (Path(told.out) / "summary.json").write_text(json.dumps(summary))
 
-    monkeypatch.setattr(paper, "call_script", script)
-    made = paper.make_targets(paper.Context(tmp_path, data="digits", budget=60.0, progress=False))
-    assert list(asked) == [name for each in ("colour", "downsized", "pixels") for name in (f"{each}-before", each)]
-    for target in ("colour", "downsized", "pixels"):
-        (before, first), (after, then) = asked[f"{target}-before"], asked[target]
-        assert (before, first.method, first.target, first.budget) == ("pretrain.py", "mpp", target, "10s")
-        assert (after, then.budget) == ("train.py", "10s") and first.data == then.data == "digits"
-        assert then.checkpoint == str(tmp_path / "targets" / f"{target}-before" / "last.npz")
-    assert "| downsized | 12.5% | 6.2% | 2,345 | 25.00% | 2,345 |" in made.table
-    assert (tmp_path / made.files[0]).stat().st_size > 1000 and "10 s without" in made.caption
+def test_a_finished_run_is_left_alone_and_one_that_stopped_goes_on(tmp_path, monkeypatch, no_figures):
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a, **k: 0.5 + 0.01 * a[3])
+    context = Context(tmp_path, data="digits", progress=False)
+    recipe = trainings.read_recipe(TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish", lambda self, engine: None)
+        with pytest.raises(Stopped):
+            trainings.run_of(context, tmp_path / "run", recipe, 0.05)
+    monkeypatch.setattr(trainings, "within", None)  # no time is asked for again
+    summary = trainings.run_of(context, tmp_path / "run", recipe, 1000.0)
+    assert summary["steps"] == 4
+    monkeypatch.setattr(trainings, "prepare", None)
+    assert trainings.run_of(context, tmp_path / "run", recipe, 1000.0) == summary
 
 
 def test_fine_tuning_begins_with_the_model_of_the_first_classes(tmp_path, monkeypatch, no_figures):
     tiny = {"patch_size": 8, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}
-    read_sweep = paper.read_sweep
+    read_sweep = trainings.read_sweep
 
     def small(path):
         sweep = read_sweep(path)
         recipes = [row.recipe._replace(model=row.recipe.model | tiny) for row in sweep.rows]
         return sweep._replace(rows=tuple(row._replace(recipe=r) for row, r in zip(sweep.rows, recipes, strict=True)))
 
-    monkeypatch.setattr(paper, "read_sweep", small)
-    monkeypatch.setattr(paper, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
-    context = paper.Context(tmp_path, data="digits", budget=100.0, progress=False)
-    made = paper.make_fine_tuning(context)
+    monkeypatch.setattr(trainings, "read_sweep", small)
+    monkeypatch.setattr(trainings, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
+    context = Context(tmp_path, data="digits", budget=100.0, progress=False)
+    made = of_trainings.make_fine_tuning(context)
     plans = [json.loads((tmp_path / name / "plan.json").read_text())["steps"] for name in ("pretraining", "finetuning")]
     # 38 of 260 s and of 26 epochs, 57 of 250 s and of 5 epochs each: of 6 steps
     assert plans == [{"pre-training": 22}, dict.fromkeys(plans[1], 6)] and len(plans[1]) == 5
@@ -486,16 +488,16 @@ def test_fine_tuning_begins_with_the_model_of_the_first_classes(tmp_path, monkey
 
 
 def test_nothing_begins_with_a_model_that_diverged(tmp_path, monkeypatch):
-    sweep = paper.read_sweep(paper.CONFIGS / "sweeps" / "pretraining.toml")
-    monkeypatch.setattr(paper, "carried_out", lambda *_, **settings: (sweep._replace(seeds=(0,)), tmp_path))
-    monkeypatch.setattr(paper, "result_of", lambda run: {"diverged": 7})
+    sweep = trainings.read_sweep(trainings.CONFIGS / "sweeps" / "pretraining.toml")
+    monkeypatch.setattr(of_trainings, "finished_sweep", lambda *_, **settings: (sweep._replace(seeds=(0,)), tmp_path))
+    monkeypatch.setattr(of_trainings, "result_of", lambda run: {"diverged": 7})
     with pytest.raises(InputError, match="pre-training-seed0 diverged at step 7: there is no model to begin with"):
-        paper.make_fine_tuning(paper.Context(tmp_path))
+        of_trainings.make_fine_tuning(Context(tmp_path))
 
 
 def test_axial_attention_against_compute_and_speed(call, tmp_path, monkeypatch, no_figures):
-    """Every row of minivit/configs/sweeps/paper-axial.toml, made small, is trained, timed and drawn; FLOPs are of its steps."""
-    tiny, read_sweep, timed, drawn = {"width": 8, "num_heads": 2, "mlp_dim": 8}, paper.read_sweep, [], []
+    """Every row of paper-axial.toml, made small, is trained, timed and drawn; FLOPs are of its steps."""
+    tiny, read_sweep, timed, drawn = {"width": 8, "num_heads": 2, "mlp_dim": 8}, trainings.read_sweep, [], []
 
     def small(path):
         sweep = read_sweep(path)
@@ -506,12 +508,12 @@ def test_axial_attention_against_compute_and_speed(call, tmp_path, monkeypatch, 
         timed.append((config.attention, config.depth, config.patch_size))
         return {"images_per_second": 1000.0 * len(timed)} if task == "infer" and turns > 1 else None
 
-    monkeypatch.setattr(paper, "read_sweep", small)
-    monkeypatch.setattr(paper, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
-    monkeypatch.setattr(analysis, "speed", speed)
-    monkeypatch.setattr(plots, "save_sweep", lambda *_: None)
-    real = paper_plots.save_axial
-    monkeypatch.setattr(paper_plots, "save_axial", lambda path, *a, **k: (drawn.append(a), real(path, *a, **k)))
+    monkeypatch.setattr(trainings, "read_sweep", small)
+    monkeypatch.setattr(trainings, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
+    monkeypatch.setattr(command, "speed", speed)
+    monkeypatch.setattr(figures, "save_sweep", lambda *_: None)
+    real = figures.save_axial
+    monkeypatch.setattr(figures, "save_axial", lambda path, *a, **k: (drawn.append(a), real(path, *a, **k)))
     flags = ["--data", "digits", "--budget", "100s", "--quiet", "--out", tmp_path / "p"]  # 95 of 180 s: 18 of 36 steps
     ended = call("paper", "paper-axial", *flags)
     assert ended.status == 0, ended.err
@@ -534,8 +536,8 @@ def test_axial_attention_against_compute_and_speed(call, tmp_path, monkeypatch, 
 
 
 def test_hybrids_against_compute(call, tmp_path, monkeypatch, no_figures):
-    """Every row of minivit/configs/sweeps/paper-hybrid.toml, made small, is trained and drawn; FLOPs are of its steps."""
-    drawn, read_sweep = [], paper.read_sweep
+    """Every row of paper-hybrid.toml, made small, is trained and drawn; FLOPs are of its steps."""
+    drawn, read_sweep = [], trainings.read_sweep
 
     def small(path):
         sweep, rows = read_sweep(path), []
@@ -545,11 +547,11 @@ def test_hybrids_against_compute(call, tmp_path, monkeypatch, no_figures):
             rows.append(row._replace(recipe=row.recipe._replace(model=row.recipe.model | tiny | patch)))
         return sweep._replace(rows=tuple(rows))
 
-    monkeypatch.setattr(paper, "read_sweep", small)
-    monkeypatch.setattr(paper, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
-    monkeypatch.setattr(plots, "save_sweep", lambda *_: None)
-    real = paper_plots.save_compute
-    monkeypatch.setattr(paper_plots, "save_compute", lambda path, *a, **k: (drawn.append(a), real(path, *a, **k)))
+    monkeypatch.setattr(trainings, "read_sweep", small)
+    monkeypatch.setattr(trainings, "time_of_epochs", lambda *_, probe: lambda epochs: 10.0 * epochs)
+    monkeypatch.setattr(figures, "save_sweep", lambda *_: None)
+    real = figures.save_compute
+    monkeypatch.setattr(figures, "save_compute", lambda path, *a, **k: (drawn.append(a), real(path, *a, **k)))
     ended = call("paper", "paper-hybrid", "--data", "digits", "--budget", "100s", "--quiet", "--out", tmp_path / "p")
     assert ended.status == 0, ended.err
     ((points,),) = drawn
@@ -565,9 +567,9 @@ def test_hybrids_against_compute(call, tmp_path, monkeypatch, no_figures):
     assert f"| hybrid: root | 8 | 5 | {points[2]['accuracy']:.2%} | " in page and "(paper-hybrid.png)" in page
 
 
-def test_equal_steps_on_shares_of_the_pictures():
+def test_equal_steps_on_shares_of_the_images():
     """The rows of minivit/configs/sweeps/paper-datasize.toml have as many steps, and as many of them to warm up."""
-    rows = paper.read_sweep(ROOT / "configs" / "sweeps" / "paper-datasize.toml").rows
+    rows = trainings.read_sweep(trainings.CONFIGS / "sweeps" / "paper-datasize.toml").rows
     shares = [row.recipe.data.get("train_share") or 1.0 for row in rows]
     assert shares == [1.0, 0.5, 0.25, 0.125]
     for name in ("epochs", "warmup_epochs"):
@@ -581,7 +583,7 @@ def test_one_figure_anew_leaves_the_rest_of_the_page(call, tmp_path, monkeypatch
         (tmp_path / name).write_bytes((ROOT / "docs" / "paper" / name).read_bytes())
     before = index_of(tmp_path)
     point = {"model": "B/16", "size": 64, "tokens": 17, "batch": 8, "peak_memory": 3, "images_per_second": 1.0}
-    monkeypatch.setattr(analysis, "cost", lambda *_, **__: [point | {"task": task} for task in ("infer", "step")])
+    monkeypatch.setattr(analyses, "cost", lambda *_, **__: [point | {"task": task} for task in ("infer", "step")])
     assert "already" in call("paper", "cost", "--out", tmp_path).out
     assert call("paper", "cost", "--out", tmp_path, "--again").status == 0
     after = index_of(tmp_path)
@@ -593,24 +595,24 @@ def test_the_page_of_the_project():
     """docs/paper/index.md is what docs/paper/index.json says, and every figure of it is there."""
     folder = ROOT / "docs" / "paper"
     index = index_of(folder)
-    assert paper.page_of(index) == (folder / "index.md").read_text()
+    assert page.page_of(index) == (folder / "index.md").read_text()
     assert "JPEG-recompressed" in index["note"] and "5,000" in index["note"]
     for name, known in index.items():
         if name == "note":
             continue
-        entry = paper.entry_of(name)
+        entry = entry_of(name)
         assert all((folder / file).is_file() for file in known["files"]) and "--out docs/paper" in known["command"]
         if entry.needs == "training":
             assert f"--budget {known['from']['budget']:g}s" in known["command"]
 
 
 def test_a_note_at_the_head_of_the_page(call, tmp_path, trained, monkeypatch):
-    monkeypatch.setattr(paper_plots, "save_filters", lambda path, *_, **__: path.write_bytes(b""))
+    monkeypatch.setattr(figures, "save_filters", lambda path, *_, **__: path.write_bytes(b""))
     common = ["filters", "--run", trained, "--out", tmp_path / "p"]
-    assert call("paper", *common, "--note", "Half of the pictures.").status == 0
+    assert call("paper", *common, "--note", "Half of the images.").status == 0
     assert call("paper", *common, "--again").status == 0  # and it stays
     page = (tmp_path / "p" / "index.md").read_text()
-    assert page.index("Half of the pictures.") < page.index("## Filters") and "## What of the paper has no " in page
+    assert page.index("Half of the images.") < page.index("## Filters") and "## What of the paper has no " in page
     assert call("paper", *common, "--note", "All of them.").out.count("already") == 1
     assert "Half" not in (page := (tmp_path / "p" / "index.md").read_text()) and "All of them.\n\n## Filters" in page
 
@@ -632,20 +634,8 @@ def test_bad_input(call, tmp_path, arguments, says):
     assert not (tmp_path / "p" / "index.json").exists()
 
 
-def test_what_is_missing_is_told(call, tmp_path):
-    gone = [entry for entry in paper.ENTRIES if entry.missing()]
-    for entry in gone:
-        ended = call("paper", entry.name, "--out", tmp_path / "p")
-        assert ended.status == 2 and f"{entry.name} cannot be made: this version has no " in ended.err
-    assert (
-        paper.without_file(ROOT / "configs" / "nosuch.toml")()
-        == f"this version has no {Path('minivit/configs/nosuch.toml')}"
-    )
-    assert paper.without_file(TINY)() == ""
-
-
 def test_a_damaged_index_is_made_anew(call, tmp_path, trained, monkeypatch):
-    monkeypatch.setattr(paper_plots, "save_filters", lambda path, *_, **__: path.write_bytes(b""))
+    monkeypatch.setattr(figures, "save_filters", lambda path, *_, **__: path.write_bytes(b""))
     for content in ("{", "[]", '{"filters": 3, "cost": {}}', '{"filters": {"from": {}, "files": ["nowhere"]}}'):
         (tmp_path / "index.json").write_text(content)
         ended = call("paper", "filters", "--run", trained, "--out", tmp_path)

@@ -16,7 +16,7 @@ from conftest import ROOT, load_script
 from minivit.benchmark.bandwidth import signatures
 from minivit.kernels import cuda
 
-SCRIPT = ROOT / "scripts" / "gpu_report.sh"
+SCRIPT = ROOT / "tools" / "gpu_report.sh"
 BASH = shutil.which("bash")
 pytestmark = pytest.mark.skipif(not (BASH and shutil.which("timeout")), reason="needs bash and coreutils")
 RECORDER = """#!{python}
@@ -79,7 +79,9 @@ def test_every_command_is_one_that_its_program_takes(report, tmp_path):
             files += [found.json, found.png]
         else:
             assert arguments[:2] == ["-m", "pytest"] and arguments[arguments.index("-m", 1) + 1] == "gpu"
-            assert (ROOT / "tests" / "test_cuda.py").samefile(ROOT / next(a for a in arguments if a.endswith(".py")))
+            assert (ROOT / "tests" / "kernels" / "test_cuda.py").samefile(
+                ROOT / next(a for a in arguments if a.endswith(".py"))
+            )
             seen.append("tests")
     cases = [(width, tokens, batch) for width, tokens, batch in ((192, 65, 128), (192, 65, 1024), (384, 197, 128))]
     expected = {
@@ -130,7 +132,7 @@ def seen(self, name, grid, block, arguments, **settings):
     return launch(self, name, grid, block, arguments, **settings)
 
 Emulator.launch = seen
-status = pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", sys.argv[1]])
+status = pytest.main(["-q", "-p", "no:cacheprovider", "tests/kernels/test_cuda.py", "-k", sys.argv[1]])
 print("\\n" + repr(found))
 sys.exit(status)
 """

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import tomllib
 
-import mutants as mutate
 import pytest
 from conftest import ROOT
 from cosmic_ray.mutating import mutate_code
+from mutation import operators, units
 
 SAMPLE = '''
 def sample_backward(dy, cache, *, scale=2.0):
@@ -26,7 +26,7 @@ def sample_backward(dy, cache, *, scale=2.0):
 
 
 def mutants_of_sample():
-    return mutate.mutants_of(mutate.Unit("minivit/sample.py", "sample_backward", 1, SAMPLE, True))
+    return units.mutants_of(units.Unit("minivit/sample.py", "sample_backward", 1, SAMPLE, True))
 
 
 # The gradient checks and facts of all layers, traced, take seconds: these are enough for softmax.
@@ -45,18 +45,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def script(*arguments):
     """The command in a process of its own, since it forks and runs pytest."""
-    command = [sys.executable, "-c", FEW, ROOT / "scripts" / "mutate.py", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FEW, ROOT / "tools" / "mutate.py", *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
 
 
-@pytest.mark.parametrize("operator", list(mutate.Provider()))
+@pytest.mark.parametrize("operator", list(operators.Provider()))
 def test_an_operator_by_its_examples(operator):
-    operator = mutate.Provider()[operator]
+    operator = operators.Provider()[operator]
     assert operator.examples()
     for example in operator.examples():
         changed = mutate_code(example.pre_mutation_code, operator(), example.occurrence)
-        if operator is not mutate.OtherNumber:  # cosmic-ray's examples do not look at the spaces
+        if operator is not operators.OtherNumber:  # cosmic-ray's examples do not look at the spaces
             assert changed == example.post_mutation_code
         assert ast.dump(ast.parse(changed)) == ast.dump(ast.parse(example.post_mutation_code))
 
@@ -101,30 +101,27 @@ def test_every_mutant_is_a_program_of_its_own_and_messages_are_left_alone():
 
 
 def test_what_is_mutated():
-    units = {(u.file, u.function) for u in mutate.all_units()}
-    layers = {p.stem for p in (ROOT / "minivit" / "layers").glob("*.py")} - {"__init__"}
-    for layer in layers - {"axial"}:
-        assert {(f"minivit/layers/{layer}.py", f"{layer}_{kind}") for kind in ("backward", "jvp")} <= units
-    assert ("minivit/layers/patch_embed.py", "unpatchify") in units  # called by a backward
-    assert {("minivit/options/axial.py", name) for name in ("to_axis", "from_axis")} <= units  # their own backwards
-    assert not {("minivit/layers/gelu.py", "gelu_forward"), ("minivit/model.py", "ViT.forward")} & units
+    mutated = {(u.file.removeprefix("minivit/"), u.function) for u in units.all_units()}
+    layers = {p.stem for p in (ROOT / "minivit" / "layers").glob("*.py")} - {"__init__", "loss"}
+    for layer in layers:
+        assert (f"layers/{layer}.py", f"{layer}_backward") in mutated
+    assert ("layers/patch_embed.py", "unpatchify") in mutated  # called by a backward
+    assert {("options/axial.py", name) for name in ("to_axis", "from_axis")} <= mutated  # their own backwards
+    assert not {("layers/gelu.py", "gelu_forward"), ("model/vit.py", "ViT.forward")} & mutated
     for unit in (
-        ("loss", "soft_targets"),
-        ("optim", "Adam.step"),
-        ("optim", "AdamW.decoupled"),
-        ("engine", "Engine.predict"),
-        ("model", "ViT.gradient_buffer"),
-        ("model", "ViT._position_backward"),
-        ("model", "ViT.backward"),
-        ("model", "ViT.jvp"),
-        ("masked", "patch_loss_gradient"),
-        ("masked", "MaskedViT._blocks_backward"),
-        ("masked", "MaskedViT.backward"),
-        ("masked", "MaskedViT.jvp"),
-        ("backend", "matmul"),
-        ("train", "Trainer._gradient_uphill"),
+        ("base/backend.py", "matmul"),
+        ("layers/loss.py", "soft_targets"),
+        ("model/vit.py", "ViT.backward"),
+        ("model/vit.py", "ViT.gradient_buffer"),
+        ("masked/model.py", "patch_loss_gradient"),
+        ("masked/model.py", "MaskedViT.backward"),
+        ("options/stem/resnet.py", "resnet_backward"),
+        ("training/engine.py", "Engine.predict"),
+        ("training/trainer.py", "Trainer._gradient_uphill"),
     ):
-        assert (f"minivit/{unit[0]}.py", unit[1]) in units
+        assert unit in mutated, unit
+    for function in ("Adam.update", "Optimizer.step", "make_optimizer"):
+        assert any(file.startswith("optim/") and name == function for file, name in mutated), function
 
 
 WEAK = """
@@ -218,10 +215,10 @@ def test_an_entry_that_no_mutant_matches_is_an_error(call, tmp_path):
 
 def test_the_projects_equivalent_mutants_are_of_lines_that_are_there():
     """Quick; that each is a mutant still, and still unnoticed, is checked by the command."""
-    units = {(u.file, u.function): u.source for u in mutate.all_units()}
+    sources = {(u.file, u.function): u.source for u in units.all_units()}
     entries = tomllib.loads((ROOT / "tests" / "equivalent_mutants.toml").read_text())["equivalent"]
     for entry in entries:
-        lines = units[entry["file"], entry["function"]].splitlines()
-        ones_and_twos = {mutate._one_line(lines[i : i + n]) for i in range(len(lines)) for n in (1, 2)}
+        lines = sources[entry["file"], entry["function"]].splitlines()
+        ones_and_twos = {units._one_line(lines[i : i + n]) for i in range(len(lines)) for n in (1, 2)}
         assert entry["line"] in ones_and_twos, entry
         assert len(entry["reason"]) > 20 and entry["mutants"]

@@ -1,4 +1,4 @@
-"""Live comparisons with Flax, timm and transformers, both ways: python -m pytest -m torch tests/test_parity.py"""
+"""Live comparisons with Flax, timm and transformers, both ways: python -m pytest -m torch tests/tools/test_parity.py"""
 
 import json
 
@@ -23,10 +23,10 @@ def parity():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_logits_maps_and_every_gradient(library, preset, dtype):
     script = parity()
-    found = script.compare(library, preset, dtype)
-    assert max(found.logits, found.gradients) < script.LIMITS[dtype]
+    difference = script.compare(library, preset, dtype)
+    assert max(difference.logits, difference.gradients) < script.LIMITS[dtype]
     exact = dtype == "float64" and library != "hf"  # transformers' visible maps are float32's
-    assert found.attention < (1e-10 if exact else 1e-5)
+    assert difference.attention < (1e-10 if exact else 1e-5)
 
 
 @pytest.mark.torch
@@ -34,9 +34,9 @@ def test_logits_maps_and_every_gradient(library, preset, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_logits_maps_and_every_gradient_of_an_r26_hybrid(library, dtype):
     script = parity()
-    found = script.compare_hybrid(library, dtype)
-    assert script.passes(found)
-    assert found.attention < {"float32": 1e-4, "float64": 1e-10}[dtype]
+    difference = script.compare_hybrid(library, dtype)
+    assert script.passes(difference)
+    assert difference.attention < {"float32": 1e-4, "float64": 1e-10}[dtype]
 
 
 def test_gradients_have_a_limit_whatever_the_model():

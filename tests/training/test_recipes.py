@@ -112,6 +112,9 @@ def test_settings_files_are_known_by_name(tmp_path):
     assert find_config(tmp_path / "x.toml") == tmp_path / "x.toml"
     with pytest.raises(InputError, match="there is no settings file cifar; .* cifar10, .*digits"):
         find_config("cifar")
+    assert find_config("digits", "sweeps") == CONFIGS / "sweeps" / "digits.toml"
+    with pytest.raises(InputError, match="there is no sweep cifar10; .* cifar10-10min, .*digits"):
+        find_config("cifar10", "sweeps", "sweep")
 
 
 def test_a_folder_is_no_settings_file(tmp_path, monkeypatch):
@@ -123,10 +126,10 @@ def test_a_folder_is_no_settings_file(tmp_path, monkeypatch):
     assert find_config("digits") == Path("digits")
 
 
-def test_the_settings_files_that_scripts_name_in_their_examples_are_there():
+def test_the_settings_files_that_commands_name_in_their_examples_are_there():
     named = re.findall(r'config = "([^"]+)"', sweep.__doc__)
-    for path in (ROOT / "scripts").glob("*.py"):
-        named += re.findall(r"^ +python scripts/.* --config (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    for path in (ROOT / "minivit" / "commands").glob("*.py"):
+        named += re.findall(r"^ +minivit .* --config (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(named) > 3
     for name in named:
         assert find_config(name).suffix == ".toml" and (name == "my.toml" or find_config(name).is_file()), name

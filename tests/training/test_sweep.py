@@ -19,7 +19,7 @@ from minivit.training.sweep import Row, Run, recipe_of, result_of
 from minivit.training.trainer import LAST, SUMMARY, TrainConfig
 from minivit.weights.start import StartConfig
 
-BEFORE = "runs/sweep-pretraining"  # where scripts/sweep.py writes the sweep of that name
+BEFORE = "runs/sweep-pretraining"  # where minivit sweep writes the sweep of that name
 
 TINY = """
 title = "tiny"

@@ -20,6 +20,8 @@ from minivit.layers.patch_embed import sincos2d
 from minivit.model import HYBRIDS
 from minivit.weights import checkpoint
 from minivit.weights import layouts as pretrained
+from minivit.weights.layouts.description import likely_heads
+from minivit.weights.layouts.timm import timm_config
 from minivit.weights.tensor_files import Tensor, of_arrays
 
 FILES = {  # file: what the settings come to
@@ -134,8 +136,7 @@ def test_heads_from_config_json(tmp_path, extra, heads):
 
 
 def test_heads_of_the_papers_huge_model_are_not_64_wide():
-    source = pretrained._Source(of_arrays({"patch_embed.proj.weight": np.zeros(1)}), "x")
-    assert pretrained._heads({}, 1280, 32, source) == 16 and pretrained._heads({}, 768, 12, source) == 12
+    assert likely_heads({}, 1280, 32, []) == 16 and likely_heads({}, 768, 12, []) == 12
 
 
 @pytest.mark.parametrize("name", ["layout_timm_registers", "layout_timm_deit3", "layout_timm_average"])
@@ -300,17 +301,18 @@ def test_the_settings_of_the_papers_hybrids_are_seen_in_the_shapes():
     """Tensors without numbers: their shapes are all that is asked."""
     for preset in HYBRIDS:
         config = ViTConfig.preset(preset)
-        for layout, gelu in (("official", "tanh"), ("timm", "erf")):
+        for name, gelu in (("official", "tanh"), ("timm", "erf")):
+            layout = pretrained.LAYOUTS[name]
             tensors = {}
             for spec in parameter_table(config):
-                part = pretrained._part_shape(spec.name, spec.shape, layout)
-                for key in pretrained.keys_of(spec.name, layout):
-                    shape = pretrained._their_shape(spec.name, part, config, layout)
+                part = layout.part_shape(spec.name, spec.shape)
+                for key in layout.keys(spec.name):
+                    shape = layout.shape(spec.name, part, config)
                     tensors[key] = Tensor(shape, "float32", None)
             found = pretrained.describe_tensors(tensors, {}, preset)
             assert found.config == replace(config, gelu=gelu), preset
-            assert any("other eps in GroupNorm" in note for note in found.notes) == (layout == "timm")
-            assert ("conv_root/kernel" in tensors) == (layout == "official")
+            assert any("other eps in GroupNorm" in note for note in found.notes) == (name == "timm")
+            assert ("conv_root/kernel" in tensors) == (name == "official")
 
 
 def test_without_pre_logits(tmp_path):
@@ -460,7 +462,7 @@ def test_timms_names_of_hybrids():
     for changes in ({"stem_width": 128}, {"stem_groups": 16}, {"stem": "1,1"}):
         assert pretrained.timm_architecture(ViTConfig.preset("R26+S/32", **changes)) == ""
     config = ViTConfig(**COMMON | SMALL_HYBRID | {"stem_groups": 8})
-    content = pretrained._timm_config(config, list("abcde"))
+    content = timm_config(config, list("abcde"))
     assert (content["architecture"], content["stem_groups"]) == ("hybrid without a name in timm", 8)
     assert content["pretrained_cfg"]["first_conv"] == "patch_embed.backbone.stem.conv"
 
@@ -482,7 +484,7 @@ def test_what_was_written_is_read_as_it_was(tmp_path, layout, changes):
     for again in write(path, model, layout):
         assert again.exists()
     back, found = pretrained.read(path)
-    assert back.config == model.config and found.layout == layout
+    assert back.config == model.config and found.layout.name == layout
     np.testing.assert_array_equal(back.flat, model.flat)
     if layout == "official":
         write(path, model, layout, naming="current", overwrite=True)
@@ -550,7 +552,7 @@ def test_what_a_layout_cannot_hold_is_refused_before_anything_is_written(tmp_pat
 def test_every_setting_is_held_or_refused():
     """A setting that nobody thought of is refused, unless it is that of a plain model."""
     for layout in pretrained.LAYOUTS:
-        assert set(pretrained.HOLDS[layout]) <= set(vars(ViTConfig()))
+        assert set(pretrained.LAYOUTS[layout].holds) <= set(vars(ViTConfig()))
         pretrained.check_held(ViTConfig(), layout)
 
 
@@ -617,7 +619,7 @@ BROKEN = {  # file, key -> array or None, what the message says
     "a wide kernel": ("layout_official_hybrid", {"block1/unit1/conv2/kernel": np.zeros((5, 5, 4, 4))},
                       "conv2/kernel has shape (5, 5, 4, 4), the model needs (3, 3, 4, 4)"),
     "a batch of scales": ("layout_official_hybrid", {"gn_root/scale": np.zeros((2, 1, 1, 4))}, "gn_root/scale has sh"),
-    "patches of a picture": ("layout_official_hybrid", {"embedding/kernel": np.zeros((1, 1, 3, 8))},
+    "patches of an image": ("layout_official_hybrid", {"embedding/kernel": np.zeros((1, 1, 3, 8))},
                              "embedding/kernel has shape (1, 1, 3, 8), the model needs (1, 1, 32, 8)"),
     "a stem alone": ("layout_timm_deit3", {"patch_embed.backbone.conv1.weight": np.zeros((4, 3, 7, 7))},
                      "no part of the model takes: patch_embed.backbone.conv1.weight"),
@@ -691,22 +693,22 @@ def test_options_that_contradict_the_file(tmp_path):
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_normalised_in_another_way_come_to_the_same_logits(tmp_path):
+def test_images_normalised_in_another_way_come_to_the_same_logits(tmp_path):
     mean, std = np.array(pretrained.IMAGENET)
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), dtype=np.uint8)
-    theirs = (pictures / 255 - mean) / std
+    images = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), dtype=np.uint8)
+    theirs = (images / 255 - mean) / std
     for name, beside in (("layout_timm_deit3", None), ("layout_hf", "preprocessor_config.json")):
         weights, _, _ = stored(name)
         path = put(tmp_path, weights, num_attention_heads=2)
         expected = load(path)[0].predict(theirs)
         model, found = load(path, imagenet_pixels=True)
-        close(model.predict(pictures), expected)
+        close(model.predict(images), expected)
         assert "made part of the patch embedding" in found.notes[-1]
         if beside is None:
             put(tmp_path, weights, pretrained_cfg={"mean": list(mean), "std": list(std)}, model_args={"num_heads": 2})
         else:
             (tmp_path / beside).write_text(json.dumps({"image_mean": list(mean), "image_std": list(std)}))
-        close(load(path)[0].predict(pictures), expected)
+        close(load(path)[0].predict(images), expected)
     for bad in ([0.2, 0.2], [0.2, 0.2, 0.0], [0.2, 0.2, "x"]):
         (tmp_path / beside).write_text(json.dumps({"image_mean": 0.5, "image_std": bad}))
         with pytest.raises(InputError):

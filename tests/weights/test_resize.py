@@ -109,7 +109,7 @@ def test_patch_embeddings_as_the_pseudo_inverse_of_all_pixels_makes_them(name):
 
 
 def resized_patches(images, P, new):
-    """Pictures whose patches were each resized by themselves."""
+    """Images whose patches were each resized by themselves."""
     B, H, _, C = images.shape
     M, g = interpolation(new, P, PATCHES), H // P
     patches = patchify(images, P).reshape(B, g, g, P, P, C)

@@ -89,8 +89,8 @@ def test_positions_of_rows_and_columns_are_resized(at, kind):
             np.testing.assert_array_equal(made[name], resize_table(model.params[name], config.grid_size, kind))
 
 
-def test_a_larger_picture_in_larger_patches_is_the_same_to_the_model():
-    """Pictures of patches that are each of one colour look the same at any size: so must the logits be."""
+def test_a_larger_image_in_larger_patches_is_the_same_to_the_model():
+    """Images of patches that are each of one colour look the same at any size: so must the logits be."""
     model = random_model()
     colours = np.random.default_rng(0).uniform(-1, 1, (2, 3, 3, 3)).astype(np.float32)
     small, large = (colours.repeat(P, axis=1).repeat(P, axis=2) for P in (4, 7))
@@ -121,7 +121,7 @@ def test_sine_cosine_positions_stay_or_are_learned_from_there_on():
         ({"gelu": "erf"}, "x.npz has gelu tanh, erf was asked for"),
         ({"pos_embed": "sincos2d"}, "x.npz has pos_embed learned, sincos2d was asked for"),
         ({"registers": 1}, "x.npz has registers 0, 1 was asked for"),
-        ({"channels": 1}, "x.npz takes pictures of 3 channels, not of 1"),
+        ({"channels": 1}, "x.npz takes images of 3 channels, not of 1"),
         ({"image_size": 13}, "image_size 13 is not a multiple of patch_size 4"),
         ({"pre_logits": 4}, "a new head has no pre-logits layer"),
         ({"stem": "root", "patch_size": 1}, "x.npz has stem none, root was asked for"),
@@ -145,7 +145,7 @@ def test_parameters_that_do_not_fit_are_refused_by_name():
     ):
         begin(random_model(), replace(CONFIG, width=16))
     old = random_model(pos_embed="relative", pos_at="shared")
-    with pytest.raises(InputError, match="rel_pos .* leave the size of pictures and patches as it was, 12 and 4$"):
+    with pytest.raises(InputError, match="rel_pos .* leave the size of images and patches as it was, 12 and 4$"):
         begin(old, replace(old.config, image_size=16))
     with pytest.raises(InputError, match=r"the start's head.weight has shape \(8, 4\)"):
         begin(random_model(), replace(CONFIG, num_classes=5), keep_head=True)
@@ -194,9 +194,9 @@ def test_a_run_begins_where_the_other_ended_and_says_so(tmp_path, trained, call)
         assert content["start"] == origin
         expected = {"data": "digits", "data_dir": "data", "image_size": 12, "classes": "0-4", "train_share": None}
         assert content["data"] == expected
-    # evaluate and predict find the same pictures
+    # evaluate and predict find the same images
     ended = call("evaluate", out / LAST)
-    assert ended.status == 0 and ended.err == "" and "; scaled from 8x8" in ended.out
+    assert ended.status == 0 and ended.err == "" and "; resized from 8x8" in ended.out
     ended = call("predict", out / LAST, "--test", 0)
     assert ended.status == 0 and ended.err == ""
     ended = call("report", out)
@@ -206,12 +206,12 @@ def test_a_run_begins_where_the_other_ended_and_says_so(tmp_path, trained, call)
 
 
 def test_another_size_of_the_data_is_told(tmp_path, trained, call):
-    """Once, unless it was asked for; a folder's pictures have no size of their own and take the model's."""
+    """Once, unless it was asked for; a folder's images have no size of their own and take the model's."""
     quick = [*TINY, "--epochs", 1, "--lr", 0]
     assert call("train", *quick, "--image-size", 12, "--out", tmp_path / "a").status == 0
     source = tmp_path / "a" / LAST
     ended = call("train", *quick, "--from", source, "--out", tmp_path / "b")
-    assert ended.status == 0 and "pictures of 8x8x1" in ended.out
+    assert ended.status == 0 and " of 8x8x1" in ended.out
     assert ended.err == (
         f"note: the model goes on at the size of the data, 8x8 pixels; {source} is of 12x12, to which --image-size 12 "
         "scales the data\n"
@@ -228,7 +228,7 @@ def test_another_size_of_the_data_is_told(tmp_path, trained, call):
     folder = [*quick, "--data", "folder", "--data-dir", tmp_path / "pictures"]
     assert call("train", *folder, "--image-size", 12, "--out", tmp_path / "d").status == 0
     ended = call("train", *folder, "--from", tmp_path / "d" / LAST, "--out", tmp_path / "e")
-    assert ended.status == 0 and ended.err == "" and "pictures of 12x12x3" in ended.out
+    assert ended.status == 0 and ended.err == "" and "images of 12x12x3" in ended.out
 
 
 def test_a_kept_head_makes_the_same_predictions(tmp_path, trained, call):
@@ -251,7 +251,7 @@ def test_a_head_of_another_program_is_kept(tmp_path, trained, call):
     assert ended.status == 2 and "classes 0, 1, 2, 3, 4, ...: leave --keep-head out" in ended.err
     assert call("convert", other, tmp_path / "unnamed.npz", "--to", "official").status == 0
     ended = call("train", *TINY, "--from", tmp_path / "unnamed.npz", "--keep-head", "--out", tmp_path / "b")
-    assert ended.status == 2 and "class 4, ... (scripts/convert.py --class-names FILE gives" in ended.err
+    assert ended.status == 2 and "class 4, ... (minivit convert --class-names FILE gives" in ended.err
 
 
 def test_it_resumes_exactly_also_when_the_start_is_gone(tmp_path, run_copy, call):

@@ -1,9 +1,9 @@
 """Who is timed against whom: the same step, of the same model on the same batch, by us, PyTorch, JAX and BLAS alone.
 
 Each contender is a class in a module of its own, which alone imports its library, and runs in a process of its own:
-``python -m minivit.benchmark.contenders`` reads who it is and its `Job` from its standard input and then obeys one request after
-the other, so that `minivit.benchmark.contest` can let the contenders step in turn. No contender meets another one's threads or
-memory allocator that way, and the peak memory of its process is its own.
+``python -m minivit.benchmark.contenders`` reads who it is and its `Job` from its standard input and then obeys one
+request after the other, so that `minivit.benchmark.turns` can let the contenders step in turn. No contender meets
+another one's threads or memory allocator that way, and the peak memory of its process is its own.
 
 A contender is made from a job and has
 
@@ -73,7 +73,7 @@ class Problem(NamedTuple):
 
 
 def problem(job):
-    """Parameters, pictures and labels of a job, from its seed.
+    """Parameters, images and labels of a job, from its seed.
 
     Math    theta = official initialisation + N(0, 0.02^2)
     The noise is on every parameter, so that none sits at a value that hides a mistake: a head of zeros would let no

@@ -167,7 +167,7 @@ class Fed(Ours):
 
 
 class Pipeline:
-    """The input pipeline alone: each step is one augmented batch, prepared when asked for."""
+    """The input pipeline alone: each step is one augmented batch, prepared on demand."""
 
     def __init__(self, job):
         self.stream = endless_batches(job, prefetch=0)
@@ -239,8 +239,8 @@ def attention_backward_products(B, N, num_heads, Dh, times=1, *, queries=None):
 def model_products(config, batch, *, backward=True):
     """Every matrix product of a forward pass (and a backward pass) over a batch, as a list of `Product`.
 
-    The sum of their `Product.flops` is that of `minivit.laboratory.trace.expected_flops`, but for sequences so long that the
-    backward makes the attention map again: the floor keeps it.
+    The sum of their `Product.flops` is that of `minivit.laboratory.trace.expected_flops`, but for sequences so long
+    that the backward makes the attention map again: the floor keeps it.
     """
     c, D, M, L = config, config.width, config.mlp_dim, config.depth
     N, patches = c.num_tokens, batch * c.grid_size**2

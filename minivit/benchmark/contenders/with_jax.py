@@ -45,7 +45,7 @@ def layer_scale(p, name, x):
 
 
 def vit(config, p, images):
-    """`minivit.model.ViT`: pictures (B, H, W, C) uint8 -> logits (B, K)."""
+    """`minivit.model.ViT`: images (B, H, W, C) uint8 -> logits (B, K)."""
     c, P, n = config, config.patch_size, config.grid_size
     B = len(images)
     x = (images.astype(jnp.float32) - 127.5) / 127.5
@@ -80,7 +80,7 @@ def vit(config, p, images):
 
 
 def cross_entropy(config, p, images, labels):
-    """Mean cross-entropy of a batch: pictures (B, H, W, C) uint8, labels (B,) -> ()."""
+    """Mean cross-entropy of a batch: images (B, H, W, C) uint8, labels (B,) -> ()."""
     log_p = jax.nn.log_softmax(vit(config, p, images))
     return -jnp.take_along_axis(log_p, labels[:, None], axis=1).mean()
 

@@ -93,7 +93,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """`minivit.model.ViT`: pictures (B, H, W, C) uint8 -> logits (B, K)."""
+    """`minivit.model.ViT`: images (B, H, W, C) uint8 -> logits (B, K)."""
 
     def __init__(self, config):
         super().__init__()

@@ -1,0 +1,159 @@
+"""A run and what its folder says: records, summary, predictions of its checkpoint, the command to make it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minivit.base.errors import InputError
+from minivit.base.settings import field_names
+from minivit.evaluation.inference import check_finite, load_with_data, predict_all
+from minivit.model import ViT, ViTConfig, preset_fields
+from minivit.training.recipes import CONFIGS, FINETUNE
+from minivit.training.trainer import (
+    LAST,
+    METRICS,
+    SUMMARY,
+    TrainConfig,
+    config_from,
+    fingerprint,
+    origin_of,
+    read_metrics,
+)
+from minivit.weights.start import MAY_CHANGE, StartConfig
+
+
+class Run(NamedTuple):
+    """A run and what its checkpoint says about the test images."""
+
+    folder: Path
+    model: ViT
+    meta: dict  # of the checkpoint
+    train: TrainConfig
+    dataset: Any
+    same: bool  # are these the images that it was trained and tested on?
+    logits: Any  # (n, K), of the test images, on the host
+    records: list  # of its metrics.jsonl
+    summary: dict  # {} before its end
+    own: dict  # the tables of the data set's own settings file
+
+
+def read_run(folder, *, weights="auto", data_dir=None, workers=0, device="cpu"):
+    """The `Run` in a folder, with the predictions of its last checkpoint.
+
+    Raises  InputError: there is none, it is damaged, or its data are missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {what}; name the folder of a run, such as runs/digits")
+    path = folder / LAST
+    if not path.exists():
+        raise InputError(
+            f"there is no checkpoint at {path}; a report is of a run of minivit train; minivit evaluate "
+            "tests a model alone"
+        )
+    model, meta, dataset = load_with_data(path, weights=weights, data_dir=data_dir)
+    train = config_from(meta, path)
+    logits = predict_all(model, dataset.test_images, workers=workers, device=device, flip=train.test_flip)
+    check_finite(logits, path)
+    data = meta["data"] | ({"data_dir": data_dir} if data_dir else {})
+    return Run(
+        folder, model, {**meta, "data": data}, train, dataset, data.get("fingerprint") == fingerprint(dataset), logits,
+        records_of(folder), summary_of(folder), own_settings(FINETUNE if origin_of(meta) else data.get("data")),
+    )  # fmt: skip
+
+
+def own_settings(name):
+    """The tables of minivit/configs/NAME.toml, which training on this data set reads by itself; {} if there is none."""
+    try:
+        content = tomllib.loads((CONFIGS / f"{name}.toml").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return {}
+    return {section: values for section, values in content.items() if isinstance(values, dict)}
+
+
+def read_object(path):
+    """The content of a JSON file that holds a dict; {} if it is missing or damaged."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def number(content, name, default=None):
+    """A finite, non-negative number of a dict that comes from a file, or the default if it has none of that name."""
+    value = content.get(name) if isinstance(content, dict) else None
+    return value if type(value) in (int, float) and 0 <= value < 1e15 else default
+
+
+def records_of(folder):
+    """The records of a run's metrics.jsonl that can be drawn: whole, of finite numbers, of an epoch and a step."""
+
+    def sound(record):
+        numbers = [value for value in record.values() if type(value) in (int, float)]
+        return all(abs(value) < 1e15 for value in numbers) and record["epoch"] > 0 and record["step"] > 0
+
+    path = Path(folder) / METRICS
+    return [record for record in read_metrics(path) if sound(record)] if path.is_file() else []
+
+
+def summary_of(folder):
+    """The content of a run's summary.json; {} if there is none yet or it is damaged."""
+    return read_object(Path(folder) / SUMMARY)
+
+
+def defaults_of(config):
+    """The values that a settings object would have if none were chosen, as a dict."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    return defaults | ({"mlp_dim": 4 * config.width} if isinstance(config, ViTConfig) else {})
+
+
+START_FLAGS = {
+    f.name: ("--from" if f.name == "checkpoint" else "--" + f.name.replace("_", "-"), f.default)
+    for f in dataclasses.fields(StartConfig)
+}
+BY_START = set(field_names(ViTConfig)) - {*MAY_CHANGE, "pos_embed"}
+FITTED = ("image_size", "channels", "num_classes")  # settings of a model that follow the data
+
+
+def command(config, train, data, own, start=None):
+    """The command that trains the same model again, as a list of its words, a list for each flag.
+
+    Every setting that is not the default is a flag, and so is one that ``own``, the tables of the data set's settings
+    file (which `minivit train` reads by itself), would change. ``data`` is the checkpoint's description of the data,
+    ``start`` that of where its first parameters came from (see `minivit.weights.start.Start`), or None.
+    """
+    name, place = data.get("data") or "digits", data.get("data_dir") or "data"
+    parts = [["minivit", "train"]]
+    if name != "digits":
+        parts.append(["--data", name])
+        if place != own.get("data", {}).get("data_dir", "data"):
+            parts.append(["--data-dir", place])
+    if name == "folder" or data.get("image_size"):
+        parts.append(["--image-size", str(config.image_size)])
+    if data.get("classes"):
+        parts.append(["--classes", str(data["classes"])])
+    if data.get("train_share"):
+        parts.append(["--train-share", str(data["train_share"])])
+    for key, value in (start or {}).items():
+        if key in START_FLAGS and value != START_FLAGS[key][1]:
+            flag = START_FLAGS[key][0]
+            parts.append([flag] if value is True else [flag, str(value)])
+    for settings, section in ((config, "model"), (train, "train")):
+        chosen, defaults = own.get(section, {}), defaults_of(settings)
+        by_preset = preset_fields("Ti/16") if "preset" in chosen else {}  # the sizes that any preset sets
+        for key in field_names(type(settings)):
+            value = getattr(settings, key)
+            known = value == defaults[key] and chosen.get(key, value) == value and key not in by_preset
+            if start and settings is config:  # what is not chosen is the start's
+                known = key in BY_START or chosen.get(key) == value
+            if key in FITTED or known:
+                continue
+            flag = "--" + key.replace("_", "-")
+            parts.append([flag if value else f"--no-{flag[2:]}"] if type(value) is bool else [flag, str(value)])
+    return parts
