@@ -73,9 +73,7 @@ def file_image(path, size, channels, dataset=None):
     It is cut out as the test images of the data set are that the model has learned, by name.
     """
     lazily = dataset == "imagefolder"
-    image = (
-        LazyImages(path.parent, [path.name], [0], size)[0] if lazily else read_image(path, size)
-    )  # (size, size, 3)
+    image = LazyImages(path.parent, [path.name], [0], size)[0] if lazily else read_image(path, size)  # (size, size, 3)
     if channels == 3:
         return image
     if channels == 1:

@@ -1,6 +1,7 @@
 """CIFAR in all its forms, whole and broken, honest and hostile; downloads from a server of our own."""
 
 import codecs
+import contextlib
 import gzip
 import hashlib
 import io
@@ -445,7 +446,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(server.status)
             return
         if server.raw is not None:
-            self.wfile.write(server.raw)
+            self.send(server.raw)
             return
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.ranges else 0
         if start and start >= len(server.body):
@@ -459,15 +460,27 @@ class Handler(BaseHTTPRequestHandler):
         if server.says_length:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: server.cut_after])
+        self.send(body[: server.cut_after])
+
+    def send(self, data):
+        with contextlib.suppress(ConnectionError):  # a client that has enough hangs up
+            self.wfile.write(data)
 
     def log_message(self, *_):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = False  # they end before it does
+
+    def handle_error(self, request, client_address):
+        self.errors.append(sys.exception())
+
+
 @pytest.fixture
 def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.errors = []  # of its threads; they would be printed between the results of other tests
         server.status = server.cut_after = None
         server.asked, server.body, server.raw, server.range_shift = [], b"", None, 0
         server.ranges = server.says_length = True
@@ -477,6 +490,7 @@ def server():
         yield server
         server.shutdown()
         thread.join()
+    assert not server.errors
 
 
 @pytest.fixture
