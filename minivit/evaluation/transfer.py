@@ -125,7 +125,7 @@ def logistic_loss(theta, x, labels, num_classes, l2):
     W, b = theta[: d * num_classes].reshape(d, num_classes), theta[d * num_classes :]
     logits, cache = linear_forward(x, W, b)
     loss, loss_cache = softmax_cross_entropy_forward(logits, labels)
-    _, dW, db = linear_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, need_dx=False)
+    _, dW, db = linear_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)
     return float(loss + l2 / 2 * (W * W).sum()), np.concatenate([(dW + l2 * W).ravel(), db])
 
 
