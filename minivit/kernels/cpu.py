@@ -12,15 +12,20 @@ They are written for any array library and take float32 and float64; complex num
 arrays (`minivit.kernels.cuda`) that have no kernel of their own are these.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from minivit.base.backend import array_module, column_sum, matmul, matmul_rows, row_mean, row_sum
+import numpy as np
+
+from minivit.base.backend import array_module, column_sum, matmul, matmul_rows, row_sum
 from minivit.layers.attention import ATTENTION, transpose
+from minivit.layers.block import NORM1, NORM2, take
 from minivit.layers.gelu import A, C
 from minivit.layers.linear import linear_backward as any_linear_backward
 from minivit.layers.linear import linear_forward as any_linear_forward
 from minivit.layers.linear import rows
-from minivit.layers.msa import split_heads
+from minivit.layers.mlp import FC, MLP
+from minivit.layers.msa import ATTN, MSA, split_heads
 from minivit.layers.patch_embed import patchify, scale_pixels
 
 
@@ -62,40 +67,61 @@ def linear_backward(dy, cache):
 # ---- layernorm -------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=64)
+def ones(n, dtype):
+    """A vector of ones, made once, for sums as products."""
+    vector = np.ones(n, dtype)
+    vector.flags.writeable = False
+    return vector
+
+
 class LayerNormCache(NamedTuple):
     """What `layernorm_backward` reads."""
 
-    xhat: Any  # (..., D)
-    rstd: Any  # (..., 1)
+    xhat: Any  # (n, D), the rows as a matrix
+    rstd: Any  # (n, 1)
     w: Any  # (D,)
 
 
 def layernorm_forward(x, w, b, *, eps=1e-6):
-    """Twin of `minivit.layers.layernorm.layernorm_forward`: means are products with ones."""
+    """Twin of `minivit.layers.layernorm.layernorm_forward`: means are products, and a square root is not a power."""
     if not covers(x, w, b):
         return NotImplemented
-    xhat = x - row_mean(x)  # (..., D), centred
-    rstd = (row_mean(xhat * xhat) + eps) ** -0.5  # (..., 1)
+    D = x.shape[-1]
+    x_rows = rows(x)  # (n, D)
+    mean = x_rows @ ones(D, x.dtype)  # (n,), times D
+    mean *= 1.0 / D
+    xhat = x_rows - mean[:, None]  # centred
+    rstd = np.einsum("ij,ij->i", xhat, xhat)  # (n,), D times the variance
+    rstd *= 1.0 / D
+    rstd += eps
+    np.sqrt(rstd, out=rstd)
+    rstd = np.divide(1.0, rstd, out=rstd)[:, None]
     xhat *= rstd
     y = xhat * w
     y += b
-    return y, LayerNormCache(xhat, rstd, w)
+    return y.reshape(x.shape), LayerNormCache(xhat, rstd, w)
 
 
 def layernorm_backward(dy, cache):
-    """Twin of `minivit.layers.layernorm.layernorm_backward`: dw and mean(dxhat * xhat) from one array of products."""
+    """Twin of `minivit.layers.layernorm.layernorm_backward`: means of dy * w and dy * w * xhat are products with w."""
     xhat, rstd, w = cache
+    n, D = xhat.shape
+    dy_rows = dy.reshape(n, D)
     # y = xhat * w + b
-    product = dy * xhat  # (..., D)
-    dw = column_sum(rows(product))
-    db = column_sum(rows(dy))
-    dx = dy * w  # (..., D), dxhat
-    # xhat = (x - mean(x)) * rstd
-    product *= w  # dxhat * xhat
-    dx -= row_mean(dx)
-    dx -= xhat * row_mean(product)
+    product = dy_rows * xhat  # (n, D)
+    db = ones(n, dy.dtype) @ dy_rows
+    dw = ones(n, dy.dtype) @ product
+    # xhat = (x - mean(x)) * rstd, with dxhat = dy * w
+    w_over_D = w * (1.0 / D)
+    mean_dxhat = dy_rows @ w_over_D  # (n,)
+    mean_product = product @ w_over_D  # (n,), mean(dxhat * xhat)
+    dx = dy_rows * w
+    np.multiply(xhat, mean_product[:, None], out=product)
+    dx -= product
+    dx -= mean_dxhat[:, None]
     dx *= rstd
-    return dx, dw, db
+    return dx.reshape(dy.shape), dw, db
 
 
 # ---- gelu ------------------------------------------------------------------------------------------------------------
@@ -105,40 +131,36 @@ class GeluCache(NamedTuple):
     """What `gelu_backward` reads."""
 
     x: Any  # (...)
-    t: Any  # (...)
+    s: Any  # (...)  1 / (1 + exp(-2u)) = (1 + tanh(u)) / 2
 
 
 def gelu_forward(x):
-    """Twin of `minivit.layers.gelu.gelu_forward`: u = x * (C + C A x^2) and all that follows in two arrays."""
+    """Twin of `minivit.layers.gelu.gelu_forward`: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)); exp is quicker than tanh."""
     if not covers(x):
         return NotImplemented
-    t = x * x
-    t *= C * A
-    t += C
-    t *= x
-    array_module(x).tanh(t, out=t)
-    y = t + 1.0
-    y *= x
-    y *= 0.5
-    return y, GeluCache(x, t)
+    s = x * x
+    s *= -2.0 * C * A
+    s -= 2.0 * C
+    s *= x  # -2u
+    with np.errstate(over="ignore"):  # exp(-2u) may be infinite: s is then 0, as it should be
+        array_module(x).exp(s, out=s)
+    s += 1.0
+    array_module(x).divide(1.0, s, out=s)
+    return x * s, GeluCache(x, s)
 
 
 def gelu_backward(dy, cache):
-    """Twin of `minivit.layers.gelu.gelu_backward`: dx = dy * (1 + t + x * (1 - t^2) * u') / 2 in two arrays."""
-    x, t = cache
+    """Twin of `minivit.layers.gelu.gelu_backward`: dx = dy * s * (1 + x * (1 - s) * 2u'), as s' = s * (1 - s) * 2u'."""
+    x, s = cache
     # u = C * (x + A * x^3)
     dx = x * x
-    dx *= 3.0 * C * A
-    dx += C  # u'
-    # t = tanh(u)
-    slope = t * t
-    slope -= 1.0  # -(1 - t^2): the signs of this factor and of the next line cancel in the last ones
-    dx *= slope
-    # y = x * (1 + t) / 2
-    dx *= x
-    dx -= t
-    dx -= 1.0
-    dx *= -0.5
+    dx *= 6.0 * C * A
+    dx += 2.0 * C
+    dx *= x  # x 2u'
+    # y = x * s
+    dx *= 1.0 - s
+    dx += 1.0
+    dx *= s
     dx *= dy
     return dx
 
@@ -233,12 +255,17 @@ class MSACache(NamedTuple):
     num_tokens: int
 
 
+def is_plain(attend):
+    """Whether an attention is the book's, of all queries or of the first ones."""
+    return not attend.names and not attend.about.keys() - {"reads"}
+
+
 def msa_forward(x, Wqkv, bqkv, Wproj, bproj, *own, num_heads, attend=ATTENTION):
     """Twin of `minivit.layers.msa.msa_forward` with the book's attention, of all queries or of the first ones.
 
     The attention writes its result as (B, Q, h, Dh), so that joining the heads is a reshape.
     """
-    if not covers(x, Wqkv) or attend.names or attend.about.keys() - {"reads"}:
+    if not covers(x, Wqkv) or not is_plain(attend):
         return NotImplemented
     B, N, D = x.shape
     Q = attend.about.get("reads", N)
@@ -264,6 +291,75 @@ def msa_backward(dy, cache, *, attend=ATTENTION):
     # qkv = x @ Wqkv + bqkv
     dx, dWqkv, dbqkv = any_linear_backward(dqkv, cache.qkv)
     return dx, dWqkv, dbqkv, dWproj, dbproj
+
+
+# ---- block -----------------------------------------------------------------------------------------------------------
+
+
+class BlockCache(NamedTuple):
+    """What `block_backward` reads."""
+
+    norm1: LayerNormCache
+    msa: MSACache
+    norm2: LayerNormCache
+    fc1: LinearCache
+    gelu: GeluCache
+    fc2: LinearCache
+
+
+def block_forward(z, params, *, num_heads, reads=None, msa=MSA, mlp=MLP, eps=1e-6):
+    """Twin of `minivit.layers.block.block_forward` without options: the sums are made where a branch ends.
+
+    With ``reads`` it is that of `minivit.options.first_tokens.first_tokens_forward`.
+    """
+    if msa.names != ATTN or msa.about.keys() - {"reads"} or mlp.names != FC or mlp.about or not covers(z):
+        return NotImplemented
+    W1, b1, W2, b2 = take(params, FC)
+    # Eq. 2
+    y, norm1 = layernorm_forward(z, *take(params, NORM1), eps=eps)  # (B, N, D)
+    z1, msa_cache = msa.forward(y, *take(params, ATTN), num_heads=num_heads)  # (B, Q, D)
+    z1 += z[:, :reads]
+    # Eq. 3
+    y1, norm2 = layernorm_forward(z1, *take(params, NORM2), eps=eps)  # (B, Q, D)
+    hidden, fc1 = linear_forward(y1, W1, b1)  # (B, Q, M)
+    active, gelu = gelu_forward(hidden)  # (B, Q, M)
+    z2, fc2 = linear_forward(active, W2, b2)  # (B, Q, D)
+    z2 += z1
+    return z2, BlockCache(norm1, msa_cache, norm2, fc1, gelu, fc2)
+
+
+def block_backward(dz2, cache, grads, *, msa=MSA, mlp=MLP):
+    """Twin of `minivit.layers.block.block_backward`."""
+
+    def add(names, dparameters):
+        for name, gradient in zip(names, dparameters, strict=True):
+            grads[name] += gradient
+
+    # z2 = MLP(LN(z1)) + z1
+    dactive, *dfc2 = linear_backward(dz2, cache.fc2)  # (B, Q, M)
+    add(FC[2:], dfc2)
+    dy1, *dfc1 = linear_backward(gelu_backward(dactive, cache.gelu), cache.fc1)  # (B, Q, D)
+    add(FC[:2], dfc1)
+    dz1, *dnorm2 = layernorm_backward(dy1, cache.norm2)  # (B, Q, D)
+    add(NORM2, dnorm2)
+    dz1 += dz2
+    # z1 = MSA(LN(z)) + z
+    dy, *dmsa = msa.backward(dz1, cache.msa)  # (B, N, D)
+    add(ATTN, dmsa)
+    dz, *dnorm1 = layernorm_backward(dy, cache.norm1)  # (B, N, D)
+    add(NORM1, dnorm1)
+    dz[:, : dz1.shape[1]] += dz1
+    return dz
+
+
+def first_tokens_forward(z, params, *, num_heads, reads, msa=MSA, mlp=MLP, eps=1e-6):
+    """Twin of `minivit.options.first_tokens.first_tokens_forward`: the block's, for the tokens that are read."""
+    return block_forward(z, params, num_heads=num_heads, reads=reads, msa=msa, mlp=mlp, eps=eps)
+
+
+def first_tokens_backward(dz2, cache, grads, *, msa=MSA, mlp=MLP):
+    """Twin of `minivit.options.first_tokens.first_tokens_backward`."""
+    return block_backward(dz2, cache, grads, msa=msa, mlp=mlp)
 
 
 # ---- patch embedding -------------------------------------------------------------------------------------------------
