@@ -61,7 +61,7 @@ def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=F
     With ``flip``, an image's logits are the mean of its own and of its mirror image's.
     """
     views = [images, mirrored(images)] if flip else [images]
-    bar = tqdm(total=len(views) * len(images), desc="pictures", unit="", delay=1, disable=None)
+    bar = tqdm(total=len(views) * len(images), desc="images", unit="", delay=1, disable=None)
     if device == "cpu":
         engine = Engine(model, workers=workers, micro_batch=micro_batch)
     else:
