@@ -51,11 +51,11 @@ def agree(name, ours, theirs, coarser=1):
     Raises  Disagreement
     """
     loss_error, worst, where = disagreement(ours, theirs)
-    if loss_error > (allowed := coarser * LOSS_TOLERANCE):
-        raise Disagreement(f"{name} disagrees: its loss is off by {loss_error:.1e}, allowed {allowed:.0e}")
-    if worst > (allowed := coarser * GRADIENT_TOLERANCE):
+    if loss_error > (limit := coarser * LOSS_TOLERANCE):
+        raise Disagreement(f"{name} disagrees: its loss is off by {loss_error:.1e}, allowed {limit:.0e}")
+    if worst > (limit := coarser * GRADIENT_TOLERANCE):
         what = where if where == "logits" else f"the gradient of {where}"
-        raise Disagreement(f"{name} disagrees: {what} is off by {worst:.1e}, allowed {allowed:.0e}")
+        raise Disagreement(f"{name} disagrees: {what} is off by {worst:.1e}, allowed {limit:.0e}")
     return loss_error, worst
 
 
@@ -65,7 +65,7 @@ def agree_after_update(name, ours, theirs, coarser=1):
     Raises  Disagreement
     """
     error = abs(theirs - ours) / abs(ours)
-    if not error <= (allowed := coarser * UPDATE_TOLERANCE):
+    if not error <= (limit := coarser * UPDATE_TOLERANCE):
         what = f"its loss after an update is off by {error:.1e}"
-        raise Disagreement(f"{name} disagrees: {what}, allowed {allowed:.0e}")
+        raise Disagreement(f"{name} disagrees: {what}, allowed {limit:.0e}")
     return error

@@ -89,7 +89,7 @@ class Recorder:
 
     def launches(self):
         """What was launched: a list of `Launch`."""
-        listed = []
+        launches = []
         for times, call, settings in self._kinds.values():
             name, _, _, arguments = call
             parameters = next(p for p in self._signatures[name] if len(p) == len(arguments))
@@ -98,8 +98,8 @@ class Recorder:
                 for p, value in zip(parameters, arguments, strict=True)
                 if value is not None and (p.read or p.written)
             )
-            listed.append(Launch(name, times, moved, lambda c=call, s=settings: self._machine.launch(*c, **s)))
-        return listed
+            launches.append(Launch(name, times, moved, lambda c=call, s=settings: self._machine.launch(*c, **s)))
+        return launches
 
 
 def recorded_launches(contender):

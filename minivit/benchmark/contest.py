@@ -112,8 +112,8 @@ def contest(
             contenders[name] |= {"seconds": turns.seconds[name], "peak_memory": child.ask("memory")}
             if device != "cpu":
                 contenders[name]["host_seconds"] = turns.host[name]
-    allowed = {"gradient": coarser * GRADIENT_TOLERANCE, "loss": coarser * LOSS_TOLERANCE}
-    return summarise(contenders, batch=batch) | {"others": turns.others, "allowed": allowed}
+    limits = {"gradient": coarser * GRADIENT_TOLERANCE, "loss": coarser * LOSS_TOLERANCE}
+    return summarise(contenders, batch=batch) | {"others": turns.others, "allowed": limits}
 
 
 def summarise(contenders, *, batch):

@@ -116,13 +116,13 @@ def adamw_layer(optimizer, flat):
 def seconds_together(pool, functions):
     """Seconds of one call while each worker makes calls of its own, as many as fill 10 ms."""
 
-    def timed(repeats):
+    def seconds_of(repeats):
         started = time.perf_counter()
         list(pool.map(lambda function: [function() for _ in range(repeats)], functions))
         return (time.perf_counter() - started) / repeats
 
-    once = timed(2)
-    return timed(max(1, min(200, round(0.01 / max(once, 1e-6)))))
+    once = seconds_of(2)
+    return seconds_of(max(1, min(200, round(0.01 / max(once, 1e-6)))))
 
 
 def layers_report(config, *, engine=None, batch=128, pairs=20, seed=0, progress=True):

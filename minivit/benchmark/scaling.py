@@ -72,16 +72,16 @@ def scaling_report(config, *, batch=32, against=(), engine=None, pairs=5, seed=0
     for panel, those in tqdm(points.items(), desc="panels", leave=False, disable=None if progress else True):
         names = ["minivit", *(() if panel == "workers" else dict.fromkeys(against))]
         with contextlib.ExitStack() as stack:
-            started = [
+            teams = [
                 start(stack, names, Job("step", p.config, p.batch, seed, p.engine), at=f" at {i}")
                 for i, p in enumerate(those)
             ]
-            everybody = [child for children, _ in started for child in children]
+            everybody = [child for children, _ in teams for child in children]
             seconds, others, _ = take_turns(everybody, pairs, patience=patience, progress=progress)
-            listed = []
-            for point, (children, _) in zip(those, started, strict=True):
+            rows = []
+            for point, (children, _) in zip(those, teams, strict=True):
                 flops = sum(expected_flops(point.config, point.batch))
-                listed.append({
+                rows.append({
                     "x": point.x, "batch": point.batch, "flops": flops, "image_size": point.config.image_size,
                     "attention_share": attention_flops(point.config, point.batch) / flops,
                     "contenders": {
@@ -90,9 +90,9 @@ def scaling_report(config, *, batch=32, against=(), engine=None, pairs=5, seed=0
                         for name, child in zip(names, children, strict=True)
                     },
                 })  # fmt: skip
-        x, mine = [p["x"] for p in listed], [p["contenders"]["minivit"] for p in listed]
+        x, mine = [p["x"] for p in rows], [p["contenders"]["minivit"] for p in rows]
         median = np.array([entry["median"] for entry in mine])
-        panels[panel] = {"points": listed, "others": others}
+        panels[panel] = {"points": rows, "others": others}
         if panel in ("batch", "depth"):
             panels[panel]["line"] = line_through(x, median)
         elif panel == "tokens":

@@ -16,6 +16,7 @@ def milliseconds(entry):
 
 
 def size(bytes_):
+    """Bytes as MiB, in 8 characters; a question mark where they are not known."""
     return f"{bytes_ / MIB:8,.0f}" if bytes_ else f"{'?':>8}"
 
 
@@ -73,8 +74,8 @@ def print_kernels(report):
 
 def print_scaling(report):
     """The table of `scaling.scaling_report`."""
-    for panel, measured in report["panels"].items():
-        points = measured["points"]
+    for panel, facts in report["panels"].items():
+        points = facts["points"]
         names = list(points[0]["contenders"])
         print(f"\n{panel:>8}{'GFLOP':>10}{'N^2 part':>11}" + "".join(f"{name + ', ms':>18}" for name in names)
               + f"{'GFLOP/s':>10}{'peak MiB':>10}")  # fmt: skip
@@ -83,13 +84,13 @@ def print_scaling(report):
             print(f"{p['x']:8}{1e-9 * p['flops']:10.2f}{p['attention_share']:11.1%}"
                   + "".join(f"{1e3 * p['contenders'][name]['median']:18.2f}" for name in names)
                   + f"{1e-9 * p['flops'] / mine['median']:10.1f}{size(mine['peak_memory']):>10}")  # fmt: skip
-        if "line" in measured:
-            start, each, off = (measured["line"][key] for key in ("start", "each", "off"))
+        if "line" in facts:
+            start, each, off = (facts["line"][key] for key in ("start", "each", "off"))
             print(f"ours is {1e3 * start:.2f} ms + {1e3 * each:.2f} ms x {panel}, to {off:.1%}")
-        elif "power" in measured:
-            print("ours grows from each to the next as the power " + ", ".join(f"{p:.2f}" for p in measured["power"]))
+        elif "power" in facts:
+            print("ours grows from each to the next as the power " + ", ".join(f"{p:.2f}" for p in facts["power"]))
         else:
-            times = ", ".join(f"{s['median']:.2f} ({s['q1']:.2f} to {s['q3']:.2f})" for s in measured["speedup"])
+            times = ", ".join(f"{s['median']:.2f} ({s['q1']:.2f} to {s['q3']:.2f})" for s in facts["speedup"])
             print(f"ours is quicker than with the first by {times}")
 
 
@@ -105,8 +106,8 @@ def print_data(report):
 
 def warn_of_others(shares):
     """Say so if other programs kept the cores busy."""
-    known = [share for share in shares if share is not None]
-    disturbed = sum(share > QUIET for share in known)
+    numbers = [share for share in shares if share is not None]
+    disturbed = sum(share > QUIET for share in numbers)
     if disturbed:
-        print(f"\nin {disturbed} of {len(known)} rounds other programs took more than {QUIET:.0%} of the cores "
-              f"(median {statistics.median(known):.0%}): take these figures with care, or give --patience")  # fmt: skip
+        print(f"\nin {disturbed} of {len(numbers)} rounds other programs took more than {QUIET:.0%} of the cores "
+              f"(median {statistics.median(numbers):.0%}): take care with these, or give --patience")  # fmt: skip

@@ -79,9 +79,9 @@ def take_turns(children, pairs, *, patience=0.0, progress=True):
             rounds.append(turns)
             others.append(share_of_others(before, glance(children)))
             bar.update(others[-1] is None or others[-1] <= QUIET or patience == 0)
-    chosen = sorted(sorted(range(len(rounds)), key=lambda i: others[i] or 0.0)[:pairs])
-    seconds, host = ({c.name: [rounds[i][c.name][k] for i in chosen] for c in children} for k in (0, 2))
-    return Turns(seconds, [others[i] for i in chosen], host)
+    best = sorted(sorted(range(len(rounds)), key=lambda i: others[i] or 0.0)[:pairs])
+    seconds, host = ({c.name: [rounds[i][c.name][k] for i in best] for c in children} for k in (0, 2))
+    return Turns(seconds, [others[i] for i in best], host)
 
 
 def glance(children=()):

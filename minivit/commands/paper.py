@@ -95,14 +95,14 @@ def context_of(arguments):
     )  # fmt: skip
 
 
-def make_all(chosen, context, arguments):
+def make_all(group, context, arguments):
     """Make entries one after the other; returns the names of those that could not be made, which --all leaves out.
 
     Raises  InputError: one cannot be made, without --all;  Stopped
     """
-    shares, failures = page.shares_of(chosen, context), []
+    shares, failures = page.shares_of(group, context), []
     budget = context.share
-    for entry in chosen:
+    for entry in group:
         context.share = shares.get(entry.name, budget)
         if page.is_made(entry, context) and not arguments.again:
             print(f"{entry.name}: is in {context.out} already")
@@ -128,14 +128,14 @@ def main(argv=None):
         show_list(context)
         return 0
     names = dict.fromkeys(arguments.names)
-    chosen = list(entries.ENTRIES) if arguments.all else [entries.entry_of(name) for name in names]
+    group = list(entries.ENTRIES) if arguments.all else [entries.entry_of(name) for name in names]
     if arguments.note is not None:
         page.add_to_page(context, "note", arguments.note)
     try:
-        failures = make_all(chosen, context, arguments)
+        failures = make_all(group, context, arguments)
     except Stopped:
         return 130
-    if len(failures) == len(chosen):
+    if len(failures) == len(group):
         raise InputError(f"nothing could be made of {', '.join(failures)}: the reasons stand above")
     print(f"the page of all figures: {context.out / page.PAGE}")
     return 0

@@ -89,7 +89,7 @@ def for_display(image):
 
 def free_name(stem, names):
     """``prediction-STEM.png``, with a number where two images have the same name; adds it to ``names``."""
-    stem, number = re.sub(r"[^\w.-]+", "_", stem) or "picture", 2
+    stem, number = re.sub(r"[^\w.-]+", "_", stem) or "image", 2
     name = f"prediction-{stem}.png"
     while name in names:
         name, number = f"prediction-{stem}-{number}.png", number + 1

@@ -84,31 +84,31 @@ def read_real(path, names, num_classes):
     has a label.
     """
     try:
-        listed = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"there is no file {path}; real.json is at github.com/google-research/reassessed-imagenet"
         ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a JSON file: {error}") from None
-    if not isinstance(listed, list) or not all(
+    if not isinstance(content, list) or not all(
         isinstance(classes, list) and all(type(k) is int and 0 <= k < num_classes for k in classes)
-        for classes in listed
+        for classes in content
     ):
         raise InputError(f"{path} must hold a list with a list of classes, 0 to {num_classes - 1}, for each image")
     if not names:
         raise InputError(f"{path} is about the files of ImageNet's validation images: use --data folder or imagefolder")
-    found = []
+    answers = []
     for name in names:
         match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.\w+", name)
-        if not match or not 1 <= int(match[1]) <= len(listed):
+        if not match or not 1 <= int(match[1]) <= len(content):
             raise InputError(
-                f"{name} is none of the {len(listed):,} images of {path}, ILSVRC2012_val_00000001.JPEG, ..."
+                f"{name} is none of the {len(content):,} images of {path}, ILSVRC2012_val_00000001.JPEG, ..."
             )
-        found.append(listed[int(match[1]) - 1])
-    if not any(found):
+        answers.append(content[int(match[1]) - 1])
+    if not any(answers):
         raise InputError(f"{path} has no label of any of the {len(names)} test images: there is nothing to count")
-    return found
+    return answers
 
 
 def real_accuracy(guesses, real):

@@ -145,14 +145,14 @@ def command(config, train, data, own, start=None):
             flag = START_FLAGS[key][0]
             parts.append([flag] if value is True else [flag, str(value)])
     for settings, section in ((config, "model"), (train, "train")):
-        chosen, defaults = own.get(section, {}), defaults_of(settings)
-        by_preset = preset_fields("Ti/16") if "preset" in chosen else {}  # the sizes that any preset sets
+        file_values, defaults = own.get(section, {}), defaults_of(settings)
+        by_preset = preset_fields("Ti/16") if "preset" in file_values else {}  # the sizes that any preset sets
         for key in field_names(type(settings)):
             value = getattr(settings, key)
-            known = value == defaults[key] and chosen.get(key, value) == value and key not in by_preset
+            needless = value == defaults[key] and file_values.get(key, value) == value and key not in by_preset
             if start and settings is config:  # what is not chosen is the start's
-                known = key in BY_START or chosen.get(key) == value
-            if key in FITTED or known:
+                needless = key in BY_START or file_values.get(key) == value
+            if key in FITTED or needless:
                 continue
             flag = "--" + key.replace("_", "-")
             parts.append([flag if value else f"--no-{flag[2:]}"] if type(value) is bool else [flag, str(value)])

@@ -60,10 +60,10 @@ def find_tasks(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; put the tasks there, NAME.npz or NAME/train and NAME/test")
-    found = [name for name in TASKS if (folder / f"{name}.npz").exists() or (folder / name).is_dir()]
-    if not found:
+    names = [name for name in TASKS if (folder / f"{name}.npz").exists() or (folder / name).is_dir()]
+    if not names:
         raise InputError(f"{folder} has none of the tasks: no NAME.npz nor folder NAME, NAME of {', '.join(TASKS)}")
-    return found
+    return names
 
 
 def load_task(folder, name, config, *, examples=EXAMPLES, seed=0):
@@ -132,8 +132,8 @@ def fit_features(method, train, test, dataset):
     fit, penalties = CLASSIFIERS[method]
     labels, classes = dataset.train_labels, len(dataset.class_names)
     rows = np.arange(round(LEARNING * len(labels)), len(labels))
-    chosen = choose(fit, train, labels, classes, rows, penalties=penalties)
-    return accuracy(chosen.classifier.scores(test), dataset.test_labels), chosen.l2
+    selection = choose(fit, train, labels, classes, rows, penalties=penalties)
+    return accuracy(selection.classifier.scores(test), dataset.test_labels), selection.l2
 
 
 def fine_tune(model, dataset, out, *, steps=STEPS, seed=0, workers=0, device="cpu", progress=True, **changes):
@@ -149,9 +149,9 @@ def fine_tune(model, dataset, out, *, steps=STEPS, seed=0, workers=0, device="cp
         steps=steps, warmup_steps=round(WARMUP / STEPS * steps), evaluate_every=steps, seed=seed, workers=workers,
         device=device, **settings,
     )  # fmt: skip
-    made = replace(model.config, num_classes=len(dataset.class_names), pre_logits=0)
-    start = Start(begin(model, made), {"crc": zlib.crc32(to_host(model.flat))})
-    run = Trainer(dataset, made, config, out, start=start, progress=progress)
+    model_config = replace(model.config, num_classes=len(dataset.class_names), pre_logits=0)
+    start = Start(begin(model, model_config), {"crc": zlib.crc32(to_host(model.flat))})
+    run = Trainer(dataset, model_config, config, out, start=start, progress=progress)
     if (Path(out) / LAST).exists():
         run.restore()
     return run.run()
@@ -165,8 +165,8 @@ def summary_of(scores):
     """
 
     def mean(names):
-        found = [scores[name] for name in names if name in scores]
-        return {"mean": sum(found) / len(found) if found else None, "tasks": len(found), "of": len(names)}
+        own = [scores[name] for name in names if name in scores]
+        return {"mean": sum(own) / len(own) if own else None, "tasks": len(own), "of": len(names)}
 
     return {
         "tasks": {name: scores[name] for name in TASKS if name in scores},

@@ -32,19 +32,19 @@ def image_png(image, attention=None):
 
     Shapes  image (H, W, C) uint8; attention (grid, grid), non-negative, H and W multiples of grid
     """
-    shown = pixels_of(image)
-    if shown.ndim == 2:
-        shown = colormaps["gray_r"](shown)[..., :3]  # as `show` has it
+    pixels = pixels_of(image)
+    if pixels.ndim == 2:
+        pixels = colormaps["gray_r"](pixels)[..., :3]  # as `show` has it
     else:
-        shown = shown / 255.0
+        pixels = pixels / 255.0
     if attention is not None:
         H, W = image.shape[:2]
         grid = len(attention)
         map_ = np.repeat(np.repeat(attention, H // grid, axis=0), W // grid, axis=1)  # (H, W)
         colors = colormaps[OVERLAY["cmap"]](map_ / max(float(attention.max()), 1e-30))[..., :3]
-        shown = OVERLAY["alpha"] * colors + (1.0 - OVERLAY["alpha"]) * shown
+        pixels = OVERLAY["alpha"] * colors + (1.0 - OVERLAY["alpha"]) * pixels
     file = io.BytesIO()
-    imsave(file, np.ascontiguousarray(shown), format="png", metadata={"Software": None})
+    imsave(file, np.ascontiguousarray(pixels), format="png", metadata={"Software": None})
     return file.getvalue()
 
 
@@ -66,9 +66,9 @@ def save_attention(
     original.set_title(label(title, 40), fontsize=11, loc="left")
     show(overlay, image)
     extent = (-0.5, W - 0.5, H - 0.5, -0.5)
-    shown = overlay.imshow(100 * share, vmin=0, extent=extent, interpolation="nearest", **OVERLAY)
+    pixels = overlay.imshow(100 * share, vmin=0, extent=extent, interpolation="nearest", **OVERLAY)
     overlay.set_title(what, fontsize=9, loc="left")
-    figure.colorbar(shown, ax=overlay, fraction=0.046, pad=0.02, format="%.3g%%")
+    figure.colorbar(pixels, ax=overlay, fraction=0.046, pad=0.02, format="%.3g%%")
     order = np.argsort(probabilities)[::-1][:top]
     first = BAD if truth is not None and truth != order[0] else GOOD
     bars.barh(range(len(order)), 100 * probabilities[order], color=[first, *[TRAIN] * (len(order) - 1)], height=0.7)
@@ -87,12 +87,12 @@ def spotlight(image, map_, low=0.12):
 
     Shapes  image (H, W, C) uint8, map_ (g, g), H and W multiples of g  ->  (H, W, 3) uint8
     """
-    shown = pixels_of(image)
-    if shown.ndim == 2:
-        shown = np.rint(255 * colormaps["gray"](shown)[..., :3])
+    pixels = pixels_of(image)
+    if pixels.ndim == 2:
+        pixels = np.rint(255 * colormaps["gray"](pixels)[..., :3])
     light = (map_ - map_.min()) / max(float(map_.max() - map_.min()), 1e-30)
-    light = np.kron(low + (1 - low) * light, np.ones((len(shown) // len(map_), shown.shape[1] // len(map_))))
-    return np.rint(shown * light[..., None]).astype(np.uint8)
+    light = np.kron(low + (1 - low) * light, np.ones((len(pixels) // len(map_), pixels.shape[1] // len(map_))))
+    return np.rint(pixels * light[..., None]).astype(np.uint8)
 
 
 def save_rollouts(path, images, maps, titles, *, title="", columns=6):
@@ -112,8 +112,8 @@ def save_rollouts(path, images, maps, titles, *, title="", columns=6):
             left.set_axis_off()
             right.set_axis_off()
             continue
-        shown = images[i] if images.shape[-1] >= 3 else 255 - images[i]  # `show` draws ink on paper, `spotlight` light
-        show(left, shown)
+        pixels = images[i] if images.shape[-1] >= 3 else 255 - images[i]  # `show` draws ink on paper, `spotlight` light
+        show(left, pixels)
         show(right, spotlight(images[i], maps[i]))
         text, good = titles[i]
         left.set_title(label(text, 18), fontsize=7, color=GOOD if good else BAD, loc="left", pad=2)

@@ -20,9 +20,9 @@ def save_cost(path, points, *, title=""):
             own = [p for p in points if p["model"] == name and p["task"] == task]
             rates = [p["images_per_second"] for p in own]
             axes.plot([p["size"] for p in own], rates, "o-", ms=4, lw=1.6, color=color, label=label(name))
-            known = [p for p in own if p["peak_memory"]]
-            peaks = [p["peak_memory"] / 2**20 for p in known]
-            memory.plot([p["size"] for p in known], peaks, line, ms=4, lw=1.4, color=color)
+            sized = [p for p in own if p["peak_memory"]]
+            peaks = [p["peak_memory"] / 2**20 for p in sized]
+            memory.plot([p["size"] for p in sized], peaks, line, ms=4, lw=1.4, color=color)
     for axes in (speed, training, memory):
         axes.set(xscale="log", yscale="log")
         axes.set_xticks(sizes, [str(size) for size in sizes])

@@ -46,19 +46,21 @@ def save_contest(path, report, *, title=""):
     contests = [report] + ([report["latency"]] if "latency" in report else [])
     rows = len(report["contenders"])
     figure = new_figure(4.6 * (1 + len(contests)) + 1, 0.42 * rows + 1.7)
-    *timed, memory = figure.subplots(1, 1 + len(contests))
-    for axes, each in zip(timed, contests, strict=True):
+    *panels, memory = figure.subplots(1, 1 + len(contests))
+    for axes, each in zip(panels, contests, strict=True):
         what = f"a batch of {each['batch']}" if each["batch"] > 1 else "one image"
         each_title = f"{what}, {each['images_per_second']:,.0f} images/s"
         _strip(axes, each["contenders"], "time (dots: rounds, bar: median)", each_title, note=_against_us)
-    known = {name: c for name, c in report["contenders"].items() if c["peak_memory"] and not name.startswith("floor")}
-    largest = max((c["peak_memory"] for c in known.values()), default=1) / 2**20
-    for row, (name, c) in enumerate(known.items()):
+    programs = {
+        name: c for name, c in report["contenders"].items() if c["peak_memory"] and not name.startswith("floor")
+    }
+    largest = max((c["peak_memory"] for c in programs.values()), default=1) / 2**20
+    for row, (name, c) in enumerate(programs.items()):
         peak, start = c["peak_memory"] / 2**20, c["start_memory"] / 2**20
         memory.barh(row, peak, color=BENCHMARK_COLORS[name], alpha=0.45, height=0.62)
         memory.barh(row, start, color=BENCHMARK_COLORS[name], height=0.62)
         memory.text(peak + 0.02 * largest, row, f"{peak:,.0f}", va="center", fontsize=9)
-    memory.set_yticks(range(len(known)), list(known))
+    memory.set_yticks(range(len(programs)), list(programs))
     memory.invert_yaxis()
     memory.set_xlim(0, 1.2 * largest)
     style(memory, "MiB (dark: the imports alone)", "", "peak memory of the process")
@@ -126,8 +128,8 @@ def save_scaling(path, report, *, title=""):
     """Step times of `minivit.benchmark.scaling.scaling_report`: a panel for each of batch, depth, tokens, workers."""
     texts = {"batch": "images in the batch, B", "depth": "blocks, L", "tokens": "tokens, N", "workers": "workers"}
     figure = new_figure(12, 7.2)
-    for axes, (panel, measured) in zip(figure.subplots(2, 2).flat, report["panels"].items(), strict=True):
-        points = measured["points"]
+    for axes, (panel, facts) in zip(figure.subplots(2, 2).flat, report["panels"].items(), strict=True):
+        points = facts["points"]
         x = np.array([p["x"] for p in points])
         for name in points[0]["contenders"]:
             times = [{key: 1e3 * p["contenders"][name][key] for key in ("median", "q1", "q3")} for p in points]
@@ -136,7 +138,7 @@ def save_scaling(path, report, *, title=""):
             axes.errorbar(x, median, spread, fmt="o-", color=BENCHMARK_COLORS.get(name, THEIRS), label=name, ms=4,
                           capsize=2, lw=1.4)  # fmt: skip
         mine = np.array([1e3 * p["contenders"]["minivit"]["median"] for p in points])
-        note = _draw_law(axes, panel, measured, x, mine)
+        note = _draw_law(axes, panel, facts, x, mine)
         if panel == "tokens":
             axes.set(xscale="log", yscale="log")
             axes.set_xticks(x, [str(n) for n in x])
@@ -151,19 +153,19 @@ def save_scaling(path, report, *, title=""):
     _finish(figure, path, title)
 
 
-def _draw_law(axes, panel, measured, x, mine):
+def _draw_law(axes, panel, facts, x, mine):
     """The dotted line that our times ``mine``, in ms, are to be compared with; returns what it says of them."""
-    points = measured["points"]
+    points = facts["points"]
     if panel == "workers":
         axes.plot(x, mine[0] * x[0] / x, ":", color=SOFT, label=f"the time of {x[0]} / workers")
-        return f"{measured['speedup'][-1]['median']:.2f} times as quick with {x[-1]} as with {x[0]}"
+        return f"{facts['speedup'][-1]['median']:.2f} times as quick with {x[-1]} as with {x[0]}"
     if panel == "tokens":
         flops = np.array([p["flops"] for p in points], float)
         axes.plot(x, flops * np.median(mine / flops), ":", color=SOFT, label="in proportion to FLOPs")
         note = f"N² products: {points[0]['attention_share']:.0%} to {points[-1]['attention_share']:.0%}"
-        power = measured["power"]
+        power = facts["power"]
         return note + (f"; slope {power[0]:.2f} to {power[-1]:.2f}" if power else "")
-    line = {key: 1e3 * measured["line"][key] for key in ("start", "each")}
+    line = {key: 1e3 * facts["line"][key] for key in ("start", "each")}
     axes.plot(x, line["start"] + line["each"] * x, ":", color=SOFT, label="straight line through ours")
     what = {"batch": "image", "depth": "block"}[panel]
-    return f"{line['each']:.2f} ms for each {what}, times at most {measured['line']['off']:.0%} off the line"
+    return f"{line['each']:.2f} ms for each {what}, times at most {facts['line']['off']:.0%} off the line"

@@ -30,11 +30,11 @@ def save_curvature(path, records, *, edge, slice_=None, title=""):
     count = min(len(r["eigenvalues"]) for r in records)
     missed = []  # (epoch, eigenvalue, residual, colour)
 
-    def draw(measured, k, color, width, label):
+    def draw(points, k, color, width, label):
         """The k-th eigenvalue of (epoch, figures) pairs."""
-        sharp.semilogy([e for e, _ in measured], [m["eigenvalues"][k] for _, m in measured], color=color, lw=width,
-                       label=label, **alone(measured))  # fmt: skip
-        missed.extend((e, m["eigenvalues"][k], m["residuals"][k], color) for e, m in measured if not m["converged"][k])
+        sharp.semilogy([e for e, _ in points], [m["eigenvalues"][k] for _, m in points], color=color, lw=width,
+                       label=label, **alone(points))  # fmt: skip
+        missed.extend((e, m["eigenvalues"][k], m["residuals"][k], color) for e, m in points if not m["converged"][k])
 
     for k in range(count):
         label = "largest eigenvalues of H" if k == 0 else None

@@ -21,8 +21,8 @@ def save_filters(path, filters, *, title="", columns=7):
         if i >= n:
             axes.set_axis_off()
             continue
-        shown = 0.5 + 0.5 * filters.images[i] / max(np.abs(filters.images[i]).max(), 1e-300)
-        show(axes, np.rint(255 * shown).astype(np.uint8))
+        image = 0.5 + 0.5 * filters.images[i] / max(np.abs(filters.images[i]).max(), 1e-300)
+        show(axes, np.rint(255 * image).astype(np.uint8))
         if C < 3:
             axes.images[0].set_cmap("gray")  # ink and paper mean nothing here: white is positive
         axes.set_title(f"{100 * filters.shares[i]:.3g} %", fontsize=8)
@@ -38,23 +38,23 @@ def save_positions(path, similarity, *, kind="", title=""):
     """
     g = len(similarity)
     every = -(-g // POSITIONS)
-    chosen = range((every - 1) // 2, g, every)
-    n, gap = len(chosen), max(1, g // 8)
+    places = range((every - 1) // 2, g, every)
+    n, gap = len(places), max(1, g // 8)
     sheet = np.full((n * (g + gap) - gap, n * (g + gap) - gap), np.nan)
-    for i, r in enumerate(chosen):
-        for j, c in enumerate(chosen):
+    for i, r in enumerate(places):
+        for j, c in enumerate(places):
             sheet[i * (g + gap) :, j * (g + gap) :][:g, :g] = similarity[r, c]
     figure = new_figure(6.2, 5.4)
     axes = figure.subplots()
-    shown = axes.imshow(sheet, vmin=similarity.min(), vmax=1, cmap="viridis", interpolation="nearest")
+    image = axes.imshow(sheet, vmin=similarity.min(), vmax=1, cmap="viridis", interpolation="nearest")
     middles = [i * (g + gap) + (g - 1) / 2 for i in range(n)]
-    axes.set_xticks(middles, [c + 1 for c in chosen], fontsize=8)
-    axes.set_yticks(middles, [r + 1 for r in chosen], fontsize=8)
+    axes.set_xticks(middles, [c + 1 for c in places], fontsize=8)
+    axes.set_yticks(middles, [r + 1 for r in places], fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("column of the patch")
     axes.set_ylabel("row of the patch")
     axes.set_title(label(title, 90), loc="left", fontsize=9)
     words = f"cosine similarity of {kind} positions" if kind else "cosine similarity"
-    figure.colorbar(shown, ax=axes, fraction=0.046, pad=0.02, label=words)
+    figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02, label=words)
     save(figure, path)

@@ -74,8 +74,8 @@ def table(head, rows, *, numbers=()):
 
 def svg_figure(svg, says, *, large=False):
     """An SVG element of `minivit.figures` with a description for those who cannot see it."""
-    drawn = Html(svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(says)}" ', 1))
-    return tag("figure", drawn, **({"class_": "large scroll"} if large else {}))
+    element = Html(svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(says)}" ', 1))
+    return tag("figure", element, **({"class_": "large scroll"} if large else {}))
 
 
 def percent(share, digits=2):

@@ -12,9 +12,9 @@ def save_predictions(path, images, labels, logits, class_names, *, rows=4, colum
     """A grid of test images, evenly spaced over the set: predicted class, its probability, the true one if wrong."""
     count = min(rows * columns, len(images))
     rows = -(-count // columns)
-    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)  # a folder's images are sorted by class
-    images, labels = images[chosen], labels[chosen]
-    probabilities, _ = softmax_forward(np.asarray(logits)[chosen])
+    picks = np.linspace(0, len(images) - 1, count).round().astype(int)  # a folder's images are sorted by class
+    images, labels = images[picks], labels[picks]
+    probabilities, _ = softmax_forward(np.asarray(logits)[picks])
     figure = new_figure(1.45 * columns, 1.75 * rows + 0.3)
     for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         if i >= count:
@@ -42,7 +42,7 @@ def save_confusion(path, confusion, class_names, *, title=""):
     size = min(4.0 + 0.45 * K, 16.0)
     figure = new_figure(size, size)
     axes = figure.subplots()
-    shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    mesh = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     if K <= 30:  # with more, names and numbers would be too small to read
         names = [label(name) for name in class_names]
         upright = max(map(len, names)) <= 3
@@ -58,7 +58,7 @@ def save_confusion(path, confusion, class_names, *, title=""):
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.set_title(title, loc="left", fontsize=11)
-    figure.colorbar(shown, ax=axes, fraction=0.046, pad=0.02, label="share of the true class")
+    figure.colorbar(mesh, ax=axes, fraction=0.046, pad=0.02, label="share of the true class")
     return save(figure, path)
 
 

@@ -48,7 +48,7 @@ def _headline(run, progress):
         (duration(seconds) if seconds is not None else "unknown", "training time, tests included",
          f"on {run.summary['device']}" if isinstance(run.summary.get("device"), str) else ""),
     ]  # fmt: skip
-    shown = (tag("div", what, tag("strong", value), tag("span", more, class_="soft")) for value, what, more in tiles)
+    words = (tag("div", what, tag("strong", value), tag("span", more, class_="soft")) for value, what, more in tiles)
     steps = train.steps or train.epochs * steps_per_epoch(run)
     at = f"step {number(progress, 'step', 0):,} of {steps:,}, epoch {number(progress, 'epoch', 0)} of {train.epochs}"
     if run.summary:
@@ -58,7 +58,7 @@ def _headline(run, progress):
                     f"Its {LAST}, which the figures about test images are of, is of {at}.")  # fmt: skip
     return tag(
         "header", tag("h1", f"{data.name}: a run of minivit"), tag("p", str(run.folder), class_="soft"),
-        tag("div", *shown, class_="tiles"), state, tag("p", data.source, class_="soft"),
+        tag("div", *words, class_="tiles"), state, tag("p", data.source, class_="soft"),
     )  # fmt: skip
 
 
@@ -68,19 +68,19 @@ def steps_per_epoch(run):
 
 
 def _settings(run):
-    def shown(value):
+    def words(value):
         return ("yes" if value else "no") if type(value) is bool else "\N{EN DASH}" if value is None else value
 
     def group(title, rows):
         """Rows of (name, value, default, help): those that differ from their defaults, then the others, folded."""
-        marked = [
-            (tag("span", "● ", name, class_="mark"), tag("strong", shown(value)), shown(default), about)
+        changes = [
+            (tag("span", "● ", name, class_="mark"), tag("strong", words(value)), words(default), about)
             for name, value, default, about in rows
             if value != default
         ]
-        others = [(name, shown(value), about) for name, value, default, about in rows if value == default]
+        others = [(name, words(value), about) for name, value, default, about in rows if value == default]
         parts = [tag("h3", title)]
-        parts += [table(("setting", "value", "default", "what it is"), marked)] if marked else []
+        parts += [table(("setting", "value", "default", "what it is"), changes)] if changes else []
         if others:
             label = f"{len(others)} settings of the {title.lower()} are the defaults"
             parts.append(tag("details", tag("summary", label), table(("setting", "value", "what it is"), others)))
@@ -135,15 +135,15 @@ def _test(run, measures, confusion):
     if not run.same:
         parts.append(tag("p", "These are not the images of its training run, perhaps another version of them.",
                          class_="mark"))  # fmt: skip
-    drawn = save_confusion(None, confusion, names, title="confusion matrix: images")
-    matrix = svg_figure(drawn, "Confusion matrix, rows are the true classes, columns the predicted", large=True)
+    chart = save_confusion(None, confusion, names, title="confusion matrix: images")
+    matrix = svg_figure(chart, "Confusion matrix, rows are the true classes, columns the predicted", large=True)
     rows = [
         (each["name"], f"{each['count']:,}", *(percent(each[key], 1) for key in ("accuracy", "precision", "recall")))
         for each in measures["classes"]
     ]
     by_class = tag(
         "div", tag("h3", "By class"),
-        table(("class", "pictures", "accuracy", "precision", "recall"), rows, numbers=range(1, 5)),
+        table(("class", "images", "accuracy", "precision", "recall"), rows, numbers=range(1, 5)),
         tag("p", "Accuracy: share of all images that are rightly taken for this class or rightly not. Precision: "
             "share of those taken for it that are of it. Recall: share of those of it that are taken for it. A dash: "
             "there are none.", class_="soft"),
@@ -157,17 +157,17 @@ def _mistakes(run, probabilities, count):
     guesses = probabilities.argmax(axis=1)
     wrong = np.flatnonzero(guesses != data.test_labels)
     confidence = probabilities[wrong, guesses[wrong]]
-    chosen = wrong[np.argsort(-confidence, kind="stable")[:count]]
+    worst = wrong[np.argsort(-confidence, kind="stable")[:count]]
     row = "the class token's row" if c.pooling == "cls" else "the mean over the rows of all patches"
     parts = [tag("h2", "The most confident mistakes")]
     if not len(wrong):
         return tag("section", *parts, tag("p", "There is none: every test image is right."), id="mistakes")
     parts.append(
-        tag("p", f"{len(chosen)} of {len(wrong):,} wrong images, the surest first; beside each what the model "
+        tag("p", f"{len(worst)} of {len(wrong):,} wrong images, the surest first; beside each what the model "
             f"attended to: the attention of its last block, {row}, mean over the heads (yellow: most, violet: least).")
     )  # fmt: skip
     cards = []
-    for i in chosen:
+    for i in worst:
         pixels, truth, guess = data.test_images[i], int(data.test_labels[i]), int(guesses[i])
         attention = intermediates(run.model, pixels[None]).attention[-1][0]  # (h, N, N)
         overlay = image_png(pixels, attention_map(attention, c.pooling, c.registers))
@@ -193,7 +193,7 @@ def _calibration(run, probabilities, loss):
     labels = run.dataset.test_labels
     bins = calibration(probabilities, labels)
     T = best_temperature(run.logits, labels)
-    drawn = [svg_figure(save_calibration(None, bins, title="as the model says it"),
+    charts = [svg_figure(save_calibration(None, bins, title="as the model says it"),
                     "Reliability diagram: accuracy against confidence")]  # fmt: skip
     honest = (
         "It is fitted to the very test images on which it is judged here: what it gains is the most that any "
@@ -205,15 +205,15 @@ def _calibration(run, probabilities, loss):
     elif math.isinf(T):
         text = "No temperature is better than equal probabilities for all classes: none is best."
     else:
-        divided = run.logits.astype(np.float64) / T
-        cooled = calibration(softmax_forward(divided)[0], labels)
-        drawn.append(svg_figure(save_calibration(None, cooled, title=f"with all logits divided by T = {T:.3f}"),
+        scores = run.logits.astype(np.float64) / T
+        softer = calibration(softmax_forward(scores)[0], labels)
+        charts.append(svg_figure(save_calibration(None, softer, title=f"with all logits divided by T = {T:.3f}"),
                             "Reliability diagram with the best temperature"))  # fmt: skip
-        better, _ = softmax_cross_entropy_forward(divided, labels)
+        better, _ = softmax_cross_entropy_forward(scores, labels)
         direction = "more" if T > 1 else "less"
         text = (
             f"T = {T:.3f}: with it the loss is {better:.4f} instead of {loss:.4f} and the calibration error "
-            f"{percent(cooled.error)} instead of {percent(bins.error)}. The model is {direction} sure of itself than "
+            f"{percent(softer.error)} instead of {percent(bins.error)}. The model is {direction} sure of itself than "
             f"it should be. {honest}"
         )
     formula = Html(
@@ -233,7 +233,7 @@ def _calibration(run, probabilities, loss):
         tag("p", "Expected calibration error: ", tag("strong", percent(bins.error)), "."),
         tag("p", "The temperature by which all logits are to be divided for the smallest cross-entropy (section 4.2 "
             f"there; it changes no prediction). {text}"),
-        tag("div", *drawn, class_="figures"), id="calibration",
+        tag("div", *charts, class_="figures"), id="calibration",
     )  # fmt: skip
 
 

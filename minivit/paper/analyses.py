@@ -174,7 +174,7 @@ def _intermediates(model, images):
     c = model.config
     few = max(1, MAPS // (c.depth * c.num_heads * c.num_tokens**2))
     xp = array_module(model.flat)
-    for i in tqdm(range(0, len(images), few), "pictures", delay=1, disable=None):
+    for i in tqdm(range(0, len(images), few), "images", delay=1, disable=None):
         yield intermediates(model, xp.asarray(images[i : i + few]))
 
 

@@ -86,8 +86,8 @@ class Context:
     def analysed(self):
         """On which data the model is analysed: {"name", "data_dir"}, the name that was given if its file says none."""
         _, meta, _ = load_any(self.checkpoint(), named=False)
-        known = isinstance(meta.get("data"), dict)
-        return {"name": None if known else self.data.get("data"), "data_dir": self.data.get("data_dir")}
+        has_data = isinstance(meta.get("data"), dict)
+        return {"name": None if has_data else self.data.get("data"), "data_dir": self.data.get("data_dir")}
 
     @cached_property
     def subject(self):

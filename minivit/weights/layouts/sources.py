@@ -39,11 +39,11 @@ class Source:
                 continue
             inside, prefix = parts
             if outside := [key for key in tensors if not key.startswith(prefix)]:
-                self.notes.append(f"left out, outside {prefix}: {listed(outside)}")
+                self.notes.append(f"left out, outside {prefix}: {some_of(outside)}")
             return layout, inside
         raise InputError(
             f"{self.where} has no layout known here (official .npz, timm or Hugging Face ViT); it holds "
-            + listed(tensors)
+            + some_of(tensors)
         )
 
     def _stem_units(self):
@@ -75,16 +75,16 @@ class Source:
         return fields, output_of(width, units)[0]
 
     def _refuse_unknown(self):
-        known = self.layout.modules()
+        modules = self.layout.modules()
         stem = [] if self.stem_units is None else convolutions(1, 1, self.stem_units)
         stem = {self.key(STEM + name) for names, _, _ in stem for name in names}
         unknown = []
         for key in self.tensors.keys() - stem:
             pattern = re.sub(self.layout.block, "{i}", key)
-            if pattern not in known and re.sub(r"[./](weight|bias|kernel|scale)$", "", pattern) not in known:
+            if pattern not in modules and re.sub(r"[./](weight|bias|kernel|scale)$", "", pattern) not in modules:
                 unknown.append(key)
         if unknown:
-            raise InputError(f"{self.where} holds what no part of the model takes: {listed(unknown)}")
+            raise InputError(f"{self.where} holds what no part of the model takes: {some_of(unknown)}")
 
     def key(self, name):
         """The first key of a parameter."""
@@ -114,7 +114,7 @@ class Source:
         return len(numbers)
 
 
-def listed(names):
+def some_of(names):
     """The first few of some names, for a message."""
     names = sorted(names)
     return (", ".join(names[:4]) or "nothing") + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -25,12 +25,12 @@ def check_held(config, layout):
     plain, holds = ViTConfig(), LAYOUTS[layout].holds
     for name in field_names(ViTConfig):
         value = getattr(config, name)
-        allowed = holds.get(name, (getattr(plain, name),))
-        if allowed is not None and value not in allowed:
-            advice = f"; --{name.replace('_', '-')} {allowed[0]} writes the same parameters as if they were trained so"
-            known = " or ".join(str(each) or "none" for each in allowed)
+        values = holds.get(name, (getattr(plain, name),))
+        if values is not None and value not in values:
+            advice = f"; --{name.replace('_', '-')} {values[0]} writes the same parameters as if they were trained so"
+            words = " or ".join(str(each) or "none" for each in values)
             raise InputError(
-                f"the layout {layout} cannot hold {name} = {value!r} (only {known})"
+                f"the layout {layout} cannot hold {name} = {value!r} (only {words})"
                 + (advice if name in ("gelu", "layernorm_eps", "stem_groups") else "")
             )
 
@@ -77,8 +77,8 @@ def write(path, model, layout, *, class_names, naming="published", overwrite=Fal
         raise InputError(f"{path} is a file; {layout} needs a folder for {' and '.join(p.name for p in paths)}")
     if not texts and path.is_dir():
         raise InputError(f"{path} is a folder; name the .npz file to write")
-    if taken := [each for each in paths if each.exists() and not overwrite]:
-        raise InputError(f"{taken[0]} is there already; choose another name, or --overwrite it")
+    if existing := [each for each in paths if each.exists() and not overwrite]:
+        raise InputError(f"{existing[0]} is there already; choose another name, or --overwrite it")
     arrays = None if layout == "minivit" else tensors_of(model, layout, naming=naming)
     path.parent.mkdir(parents=True, exist_ok=True)
     if texts:
