@@ -155,7 +155,7 @@ def test_a_folder_of_pictures(tmp_path, call):
     ended = call("train", "--resume", "--out", tmp_path / "a")
     assert ended.status == 2 and "was trained on other pictures" in ended.err
     ended = call("evaluate", tmp_path / "a" / LAST)
-    assert ended.status == 0 and ended.err.startswith("warning: these are not the pictures of its training run")
+    assert ended.status == 0 and ended.err.startswith("warning: these are not the images of its training run")
     assert ended.err.count("\n") == 1
 
 
