@@ -9,6 +9,7 @@ from typing import NamedTuple
 # Arrays of tests are small, and pytest -n has a worker for each core: more threads would wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 
 from minivit import figures
@@ -29,6 +30,29 @@ class Ended(NamedTuple):
 def load_script(name):
     """The module of a command, or of one of tools/."""
     return importlib.import_module(f"minivit.commands.{name}" if name in NAMES else name)
+
+
+def close_calls(logits, within=1e-4):
+    """How many rows (the last axis) have a second largest logit that is no smaller than the largest but for ``within``.
+
+    Sums of float32 come out differently on every processor, by some 1e-6 of the logits here: which of two such
+    classes is the larger is for a rounding to decide. Counts of right guesses are compared where there are none.
+    """
+    largest = np.sort(logits, axis=-1)[..., -2:]
+    return int((largest[..., 1] - largest[..., 0] <= within).sum())
+
+
+def assert_same_guesses(found, expected, rtol=1e-5):
+    """Two ``"top"`` of scripts/predict.py name the same classes with the same probabilities, but for rounding.
+
+    A picture's logits differ in their last bits where it stands in another row of a batch, or in another batch.
+    Two classes that are as likely as each other may change places; one may be the last that is named, or the next.
+    """
+    found, expected = ({top["name"]: top["probability"] for top in each} for each in (found, expected))
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=rtol)
+    assert len(found.keys() ^ expected.keys()) <= 2
+    for name in found.keys() & expected.keys():
+        assert found[name] == pytest.approx(expected[name], rel=rtol), name
 
 
 @pytest.fixture

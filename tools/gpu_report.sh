@@ -14,10 +14,12 @@ export PYTHONPATH=. PYTHONUNBUFFERED=1
 mkdir -p "$out" || exit
 : >"$out/gpu-report.txt"
 failed=0
+began=$(date +%s)
 
 # part PERCENT NAME COMMAND...: run it until that percentage of the time has passed, at the latest
 part() {
-    local left=$((limit * $1 / 100 - SECONDS)) name=$2 status started=$SECONDS
+    local started=$(($(date +%s) - began)) name=$2 status
+    local left=$((limit * $1 / 100 - started))
     shift 2
     if ((left > 0)); then
         timeout -k 2 "$left" "$@" 2>&1 | tee "$out/$name.txt"
@@ -27,7 +29,7 @@ part() {
     fi
     [ "$status" = 124 ] && status="124, cut off"
     [ "$status" = 0 ] || failed=1
-    echo "$name: status $status, after $((SECONDS - started)) s" | tee -a "$out/gpu-report.txt"
+    echo "$name: status $status, after $(($(date +%s) - began - started)) s" | tee -a "$out/gpu-report.txt"
 }
 
 declare -A models=(

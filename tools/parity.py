@@ -17,6 +17,7 @@ import numpy as np
 from minivit import ViTConfig
 from minivit.base.errors import InputError
 from minivit.commands.cli import Parser, output_file, run
+from minivit.model import intermediates
 from minivit.weights import layouts as pretrained
 from minivit.weights.checkpoint import write_atomically
 from minivit.weights.tensor_files import of_arrays, write_npz
@@ -207,7 +208,7 @@ def differences(model, theirs, images, dlogits):
     ours, cache = model.forward(images)
     _, our_grads = model.gradient_buffer()
     model.backward(dlogits, cache, our_grads)
-    inside = model.intermediates(images)
+    inside = intermediates(model, images)
     # their gradients have the names and shapes of their weights, and are read as such
     about = pretrained.describe_tensors(of_arrays(grads), {}, "the gradients", heads=model.config.num_heads)
     expected = pretrained.build(about, dtype=logits.dtype).params

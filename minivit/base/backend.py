@@ -26,6 +26,7 @@ import numpy as np
 from minivit.base.errors import InputError
 
 TWINS = {"numpy": "minivit.kernels.cpu", "cupy": "minivit.kernels.cuda"}  # where each library's twins are
+_TWIN_MODULES = frozenset(TWINS.values())
 _plain = 0  # how many `plain` blocks are active, in all threads: workers follow their caller
 _plain_lock = threading.Lock()
 
@@ -36,7 +37,7 @@ def array_module(*arrays):
     Raises
         TypeError: one of them is not an array, or NumPy and CuPy arrays are mixed.
     """
-    if all(type(array) is np.ndarray for array in arrays):  # the usual case, quickly
+    if all(isinstance(array, np.ndarray) for array in arrays):  # the usual case, quickly
         return np
     modules = set()
     for array in arrays:
@@ -53,32 +54,62 @@ def accelerated(function):
     """Let the twin of a layer's function, where there is one, stand in for its plain body.
 
     The function is told by its name: ``X_forward`` chooses by its first argument, ``X_backward`` by its cache, the
-    second. The plain body stays at hand as ``function.__wrapped__``.
+    second. The plain body is ``function.__wrapped__``; what is put there instead runs instead, which is how a mistake
+    is planted. All calls go through `watching`'s watcher while there is one.
     """
     name = function.__name__
     backward = name.endswith("_backward")
     which = 1 if backward else 0  # the argument that chooses
-    called = list(inspect.signature(function).parameters)[which]
+    chooser = list(inspect.signature(function).parameters)[which]
 
     @functools.wraps(function)
     def dispatch(*arguments, **settings):
-        kind = type(arguments[which] if len(arguments) > which else settings.get(called)).__module__
+        if _watcher is not None:
+            return _watcher(dispatch, arguments, settings)
+        return choose(*arguments, **settings)
+
+    def choose(*arguments, **settings):
+        """Call the twin, or the plain body."""
+        kind = type(arguments[which] if len(arguments) > which else settings.get(chooser)).__module__
         if backward:  # the way of the forward
-            twin = getattr(sys.modules.get(kind), name, None)
-            if twin is not dispatch and twin is not None and twin.__module__ in TWINS.values():
+            if kind in _TWIN_MODULES and (twin := _twin(kind, name)) is not None:
                 return twin(*arguments, **settings)
         elif kernels_wanted():
-            twin = getattr(_twins(kind.partition(".")[0]), name, None)
+            twin = _twin(TWINS.get(kind.partition(".")[0]), name)
             if twin is not None and (result := twin(*arguments, **settings)) is not NotImplemented:
                 return result
-        return function(*arguments, **settings)
+        return dispatch.__wrapped__(*arguments, **settings)
 
+    dispatch.choose = choose
     return dispatch
 
 
-def _twins(root):
-    name = TWINS.get(root)
-    return name and (sys.modules.get(name) or importlib.import_module(name))
+_watcher = None  # what sees every call of an accelerated function, or None
+
+
+@contextmanager
+def watching(watcher):
+    """While active, ``watcher(function, arguments, settings)`` is called in place of every accelerated function.
+
+    It calls ``function.choose(*arguments, **settings)`` to have the work done. One at a time, for all threads.
+    Raises  RuntimeError: another watcher is active.
+    """
+    global _watcher
+    if _watcher is not None:
+        raise RuntimeError("calls are being watched already")
+    _watcher = watcher
+    try:
+        yield
+    finally:
+        _watcher = None
+
+
+def _twin(module, name):
+    """The twin of that name in one of the modules of twins, or None."""
+    if module is None:
+        return None
+    twin = getattr(sys.modules.get(module) or importlib.import_module(module), name, None)
+    return twin if getattr(twin, "__module__", None) in _TWIN_MODULES else None  # not what it imports from elsewhere
 
 
 @functools.cache

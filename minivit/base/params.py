@@ -69,6 +69,17 @@ def lecun_normal(fan_in):
     return init
 
 
+class Named(dict):
+    """Arrays by name; `part` gives some of them by other names, and makes that mapping once."""
+
+    def part(self, key, names):
+        """{short: self[full]} for each ``short: full`` of the names; the same mapping whenever the key is the same."""
+        parts = self.__dict__
+        if key not in parts:
+            parts[key] = {short: self[full] for short, full in names.items() if full in self}
+        return parts[key]
+
+
 def count(table):
     """Number of parameters of a table."""
     return sum(spec.size for spec in table)
@@ -82,7 +93,7 @@ def views(flat, table):
     """
     if flat.shape != (count(table),):
         raise ValueError(f"the flat buffer has shape {flat.shape}, the parameter table needs ({count(table)},)")
-    named, start = {}, 0
+    named, start = Named(), 0
     for spec in table:
         named[spec.name] = flat[start : start + spec.size].reshape(spec.shape)
         start += spec.size

@@ -46,6 +46,8 @@ class Child:
             self.process.stdin.flush()
             kind, value = pickle.load(self.process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(60)  # its last words may come after its pipe is closed
             self.errors.seek(0)
             lines = self.errors.read().decode(errors="replace").split("\n")
             word = next((line.strip() for line in reversed(lines) if line.strip()), "it was killed, perhaps for memory")

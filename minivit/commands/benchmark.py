@@ -13,7 +13,7 @@ from minivit.benchmark.layers import layers_report
 from minivit.benchmark.loading import data_report
 from minivit.benchmark.machine import machine, only_cores
 from minivit.benchmark.scaling import scaling_report
-from minivit.commands.cli import Parser, add_settings, given, output_file, figure_file
+from minivit.commands.cli import Parser, add_settings, figure_file, given, output_file
 from minivit.kernels.cuda import PRECISIONS
 from minivit.laboratory.trace import expected_flops
 from minivit.model import preset_fields

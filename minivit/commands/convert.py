@@ -7,7 +7,7 @@ from minivit.base.errors import InputError
 from minivit.base.params import count
 from minivit.commands.cli import Parser
 from minivit.commands.flags import add_weights
-from minivit.layers.gelu import KINDS
+from minivit.options.exact_gelu import KINDS
 from minivit.weights import checkpoint, layouts
 
 EXAMPLES = """

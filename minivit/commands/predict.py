@@ -12,9 +12,10 @@ from minivit.base.backend import find_device, to_device, to_host
 from minivit.base.errors import InputError
 from minivit.commands.cli import Parser, output_file
 from minivit.commands.flags import add_data, add_weights
-from minivit.data import LazyPictures, read_image
+from minivit.data import LazyImages, read_image
 from minivit.evaluation.inference import attention_map, check_finite, on_device
 from minivit.layers.softmax import softmax_forward
+from minivit.model import intermediates
 from minivit.paper.analyses import attention_rollout
 from minivit.training.trainer import dataset_of, quiet_overflow, write_json
 from minivit.weights.layouts import load_with_notes
@@ -73,9 +74,7 @@ def file_image(path, size, channels, dataset=None):
     It is cut out as the test images of the data set are that the model has learned, by name.
     """
     lazily = dataset == "imagefolder"
-    image = (
-        LazyPictures(path.parent, [path.name], [0], size)[0] if lazily else read_image(path, size)
-    )  # (size, size, 3)
+    image = LazyImages(path.parent, [path.name], [0], size)[0] if lazily else read_image(path, size)  # (size, size, 3)
     if channels == 3:
         return image
     if channels == 1:
@@ -156,7 +155,7 @@ def parse(argv):
 def answer(model, image, device, which):
     """Probabilities (K,) of an image, and its map (grid, grid) of ``--attention``."""
     with quiet_overflow():
-        steps = model.intermediates(to_device(image[None], device))
+        steps = intermediates(model, to_device(image[None], device))
         probabilities = softmax_forward(to_host(steps.logits))[0][0]
     maps = steps.attention[-1] if which == "last" else attention_rollout(steps.attention)[-1][:, None]
     return probabilities, attention_map(to_host(maps[0]), model.config.pooling, model.config.registers)

@@ -19,14 +19,14 @@ from minivit.data import (
     mixup,
     operate,
     rand_augment,
-    scaled,
+    resize_images,
     trivial_augment,
 )
-from minivit.data.mixing import one_hot
 from minivit.data.operations import OPERATIONS, wide_space
 from minivit.evaluation.inference import check_finite, load_with_data, on_device
 from minivit.laboratory import curvature
 from minivit.laboratory.sharpness import along_training, spectrum_facts
+from minivit.layers.loss import one_hot
 from minivit.masked.pretrain import draw_reconstructions, load_masked
 from minivit.training import lr_finder
 from minivit.training.recipes import add_recipe, prepare, recipe_of_flags
@@ -199,7 +199,6 @@ def sheet_of(images, seed):
     add("flip", augment, flip=True)
     add("affine", augment, rotate=15.0, zoom=0.15, shear=0.15, shift=H / 16)
     add("erasing", augment, erasing=1.0)
-    add("cutout", augment, cutout=H // 2)
     strengths = wide_space(H, W)[:, np.linspace(0, 30, n).round().astype(int)]
     for code, name in enumerate(OPERATIONS[1:], start=1):
         rows[name] = operate(images, np.full(n, code), strengths[code])
@@ -207,7 +206,8 @@ def sheet_of(images, seed):
     add("policy: rand", rand_augment)
     add("policy: auto", auto_augment)
     for name, function in (("mixup", mixup), ("cutmix", cutmix)):
-        mixed, targets = function(images, one_hot(np.arange(n), n), np.random.default_rng([seed, len(rows)]), 1.0)
+        targets, rng = one_hot(np.arange(n), n), np.random.default_rng([seed, len(rows)])
+        mixed, targets = function(images, targets, rng, 1.0)
         rows[f"{name}, {targets.diagonal().min():.0%} kept"] = mixed
     return rows
 
@@ -221,7 +221,7 @@ def draw_augment(arguments):
     dataset = load(arguments.data, arguments.data_dir, image_size=size if arguments.data in FOLDERS else None)
     images, _ = measured_images(dataset, arguments.columns, arguments.seed)
     if size is not None:
-        images = scaled(images, size)  # no others than these
+        images = resize_images(images, size)  # no others than these
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     figure = out / f"augment-{arguments.data}.png"

@@ -1,27 +1,27 @@
-"""Random crops, flips, affine maps, erasing and cutout for a whole batch of uint8 pictures at once.
+"""Random crops, affine maps and erasing for a whole batch of uint8 images at once, and all augmentations in order.
 
 The arrays may live on the host or on a device; the random numbers always come from a NumPy Generator, so that
-the same seed gives the same pictures everywhere. No function changes its input.
+the same seed gives the same images everywhere. No function changes its input.
 """
 
 import numpy as np
 
 from minivit.base.backend import array_module
+from minivit.data.flip import random_flip
 from minivit.data.operations import POLICIES, auto_augment, rand_augment, trivial_augment
 
 CROP_MODES = ("zero", "reflect")  # what `random_crop` moves in from beyond the border
-GREY = 128  # what cutout leaves: the level of uint8 that a model sees as (nearly) zero
 
 
 def random_crop(images, padding, rng, *, mode="zero"):
-    """Shift each picture by up to ``padding`` pixels each way; what moves in is black, or the picture mirrored.
+    """Shift each image by up to ``padding`` pixels each way; what moves in is black, or the reflected image.
 
     It is the usual "pad by 4, crop back to 32 x 32 at a random place" of training on CIFAR: one of the
-    (2 * padding + 1)^2 windows of the padded picture is drawn for each, the same one in both modes.
+    (2 * padding + 1)^2 windows of the padded image is drawn at random, the same one in both modes.
 
-    Math    mode "reflect": row -i of the padded picture is row i, row H - 1 + i is row H - 1 - i, and so for columns
+    Math    mode "reflect": row -i of the padded image is row i, row H - 1 + i is row H - 1 - i, and so for columns
     Shapes  images (B, H, W, C)  ->  (B, H, W, C) of the same dtype
-    Raises  ValueError: there is no such mode; a reflection that is as wide as the picture or wider.
+    Raises  ValueError: unknown mode; a reflection as wide as the image or wider.
     Source  He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385, section 4.2.
     """
     if mode not in CROP_MODES:
@@ -33,7 +33,7 @@ def random_crop(images, padding, rng, *, mode="zero"):
     padded[:, p : p + H, p : p + W] = images
     if mode == "reflect":
         if p >= min(H, W):
-            raise ValueError(f"pictures of {H}x{W} cannot be reflected over {p} pixels")
+            raise ValueError(f"images of {H}x{W} cannot be reflected over {p} pixels")
         padded[:, :p, p : p + W] = images[:, p:0:-1]
         padded[:, p + H :, p : p + W] = images[:, : H - 1][:, ::-1][:, :p]
         padded[:, :, :p] = padded[:, :, p + 1 : 2 * p + 1][:, :, ::-1]
@@ -45,23 +45,8 @@ def random_crop(images, padding, rng, *, mode="zero"):
     return windows[xp.arange(B), down, right * C].reshape(B, H, W, C)
 
 
-def random_flip(images, rng):
-    """Mirror each picture left to right with probability 1/2.
-
-    Shapes  images (B, H, W, C)  ->  (B, H, W, C) of the same dtype
-    """
-    xp = array_module(images)
-    B, H, W, C = images.shape
-    chosen = xp.asarray(np.flatnonzero(rng.random(B) < 0.5))  # numbers, since a GPU would have to count a mask first
-    # One gather along flat rows: three times as fast as [:, :, ::-1], which copies three bytes at a time.
-    mirrored = xp.arange(W * C).reshape(W, C)[::-1].ravel()
-    rows = images.reshape(B, H, W * C).copy()
-    rows[chosen] = rows[chosen].take(mirrored, axis=2)
-    return rows.reshape(B, H, W, C)
-
-
 def random_affine(images, rng, *, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0):
-    """Turn, scale, slant and move each picture a little, each by its own random amounts.
+    """Turn, scale, slant and move each image a little, each by its own random amounts.
 
     Math    every output pixel p (relative to the centre) is read, by bilinear interpolation, at the place
             q = diag(1 + z) R(a) (1, 0; s, 1) p + t of the input, where what lies outside is black;
@@ -93,22 +78,22 @@ def random_affine(images, rng, *, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0):
 
 
 def random_erasing(images, probability, rng):
-    """In some of the pictures, replace the pixels of a random rectangle by noise.
+    """In some of the images, replace the pixels of a random rectangle by noise.
 
-    The noise is uniform in 0 .. 255 for each pixel and channel: of the fillings in the paper this one does best, and it
-    is no pattern that a network could learn to look for.
+    The noise is uniform in 0 .. 255 for each pixel and channel: of the fillings in the paper this one does best, and
+    there is no pattern in it that a network could learn to look for.
 
     Math    share s of the area uniform in 0.02 .. 1/3, height to width r log-uniform in 0.3 .. 3.3;
-            height sqrt(s H W r), width sqrt(s H W / r), rounded, at least 1 and at most the picture's; any place
+            height sqrt(s H W r), width sqrt(s H W / r), rounded, at least 1 and at most the image's; any place
     Shapes  images (B, H, W, C) uint8  ->  (B, H, W, C) uint8
     Source  Zhong et al., "Random Erasing Data Augmentation", arXiv:1708.04896.
     """
     xp = array_module(images)
     B, H, W, C = images.shape
-    chosen = np.flatnonzero(rng.random(B) < probability)
-    if not len(chosen):
+    numbers = np.flatnonzero(rng.random(B) < probability)  # of the images that are changed
+    if not len(numbers):
         return images
-    n = len(chosen)
+    n = len(numbers)
     area = H * W * rng.uniform(0.02, 1 / 3, n)
     ratio = np.exp(rng.uniform(np.log(0.3), np.log(3.3), n))
     height = np.clip(np.rint(np.sqrt(area * ratio)), 1, H).astype(int)
@@ -119,48 +104,25 @@ def random_erasing(images, probability, rng):
     in_rows = (y >= top[:, None]) & (y < (top + height)[:, None])  # (n, H)
     in_columns = (x >= left[:, None]) & (x < (left + width)[:, None])  # (n, W)
     inside = in_rows[:, :, None, None] & in_columns[:, None, :, None]  # (n, H, W, 1)
-    rows = xp.asarray(chosen)
+    rows = xp.asarray(numbers)
     result = images.copy()
     result[rows] = xp.where(xp.asarray(inside), xp.asarray(noise), images[rows])
     return result
 
 
-def random_cutout(images, side, rng):
-    """Hide a square of each picture behind grey; its centre is anywhere, so that part of it may lie outside.
-
-    The paper hides it by the mean of the training pictures, which its normalisation maps to zero; here it is what
-    (x - 127.5) / 127.5 maps nearest to zero.
-
-    Math    centre (y, x) uniform over the pixels, drawn as B rows and then B columns;
-            hidden are the rows from y - floor(side / 2), ``side`` of them, and the columns likewise
-    Shapes  images (B, H, W, C) uint8  ->  (B, H, W, C) uint8
-    Source  DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
-            arXiv:1708.04552.
-    """
-    xp = array_module(images)
-    B, H, W, C = images.shape
-    top, left = rng.integers(0, [[H], [W]], size=(2, B)) - side // 2
-    y, x = np.arange(H) - top[:, None], np.arange(W) - left[:, None]  # (B, H), (B, W), from the square's corner on
-    in_rows = xp.asarray((y >= 0) & (y < side))
-    in_columns = xp.asarray(np.repeat((x >= 0) & (x < side), C, axis=1))  # (B, W * C): rows of bytes, for speed
-    inside = in_rows[:, :, None] & in_columns[:, None]
-    return xp.where(inside, np.uint8(GREY), images.reshape(B, H, W * C)).reshape(B, H, W, C)
-
-
 def augment(
     images, rng, *, policy="none", rand_count=2, rand_magnitude=9, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0,
-    crop_padding=0, crop_mode="zero", flip=False, erasing=0.0, cutout=0,
+    crop_padding=0, crop_mode="zero", flip=False, erasing=0.0,
 ):  # fmt: skip
-    """Policy, affine map, crop, flip, erasing, cutout, in this order, each only if asked for.
+    """Policy, affine map, crop, flip, erasing, in this order, each only where its setting is on.
 
-    With none of them it is ``images`` itself that is returned, and no random number is drawn.
+    With none of them, ``images`` itself is returned, and no random number is drawn.
 
     Shapes  images (B, H, W, C) uint8  ->  (B, H, W, C) uint8
     ``policy`` is one of "none", "trivial", "rand" (of ``rand_count`` operations at ``rand_magnitude``), "auto", see
-    `minivit.data.operations`; ``erasing`` is the probability of `random_erasing`, ``cutout`` the side of the square of
-    `random_cutout`. See `random_affine`, `random_crop`, `random_flip`; leave ``flip`` off where left and right matter,
-    as with digits.
-    Raises  ValueError: there is no such policy or crop mode.
+    `minivit.data.operations`; ``erasing`` is the probability of `random_erasing`. See `random_affine`, `random_crop`,
+    `random_flip`; leave ``flip`` off where left and right matter, as with digits.
+    Raises  ValueError: unknown policy or crop mode.
     """
     if policy == "trivial":
         images = trivial_augment(images, rng)
@@ -178,6 +140,4 @@ def augment(
         images = random_flip(images, rng)
     if erasing:
         images = random_erasing(images, erasing, rng)
-    if cutout:
-        images = random_cutout(images, cutout, rng)
     return images

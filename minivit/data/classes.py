@@ -6,13 +6,13 @@ import re
 import numpy as np
 
 from minivit.base.errors import InputError
-from minivit.data.dataset import chosen
+from minivit.data.dataset import take
 
 
 def parse_classes(text, class_names):
-    """The numbers of the classes that a text names, in its order: names or numbers, ranges of these, with commas.
+    """The numbers of the classes that a text lists, in its order: names, numbers or ranges of numbers, with commas.
 
-    A class's name counts before its number.
+    What is both the name of one class and the number of another is taken for the name.
 
     Raises  InputError: an unknown class, one that is named twice, or none.
     """
@@ -38,7 +38,7 @@ def _few(names):
 
 
 def with_classes(dataset, text):
-    """The pictures of some classes, numbered anew in the order in which the text names them; see `parse_classes`.
+    """The images of some classes, with new labels in the order in which the text names them; see `parse_classes`.
 
     Raises  InputError: see `parse_classes`.
     """
@@ -47,8 +47,8 @@ def with_classes(dataset, text):
     number[kept] = np.arange(len(kept))
     train, test = number[dataset.train_labels], number[dataset.test_labels]
     return dataset._replace(
-        train_images=chosen(dataset.train_images, np.flatnonzero(train >= 0)), train_labels=train[train >= 0],
-        test_images=chosen(dataset.test_images, np.flatnonzero(test >= 0)), test_labels=test[test >= 0],
+        train_images=take(dataset.train_images, np.flatnonzero(train >= 0)), train_labels=train[train >= 0],
+        test_images=take(dataset.test_images, np.flatnonzero(test >= 0)), test_labels=test[test >= 0],
         class_names=tuple(dataset.class_names[k] for k in kept),
         source=f"{dataset.source}; {len(kept)} of {len(dataset.class_names)} classes",
         test_names=tuple(dataset.test_names[i] for i in np.flatnonzero(test >= 0)) if dataset.test_names else (),

@@ -10,12 +10,12 @@ from minivit.data.dataset import Dataset
 def load_digits():
     """Load the 1,797 handwritten digits: 1,437 to train on, 360 to test on.
 
-    The split is fixed and stratified (each class keeps its share). It is random over pictures, so both
-    sides hold digits of the same writers: test accuracies come out higher than on new writers.
+    The split is fixed and stratified (each class keeps its share). It is random over images, so that both sides hold
+    digits of the same writers: test accuracies are higher than they would be for new writers.
 
-    Shapes  pictures (n, 8, 8, 1) uint8; the file's 0..16 are scaled to 0..255
+    Shapes  images (n, 8, 8, 1) uint8; the file's 0..16 are scaled to 0..255
     Source  E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository,
-            1998, doi 10.24432/C50P49, CC BY 4.0; the 1,797 pictures of its test file.
+            1998, doi 10.24432/C50P49, CC BY 4.0; the 1,797 images of its test file.
     """
     file = resources.files("minivit.data").joinpath("digits.npz")
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:

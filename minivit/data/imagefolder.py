@@ -1,25 +1,25 @@
-r"""Pictures in folders that are too many to hold in memory, as ImageNet's are: read when a batch asks for them.
+r"""Images in folders, too many for the memory, as ImageNet's are: each is read when a batch needs it.
 
     root/train/CLASS/*.JPEG               the classes are the names of the folders, sorted
     root/val/CLASS/*.JPEG                 or root/test/CLASS
-    root/val/*.JPEG with root/val.txt     the validation pictures in one folder, as they come, and their classes
+    root/val/*.JPEG with root/val.txt     the validation images in one folder, and a list of their classes
 
 A line of val.txt is ``NAME CLASS``, separated by blanks or a comma, as in Kaggle's LOC_val_solution.csv; the class is
 the name of a folder in train, or its number in their sorted order, from 0, as in Caffe's val.txt. If every line is the
-name of a class alone, they are in the order of the pictures' names. Without a folder train there is nothing to learn
-from; a model can be tested then, and the classes are the folders of val.
+name of a class alone, the lines are in the order of the images' names. Without a folder train, a model can be tested
+but not trained; the classes are then the folders of val.
 
-For testing, a picture's short side is scaled to image_size / 0.875, and the centre is cut out: 256 and 224.
+For testing, an image's short side is scaled to image_size / 0.875, and the centre is cut out: 256 and 224.
 
-For training, the Inception crop (Szegedy et al. 2015, arXiv:1409.4842, section 6): a random part of the picture, scaled
-to image_size x image_size whatever its shape. From numbers a, r, v, u, uniform in [0, 1), and with A as the picture's
+For training, the Inception crop (Szegedy et al. 2015, arXiv:1409.4842, section 6): a random part of the image, scaled
+to image_size x image_size whatever its shape. From numbers a, r, v, u, uniform in [0, 1), and with A as the image's
 area and a_min the least share of it,
 
     area = (a_min + (1 - a_min) a) A       width / height = (3/4) (16/9)^r,    between 3/4 and 4/3
 
-and v and u choose the place. A part that does not fit into the picture is drawn again, up to ten times; then it is the
-largest one at the centre of an allowed shape. All the numbers of a batch are drawn beforehand, so that the crops do not
-depend on which thread reads which picture when.
+and v and u choose the place. A part that does not fit into the image is drawn again, up to ten times; after that, the
+largest part of an allowed shape at the centre is taken. All random numbers of a batch are drawn beforehand, so that the
+crops do not depend on which thread reads which image when.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from minivit.data.folder import (
     read_upright,
     refuse_unknown_classes,
 )
-from minivit.data.scaling import check_size
+from minivit.data.size import check_size
 
-TEST_ZOOM = 0.875  # share of the short side that a test picture shows
+TEST_ZOOM = 0.875  # share of the short side that a test image shows
 ATTEMPTS = 10
 LOW, HIGH = 3 / 4, 4 / 3  # width / height of a training crop
 
 
 def inception_box(width, height, draws, smallest):
-    """The part of a picture that is cut out for training, as (left, top, right, bottom) in whole pixels.
+    """The part of an image that is cut out for training, as (left, top, right, bottom) in whole pixels.
 
     Math    see the head of this file; ``smallest`` is a_min
     Shapes  draws (10, 4) in [0, 1): a, r, v, u of each attempt
@@ -65,20 +65,20 @@ def inception_box(width, height, draws, smallest):
     return left, top, left + w, top + h
 
 
-class LazyPictures:
-    """Stands where an array (n, H, W, 3) of uint8 would: ``pictures[rows]`` reads these, cut out at the centre.
+class LazyImages:
+    """Stands in for an array (n, H, W, 3) of uint8: ``images[rows]`` reads some of the files, cut out at the centre.
 
     ``names`` are paths from the folder ``root``, ``sizes`` the lengths of the files. Several threads, by default one
-    for each of up to 8 cores, decode; their number changes no pixel, and any thread may ask.
+    for each of up to 8 cores, decode the files; their number changes no pixel. Any thread may read.
     """
 
     dtype, ndim = np.dtype(np.uint8), 4
-    __iter__ = None  # one by one, each use would read every picture: take batches
+    __iter__ = None  # a loop over single images would read all files again each time: take batches
 
-    def __init__(self, root, names, sizes, image_size, *, mirror=False, threads=0):
+    def __init__(self, root, names, sizes, image_size, *, flip=False, threads=0):
         check_size(image_size)
         self.root, self.names, self.sizes = str(root), names, sizes
-        self.image_size, self.mirror, self.threads = image_size, mirror, threads or min(8, os.cpu_count() or 1)
+        self.image_size, self.flip, self.threads = image_size, flip, threads or min(8, os.cpu_count() or 1)
         self._modules = pillow_modules()
         self._rows = np.arange(len(names))
 
@@ -92,21 +92,21 @@ class LazyPictures:
 
     @property
     def identity(self):
-        """Bytes that tell these pictures from others without reading them: names and lengths of the files."""
+        """Bytes that tell these images from others without reading them: names and lengths of the files."""
         return "\n".join(f"{name} {size}" for name, size in zip(self.names, self.sizes, strict=True)).encode()
 
     def __array__(self, *arguments, **keywords):
-        raise TypeError("these pictures are read as they are needed: take some of them, pictures[rows]")
+        raise TypeError("these images are files, read as they are needed: take some of them, images[rows]")
 
     def __getitem__(self, rows):
-        chosen = self._rows[rows]  # a number, a slice, an array: as NumPy understands it
-        return self.read(chosen) if chosen.ndim else self.read(chosen[None])[0]
+        numbers = self._rows[rows]  # rows is a number, a slice or an array: as NumPy understands it
+        return self.read(numbers) if numbers.ndim else self.read(numbers[None])[0]
 
     def read(self, rows, *, draws=None, smallest=1.0):
-        """Some of the pictures: their centres, or with ``draws`` the parts that `inception_box` chooses.
+        """Some of the images: their centres, or with ``draws`` the parts that `inception_box` chooses.
 
         Shapes  rows (B,), draws (B, 10, 4) in [0, 1)  ->  (B, H, W, 3) uint8
-        Raises  InputError: a picture that cannot be read; the message names its file.
+        Raises  InputError: an image that cannot be read; the message names its file.
         """
         Image, ImageOps = self._modules
         images = np.empty((len(rows), self.image_size, self.image_size, 3), np.uint8)
@@ -121,9 +121,9 @@ class LazyPictures:
                 return part.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
 
             image = read_upright(path, cut, Image, ImageOps)
-            images[i] = image[:, ::-1] if self.mirror else image
+            images[i] = image[:, ::-1] if self.flip else image
 
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="minivit-pictures") as pool:
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="minivit-images") as pool:
             list(pool.map(fill, range(len(rows))))
         return images
 
@@ -135,25 +135,25 @@ class LazyPictures:
         left, top = (width - size) // 2, (height - size) // 2
         return image.crop((left, top, left + size, top + size))
 
-    def _like(self, names, sizes, mirror):
-        return LazyPictures(self.root, names, sizes, self.image_size, mirror=mirror, threads=self.threads)
+    def _like(self, names, sizes, flip):
+        return LazyImages(self.root, names, sizes, self.image_size, flip=flip, threads=self.threads)
 
-    def mirrored(self):
-        """The same pictures, left and right exchanged."""
-        return self._like(self.names, self.sizes, not self.mirror)
+    def mirror(self):
+        """The same images, left and right exchanged."""
+        return self._like(self.names, self.sizes, not self.flip)
 
-    def chosen(self, rows):
-        """Some of the pictures, by their numbers or a slice."""
+    def take(self, rows):
+        """Some of the images, by their numbers or a slice."""
         rows = self._rows[rows]
-        return self._like([self.names[i] for i in rows], [self.sizes[i] for i in rows], self.mirror)
+        return self._like([self.names[i] for i in rows], [self.sizes[i] for i in rows], self.flip)
 
 
 def load_imagefolder(data_dir, image_size=224):
-    """A folder of pictures as a `Dataset` whose pictures are `LazyPictures`; only names and lengths of files are read.
+    """A folder of images as a `Dataset` whose images are `LazyImages`; only names and lengths of files are read.
 
-    Test pictures are those of ``val``, or where there is no such folder of ``test``. Hidden files and other endings
-    than pictures' are left out.
-    Raises  InputError: folders, pictures or classes are missing.
+    Test images are those of ``val``, or where there is no such folder of ``test``. Hidden files and other endings
+    than images' are left out.
+    Raises  InputError: folders, images or classes are missing.
     """
     root = Path(data_dir)
     split = "val" if (root / "val").is_dir() else "test"
@@ -161,46 +161,48 @@ def load_imagefolder(data_dir, image_size=224):
     train, labels = _in_class_folders(root, "train", class_names)
     for name, count in zip(class_names, np.bincount(labels, minlength=len(class_names)), strict=True):
         if not count and len(train):
-            raise InputError(f"{root / 'train' / name} has no pictures ({', '.join(SUFFIXES)}); add some")
+            raise InputError(f"{root / 'train' / name} has no images ({', '.join(SUFFIXES)}); add some")
     flat = list(_files(root, split)) if (root / split).is_dir() else []
     if flat:
         test, test_labels = flat, _listed_classes(root / f"{split}.txt", [name for name, _ in flat], class_names)
     else:
         refuse_unknown_classes(root / split, class_names, root / "train")
         test, test_labels = _in_class_folders(root, split, class_names)
-    pictures = [
-        LazyPictures(root, [name for name, _ in files], [size for _, size in files], image_size)
+    train_images, test_images = (
+        LazyImages(root, [name for name, _ in files], [size for _, size in files], image_size)
         for files in (train, test)
-    ]
+    )
     names = tuple(os.path.basename(name) for name, _ in test)
-    return Dataset("imagefolder", pictures[0], labels, pictures[1], test_labels, tuple(class_names), str(root), names)
+    return Dataset(
+        "imagefolder", train_images, labels, test_images, test_labels, tuple(class_names), str(root), names
+    )  # fmt: skip
 
 
 def _files(root, folder):
-    """(path from the root, length) of each picture in a folder, sorted by name."""
+    """(path from the root, length) of each image in a folder, sorted by name."""
     with os.scandir(root / folder) as entries:
-        found = [
+        return sorted(
             (os.path.join(folder, entry.name), entry.stat().st_size)
             for entry in entries
             if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and entry.is_file()
-        ]
-    return sorted(found)
+        )
 
 
 def _in_class_folders(root, split, class_names):
-    """The pictures of a split's class folders, class by class, and their labels (n,)."""
-    found = [_files(root, os.path.join(split, name)) if (root / split / name).is_dir() else [] for name in class_names]
-    labels = np.repeat(np.arange(len(found)), [len(files) for files in found])
-    return [file for files in found for file in files], labels
+    """The images of a split's class folders, class by class, and their labels (n,)."""
+    folders = [os.path.join(split, name) for name in class_names]
+    lists = [_files(root, folder) if (root / folder).is_dir() else [] for folder in folders]
+    labels = np.repeat(np.arange(len(lists)), [len(files) for files in lists])
+    return [file for files in lists for file in files], labels
 
 
 def _listed_classes(path, names, class_names):
-    """The labels (n,) of pictures that lie in one folder, sorted by name, from a list; see the head of this file."""
+    """The labels (n,) of images that lie in one folder, sorted by name, from a list; see the head of this file."""
     try:
         lines = [line.replace(",", " ").split() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:
         raise InputError(
-            f"there is no {path}; the pictures of {path.with_suffix('')} lie in no class folders: list their classes "
+            f"there is no {path}; the images of {path.with_suffix('')} lie in no class folders: list their classes "
             "there, one NAME CLASS a line"
         ) from None
     except UnicodeDecodeError as error:
@@ -209,10 +211,10 @@ def _listed_classes(path, names, class_names):
     known = {name: k for k, name in enumerate(class_names)}
     if all(len(line) == 1 for line in lines):
         if len(lines) != len(names):
-            raise InputError(f"{path} lists {len(lines)} classes for {len(names)} pictures; list one for each")
+            raise InputError(f"{path} lists {len(lines)} classes for {len(names)} images; list one for each")
         if unknown := [line[0] for line in lines if line[0] not in known]:
             raise InputError(
-                f"{path}: {unknown[0]!r} is no folder of train; a line without a picture's name must be a class's "
+                f"{path}: {unknown[0]!r} is no folder of train; a line without an image's name must be a class's "
                 "(the numbers of ImageNet's development kit count them in another order)"
             )
         return np.array([known[line[0]] for line in lines], np.int64)

@@ -1,26 +1,22 @@
-"""Mixup and CutMix: each picture of a batch is mixed with another one, and so are their labels.
+"""Mixup and CutMix: each image of a batch is mixed with another one, and so are their labels.
 
-Both draw a share lambda from Beta(alpha, alpha) for the whole batch and the partners as a permutation of it. What is
-drawn comes from a NumPy Generator, and the arithmetic is of whole numbers, so a seed gives the same bits everywhere.
+Both draw, for the whole batch, a share lambda from Beta(alpha, alpha) and a permutation that gives each image its
+partner. All random numbers come from a NumPy Generator, and the arithmetic is of whole numbers: a seed gives the same
+bits everywhere.
 """
 
 import numpy as np
 
 from minivit.base.backend import array_module
+from minivit.layers.loss import one_hot
 
 
-def one_hot(labels, num_classes):
-    """Class indices (B,) as target probabilities (B, K) float32."""
-    xp = array_module(labels)
-    return (labels[:, None] == xp.arange(num_classes)).astype(np.float32)
-
-
-def _mixed_targets(targets, partner, share):
+def _mix_targets(targets, partner, share):
     return np.float32(share) * targets + np.float32(1.0 - share) * targets[partner]
 
 
 def mixup(images, targets, rng, alpha):
-    """Blend each picture with its partner.
+    """Blend each image with its partner.
 
     Math    x <- lambda x + (1 - lambda) x', t <- lambda t + (1 - lambda) t', lambda rounded to a multiple of 1/256
     Shapes  images (B, H, W, C) uint8, targets (B, K) float32  ->  the same
@@ -31,13 +27,13 @@ def mixup(images, targets, rng, alpha):
     partner = xp.asarray(rng.permutation(len(images)))
     first, second = images.astype(np.uint16), images[partner].astype(np.uint16)
     mixed = (weight * first + (256 - weight) * second + 128) >> 8  # at most 255 * 256 + 128: it fits 16 bits
-    return mixed.astype(np.uint8), _mixed_targets(targets, partner, weight / 256)
+    return mixed.astype(np.uint8), _mix_targets(targets, partner, weight / 256)
 
 
 def cutmix(images, targets, rng, alpha):
-    """Replace the same rectangle of each picture by that of its partner.
+    """Replace the same rectangle of each image by that of its partner.
 
-    Math    sides sqrt(1 - lambda) of the picture's around a uniform centre, cut off at its borders;
+    Math    sides sqrt(1 - lambda) of the image's around a uniform centre, cut off at its borders;
             t <- l t + (1 - l) t', l the share of pixels that stay
     Shapes  images (B, H, W, C) uint8, targets (B, K) float32  ->  the same
     Source  Yun et al., "CutMix", arXiv:1905.04899, appendix A.
@@ -51,7 +47,7 @@ def cutmix(images, targets, rng, alpha):
     mixed = images.copy()
     mixed[:, top:bottom, left:right] = images[partner, top:bottom, left:right]
     share = 1.0 - (bottom - top) * (right - left) / (H * W)
-    return mixed, _mixed_targets(targets, partner, share)
+    return mixed, _mix_targets(targets, partner, share)
 
 
 def mix(images, labels, rng, *, num_classes, mixup_alpha=0.0, cutmix_alpha=0.0, probability=1.0):

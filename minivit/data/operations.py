@@ -1,14 +1,14 @@
-"""The fifteen picture operations of AutoAugment, and the three policies that draw from them, on uint8 batches.
+"""The fifteen image operations of AutoAugment, and the three policies that draw from them, on uint8 batches.
 
-Each picture of a batch gets an operation and a magnitude of its own. `operate` sorts the batch by operation, so that
-pictures of the same kind lie side by side, and works through four groups, each vectorised over its pictures:
+Each image of a batch gets an operation and a magnitude of its own. `operate` sorts the batch by operation, so that
+images of the same kind lie side by side, and works through four groups, each vectorised over its images:
 
 =========  =============================================  ===================================================
 group      operations                                     how
 =========  =============================================  ===================================================
-geometry   shear_x/y, translate_x/y, rotate               one affine map per picture, bilinear
+geometry   shear_x/y, translate_x/y, rotate               one affine map per image, bilinear
 blend      brightness, color, contrast, sharpness         f x + (1 - f) (black, grey, mean grey, blurred x)
-tables     posterize, solarize, invert,                   a table of 256 new values per picture and channel
+tables     posterize, solarize, invert,                   a table of 256 new values per image and channel
            autocontrast, equalize
 identity                                                  nothing is touched
 =========  =============================================  ===================================================
@@ -19,7 +19,7 @@ waits for the device. Values agree with torchvision's operations on uint8 tensor
 float32 interpolation and the one here in fixed point may round to neighbouring levels.
 
 Where conventions differ from torchvision's policy classes: they interpolate by the nearest pixel unless told otherwise,
-here it is always bilinear; TrivialAugment moves pictures of less than 32 pixels by at most their own size.
+here it is always bilinear; TrivialAugment moves images of less than 32 pixels by at most their own size.
 
 Source  Cubuk et al., "AutoAugment", arXiv:1805.09501; Cubuk et al., "RandAugment", arXiv:1909.13719;
         Mueller and Hutter, "TrivialAugment", arXiv:2103.10158.
@@ -63,7 +63,7 @@ _AUTO = {
 
 
 def operate(images, operations, magnitudes):
-    """Apply to each picture its own operation.
+    """Apply to each image its own operation.
 
     Shapes  images (B, H, W, C) uint8, on any device; on the host operations (B,), indices into ``OPERATIONS``, and
             magnitudes (B,)  ->  (B, H, W, C) uint8
@@ -73,12 +73,12 @@ def operate(images, operations, magnitudes):
             which on pixels are inverted. The others have none.
     """
     xp = array_module(images)
-    if images.shape[-1] != 3:  # grey pictures have no colour to change
+    if images.shape[-1] != 3:  # grey images have no colour to change
         operations = np.where(operations == CODE["color"], CODE["identity"], operations)
     order = np.argsort(operations, kind="stable")
     operations, magnitudes = operations[order], magnitudes[order]
     rows = xp.asarray(order)
-    images = images[rows]  # pictures of one operation now lie side by side
+    images = images[rows]  # images of one operation now lie side by side
     for names, function in ((GEOMETRY, _geometry), (BLENDS, _blend), (TABLES, _tables)):
         start, stop = np.searchsorted(operations, [CODE[names[0]], CODE[names[-1]] + 1])
         if start < stop:
@@ -112,7 +112,7 @@ def _geometry(images, operations, magnitudes):
     maps[turn, 0, 0] = maps[turn, 1, 1] = np.cos(angle)
     maps[turn, 1, 0] = np.sin(angle)
     maps[turn, 0, 1] = -np.sin(angle)
-    # Rotation is about the picture's centre, shear about its upper left corner, half a pixel from pixel (0, 0).
+    # Rotation is about the image's centre, shear about its upper left corner, half a pixel from pixel (0, 0).
     centre = np.full((B, 2), -0.5)
     centre[turn] = (W - 1) / 2, (H - 1) / 2
     maps[..., 2] += centre - np.einsum("bij,bj->bi", maps[..., :2], centre)
@@ -137,7 +137,7 @@ def _geometry(images, operations, magnitudes):
 
 
 def _grey(images):
-    """The luma of colour pictures, rounded down, (B, H, W, 1) float32; others are grey already."""
+    """The luma of colour images, rounded down, (B, H, W, 1) float32; others are grey already."""
     xp = array_module(images)
     if images.shape[-1] != 3:
         return images.astype(np.float32)
@@ -145,7 +145,7 @@ def _grey(images):
     return xp.floor(0.2989 * red + 0.587 * green + 0.114 * blue)
 
 
-def _blurred(images):
+def _blur(images):
     """The 3 x 3 mean with the middle counted five times; the outermost pixels stay."""
     H, W = images.shape[1:3]
     result = images.astype(np.int32)
@@ -158,9 +158,9 @@ def _blurred(images):
 
 
 def _blend(images, operations, magnitudes):
-    """Between a picture (f = 1) and its degenerate kind (f = 0), or beyond.
+    """Between an image (f = 1) and its degenerate kind (f = 0), or beyond.
 
-    Math    f x + (1 - f) z, cut to 0 .. 255 and rounded down; z black, grey, the mean grey, or the blurred picture
+    Math    f x + (1 - f) z, cut to 0 .. 255 and rounded down; z black, grey, the mean grey, or the blurred image
     """
     xp = array_module(images)
     _, color, contrast, sharpness = _slices(BLENDS, operations)
@@ -170,14 +170,14 @@ def _blend(images, operations, magnitudes):
     if contrast.start < contrast.stop:
         degenerate[contrast] = _grey(images[contrast]).mean(axis=(1, 2, 3), keepdims=True)
     if sharpness.start < sharpness.stop:
-        degenerate[sharpness] = _blurred(images[sharpness])
+        degenerate[sharpness] = _blur(images[sharpness])
     factor = 1.0 + magnitudes
     factor, rest = xp.asarray(np.stack([factor, 1.0 - factor]).astype(np.float32)[..., None, None, None])
     return xp.clip(factor * images + rest * degenerate, 0.0, 255.0).astype(np.uint8)
 
 
 def _tables(images, operations, magnitudes):
-    """Look each pixel up in a table of its picture and channel."""
+    """Look each pixel up in a table of its image and channel."""
     xp = array_module(images)
     B, _, _, C = images.shape
     posterize, solarize, invert, autocontrast, equalize = _slices(TABLES, operations)
@@ -207,8 +207,8 @@ def _autocontrast(images):
     values = xp.arange(256, dtype=np.float32)
     zero, one, full = np.float32(0), np.float32(1), np.float32(255)
     scale = xp.where(flat, one, full * (one / xp.where(flat, one, high - low)))  # rounded in torchvision's order
-    stretched = (values - xp.where(flat, zero, low)) * scale
-    return xp.clip(stretched, 0.0, 255.0).astype(np.uint8)
+    stretch = (values - xp.where(flat, zero, low)) * scale
+    return xp.clip(stretch, 0.0, 255.0).astype(np.uint8)
 
 
 def _equalize(images):
@@ -250,7 +250,7 @@ def _with_sign(operations, magnitudes, rng):
 
 
 def wide_space(H, W):
-    """The magnitudes of `trivial_augment` for pictures of a size, without signs: (15, 31), weakest first."""
+    """The magnitudes of `trivial_augment` for images of a size, without signs: (15, 31), weakest first."""
     return _space(0.99, min(32, W), min(32, H), 135.0, 0.99, 2, BINS)
 
 
@@ -263,9 +263,9 @@ _WITHOUT_INVERT = np.delete(np.arange(len(OPERATIONS)), CODE["invert"])
 
 
 def trivial_augment(images, rng):
-    """One operation of 14 at one of 31 strengths for each picture, in the "wide" space.
+    """One operation of 14 at one of 31 strengths for each image, in the "wide" space.
 
-    Largest magnitudes  shear 0.99, shift 32 pixels (at most the picture's size), 135 degrees, factors 1 +- 0.99,
+    Largest magnitudes  shear 0.99, shift 32 pixels (at most the image's size), 135 degrees, factors 1 +- 0.99,
                         posterize to 2 bits, solarize from 0 on
     Shapes  images (B, H, W, C) uint8  ->  (B, H, W, C) uint8
     Source  Mueller and Hutter, "TrivialAugment", arXiv:2103.10158, table 1.
@@ -278,9 +278,9 @@ def trivial_augment(images, rng):
 
 
 def rand_augment(images, rng, *, count=2, magnitude=9):
-    """``count`` operations of 14, one after the other, all at strength ``magnitude`` of 0 .. 30, for each picture.
+    """``count`` operations of 14, one after the other, all at strength ``magnitude`` of 0 .. 30, for each image.
 
-    Largest magnitudes  shear 0.3, shift 150/331 of the picture, 30 degrees, factors 1 +- 0.9, posterize to 4 bits,
+    Largest magnitudes  shear 0.3, shift 150/331 of the image, 30 degrees, factors 1 +- 0.9, posterize to 4 bits,
                         solarize from 0 on
     Shapes  images (B, H, W, C) uint8  ->  (B, H, W, C) uint8
     Source  Cubuk et al., "RandAugment", arXiv:1909.13719.
@@ -294,7 +294,7 @@ def rand_augment(images, rng, *, count=2, magnitude=9):
 
 
 def auto_augment(images, rng):
-    """For each picture one of the 25 pairs of operations that were found for CIFAR-10.
+    """For each image one of the 25 pairs of operations that a search found for CIFAR-10.
 
     Shapes  images (B, H, W, C) uint8  ->  (B, H, W, C) uint8
     Source  Cubuk et al., "AutoAugment", arXiv:1805.09501, table 7; magnitudes are those of RandAugment's space in ten
@@ -302,10 +302,10 @@ def auto_augment(images, rng):
     """
     B, H, W, _ = images.shape
     space = usual_space(H, W, bins=10)
-    chosen = rng.integers(0, len(_CIFAR10), B)
+    pairs = rng.integers(0, len(_CIFAR10), B)
     for i in range(2):
-        operations, strengths = (_AUTO[key][chosen, i] for key in ("operation", "magnitude"))
-        happens = rng.random(B) < _AUTO["probability"][chosen, i]
+        operations, strengths = (_AUTO[key][pairs, i] for key in ("operation", "magnitude"))
+        happens = rng.random(B) < _AUTO["probability"][pairs, i]
         magnitudes = _with_sign(operations, space[operations, strengths], rng)
         images = operate(images, np.where(happens, operations, CODE["identity"]), magnitudes)
     return images

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from minivit.base.backend import to_device, to_host, use_device
 from minivit.base.errors import InputError
-from minivit.data import FOLDERS, load, mirrored
+from minivit.data import FOLDERS, load, with_mirror_images
 from minivit.model import ViT
 from minivit.training.engine import Engine
 from minivit.training.engine_cuda import CudaEngine
@@ -60,22 +60,22 @@ def predict_all(model, images, *, workers=0, micro_batch=0, device="cpu", flip=F
     Shapes  images (n, H, W, C)  ->  logits (n, K); with ``features`` what the head reads, see `ViT.features`
     With ``flip``, an image's logits are the mean of its own and of its mirror image's.
     """
-    views = [images, mirrored(images)] if flip else [images]
-    bar = tqdm(total=len(views) * len(images), desc="pictures", unit="", delay=1, disable=None)
+    bar = tqdm(total=(2 if flip else 1) * len(images), desc="images", unit="", delay=1, disable=None)
     if device == "cpu":
         engine = Engine(model, workers=workers, micro_batch=micro_batch)
     else:
         engine = CudaEngine(on_device(model, device))
-    results = []  # of each view
+
+    def predict(view):
+        parts = []
+        for i in range(0, len(view), CHUNK):
+            chunk = to_device(view[i : i + CHUNK], device)
+            parts.append(to_host(engine.predict(chunk, features=features)))
+            bar.update(len(parts[-1]))
+        return np.concatenate(parts)
+
     with engine, bar, quiet_overflow():
-        for view in views:
-            parts = []
-            for i in range(0, len(view), CHUNK):
-                chunk = to_device(view[i : i + CHUNK], device)
-                parts.append(to_host(engine.predict(chunk, features=features)))
-                bar.update(len(parts[-1]))
-            results.append(np.concatenate(parts))
-    return (results[0] + results[1]) / 2 if flip else results[0]
+        return with_mirror_images(predict, images, flip)
 
 
 def check_finite(numbers, path, what="logits"):

@@ -33,9 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.base.errors import InputError
-from minivit.data.mixing import one_hot
 from minivit.layers.linear import linear_backward, linear_forward
-from minivit.layers.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
+from minivit.layers.loss import one_hot, softmax_cross_entropy_backward, softmax_cross_entropy_forward
 
 SHOTS, L2 = (1, 5, 10, 25), 2.0**10  # of the official evaluation
 BIAS = 100.0
@@ -93,7 +92,7 @@ def least_squares(x, labels, num_classes, *, l2=L2):
     n, d = x.shape
     X = np.full((n, d + 1), BIAS)
     X[:, :d] = (x - mean) / scale
-    Y = 2.0 * one_hot(labels, num_classes).astype(np.float64) - 1.0  # (n, K)
+    Y = 2.0 * one_hot(labels, num_classes, np.float64) - 1.0  # (n, K)
     if n >= d + 1:
         e, Q = np.linalg.eigh(X.T @ X)  # (d + 1,), (d + 1, d + 1)
         W = Q / (e + l2) @ (Q.T @ (X.T @ Y))
@@ -126,7 +125,7 @@ def logistic_loss(theta, x, labels, num_classes, l2):
     W, b = theta[: d * num_classes].reshape(d, num_classes), theta[d * num_classes :]
     logits, cache = linear_forward(x, W, b)
     loss, loss_cache = softmax_cross_entropy_forward(logits, labels)
-    _, dW, db = linear_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, need_dx=False)
+    _, dW, db = linear_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)
     return float(loss + l2 / 2 * (W * W).sum()), np.concatenate([(dW + l2 * W).ravel(), db])
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from minivit.base.backend import to_host
 from minivit.base.errors import InputError
-from minivit.data import Dataset, validated
+from minivit.data import Dataset, check_dataset
 from minivit.data.folder import load_folder, pillow_modules
 from minivit.evaluation.transfer import PENALTIES, accuracy, choose, least_squares, logistic
 from minivit.training.trainer import LAST, TrainConfig, Trainer
@@ -79,7 +79,7 @@ def load_task(folder, name, config, *, examples=EXAMPLES, seed=0):
         dataset = load_folder(folder / name, config.image_size, whole=True)._replace(name=name)
     else:
         raise InputError(f"there is no task {name} in {folder}: neither {name}.npz nor a folder {name}")
-    dataset = validated(dataset)
+    dataset = check_dataset(dataset)
     n = len(dataset.train_labels)
     if n < examples:
         raise InputError(f"{name} ({dataset.source}) has {n} training examples, the protocol takes {examples}")

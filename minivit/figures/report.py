@@ -20,6 +20,7 @@ from minivit.figures.html import Html, document, duration, image, percent, svg_f
 from minivit.figures.predictions import save_calibration, save_confusion
 from minivit.layers.loss import softmax_cross_entropy_forward
 from minivit.layers.softmax import softmax_forward
+from minivit.model import intermediates
 from minivit.training.trainer import LAST, METRICS, SUMMARY, origin_of, versions
 from minivit.weights.start import StartConfig
 
@@ -168,7 +169,7 @@ def _mistakes(run, probabilities, count):
     cards = []
     for i in chosen:
         pixels, truth, guess = data.test_images[i], int(data.test_labels[i]), int(guesses[i])
-        attention = run.model.intermediates(pixels[None]).attention[-1][0]  # (h, N, N)
+        attention = intermediates(run.model, pixels[None]).attention[-1][0]  # (h, N, N)
         overlay = image_png(pixels, attention_map(attention, c.pooling, c.registers))
         cards.append(
             tag(

@@ -29,10 +29,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.base.backend import array_module, kernels_wanted
+from minivit.kernels.cpu import (  # noqa: F401  twins that need no kernel of their own
+    attention_backward,
+    attention_forward,
+    gelu_backward,
+    gelu_forward,
+    msa_backward,
+    msa_forward,
+    softmax_backward,
+    softmax_forward,
+)
 from minivit.kernels.cublas import WORKSPACE, ArrayProducts, Cublas
-from minivit.layers.block import ATTN, BLOCK_PARAMETERS, MLP, NORM1, NORM2
+from minivit.layers.block import BLOCK_PARAMETERS, NORM1, NORM2
 from minivit.layers.dropout import DropoutCache, dropout_mask
 from minivit.layers.loss import soft_targets
+from minivit.layers.mlp import FC, MLP
+from minivit.layers.msa import ATTN, MSA
 from minivit.layers.patch_embed import unpatchify
 from minivit.optim import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS
 
@@ -142,7 +154,7 @@ def using(other):
 class Draws:
     """A batch's random numbers, drawn beforehand: what a captured graph takes in place of a Generator.
 
-    ``factors`` (2 L, B) holds stochastic depth's m / (1 - rate) of both branches of each block, ``keys`` (n,) uint64
+    ``factors`` (n, B) holds stochastic depth's m / (1 - rate) of both branches of each block that has any, ``keys`` (n,) uint64
     the Philox key of each dropout; both on the device, in the order of the forward.
     """
 
@@ -167,13 +179,13 @@ class Draws:
 
     @staticmethod
     def draw(rng, rates, B, keys=0):
-        """Factors (2 L, B), those that the plain blocks would draw from a Generator, and ``keys`` keys; on the host."""
+        """Factors (n, B), those that the plain blocks would draw from a Generator, and ``keys`` keys; on the host."""
         rows = []
         for rate in rates:
-            for _ in range(2):
-                mask = dropout_mask((B, 1, 1), rate, rng).reshape(B) if rate > 0.0 else np.ones(B, bool)
+            for _ in range(2 if rate > 0.0 else 0):
+                mask = dropout_mask((B, 1, 1), rate, rng).reshape(B)
                 rows.append(mask * np.float32(1.0 / (1.0 - rate)))
-        return np.array(rows, np.float32), rng.integers(0, 2**64, keys, np.uint64)
+        return np.array(rows, np.float32).reshape(len(rows), B), rng.integers(0, 2**64, keys, np.uint64)
 
 
 def _covered(*arrays):
@@ -350,7 +362,7 @@ def linear_forward(x, W, b):
     return y.reshape(*x.shape[:-1], len(b)), CudaLinearCache(x, W)
 
 
-def linear_backward(dy, cache, *, need_dx=True):
+def linear_backward(dy, cache):
     """Twin of `minivit.layers.linear.linear_backward`."""
     x, W = cache
     xp = array_module(dy)
@@ -358,7 +370,7 @@ def linear_backward(dy, cache, *, need_dx=True):
     db = xp.zeros(rows.shape[1], np.float32)
     _add_column_sum(rows, db)
     dW = _product(x.reshape(-1, x.shape[-1]).T, rows)
-    dx = _product(rows, W.T).reshape(x.shape) if need_dx else None
+    dx = _product(rows, W.T).reshape(x.shape)
     return dx, dW, db
 
 
@@ -462,7 +474,7 @@ def drop_path_forward(x, *, rate=0.0, rng=None, mask=None):
     if mask is not None or not isinstance(rng, Draws):
         return NotImplemented
     factors = rng.next().reshape((len(x),) + (1,) * (x.ndim - 1))
-    return (x * factors, DropoutCache(factors, 1.0)) if rate > 0.0 else (x, DropoutCache(None, 1.0))
+    return x * factors, DropoutCache(factors, 1.0)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -602,33 +614,32 @@ class CudaBlockCache(NamedTuple):
     gelu: Any  # (rows, M) what goes into W2
 
 
-def block_forward(
-    z, params, *, num_heads, queries=None, gelu="tanh", eps=1e-6, dropout=0.0, attention_dropout=0.0, drop_path=0.0,
-    rng=None,
-):  # fmt: skip
-    """Twin of `minivit.layers.block.block_forward`, without elementwise dropout, QK-norm and LayerScale."""
-    if params.keys() - BLOCK_PARAMETERS:
+KNOWN = {"gelu", "drop_path", "flash", "reads"}  # what a block may have beside the plain ViT's for these kernels
+
+
+def block_forward(z, params, *, num_heads, reads=None, msa=MSA, mlp=MLP, eps=1e-6):
+    """Twin of `minivit.layers.block.block_forward`, with stochastic depth and either GELU; no other options."""
+    about = msa.about | mlp.about
+    if about.keys() - KNOWN or params.keys() - set(BLOCK_PARAMETERS):
         return NotImplemented
     B, N, D = z.shape
-    Q = min(queries or N, N)
+    Q = min(reads or N, N)
     M, Dh = params["mlp.fc1.bias"].shape[0], D // num_heads
-    drops = rng is not None and (dropout > 0.0 or attention_dropout > 0.0)
-    if drops or D % 4 or D > MAX_WIDTH or M % 4 or Dh % 4 or not _covered(z, *params.values()):
+    if D % 4 or D > MAX_WIDTH or M % 4 or Dh % 4 or not _covered(z, *params.values()):
         return NotImplemented
     if _real() == np.uint16 and Dh % 8 and not _fused(N, Dh):
         return NotImplemented  # heads in stacks must begin at multiples of 16 bytes, or cuBLAS may stop at an address
-    xp, erf_form = array_module(z), gelu == "erf"
+    xp, erf_form = array_module(z), about.get("gelu") == "erf"
     path1 = path2 = None
-    if rng is not None and drop_path > 0.0:
+    if "drop_path" in about:
+        rate, rng = about["drop_path"]
         if not isinstance(rng, Draws):
-            rng = Draws(xp.asarray(Draws.draw(rng, [drop_path], B)[0]))
+            rng = Draws(xp.asarray(Draws.draw(rng, [rate], B)[0]))
         path1, path2 = rng.next(), rng.next()
-    elif isinstance(rng, Draws):
-        rng.next(), rng.next()
     wn1, bn1 = (params[name] for name in NORM1)
     wqkv, bqkv, wproj, bproj = (params[name] for name in ATTN)
     wn2, bn2 = (params[name] for name in NORM2)
-    w1, b1, w2, b2 = (params[name] for name in MLP)
+    w1, b1, w2, b2 = (params[name] for name in FC)
     rows, real = z.reshape(B * N, D), _real()
     # Eq. 2
     y1, _, norm1 = _layernorm(rows, wn1, bn1, eps, real)
@@ -662,7 +673,17 @@ def _with_zeros(x, N):
     return full
 
 
-def block_backward(dz, cache, grads):
+def first_tokens_forward(z, params, **settings):
+    """Twin of `minivit.options.first_tokens.first_tokens_forward`: the same kernels, for the tokens that are read."""
+    return block_forward(z, params, **settings)
+
+
+def first_tokens_backward(dz, cache, grads, **branches):
+    """Twin of `minivit.options.first_tokens.first_tokens_backward`."""
+    return block_backward(dz, cache, grads)
+
+
+def block_backward(dz, cache, grads, **branches):
     """Twin of `minivit.layers.block.block_backward`."""
     c, p = cache, cache.params
     B, N, _ = c.qkv.shape
@@ -712,14 +733,15 @@ class CudaPatchEmbedCache(NamedTuple):
     image_shape: tuple  # (B, H, W, C)
     patch_size: int
     prefix: int
-    has_position: bool
+    is_bytes: bool  # of which nobody wants a gradient
 
 
 PATCHIFY = {np.dtype(np.float32): "patchify", np.dtype(np.uint8): "patchify_bytes"}
 
 
-def patch_embed_forward(images, W, b, cls_token=None, pos_embed=None, *, patch_size):
+def patch_embed_forward(images, W, b, cls_token, pos_embed, *, patch_size):
     """Twin of `minivit.layers.patch_embed.patch_embed_forward`."""
+    cls_token = cls_token if cls_token.size else None
     if images.dtype not in PATCHIFY or not _covered(W, b, cls_token, pos_embed):
         return NotImplemented
     xp = array_module(images)
@@ -732,13 +754,12 @@ def patch_embed_forward(images, W, b, cls_token=None, pos_embed=None, *, patch_s
     machine().launch(kernel, _grid(patches.size), (256,), arguments, sizes=sizes)
     z = _product(patches, _factor(W), np.float32)
     machine().launch("embed", _grid(z.size), (256,), (z, b, cls_token, pos_embed, B, N, D, prefix))
-    return z.reshape(B, N, D), CudaPatchEmbedCache(
-        patches, W, (B, N, D), images.shape, P, prefix, pos_embed is not None
-    )  # fmt: skip
+    is_bytes = images.dtype == np.uint8
+    return z.reshape(B, N, D), CudaPatchEmbedCache(patches, W, (B, N, D), images.shape, P, prefix, is_bytes)
 
 
-def patch_embed_backward(dz, cache, *, need_dimages=True):
-    """Twin of `minivit.layers.patch_embed.patch_embed_backward`."""
+def patch_embed_backward(dz, cache):
+    """Twin of `minivit.layers.patch_embed.patch_embed_backward`; the gradient of bytes is None."""
     xp = array_module(dz)
     B, N, D = cache.shape
     sums = xp.zeros((1, N, D), np.float32)  # over the batch
@@ -746,12 +767,12 @@ def patch_embed_backward(dz, cache, *, need_dimages=True):
     db = xp.zeros(D, np.float32)
     _add_column_sum(sums[0, cache.prefix :], db)
     dW = _product(cache.patches.T, dz.reshape(B * N, D), np.float32)
-    dcls_token = sums[:, :1] if cache.prefix else None
+    dcls_token = sums[:, : cache.prefix]
     dimages = None
-    if need_dimages:
+    if not cache.is_bytes:
         dpatches = _product(dz.reshape(B * N, D), _factor(cache.W).T, np.float32).reshape(B, N, -1)
         dimages = unpatchify(dpatches[:, cache.prefix :], cache.image_shape, cache.patch_size)
-    return dimages, dW, db, dcls_token, sums if cache.has_position else None
+    return dimages, dW, db, dcls_token, sums
 
 
 class CudaCrossEntropyCache(NamedTuple):
@@ -786,13 +807,15 @@ def softmax_cross_entropy_backward(dloss, cache):
     return dlogits
 
 
-def augmented(
+def augment_rows(
     images, rows, rng, *, crop_padding=0, crop_mode="zero", flip=False, policy="none", rand_count=0, rand_magnitude=0,
     **others,
 ):  # fmt: skip
-    """Twin of `minivit.data.loader.augmented`, for black-edged crops and flips; it draws the plain function's numbers.
+    """Twin of `minivit.data.loader.augment_rows`, for black-edged crops and flips.
 
-    Anything else asked for, reflected crops and cutout too, is left to the plain function.
+    It draws the same random numbers as the plain function.
+
+    Any other augmentation, reflected crops too, is left to the plain function.
     """
     if policy != "none" or any(others.values()) or not (crop_padding or flip) or (crop_padding and crop_mode != "zero"):
         return NotImplemented

@@ -14,8 +14,8 @@ import numpy as np
 from minivit.base.errors import InputError
 from minivit.laboratory.trace import events, recording
 from minivit.layers.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
-from minivit.layers.patch_embed import sincos2d
 from minivit.model import STEM, ViT
+from minivit.options.positions import sincos2d
 from minivit.options.stem.conv2d import same_padding
 from minivit.options.stem.resnet import CONV1, CONV2, CONV3, DOWNSAMPLE, ROOT
 

@@ -102,20 +102,21 @@ def errors_of(name, seed):
     return errors
 
 
-def relative(result):
+def relative(result, among=1.0):
     """|a - n| / max(|a|, |n|, s, r) of a check along one direction: the relative error where it can be measured.
 
     s is the size of such derivatives on average: a random direction may happen to lie nearly across the gradient, then
     a and n are small, but not their rounding. r is what a difference can still resolve to LIMITS["central"]: its own
     rounding, eps sum|dy y| / h, over that limit. For the complex step it is a hundred roundings of numbers of order 1,
-    over its limit: where a gradient is zero, as that of a bias that softmax ignores, a and n are both rounding, and the
-    cases have some hundred scores, each of which brings in its own.
+    or of the largest gradient ``among`` those of the case, over its limit: where a gradient is zero, as that of a bias
+    that softmax ignores, a and n are both rounding, and the cases have some hundred scores, each of which brings in its
+    own.
     """
     if not np.isfinite([result.analytic, result.numerical, result.size]).all():
         return np.inf  # a NaN must not pass for small
     resolved = result.rounding / LIMITS["central"]
     if result.method == "complex":
-        resolved = 100 * np.finfo(np.float64).eps / LIMITS["complex"]
+        resolved = 100 * np.finfo(np.float64).eps * max(1.0, among) / LIMITS["complex"]
     scale = max(abs(result.analytic), abs(result.numerical), result.size, resolved)
     return abs(result.analytic - result.numerical) / scale if scale else 0.0
 
@@ -134,8 +135,9 @@ def every_check(name, seed):
             step = factor * gradcheck.METHODS["central"].step
             others = results_of(name, "central", seed, step=step, elementwise=False)
             figures = [min(figure, relative(result)) for figure, result in zip(figures, others, strict=True)]
+    among = max((result.size for result in exact if np.isfinite(result.size)), default=1.0)
     rows = [
-        {"name": name, "argument": a.argument, "complex": relative(a), "central": figure}
+        {"name": name, "argument": a.argument, "complex": relative(a, among), "central": figure}
         for a, figure in zip(exact, figures, strict=True)
     ]
     return [rows[0] | errors_of(name, seed), *rows[1:]]

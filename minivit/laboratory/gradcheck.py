@@ -808,7 +808,9 @@ def knee(curve, method, dtype=np.float64):
     logs, x = np.log10(curve.errors), np.log10(curve.steps)
     smooth = np.array([np.median(logs[max(i - 3, 0) : i + 4]) for i in range(len(logs))])
     best = int(smooth.argmin())
-    rising = (x > x[best] + 0.5) & (x < -1.0) & (smooth > smooth[best] + 1.0) & (not curve.linear)
+    # the complex step has no other side, but an uneven floor of some roundings, where the least tells nothing
+    low = np.flatnonzero(smooth <= max(smooth[best], np.log10(eps)) + 1.5)[-1]
+    rising = (x > max(x[best] + 0.5, x[low])) & (x < -1.0) & (not curve.linear)
     slope = float(np.polyfit(x[rising], logs[rising], 1)[0]) if rising.sum() >= 4 else float("nan")
     predicted = (eps * curve.noise) ** (1 / (order + 1))
     predicted = (math.inf, 0.0) if curve.linear else (predicted, predicted**order)

@@ -71,8 +71,8 @@ import numpy as np
 
 from minivit.base.backend import plain
 from minivit.layers.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
-from minivit.layers.msa import LONG
 from minivit.model import ViT, ViTConfig
+from minivit.options.flash_attention import LONG
 from minivit.options.stem.resnet import convolutions
 
 # Path (of any block) -> the paper's equations, the tensor that goes in, the tensor that comes out. In the backward

@@ -1,28 +1,48 @@
 r"""Scaled dot-product attention of one or many heads (Vaswani et al. 2017; Eq. 6-7 of the ViT paper).
 
-Forward, for one head (the leading axes, pictures and heads, only repeat it)
+Forward, for one head (the leading axes, images and heads, only repeat it)
 
-        scores = q k^T / sqrt(Dh)         (N, N)    how much query i asks of key j
+        scores = q @ k^T / sqrt(Dh)       (N, N)    how much query i wants of key j
         attn   = softmax(scores)          (N, N)    each row sums to 1                                   (Eq. 6)
-        y      = attn v                   (N, Dh)   each token's mixture of values                       (Eq. 7)
+        y      = attn @ v                 (N, Dh)   each token's mixture of values                       (Eq. 7)
 
-    Dividing by sqrt(Dh) keeps the scores' variance at 1 when the entries of q and k are independent, of mean 0
+    Dividing by sqrt(Dh) keeps the variance of the scores at 1 where the entries of q and k are independent, of mean 0
     and variance 1.
 
-Backward, the same lines from the last to the first
+Backward, the same lines from the last to the first; dy (N, Dh) is given
+    Both matrix products are of the form Y = A @ B, for which (see `minivit.layers.linear`) dA = dY @ B^T and
+    dB = A^T @ dY. So
 
-        y = attn v                   =>   dv    = attn^T dy,          dattn = dy v^T
-        attn = softmax(scores)       =>   dscores = attn (dattn - rowsum(dattn attn))
-        scores = q k^T / sqrt(Dh)    =>   dq = dscores k / sqrt(Dh),  dk = dscores^T q / sqrt(Dh)
+        y = attn @ v                   =>   dattn = dy @ v^T                    dv = attn^T @ dy
 
-    Attention dropout sits between softmax and product: y = dropout(attn) v.
+        attn = softmax(scores)         =>   dscores = attn * (dattn - row_sum(dattn * attn))
+
+    Row i of attn depends on row i of scores alone, and the line above is softmax's backward for each row: attn_ij
+    changes with scores_im at the rate [j = m] * attn_ij - attn_ij * attn_im (see `minivit.layers.softmax`), hence
+
+        dscores_im = sum_j dattn_ij * ([j = m] * attn_ij - attn_ij * attn_im)
+                   = attn_im * (dattn_im - sum_j dattn_ij * attn_ij)
+
+    All products in it are elementwise, and row_sum gives one number for each query.
+
+        scores = q @ k^T / sqrt(Dh)    =>   dq = dscores @ k / sqrt(Dh)         dk = dscores^T @ q / sqrt(Dh)
+
+Example: one query, two keys that it likes equally (q @ k^T = 0), Dh = 1
+    >>> import numpy as np
+    >>> q, k, v = np.array([[0.0]]), np.array([[1.0], [-1.0]]), np.array([[2.0], [4.0]])
+    >>> y, cache = attention_forward(q, k, v)
+    >>> y.tolist()                                        # the mean of both values
+    [[3.0]]
+    >>> dq, dk, dv = attention_backward(np.array([[1.0]]), cache)
+    >>> dq.tolist(), dv.tolist()                          # a larger q looks more at the first, smaller value
+    ([[-1.0]], [[0.5], [0.5]])
 """
 
 from typing import Any, NamedTuple
 
-from minivit.base.backend import array_module, matmul
-from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
-from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forward, softmax_jvp
+from minivit.base.backend import accelerated
+from minivit.base.pairs import Pair
+from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forward
 
 
 class AttentionCache(NamedTuple):
@@ -32,64 +52,46 @@ class AttentionCache(NamedTuple):
     k: Any  # (..., N, Dh)
     v: Any  # (..., N, Dh)
     softmax: SoftmaxCache  # (..., N, N)
-    dropout: DropoutCache
 
 
-def attention_forward(q, k, v, *, dropout=0.0, rng=None, out=None):
+def transpose(x):
+    """The last two axes exchanged: x (..., n, m)  ->  (..., m, n), a view."""
+    return x.swapaxes(-1, -2)
+
+
+@accelerated
+def attention_forward(q, k, v):
     """Mix the values by the softmax of the scaled scores.
 
-    Math    y = dropout(softmax(q k^T / sqrt(Dh))) v                                                   (Eq. 6-7)
-    Shapes  q, k, v (..., N, Dh)  ->  y (..., N, Dh)
-    Cache   q, k, v, the attention map (..., N, N), the dropout mask
-    ``out`` receives y; q, k, v and out may be strided views as long as their last axis is contiguous.
+    Math    y = softmax(q @ k^T / sqrt(Dh)) @ v                                                         (Eq. 6-7)
+    Shapes  q (..., Q, Dh), k, v (..., N, Dh)  ->  y (..., Q, Dh);  Q = N but where only some tokens have a query
+    Cache   q, k, v, the attention map (..., Q, N)
     """
-    array_module(q, k, v)  # refuses a mixture
-    scores = matmul(q, k.swapaxes(-1, -2))  # (..., N, N)
-    scores *= q.shape[-1] ** -0.5
-    attn, softmax_cache = softmax_forward(scores, out=scores)
-    dropped, dropout_cache = dropout_forward(attn, rate=dropout, rng=rng)
-    y = matmul(dropped, v, out=out)  # (..., N, Dh)
-    return y, AttentionCache(q, k, v, softmax_cache, dropout_cache)
+    scores = q @ transpose(k) * q.shape[-1] ** -0.5  # (..., Q, N)
+    attn, softmax_cache = softmax_forward(scores)  # (..., Q, N)
+    y = attn @ v  # (..., Q, Dh)
+    return y, AttentionCache(q, k, v, softmax_cache)
 
 
-def attention_backward(dy, cache, *, out=(None, None, None)):
+@accelerated
+def attention_backward(dy, cache):
     """Backward of `attention_forward`.
 
-    Math    dv = attn^T dy;  dattn = dy v^T;  dscores = attn (dattn - rowsum(dattn attn));
-            dq = dscores k / sqrt(Dh);  dk = dscores^T q / sqrt(Dh)
-    Shapes  dy (..., N, Dh)  ->  dq, dk, dv (..., N, Dh)
-    ``out`` may name three arrays that receive dq, dk and dv.
+    Math    dattn = dy @ v^T;  dv = attn^T @ dy;  dscores = attn * (dattn - row_sum(dattn * attn));
+            dq = dscores @ k / sqrt(Dh);  dk = dscores^T @ q / sqrt(Dh)
+    Shapes  dy (..., Q, Dh)  ->  dq (..., Q, Dh), dk, dv (..., N, Dh)
     """
-    q, k, v, softmax_cache, dropout_cache = cache
-    out_dq, out_dk, out_dv = out
-    # y = dropped v; the dropped map is made again rather than kept: a product with the mask is cheaper than its memory
-    dropped = dropout_backward(softmax_cache.y, dropout_cache)  # the same linear map, m / (1 - rate), applied to attn
-    dv = matmul(dropped.swapaxes(-1, -2), dy, out=out_dv)
-    ddropped = matmul(dy, v.swapaxes(-1, -2))  # (..., N, N)
-    # dropped = dropout(attn)
-    dattn = dropout_backward(ddropped, dropout_cache)
-    # attn = softmax(scores)
-    dscores = softmax_backward(dattn, softmax_cache, out=dattn)
-    # scores = q k^T / sqrt(Dh)
-    dscores *= q.shape[-1] ** -0.5
-    dq = matmul(dscores, k, out=out_dq)
-    dk = matmul(dscores.swapaxes(-1, -2), q, out=out_dk)
+    q, k, v, softmax_cache = cache
+    attn = softmax_cache.y
+    # y = attn @ v
+    dattn = dy @ transpose(v)  # (..., Q, N)
+    dv = transpose(attn) @ dy  # (..., N, Dh)
+    # attn = softmax(scores): dscores = attn * (dattn - row_sum(dattn * attn))
+    dscores = softmax_backward(dattn, softmax_cache)  # (..., Q, N)
+    # scores = q @ k^T / sqrt(Dh)
+    dq = dscores @ k * q.shape[-1] ** -0.5  # (..., Q, Dh)
+    dk = transpose(dscores) @ q * q.shape[-1] ** -0.5  # (..., N, Dh)
     return dq, dk, dv
 
 
-def attention_jvp(qdot, kdot, vdot, cache):
-    """Forward-mode derivative of `attention_forward`.
-
-    Math    scoresdot = (qdot k^T + q kdot^T) / sqrt(Dh);  attndot = softmax'(scoresdot);
-            ydot = dropout(attndot) v + dropout(attn) vdot
-    Shapes  qdot, kdot, vdot (..., N, Dh)  ->  ydot (..., N, Dh)
-    """
-    q, k, v, softmax_cache, dropout_cache = cache
-    # scores = q k^T / sqrt(Dh)
-    scoresdot = qdot @ k.swapaxes(-1, -2)
-    scoresdot += q @ kdot.swapaxes(-1, -2)
-    scoresdot *= q.shape[-1] ** -0.5
-    # attn = softmax(scores)
-    attndot = softmax_jvp(scoresdot, softmax_cache)
-    # y = dropout(attn) v
-    return dropout_jvp(attndot, dropout_cache) @ v + dropout_jvp(softmax_cache.y, dropout_cache) @ vdot
+ATTENTION = Pair(attention_forward, attention_backward)

@@ -1,11 +1,11 @@
 r"""Stochastic depth, or drop path (Huang et al. 2016, arXiv:1603.09382): dropout of a whole residual branch.
 
 Forward
-    Let f(x) be a residual branch, so that the block computes x + f(x). With probability ``rate`` a picture
+    Let f(x) be a residual branch, so that the block computes x + f(x). With probability ``rate`` an image
     skips the branch; otherwise the branch is scaled to keep its expectation, so that nothing changes at test
     time (the paper scales there instead):
 
-        y_b = f_b m_b / (1 - rate),      m_b in {0, 1} one number per picture b.
+        y_b = f_b m_b / (1 - rate),      m_b in {0, 1} one number per image b.
 
 Backward
     Linear in f: df_b = dy_b m_b / (1 - rate). It is `dropout` with a mask of shape (B, 1, ..., 1), and is
@@ -13,12 +13,12 @@ Backward
 """
 
 from minivit.base.backend import accelerated, array_module
-from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp, dropout_mask
+from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_mask
 
 
 @accelerated
 def drop_path_forward(x, *, rate=0.0, rng=None, mask=None):
-    """Drop the branch for whole pictures at random while training.
+    """Drop the branch for whole images at random while training.
 
     Math    y_b = x_b m_b / (1 - rate)
     Shapes  x (B, ...), mask (B, 1, ..., 1)  ->  y (B, ...)
@@ -30,6 +30,7 @@ def drop_path_forward(x, *, rate=0.0, rng=None, mask=None):
     return dropout_forward(x, rate=rate, mask=mask)
 
 
+@accelerated
 def drop_path_backward(dy, cache):
     """Backward of `drop_path_forward`.
 
@@ -38,12 +39,3 @@ def drop_path_backward(dy, cache):
     """
     # y_b = x_b m_b scale
     return dropout_backward(dy, cache)
-
-
-def drop_path_jvp(xdot, cache):
-    """Forward-mode derivative of `drop_path_forward`.
-
-    Math    ydot_b = xdot_b m_b / (1 - rate)
-    Shapes  xdot (B, ...)  ->  ydot (B, ...)
-    """
-    return dropout_jvp(xdot, cache)

@@ -68,15 +68,3 @@ def dropout_backward(dy, cache):
     dx = dy * mask
     dx *= scale
     return dx
-
-
-def dropout_jvp(xdot, cache):
-    """Forward-mode derivative of `dropout_forward`: linear in x, so the same map of the tangent.
-
-    Math    ydot = xdot m / (1 - rate)
-    Shapes  xdot (...)  ->  ydot (...)
-    """
-    if cache.mask is None:
-        return xdot
-    # y = x m scale
-    return xdot * cache.mask * cache.scale

@@ -1,37 +1,68 @@
 r"""Layer normalisation of the last axis (Ba, Kiros & Hinton 2016, arXiv:1607.06450, Eq. 3-4).
 
 Forward
-    Each token is a row x of D numbers. With the row's own mean and variance,
+    Each token is a row x of D numbers. Its own mean is taken off, it is divided by its own standard deviation, and then
+    every entry j is scaled by w_j and moved by b_j:
 
-        mean = 1/D sum_j x_j            var = 1/D sum_j (x_j - mean)^2
-        rstd = (var + eps)^(-1/2)       xhat_j = (x_j - mean) rstd          y_j = xhat_j w_j + b_j.
+        xc_j = x_j - mean(x)            mean(x) = 1/D sum_j x_j
+        var  = mean(xc * xc)            rstd    = (var + eps)^(-1/2)
+        xhat = xc * rstd                y_j     = xhat_j * w_j + b_j
 
-    The variance is that of the centred row; the shorter E[x^2] - E[x]^2 cancels in float32 when the mean is
+    The variance is that of the centred row; the shorter mean(x * x) - mean(x)^2 cancels in float32 where the mean is
     large.
 
-Backward
-    w and b are shared by all rows, so their gradients are sums over the rows:
+Backward, one line of the forward after the other, from the last to the first; dy is given
 
-        dw_j = sum_rows dy_j xhat_j,      db_j = sum_rows dy_j,      dxhat_j = dy_j w_j.
+    1.  y_j = xhat_j * w_j + b_j. All rows share w and b, so their gradients are sums over the rows:
 
-    For dx, let xc = x - mean. From xhat = xc rstd, with all means over j,
+            dw_j = sum_rows dy_j * xhat_j          db_j = sum_rows dy_j          dxhat_j = dy_j * w_j
 
-        dxc_i  = dxhat_i rstd + (d rstd / d xc_i) sum_j dxhat_j xc_j
-        d rstd / d xc_i = -1/2 rstd^3 (2 xc_i / D) = -rstd^2 xhat_i / D
-        so  dxc_i = rstd (dxhat_i - xhat_i mean(dxhat xhat)),
+    2.  xhat_j = xc_j * rstd. Each xc_j counts directly, and all of them count through rstd:
 
-    and from xc = x - mean(x), whose Jacobian I - 1/D 1 1^T only removes the mean, dx_i = dxc_i - mean(dxc).
-    The mean of xhat is 0, hence
+            drstd = sum_j dxhat_j * xc_j           dxc_j (directly) = dxhat_j * rstd
 
-        dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)).
+    3.  rstd = (var + eps)^(-1/2), whose derivative is -1/2 (var + eps)^(-3/2) = -1/2 rstd^3:
 
-    In words: the two directions that the forward pass removes, a common shift and (but for eps) a common scale,
-    get no gradient.
+            dvar = -1/2 * rstd^3 * drstd
+
+    4.  var = 1/D sum_j xc_j^2, whose derivative by xc_j is 2/D xc_j:
+
+            dxc_j (through rstd) = dvar * 2/D * xc_j = -1/D * rstd^3 * xc_j * drstd
+
+        With xc_j = xhat_j / rstd, in here and in drstd = sum_i dxhat_i * xhat_i / rstd, it is
+
+            dxc_j (through rstd) = -rstd * xhat_j * mean(dxhat * xhat),
+
+        and both parts together are
+
+            dxc_j = rstd * (dxhat_j - xhat_j * mean(dxhat * xhat))
+
+    5.  xc_j = x_j - mean(x). Each x_i counts directly in xc_i, and as -1/D in every xc_j:
+
+            dx_i = dxc_i - mean(dxc)
+
+        The mean of dxc is rstd * (mean(dxhat) - mean(xhat) * mean(dxhat * xhat)), and mean(xhat) = 0, hence
+
+            dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
+
+    In words: the two directions that the forward takes away, a common shift of the row and (but for eps) a common
+    factor, get no gradient.
+
+Example
+    >>> import numpy as np
+    >>> x, w, b = np.array([[1.0, 5.0, 3.0, 3.0]]), np.ones(4), np.zeros(4)      # mean 3, variance 2
+    >>> y, cache = layernorm_forward(x, w, b, eps=0.0)
+    >>> (y * 2**0.5).round(9).tolist()
+    [[-2.0, 2.0, 0.0, 0.0]]
+    >>> dx, dw, db = layernorm_backward(np.array([[1.0, 0.0, 0.0, 0.0]]), cache)
+    >>> (dx * 2**0.5).round(9).tolist()                   # 1 - 1/4 - (-sqrt 2) (-sqrt 2)/4, ...; they sum to 0
+    [[0.25, 0.25, -0.25, -0.25]]
 """
 
 from typing import Any, NamedTuple
 
-from minivit.base.backend import accelerated, array_module, row_mean
+from minivit.base.backend import accelerated
+from minivit.layers.linear import rows
 
 
 class LayerNormCache(NamedTuple):
@@ -42,22 +73,25 @@ class LayerNormCache(NamedTuple):
     w: Any  # (D,)
 
 
+def mean(x):
+    """The mean of each row, kept as an axis: x (..., D)  ->  (..., 1)."""
+    return x.mean(axis=-1, keepdims=True)
+
+
 @accelerated
 def layernorm_forward(x, w, b, *, eps=1e-6):
-    """Normalise each row to mean 0 and variance 1, then scale and shift.
+    """Normalise each row to mean 0 and variance 1, then scale and shift it.
 
-    Math    xhat = (x - mean) / sqrt(var + eps),  y = xhat w + b
+    Math    xhat = (x - mean) / sqrt(var + eps),  y = xhat * w + b
     Shapes  x (..., D), w (D,), b (D,)  ->  y (..., D)
     Cache   xhat (..., D), rstd (..., 1), w
     Source  arXiv:1607.06450; eps = 1e-6 as in the official ViT code.
     """
-    xc = x - row_mean(x)  # (..., D)
-    var = row_mean(xc * xc)  # (..., 1)
-    rstd = (var + eps) ** -0.5
-    xhat = xc
-    xhat *= rstd  # in place: xc is ours and not read again
-    y = xhat * w
-    y += b
+    xc = x - mean(x)  # (..., D)
+    var = mean(xc * xc)  # (..., 1)
+    rstd = (var + eps) ** -0.5  # (..., 1)
+    xhat = xc * rstd  # (..., D)
+    y = xhat * w + b  # (..., D)
     return y, LayerNormCache(xhat, rstd, w)
 
 
@@ -65,37 +99,15 @@ def layernorm_forward(x, w, b, *, eps=1e-6):
 def layernorm_backward(dy, cache):
     """Backward of `layernorm_forward`.
 
-    Math    dw = sum dy xhat,  db = sum dy,  dxhat = dy w,
-            dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat))
+    Math    dw = sum dy * xhat,  db = sum dy,  dxhat = dy * w,
+            dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
     Shapes  dy (..., D)  ->  dx (..., D), dw (D,), db (D,)
     """
     xhat, rstd, w = cache
-    D = dy.shape[-1]
     # y = xhat * w + b
-    product = dy * xhat  # (..., D)
-    ones = array_module(dy).ones(dy.size // D, dy.dtype)  # sums over rows as products: quicker than sum(axis=0)
-    db = ones @ dy.reshape(-1, D)
-    dw = ones @ product.reshape(-1, D)
+    dw = rows(dy * xhat).sum(axis=0)  # (D,)
+    db = rows(dy).sum(axis=0)  # (D,)
     dxhat = dy * w  # (..., D)
-    # xhat = (x - mean(x)) * rstd, where rstd depends on x too
-    product *= w  # = dxhat * xhat
-    dx = dxhat
-    dx -= row_mean(dxhat)
-    dx -= xhat * row_mean(product)
-    dx *= rstd
+    # xhat = xc * rstd, rstd = (mean(xc * xc) + eps)^(-1/2), xc = x - mean(x): steps 2 to 5 of the derivation
+    dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))  # (..., D)
     return dx, dw, db
-
-
-def layernorm_jvp(xdot, wdot, bdot, cache):
-    """Forward-mode derivative of `layernorm_forward`.
-
-    Math    xcdot = xdot - mean(xdot);  xhatdot = rstd (xcdot - xhat mean(xhat xcdot));
-            ydot = xhatdot w + xhat wdot + bdot
-    Shapes  xdot (..., D), wdot (D,), bdot (D,)  ->  ydot (..., D)
-    """
-    xhat, rstd, w = cache
-    # xhat = (x - mean(x)) * rstd, where rstd depends on x too
-    xcdot = xdot - row_mean(xdot)
-    xhatdot = rstd * (xcdot - xhat * row_mean(xhat * xcdot))
-    # y = xhat * w + b
-    return xhatdot * w + xhat * wdot + bdot

@@ -36,6 +36,11 @@ class CrossEntropyCache(NamedTuple):
     denominator: float
 
 
+def one_hot(labels, num_classes, dtype=np.float32):
+    """Class indices (B,) as target probabilities (B, K): 1 at the class, 0 elsewhere."""
+    return (labels[:, None] == array_module(labels).arange(num_classes)).astype(dtype)
+
+
 def soft_targets(labels, num_classes, label_smoothing, dtype, xp=np):
     """Target probabilities (B, K) from class indices (B,) or soft targets (B, K), smoothed.
 
@@ -50,7 +55,7 @@ def soft_targets(labels, num_classes, label_smoothing, dtype, xp=np):
             raise ValueError(
                 f"labels must lie in [0, {num_classes}), found {labels.min()} to {labels.max()}"
             )  # on a GPU the check would stall the stream, and the data loaders have made it already
-        targets = (labels[:, None] == xp.arange(num_classes)).astype(dtype)
+        targets = one_hot(labels, num_classes, dtype)
     elif labels.ndim == 2 and labels.shape[1] == num_classes:
         targets = labels.astype(dtype)
     else:
@@ -102,16 +107,6 @@ def softmax_cross_entropy_backward(dloss, cache):
     return dlogits
 
 
-def softmax_cross_entropy_jvp(logitsdot, cache):
-    """Forward-mode derivative of `softmax_cross_entropy_forward`.
-
-    Math    lossdot = sum_ik (w_i p_ik - t_ik) logitsdot_ik / n
-    Shapes  logitsdot (B, K)  ->  lossdot ()
-    """
-    probabilities, targets, weights, denominator = cache
-    return ((weights * probabilities - targets) * logitsdot).sum() / denominator
-
-
 class SquaredErrorCache(NamedTuple):
     """What `squared_error_backward` reads."""
 
@@ -119,6 +114,7 @@ class SquaredErrorCache(NamedTuple):
     denominator: float  # of the sum of squares
 
 
+@accelerated
 def squared_error_forward(y, targets, *, denominator=None):
     """Mean squared error over all entries.
 
@@ -135,6 +131,7 @@ def squared_error_forward(y, targets, *, denominator=None):
     return (difference * difference).sum() / denominator, SquaredErrorCache(difference, denominator)
 
 
+@accelerated
 def squared_error_backward(dloss, cache):
     """Backward of `squared_error_forward`.
 
@@ -143,12 +140,3 @@ def squared_error_backward(dloss, cache):
     """
     # loss = sum_ij (y_ij - t_ij)^2 / (n m)
     return cache.difference * (2.0 * dloss / cache.denominator)
-
-
-def squared_error_jvp(ydot, cache):
-    """Forward-mode derivative of `squared_error_forward`.
-
-    Math    lossdot = 2 sum_ij (y_ij - t_ij) ydot_ij / (n m)
-    Shapes  ydot (n, m)  ->  lossdot ()
-    """
-    return 2.0 * (cache.difference * ydot).sum() / cache.denominator

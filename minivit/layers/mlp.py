@@ -1,66 +1,71 @@
-r"""The MLP of an encoder block: two linear maps with a GELU between them, applied to each token alone.
+r"""The MLP of an encoder block: two linear maps with a GELU between them, applied to each token alone (Eq. 3).
 
 Forward
-        hidden = gelu(x W1 + b1)          (N, M)    M = 4 D in the paper's models
-        y      = dropout(hidden) W2 + b2  (N, D)
+        hidden = x @ W1 + b1          (N, M)    M = 4 D in the paper's models
+        active = gelu(hidden)         (N, M)
+        y      = active @ W2 + b2     (N, D)
 
 Backward
-    The chain rule through the same steps in reverse order; nothing mixes tokens, so nothing is summed over
-    them but the gradients of the shared weights.
+    The chain rule through the same three lines in reverse order. Nothing mixes tokens, so nothing is summed over them
+    but the gradients of the weights, which all tokens share.
+
+Example: one token, D = M = 1
+    >>> import numpy as np
+    >>> one, zero = np.ones((1, 1)), np.zeros(1)
+    >>> y, cache = mlp_forward(one, one, zero, 2 * one, zero)
+    >>> y.round(4).tolist()                               # 2 * gelu(1)
+    [[1.6824]]
+    >>> dx, dW1, db1, dW2, db2 = mlp_backward(one, cache)
+    >>> dx.round(4).tolist(), dW2.round(4).tolist()       # 2 * gelu'(1), gelu(1)
+    ([[2.1659]], [[0.8412]])
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
-from minivit.layers.gelu import GeluCache, gelu_backward, gelu_forward, gelu_jvp
-from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
+from minivit.base.backend import accelerated
+from minivit.base.pairs import Pair
+from minivit.layers.gelu import GELU
+from minivit.layers.linear import LinearCache, linear_backward, linear_forward
+
+FC = ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
 
 
 class MLPCache(NamedTuple):
-    """What `mlp_backward` reads: the caches of its four steps."""
+    """What `mlp_backward` reads: the caches of its three steps."""
 
     fc1: LinearCache
-    gelu: GeluCache
-    dropout: DropoutCache
+    activation: Any  # by default a `GeluCache`
     fc2: LinearCache
 
 
-def mlp_forward(x, W1, b1, W2, b2, *, gelu="tanh", dropout=0.0, rng=None):
-    """Two-layer perceptron with GELU.
+@accelerated
+def mlp_forward(x, W1, b1, W2, b2, *, activation=GELU):
+    """Two linear maps with GELU between them.
 
-    Math    y = dropout(gelu(x W1 + b1)) W2 + b2                                        (the MLP of Eq. 3)
+    Math    y = gelu(x @ W1 + b1) @ W2 + b2                                             (the MLP of Eq. 3)
     Shapes  x (..., D), W1 (D, M), b1 (M,), W2 (M, D), b2 (D,)  ->  y (..., D)
-    Cache   of its four steps
+    Cache   of its three steps
     """
-    u, fc1_cache = linear_forward(x, W1, b1)  # (..., M)
-    u, gelu_cache = gelu_forward(u, kind=gelu)
-    u, dropout_cache = dropout_forward(u, rate=dropout, rng=rng)
-    y, fc2_cache = linear_forward(u, W2, b2)  # (..., D)
-    return y, MLPCache(fc1_cache, gelu_cache, dropout_cache, fc2_cache)
+    hidden, fc1_cache = linear_forward(x, W1, b1)  # (..., M)
+    active, activation_cache = activation.forward(hidden)  # (..., M)
+    y, fc2_cache = linear_forward(active, W2, b2)  # (..., D)
+    return y, MLPCache(fc1_cache, activation_cache, fc2_cache)
 
 
-def mlp_backward(dy, cache):
+@accelerated
+def mlp_backward(dy, cache, *, activation=GELU):
     """Backward of `mlp_forward`.
 
+    Math    the three lines in reverse order, each by its own backward
     Shapes  dy (..., D)  ->  dx (..., D), dW1 (D, M), db1 (M,), dW2 (M, D), db2 (D,)
     """
-    # y = u W2 + b2
-    du, dW2, db2 = linear_backward(dy, cache.fc2)  # (..., M)
-    # u = dropout(gelu(x W1 + b1))
-    du = dropout_backward(du, cache.dropout)
-    du = gelu_backward(du, cache.gelu)
-    dx, dW1, db1 = linear_backward(du, cache.fc1)  # (..., D)
+    # y = active @ W2 + b2
+    dactive, dW2, db2 = linear_backward(dy, cache.fc2)  # (..., M)
+    # active = gelu(hidden)
+    dhidden = activation.backward(dactive, cache.activation)  # (..., M)
+    # hidden = x @ W1 + b1
+    dx, dW1, db1 = linear_backward(dhidden, cache.fc1)  # (..., D)
     return dx, dW1, db1, dW2, db2
 
 
-def mlp_jvp(xdot, W1dot, b1dot, W2dot, b2dot, cache):
-    """Forward-mode derivative of `mlp_forward`.
-
-    Shapes  tangents like x, W1, b1, W2, b2  ->  ydot (..., D)
-    """
-    # u = dropout(gelu(x W1 + b1))
-    udot = linear_jvp(xdot, W1dot, b1dot, cache.fc1)
-    udot = gelu_jvp(udot, cache.gelu)
-    udot = dropout_jvp(udot, cache.dropout)
-    # y = u W2 + b2
-    return linear_jvp(udot, W2dot, b2dot, cache.fc2)
+MLP = Pair(mlp_forward, mlp_backward, FC)

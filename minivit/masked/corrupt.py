@@ -1,9 +1,9 @@
 r"""Corrupted patch embeddings: what a model sees whose task is to guess what was there (section 4.6, appendix B.1.2).
 
 Forward
-    Let e_0, ..., e_{N-1} be the patch embeddings of a picture, before positions are added, and e_N the learned [mask]
-    embedding, the same for all pictures. Each place i shows the embedding of its source s_i: i itself where nothing was
-    done, N where it was masked, and j where it was exchanged for another patch j of the picture:
+    Let e_0, ..., e_{N-1} be the patch embeddings of an image, before positions are added, and e_N the learned [mask]
+    embedding, the same for all images. Each place i shows the embedding of its source s_i: i itself where nothing was
+    done, N where it was masked, and j where it was exchanged for another patch j of the image:
 
         y_i = e_{s_i}
 
@@ -14,12 +14,12 @@ Backward
     the sum over these places,
 
         de_j    = sum_{i: s_i = j} dy_i      (itself, unless corrupted, and every place that copied it; perhaps none)
-        de_mask = sum_{i: s_i = N} dy_i      summed over the pictures too: they share it
+        de_mask = sum_{i: s_i = N} dy_i      summed over the images too: they share it
 """
 
 from typing import Any, NamedTuple
 
-from minivit.base.backend import array_module, matmul
+from minivit.base.backend import accelerated, array_module, matmul
 
 
 class CorruptCache(NamedTuple):
@@ -28,6 +28,7 @@ class CorruptCache(NamedTuple):
     source: Any  # (B, N) integers from 0 to N
 
 
+@accelerated
 def corrupt_forward(e, mask_token, source):
     """Show at each place the embedding of its source.
 
@@ -43,6 +44,7 @@ def corrupt_forward(e, mask_token, source):
     return y, CorruptCache(source)
 
 
+@accelerated
 def corrupt_backward(dy, cache):
     """Backward of `corrupt_forward`.
 
@@ -56,12 +58,3 @@ def corrupt_backward(dy, cache):
     dshown = matmul(S.swapaxes(1, 2), dy)  # (B, N + 1, D)
     # shown = [e; mask], the mask broadcast over the batch
     return dshown[:, :N], dshown[:, N:].sum(axis=0, keepdims=True)
-
-
-def corrupt_jvp(edot, mask_tokendot, cache):
-    """Forward-mode derivative of `corrupt_forward`: linear in both, so the same map of the tangents.
-
-    Math    ydot_i = edot_{s_i}
-    Shapes  edot (B, N, D), mask_tokendot (1, 1, D)  ->  ydot (B, N, D)
-    """
-    return corrupt_forward(edot, mask_tokendot, cache.source)[0]

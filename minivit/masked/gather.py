@@ -1,7 +1,7 @@
-r"""Gather: some of the tokens of each picture, in an order of one's choice.
+r"""Gather: some of the tokens of each image, in an order of one's choice.
 
 Forward
-    Row i of picture b is the token that an index names, no token twice:
+    Row i of image b is the token that an index names, no token twice:
 
         y_bi = z_{b, k_bi}
 
@@ -16,7 +16,7 @@ Backward
 
 from typing import Any, NamedTuple
 
-from minivit.base.backend import array_module
+from minivit.base.backend import accelerated, array_module
 
 
 class GatherCache(NamedTuple):
@@ -26,8 +26,9 @@ class GatherCache(NamedTuple):
     count: int  # N
 
 
+@accelerated
 def gather_forward(z, index):
-    """The rows of each picture that an index names, none of them twice.
+    """The rows of each image that an index names, none of them twice.
 
     Math    y_bi = z_{b, k_bi}
     Shapes  z (B, N, D), index (B, n) integers  ->  y (B, n, D)
@@ -37,6 +38,7 @@ def gather_forward(z, index):
     return z[rows, index], GatherCache(index, z.shape[1])
 
 
+@accelerated
 def gather_backward(dy, cache):
     """Backward of `gather_forward`.
 
@@ -49,12 +51,3 @@ def gather_backward(dy, cache):
     # y = z[rows, index]
     dz[xp.arange(B)[:, None], cache.index] = dy
     return dz
-
-
-def gather_jvp(zdot, cache):
-    """Forward-mode derivative of `gather_forward`.
-
-    Math    ydot_bi = zdot_{b, k_bi}
-    Shapes  zdot (B, N, D)  ->  ydot (B, n, D)
-    """
-    return gather_forward(zdot, cache.index)[0]

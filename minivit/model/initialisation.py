@@ -28,7 +28,8 @@ import zlib
 import numpy as np
 
 from minivit.layers.patch_embed import patchify
-from minivit.model.vit import pixels
+from minivit.model.images import pixels
+from minivit.model.inside import feature_map
 
 INITS = ("official", "mimetic")
 QUERY_KEY, VALUE_PROJECTION = (0.7, 0.7), (0.4, -0.4)  # of the noise and of the identity
@@ -102,7 +103,7 @@ def whiten(model, images, labels, *, seed=0):
     some = 64 if c.stem else max(1, WHITENING_PART // (c.image_size**2 * c.channels))  # a stem's cache is large
 
     def patches(part):
-        x = model.feature_map(part)[0].astype(np.float64) if c.stem else pixels(part, np.float64)
+        x = feature_map(model, part).astype(np.float64) if c.stem else pixels(part, np.float64)
         x = patchify(x, c.patch_size)
         return x.reshape(-1, x.shape[-1])  # (patches, P P C)
 

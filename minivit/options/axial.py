@@ -10,7 +10,7 @@ Forward
         a block of columns    takes (B, b, a, D), the transpose, as B g sequences of g tokens
 
     and its result goes back the same way. The MLP and LayerNorm work token by token and do not notice; stochastic depth
-    drops a branch for a row or column at a time, where it would for a picture.
+    drops a branch for a row or column at a time, where it would for an image.
 
     The paper's axial layer is two of these blocks: attention along rows and an MLP, attention along columns and an MLP.
 
@@ -20,13 +20,21 @@ Backward
         s = to_axis(z)     =>   dz = from_axis(ds),        z = from_axis(s)     =>   ds = to_axis(dz).
 """
 
+from dataclasses import dataclass
+
 from minivit.base.backend import array_module
+from minivit.base.errors import InputError
+from minivit.base.pairs import Step
+from minivit.base.settings import check_choice, setting
+from minivit.options.option import Option
+
+ATTENTIONS = ("full", "axial")
 
 
 def to_axis(z, grid_size, *, columns):
     """The tokens of each row of the grid, or of each column, as a sequence.
 
-    Shapes  z (B, g g, D)  ->  (B g, g, D), contiguous; the sequences of a picture follow each other
+    Shapes  z (B, g g, D)  ->  (B g, g, D), contiguous; the sequences of an image follow each other
     """
     g, D = grid_size, z.shape[-1]
     grid = z.reshape(-1, g, g, D)  # (B, rows, columns, D)
@@ -48,7 +56,7 @@ def from_axis(sequences, grid_size, *, columns):
 
 
 def axial_map(maps, grid_size, *, columns):
-    """The attention maps of all sequences as one map per picture; nothing is attended to outside one's row or column.
+    """The attention maps of all sequences as one map per image; nothing is attended to outside one's row or column.
 
     Shapes  maps (B g, h, g, g)  ->  (B, h, g g, g g), zero between tokens of different sequences
     """
@@ -61,3 +69,47 @@ def axial_map(maps, grid_size, *, columns):
         else:
             full[:, :, s, :, s, :] = maps[:, s]
     return full.reshape(len(maps), h, g * g, g * g)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Fields of the configuration."""
+
+    attention: str = setting(
+        "full", 'who attends to whom: "full", or "axial" (rows of the grid in one block, columns in the next)'
+    )
+
+
+def check(config):
+    """Raises InputError where there are tokens that lie in no row."""
+    check_choice(config, "attention", ATTENTIONS)
+    if config.attention == "axial" and (config.pooling == "cls" or config.registers):
+        raise InputError(
+            'attention "axial" is between patches alone: set pooling to "mean", "avg" or "seq", and registers to 0'
+        )
+
+
+def is_column_block(block):
+    """Even blocks attend along rows, odd ones along columns."""
+    return block % 2 == 1
+
+
+def block(inner, config, place):
+    """The block, along rows or columns."""
+    if config.attention != "axial":
+        return inner
+    g, columns = config.grid_size, is_column_block(place.block)
+
+    def forward(z, params):
+        y, cache = inner.forward(to_axis(z, g, columns=columns), params)
+        return from_axis(y, g, columns=columns), cache
+
+    def backward(dz, cache, grads):
+        # y = from_axis(inner(to_axis(z)))
+        dy = inner.backward(to_axis(dz, g, columns=columns), cache, grads)
+        return from_axis(dy, g, columns=columns)
+
+    return Step(forward, backward, inner.names)
+
+
+OPTION = Option(Settings, check, block=block)

@@ -14,9 +14,14 @@ Backward
         dx_j = gamma_j dy_j,      dgamma_j = sum_rows x_j dy_j      (gamma is shared by all rows: a sum over them).
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from minivit.base.backend import column_sum
+from minivit.base.backend import accelerated, column_sum
+from minivit.base.pairs import Pair, chain
+from minivit.base.params import ParameterSpec, constant
+from minivit.base.settings import check_range, setting
+from minivit.options.option import Option
 
 
 class LayerScaleCache(NamedTuple):
@@ -26,6 +31,7 @@ class LayerScaleCache(NamedTuple):
     gamma: Any  # (D,)
 
 
+@accelerated
 def layer_scale_forward(x, gamma):
     """Scale each entry of the rows.
 
@@ -37,6 +43,7 @@ def layer_scale_forward(x, gamma):
     return x * gamma, LayerScaleCache(x, gamma)
 
 
+@accelerated
 def layer_scale_backward(dy, cache):
     """Backward of `layer_scale_forward`.
 
@@ -50,12 +57,35 @@ def layer_scale_backward(dy, cache):
     return dy * gamma, dgamma
 
 
-def layer_scale_jvp(xdot, gammadot, cache):
-    """Forward-mode derivative of `layer_scale_forward`.
+@dataclass(frozen=True)
+class Settings:
+    """Fields of the configuration."""
 
-    Math    ydot = gamma xdot + gammadot x
-    Shapes  xdot (..., D), gammadot (D,)  ->  ydot (..., D)
-    """
-    x, gamma = cache
-    # y = x * gamma
-    return xdot * gamma + x * gammadot
+    layer_scale: float = setting(0.0, "LayerScale: initial factor of the residual branches; 0 for none")
+
+
+def check(config):
+    """Raises InputError unless the factor lies in [0, 1]."""
+    check_range(config, 0.0, 1.0, "layer_scale")
+
+
+def rows(config):
+    """A factor for each entry of both branches, in every block."""
+    if not config.layer_scale:
+        return {}
+    return {
+        f"branch{i}": [ParameterSpec(f"ls{i}.gamma", (config.width,), constant(config.layer_scale), False)]
+        for i in (1, 2)
+    }
+
+
+def branch(pair, config, place):
+    """The branch, scaled."""
+    if not config.layer_scale:
+        return pair
+    name = f"ls{place.branch}"
+    scale = Pair(layer_scale_forward, layer_scale_backward, (f"{name}.gamma",), {"layer_scale": True})
+    return chain(pair, scale, name)
+
+
+OPTION = Option(Settings, check, rows, branch=branch)

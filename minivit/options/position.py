@@ -13,7 +13,7 @@ Backward
 
 from typing import NamedTuple
 
-from minivit.base.backend import array_module
+from minivit.base.backend import accelerated, array_module
 
 
 class PositionCache(NamedTuple):
@@ -23,6 +23,7 @@ class PositionCache(NamedTuple):
     registers: int
 
 
+@accelerated
 def position_forward(z, pos_embed, *, at, registers):
     """Add the embedding to all tokens but the registers, which follow the first ``at`` of them.
 
@@ -40,6 +41,7 @@ def position_forward(z, pos_embed, *, at, registers):
     return z, cache
 
 
+@accelerated
 def position_backward(dz, cache):
     """Backward of `position_forward`.
 
@@ -52,12 +54,3 @@ def position_backward(dz, cache):
         at, end = cache.at, cache.at + cache.registers
         dpos_embed = array_module(dz).concatenate([dpos_embed[:, :at], dpos_embed[:, end:]], axis=1)
     return dz, dpos_embed
-
-
-def position_jvp(zdot, pos_embeddot, cache):
-    """Forward-mode derivative of `position_forward`: linear in both, so the same map of the tangents.
-
-    Math    zdot' = zdot + E_posdot
-    Shapes  zdot (B, N, D), pos_embeddot (1, N - registers, D)  ->  zdot' (B, N, D)
-    """
-    return position_forward(zdot, pos_embeddot, at=cache.at, registers=cache.registers)[0]

@@ -10,12 +10,14 @@ Forward
     class token and registers, lie in no row and no column and get nothing; the class token is learned itself.
 
 Backward
-    x_b was added to every patch of column b, y_a to every patch of row a, in every picture:
+    x_b was added to every patch of column b, y_a to every patch of row a, in every image:
 
         dx_b = sum_B sum_a (dz_{ab})_{first half},      dy_a = sum_B sum_b (dz_{ab})_{second half}.
 """
 
 from typing import NamedTuple
+
+from minivit.base.backend import accelerated
 
 
 class Position2dCache(NamedTuple):
@@ -24,6 +26,7 @@ class Position2dCache(NamedTuple):
     grid_size: int  # g
 
 
+@accelerated
 def position2d_forward(z, X, Y):
     """Add the embedding of column and row to the patches, the last g g tokens.
 
@@ -40,24 +43,16 @@ def position2d_forward(z, X, Y):
     return z, Position2dCache(g)
 
 
+@accelerated
 def position2d_backward(dz, cache):
     """Backward of `position2d_forward`.
 
-    Math    dX = sum over pictures and rows;  dY = sum over pictures and columns
+    Math    dX = sum over images and rows;  dY = sum over images and columns
     Shapes  dz (B, N, D)  ->  dz (B, N, D), itself, dX, dY (1, g, D/2)
     """
     g, D = cache.grid_size, dz.shape[-1]
-    # z' = z + [X, Y], X broadcast over pictures and rows, Y over pictures and columns
+    # z' = z + [X, Y], X broadcast over images and rows, Y over images and columns
     dgrid = dz[:, -g * g :].sum(axis=0).reshape(1, g, g, D)
     dX = dgrid[..., : D // 2].sum(axis=1)  # (1, g, D/2)
     dY = dgrid[..., D // 2 :].sum(axis=2)
     return dz, dX, dY
-
-
-def position2d_jvp(zdot, Xdot, Ydot, cache):
-    """Forward-mode derivative of `position2d_forward`: linear in all three, so the same map of the tangents.
-
-    Math    zdot'_{ab} = zdot_{ab} + [xdot_b, ydot_a]
-    Shapes  zdot (B, N, D), Xdot, Ydot (1, g, D/2)  ->  zdot' (B, N, D)
-    """
-    return position2d_forward(zdot, Xdot, Ydot)[0]

@@ -1,8 +1,8 @@
-r"""Registers: learned tokens that stand for no part of the picture (Darcet et al. 2023, arXiv:2309.16588).
+r"""Registers: learned tokens that stand for no part of the image (Darcet et al. 2023, arXiv:2309.16588).
 
 Forward
     Trained transformers use tokens of dull patches as scratch paper, which spoils their features. R tokens of their
-    own, the same for every picture and with no position, are put behind the class token (or, without one, in front):
+    own, the same for every image and with no position, are put behind the class token (or, without one, in front):
 
         z_0 = [x_class; r_1; ...; r_R; x_p^1; ...; x_p^N],      each patch and x_class with its position already.
 
@@ -15,9 +15,15 @@ Backward
         dz = [dz_0 without the rows of the registers],      dr = sum_B (dz_0 in these rows).
 """
 
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
-from minivit.base.backend import array_module
+from minivit.base.backend import accelerated, array_module
+from minivit.base.pairs import Pair, follow, step
+from minivit.base.params import ParameterSpec, normal
+from minivit.base.settings import check_range, setting
+from minivit.options.option import Option
 
 
 class RegistersCache(NamedTuple):
@@ -27,6 +33,7 @@ class RegistersCache(NamedTuple):
     count: int  # R
 
 
+@accelerated
 def registers_forward(z, reg_token, *, at):
     """Insert the registers after the first ``at`` tokens.
 
@@ -41,6 +48,7 @@ def registers_forward(z, reg_token, *, at):
     return z, RegistersCache(at, reg_token.shape[1])
 
 
+@accelerated
 def registers_backward(dz, cache):
     """Backward of `registers_forward`.
 
@@ -54,10 +62,31 @@ def registers_backward(dz, cache):
     return dz, dreg_token
 
 
-def registers_jvp(zdot, reg_tokendot, cache):
-    """Forward-mode derivative of `registers_forward`: linear in both, so the same map of the tangents.
+@dataclass(frozen=True)
+class Settings:
+    """Fields of the configuration."""
 
-    Math    zdot' = [zdot_1; ...; rdot_1; ...; rdot_R; ...; zdot_N]
-    Shapes  zdot (B, N, D), reg_tokendot (1, R, D)  ->  zdot' (B, N + R, D)
-    """
-    return registers_forward(zdot, reg_tokendot, at=cache.at)[0]
+    registers: int = setting(0, "learned tokens beside the class token that the head does not read; 0 for none")
+
+
+def check(config):
+    """Raises InputError for a negative number."""
+    check_range(config, 0, None, "registers")
+
+
+def rows(config):
+    """The tokens, nearly zero at first, as their authors and timm have it."""
+    if not config.registers:
+        return {}
+    return {"tokens": [ParameterSpec("reg_token", (1, config.registers, config.width), normal(1e-6), False)]}
+
+
+def embedding(embed, config, place):
+    """The tokens with registers behind the class token, or in front where there is none."""
+    if not config.registers:
+        return embed
+    forward = partial(registers_forward, at=config.class_tokens)
+    return follow(embed, step(Pair(forward, registers_backward, ("reg_token",))), "embed")
+
+
+OPTION = Option(Settings, check, rows, embedding=embedding)

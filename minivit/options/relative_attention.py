@@ -22,18 +22,27 @@ Forward, for one head
 
 Backward
     That of `attention`, and what the second term adds. Each extra logit is one entry of P, hence dP is dscores in the
-    same view of zeros; the table serves every picture and head, and its gradient is a sum over them:
+    same view of zeros; the table serves every image and head, and its gradient is a sum over them:
 
         P = q r^T      =>   dq += dP r / sqrt(Dh),     dr = sum_{B, h} dP^T q / sqrt(Dh)
 
 Where Q < N queries ask, the first Q tokens, the offsets above Q - 1 do not occur: the first N - Q rows of r stay out.
 """
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
-from minivit.base.backend import array_module, matmul
-from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward, dropout_jvp
-from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forward, softmax_jvp
+from minivit.base.backend import accelerated, array_module, matmul
+from minivit.base.errors import InputError
+from minivit.base.pairs import Pair
+from minivit.base.params import ParameterSpec, normal
+from minivit.layers.dropout import DropoutCache, dropout_backward, dropout_forward
+from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forward
+from minivit.options.attention_dropout import drop_settings
+from minivit.options.option import Option
+
+RELATIVE = "relative"  # the value of ``pos_embed``
 
 
 class RelativeAttentionCache(NamedTuple):
@@ -59,13 +68,14 @@ def by_key(products, N):
     return view(products[..., Q - 1 :], (*products.shape[:-1], N), (*outer, row - column, column))
 
 
-def relative_attention_forward(q, k, v, r, *, dropout=0.0, rng=None, out=None):
+@accelerated
+def relative_attention_forward(q, k, v, r, *, rate=0.0, rng=None):
     """Mix the values by the softmax of the scaled scores of contents and of offsets.
 
     Math    y = dropout(softmax((q_i k_j^T + q_i r(i - j)^T) / sqrt(Dh))) v                   (appendix D.4; Eq. 6-7)
     Shapes  q (..., Q, Dh), k, v (..., N, Dh), r (1, 2N - 1, Dh)  ->  y (..., Q, Dh)
     Cache   q, k, v, r, the attention map (..., Q, N), the dropout mask
-    ``out`` receives y; q, k, v and out may be strided views as long as their last axis is contiguous.
+    q, k and v may be strided views as long as their last axis is contiguous.
     Source  arXiv:2010.11929, appendix D.4
     """
     array_module(q, k, v, r)  # refuses a mixture
@@ -73,36 +83,35 @@ def relative_attention_forward(q, k, v, r, *, dropout=0.0, rng=None, out=None):
     scores = matmul(q, k.swapaxes(-1, -2))  # (..., Q, N)
     scores += by_key(matmul(q, r[0, N - Q :].T), N)  # of (..., Q, N + Q - 1)
     scores *= q.shape[-1] ** -0.5
-    attn, softmax_cache = softmax_forward(scores, out=scores)
-    dropped, dropout_cache = dropout_forward(attn, rate=dropout, rng=rng)
-    y = matmul(dropped, v, out=out)  # (..., Q, Dh)
+    attn, softmax_cache = softmax_forward(scores)
+    dropped, dropout_cache = dropout_forward(attn, rate=rate, rng=rng)
+    y = matmul(dropped, v)  # (..., Q, Dh)
     return y, RelativeAttentionCache(q, k, v, r, softmax_cache, dropout_cache)
 
 
-def relative_attention_backward(dy, cache, *, out=(None, None, None)):
+@accelerated
+def relative_attention_backward(dy, cache):
     """Backward of `relative_attention_forward`.
 
     Math    dv = attn^T dy;  dattn = dy v^T;  dscores = attn (dattn - rowsum(dattn attn)) / sqrt(Dh);
             dq = dscores k + dP r;  dk = dscores^T q;  dr = sum dP^T q
     Shapes  dy (..., Q, Dh)  ->  dq (..., Q, Dh), dk, dv (..., N, Dh), dr (1, 2N - 1, Dh)
-    ``out`` may name three arrays that receive dq, dk and dv.
     """
     q, k, v, r, softmax_cache, dropout_cache = cache
     xp = array_module(dy)
-    out_dq, out_dk, out_dv = out
     Q, N = q.shape[-2], k.shape[-2]
     # y = dropped v; the dropped map is made again, as in `attention`
     dropped = dropout_backward(softmax_cache.y, dropout_cache)
-    dv = matmul(dropped.swapaxes(-1, -2), dy, out=out_dv)
+    dv = matmul(dropped.swapaxes(-1, -2), dy)
     ddropped = matmul(dy, v.swapaxes(-1, -2))  # (..., Q, N)
     # dropped = dropout(attn)
     dattn = dropout_backward(ddropped, dropout_cache)
     # attn = softmax(scores)
-    dscores = softmax_backward(dattn, softmax_cache, out=dattn)
+    dscores = softmax_backward(dattn, softmax_cache)
     # scores = (q k^T + extra) / sqrt(Dh)
     dscores *= q.shape[-1] ** -0.5
-    dq = matmul(dscores, k, out=out_dq)
-    dk = matmul(dscores.swapaxes(-1, -2), q, out=out_dk)
+    dq = matmul(dscores, k)
+    dk = matmul(dscores.swapaxes(-1, -2), q)
     # extra_ij = P_{i, Q - 1 - i + j}
     dP = xp.zeros((*q.shape[:-1], N + Q - 1), dy.dtype)
     by_key(dP, N)[...] = dscores
@@ -113,21 +122,34 @@ def relative_attention_backward(dy, cache, *, out=(None, None, None)):
     return dq, dk, dv, dr
 
 
-def relative_attention_jvp(qdot, kdot, vdot, rdot, cache):
-    """Forward-mode derivative of `relative_attention_forward`.
+@dataclass(frozen=True)
+class Settings:
+    """It has no fields: it is a value of ``pos_embed``."""
 
-    Math    scoresdot = (qdot k^T + q kdot^T + extra(qdot r^T + q rdot^T)) / sqrt(Dh);  attndot = softmax'(scoresdot);
-            ydot = dropout(attndot) v + dropout(attn) vdot
-    Shapes  qdot (..., Q, Dh), kdot, vdot (..., N, Dh), rdot (1, 2N - 1, Dh)  ->  ydot (..., Q, Dh)
-    """
-    q, k, v, r, softmax_cache, dropout_cache = cache
-    Q, N = q.shape[-2], k.shape[-2]
-    # scores = (q k^T + extra) / sqrt(Dh)
-    scoresdot = qdot @ k.swapaxes(-1, -2)
-    scoresdot += q @ kdot.swapaxes(-1, -2)
-    scoresdot += by_key(qdot @ r[0, N - Q :].T + q @ rdot[0, N - Q :].T, N)
-    scoresdot *= q.shape[-1] ** -0.5
-    # attn = softmax(scores)
-    attndot = softmax_jvp(scoresdot, softmax_cache)
-    # y = dropout(attn) v
-    return dropout_jvp(attndot, dropout_cache) @ v + dropout_jvp(softmax_cache.y, dropout_cache) @ vdot
+
+def check(config):
+    """Raises InputError where registers are, which have no place in the sequence."""
+    if config.pos_embed == RELATIVE and config.registers:
+        raise InputError('pos_embed "relative" counts along the tokens, where registers have no place: take 0 of them')
+
+
+def rows(config):
+    """A table of offsets, that of each block or that of all."""
+    if config.pos_embed != RELATIVE:
+        return {}
+    shape = (1, 2 * config.sequence_length - 1, config.width // config.num_heads)
+    every = config.pos_at == "every"
+    spec = ParameterSpec("attn.rel_pos" if every else "rel_pos", shape, normal(0.02), False)
+    return {"block" if every else "positions": [spec]}
+
+
+def attend(pair, config, place):
+    """Attention that knows offsets."""
+    if config.pos_embed != RELATIVE:
+        return pair
+    forward = partial(relative_attention_forward, **drop_settings(config, place))
+    name = "attn.rel_pos" if config.pos_at == "every" else "/rel_pos"
+    return Pair(forward, relative_attention_backward, (name,), {"relative": True})
+
+
+OPTION = Option(Settings, check, rows, attend=attend, positions={RELATIVE: ("every", "shared")})

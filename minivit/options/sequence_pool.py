@@ -1,14 +1,14 @@
 r"""Sequence pooling: a learned weighted mean of the tokens (Hassani et al. 2021, arXiv:2104.05704).
 
 Forward
-    A linear map scores each token, and softmax over the N tokens of a picture makes weights of the scores:
+    A linear map scores each token, and softmax over the N tokens of an image makes weights of the scores:
 
         scores = x w + b                  (N, 1)
         attn   = softmax(scores^T)        (1, N)    sums to 1
         y      = attn x                   (D,)      the mixture of the tokens
 
-    It is attention with a single query, w, the same for every picture, and with the tokens as keys and values. With
-    w = 0 it is the mean. b adds the same number to all scores of a picture, which softmax ignores: its gradient is
+    It is attention with a single query, w, the same for every image, and with the tokens as keys and values. With
+    w = 0 it is the mean. b adds the same number to all scores of an image, which softmax ignores: its gradient is
     exactly zero (the paper's code has it, and so have we).
 
 Backward
@@ -21,9 +21,9 @@ Backward
 
 from typing import NamedTuple
 
-from minivit.base.backend import matmul
-from minivit.layers.linear import LinearCache, linear_backward, linear_forward, linear_jvp
-from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forward, softmax_jvp
+from minivit.base.backend import accelerated, matmul
+from minivit.layers.linear import LinearCache, linear_backward, linear_forward
+from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forward
 
 
 class SequencePoolCache(NamedTuple):
@@ -33,8 +33,9 @@ class SequencePoolCache(NamedTuple):
     softmax: SoftmaxCache
 
 
+@accelerated
 def sequence_pool_forward(x, W, b):
-    """The tokens of each picture in one.
+    """The tokens of each image in one.
 
     Math    y = softmax((x W + b)^T) x
     Shapes  x (B, N, D), W (D, 1), b (1,)  ->  y (B, D)
@@ -47,6 +48,7 @@ def sequence_pool_forward(x, W, b):
     return y, SequencePoolCache(scores_cache, softmax_cache)
 
 
+@accelerated
 def sequence_pool_backward(dy, cache):
     """Backward of `sequence_pool_forward`.
 
@@ -64,17 +66,3 @@ def sequence_pool_backward(dy, cache):
     dx_of_scores, dW, db = linear_backward(dscores, cache.scores)
     dx += dx_of_scores
     return dx, dW, db
-
-
-def sequence_pool_jvp(xdot, Wdot, bdot, cache):
-    """Forward-mode derivative of `sequence_pool_forward`.
-
-    Math    attndot = softmax'((xdot W + x Wdot + bdot)^T);  ydot = attndot x + attn xdot
-    Shapes  xdot (B, N, D), Wdot (D, 1), bdot (1,)  ->  ydot (B, D)
-    """
-    x, attn = cache.scores.x, cache.softmax.y
-    # attn = softmax((x W + b)^T)
-    scoresdot = linear_jvp(xdot, Wdot, bdot, cache.scores)  # (B, N, 1)
-    attndot = softmax_jvp(scoresdot.swapaxes(1, 2), cache.softmax)  # (B, 1, N)
-    # y = attn x
-    return (attndot @ x + attn @ xdot)[:, 0]

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from minivit.base.backend import array_module, to_host
 from minivit.base.errors import InputError
 from minivit.evaluation.inference import attention_map
+from minivit.model import intermediates, positions
 
 MAPS = 2**26  # numbers in the attention maps that are held at a time
 
@@ -73,7 +74,7 @@ def position_embedding(model):
         raise InputError(
             "this model adds no positions to its patches; take one with pos_embed learned, learned2d or sincos2d"
         )
-    return to_host(model.positions()[0, -(c.grid_size**2) :])
+    return to_host(positions(model)[0, -(c.grid_size**2) :])
 
 
 def position_similarity(position):
@@ -174,7 +175,7 @@ def _intermediates(model, images):
     few = max(1, MAPS // (c.depth * c.num_heads * c.num_tokens**2))
     xp = array_module(model.flat)
     for i in tqdm(range(0, len(images), few), "pictures", delay=1, disable=None):
-        yield model.intermediates(xp.asarray(images[i : i + few]))
+        yield intermediates(model, xp.asarray(images[i : i + few]))
 
 
 def square_maps(attention, config):

@@ -22,6 +22,7 @@ from minivit.evaluation.inference import attention_map
 from minivit.figures.attention import spotlight
 from minivit.figures.canvas import BAD, GOOD, TRAIN, label, new_figure, pixels_of, save, show, style
 from minivit.layers.softmax import softmax_forward
+from minivit.model import intermediates
 from minivit.paper.analyses import attention_rollout, square_maps
 
 
@@ -47,7 +48,7 @@ def journey_of(model, image, class_names, *, truth=None):
     Raises  InputError: the model's attention is not of all tokens.
     """
     c, xp = model.config, array_module(model.flat)
-    steps = model.intermediates(xp.asarray(image[None]))
+    steps = intermediates(model, xp.asarray(image[None]))
     rollouts = attention_rollout([to_host(a) for a in square_maps(steps.attention, c)])
     rollouts = [np.eye(c.num_tokens)] + [r[0].astype(np.float64) for r in rollouts]
     maps = np.array([attention_map(r[None], c.pooling, c.registers) for r in rollouts])

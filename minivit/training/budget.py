@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minivit.base.errors import InputError
-from minivit.data import chosen
+from minivit.data import take
 from minivit.training.trainer import Trainer
 
 PROBE_SECONDS = 10.0  # that the longer of the two measured runs is to take
@@ -43,8 +43,8 @@ def seconds_of_training(dataset, model, config, steps, trainer_of=None):
     group, n = config.batch_size * config.accumulate, len(dataset.train_images)
     count = min(n, group * min(steps, max(n // group, 1)))
     few = dataset._replace(
-        train_images=chosen(dataset.train_images, slice(count)), train_labels=dataset.train_labels[:count],
-        test_images=chosen(dataset.test_images, slice(1)), test_labels=dataset.test_labels[:1],
+        train_images=take(dataset.train_images, slice(count)), train_labels=dataset.train_labels[:count],
+        test_images=take(dataset.test_images, slice(1)), test_labels=dataset.test_labels[:1],
     )  # fmt: skip
     config = replace(config, steps=steps, evaluate_every=steps, checkpoint_seconds=1e9)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

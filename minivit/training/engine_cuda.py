@@ -17,9 +17,10 @@ import numpy as np
 
 from minivit.base.backend import array_module, kernels_wanted
 from minivit.kernels import cuda
-from minivit.layers.msa import LONG
 from minivit.model import STEM
 from minivit.optim import Adam, AdamW, Muon, clip_by_global_norm, one_by_one
+from minivit.options.dropping import drop_path_rate
+from minivit.options.flash_attention import LONG
 from minivit.training.engine import Engine, StepResult
 
 PREDICT = 1024  # pictures at a time
@@ -149,7 +150,7 @@ class CudaStep:
     def __init__(self, engine, optimizer, average=None, *, clip_norm=0.0, graph=True):
         self.engine, self.optimizer, self.average, self.clip_norm = engine, optimizer, average, clip_norm
         c = engine.model.config
-        self._rates = [engine.model.drop_path_rate(i) for i in range(c.depth)]
+        self._rates = [drop_path_rate(c, i) for i in range(c.depth)]
         known = type(optimizer) in (Adam, AdamW, Muon) and optimizer.scale is None
         self.fused = known and kernels_wanted() and engine.model.flat.dtype == np.float32
         # dropouts of a micro-batch: of the embedding; in each block of the map, and after MSA, GELU and MLP

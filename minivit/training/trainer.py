@@ -41,7 +41,7 @@ from minivit.base import params as parameters
 from minivit.base.backend import device_name, erf, find_device, kernels_wanted, to_device, to_host, use_device
 from minivit.base.errors import InputError
 from minivit.base.settings import check_choice, check_range, check_types, setting, settings_of
-from minivit.data import FOLDERS, is_lazy, mirrored
+from minivit.data import FOLDERS, is_lazy, with_mirror_images
 from minivit.data import load as load_data
 from minivit.data.augment import CROP_MODES
 from minivit.data.loader import batches, epoch_order, is_epoch_order
@@ -72,9 +72,6 @@ class TrainConfig:
     batch_size: int = setting(128, "pictures per batch")
     half_size: float = setting(
         0.0, "share of the epochs, the first, on pictures of half the height and width: a quarter of the patches"
-    )
-    repeats: int = setting(
-        1, "times that a picture is in its batch, each augmented anew (an epoch sees 1/repeats of all)"
     )
     accumulate: int = setting(1, "batches per optimiser step (gradient accumulation)")
     init: str = setting("official", "initial parameters: official, or mimetic (attention that begins as it ends)")
@@ -114,7 +111,6 @@ class TrainConfig:
     shear: float = setting(0.0, "random slant, pixels per row")
     shift: float = setting(0.0, "random displacement by up to so many pixels, fractions included")
     erasing: float = setting(0.0, "probability that a random rectangle of a picture becomes noise")
-    cutout: int = setting(0, "side of a grey square somewhere on each picture, or partly beside it; 0 for none")
     mixup: float = setting(0.0, "alpha of mixup, which blends pictures and labels in pairs; 0 for none")
     cutmix: float = setting(0.0, "alpha of CutMix, which pastes rectangles between pictures; 0 for none")
     mix_probability: float = setting(1.0, "share of batches that are mixed, half of them by each if both are on")
@@ -150,10 +146,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_range(self, 1, None, "epochs", "batch_size", "repeats", "accumulate", "log_every", "evaluate_every")
-        if self.batch_size % self.repeats:
-            raise InputError(f"batch_size {self.batch_size} is not a multiple of repeats {self.repeats}")
-        check_range(self, 0, None, "crop_padding", "cutout", "seed", "micro_batch", "steps", "warmup_steps")
+        check_range(self, 1, None, "epochs", "batch_size", "accumulate", "log_every", "evaluate_every")
+        check_range(self, 0, None, "crop_padding", "seed", "micro_batch", "steps", "warmup_steps")
         check_choice(self, "crop_mode", CROP_MODES)
         check_range(self, 0.0, 180.0, "rotate")
         check_range(self, 0.0, None, "shear", "shift")
@@ -184,7 +178,7 @@ class TrainConfig:
 # Settings that `minivit.data.augment` takes.
 AUGMENTATION = (
     "policy", "rand_count", "rand_magnitude", "rotate", "zoom", "shear", "shift", "crop_padding", "crop_mode", "flip",
-    "erasing", "cutout",
+    "erasing",
 )  # fmt: skip
 
 # Settings that a resumed run may change: they alter neither the numbers nor their order.
@@ -298,9 +292,11 @@ def evaluate(engine, model, images, labels, *, flip=False):
 
     With ``flip``, a picture's logits are the mean of its own and of its mirror image's.
     """
-    logits, labels = to_host(engine.predict(images, model)), to_host(labels)
-    if flip:
-        logits = (logits + to_host(engine.predict(mirrored(images), model))) / 2
+
+    def predict(view):
+        return to_host(engine.predict(view, model))
+
+    labels, logits = to_host(labels), with_mirror_images(predict, images, flip)
     loss, _ = softmax_cross_entropy_forward(logits.astype(np.float64), labels)
     return float(loss), float((logits.argmax(axis=1) == labels).mean()), logits
 
@@ -382,8 +378,6 @@ class Trainer:
             raise InputError(
                 f"crop_padding {config.crop_padding} moves whole pictures out of sight; they have {height} pixels"
             )
-        if config.cutout >= height:
-            raise InputError(f"cutout {config.cutout} may hide whole pictures; they have {height} pixels")
         if config.crop_area and not is_lazy(dataset.train_images):
             raise InputError(
                 "crop_area cuts parts out of pictures as their files are read, which is done with data imagefolder "
@@ -597,7 +591,7 @@ class Trainer:
             raise ValueError(f"step {step}, epoch {epoch} and batch {batch} contradict each other")
         if optimizer_steps != step or ema_steps != (step if self.ema else 0):
             raise ValueError("the optimiser or the moving average has made another number of steps")
-        if batch and (order is None or not is_epoch_order(order, n, repeats=c.repeats)):
+        if batch and (order is None or not is_epoch_order(order, n)):
             raise ValueError("the order of the pictures is not that of an epoch")
 
     def _origin(self, engine, images, labels, index, denominator):
@@ -714,7 +708,7 @@ class Trainer:
     def _train_epoch(self, engine, metrics, bar):
         c, data = self.config, self.dataset
         if self.batch == 0:
-            self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch, repeats=c.repeats)
+            self.order = epoch_order(len(data.train_images), seed=c.seed, epoch=self.epoch)
             self.running = {"loss": 0.0, "correct": 0, "seen": 0}
         on_gpu, whole_step = self.device != "cpu", self._whole_steps.get(engine)
         group = c.batch_size * c.accumulate  # pictures per optimiser step

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from minivit.base.backend import to_host
 from minivit.base.errors import InputError
 from minivit.base.settings import check_choice, check_types, setting
-from minivit.layers.patch_embed import sincos2d
 from minivit.model import ViT
+from minivit.options.positions import sincos2d
 from minivit.weights import checkpoint
 from minivit.weights.layouts import load_with_notes
 from minivit.weights.resize import KINDS, PATCH_KINDS, resize_patch_embedding, resize_positions, resize_table

@@ -103,9 +103,9 @@ def test_depth_finds_the_slopes_of_theory(main, tmp_path, capsys):
         assert abs(found[method, "float64"]["slope"] - order) < 0.1
     for method in ("forward", "central", "five-point"):
         for dtype in ("float64", "float32"):
-            for what in ("step", "error"):
+            for what, luck in (("step", 1), ("error", 10)):  # the least of many errors, each of which may cancel
                 at, predicted = found[method, dtype][what], found[method, dtype][f"predicted_{what}"]
-                assert predicted / 10 < at < predicted * 10, (method, dtype, what)
+                assert predicted / 10 / luck < at < predicted * 10, (method, dtype, what)
         assert found[method, "float32"]["error"] > 1e3 * found[method, "float64"]["error"]
     assert found["complex", "float64"]["error"] < 1e-14
     assert all(r["predicted_step"] is None and r["slope"] is None for r in report["w"])  # linear: no truncation

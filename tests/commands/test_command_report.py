@@ -16,7 +16,7 @@ from PIL import Image
 from minivit import ViT, ViTConfig, figures
 from minivit.data import Dataset, load
 from minivit.evaluation import runs
-from minivit.evaluation.inference import attention_map
+from minivit.evaluation.inference import attention_map, predict_all
 from minivit.figures import html, report
 from minivit.layers.softmax import softmax_forward
 from minivit.training.recipes import recipe_of_flags
@@ -103,7 +103,9 @@ def by_hand(run, weights="auto"):
     """Probabilities, predictions and labels of the run's test images from the model alone."""
     data = load("digits")
     model, _ = checkpoint.load_model(run / LAST, weights=weights)
-    p = softmax_forward(model.predict(data.test_images).astype(np.float64))[0]
+    p = softmax_forward(predict_all(model, data.test_images, workers=1).astype(np.float64))[0]
+    plain = softmax_forward(model.predict(data.test_images).astype(np.float64))[0]
+    np.testing.assert_allclose(p, plain, rtol=1e-4)
     return model, p, p.argmax(axis=1), data.test_labels
 
 
@@ -173,7 +175,7 @@ def test_the_most_confident_mistakes(trained, reported):
         row = model.intermediates(images[i : i + 1]).attention[-1][0].mean(axis=0)[0, 1:]
         yellow = overlay.astype(int)[..., 0] - overlay[..., 2]
         patches = [yellow[r : r + 4, c : c + 4].mean() for r in (0, 4) for c in (0, 4)]
-        assert np.argmax(patches) == np.argmax(row)
+        assert row[np.argmax(patches)] >= row.max() - 0.02 * np.ptp(row)  # of two that are all but alike, either
 
 
 def test_the_settings_and_what_differs(reported):

@@ -110,7 +110,6 @@ def test_sheet_of_augmentations(call, tmp_path, monkeypatch):
         "flip",
         "affine",
         "erasing",
-        "cutout",
     } < set(first)
     same = {name for name, row in first.items() if np.array_equal(row, first["as they are"])}
     # digits have no colours, but white and black and too few pixels to spread evenly
@@ -180,7 +179,7 @@ def test_learning_rates(call, tmp_path, monkeypatch):
         "save_lr_curve",
         lambda path, found, **words: drawn.append((found, words)) or real(path, found, **words),
     )
-    flags = ["--lr-min", 1e-5, "--lr-max", 2, "--steps", 60, "--optimizer", "muon", "--repeats", 2, "--lr", 0.005]
+    flags = ["--lr-min", 1e-5, "--lr-max", 2, "--steps", 60, "--optimizer", "muon", "--lr", 0.005]
     ended = call("visualize", "lr", *TINY, *flags, "--out", "there")
     assert ended.status == 0 and ended.err == "", ended.err
     assert {str(path) for path in tmp_path.rglob("*")} == {
@@ -196,7 +195,7 @@ def test_learning_rates(call, tmp_path, monkeypatch):
     assert report["least"] == {"lr": found.rates[found.least], "smoothed": found.smoothed[found.least]}
     np.testing.assert_array_equal(report["rates"], lr_finder.rising_rates(1e-5, 2.0, 60)[: len(found.rates)])
     # the settings are those of a training with the same flags
-    train = call("train", *TINY, "--epochs", 1, "--optimizer", "muon", "--repeats", 2, "--lr", 0.005, "--out", "run")
+    train = call("train", *TINY, "--epochs", 1, "--optimizer", "muon", "--lr", 0.005, "--out", "run")
     assert train.status == 0
     settings = json.loads((tmp_path / "run" / SETTINGS).read_text())
     assert report["settings"]["model"] == settings["model"] and report["settings"]["data"] == settings["data"]
@@ -229,7 +228,6 @@ def test_learning_rates_that_do_nothing(call, tmp_path):
         (["--lr-max", "much"], "invalid float value: 'much'"),
         (["--steps", 9], "steps must be at least 10, got 9"),
         (["--batch-size", 0], "batch_size must be at least 1, got 0"),
-        (["--repeats", 3], "batch_size 256 is not a multiple of repeats 3"),
         (["--crop-padding", 8], "crop_padding 8 moves whole"),
         (["--config", "nothing.toml"], "there is no settings file nothing.toml"),
         (["--data", "cifar10", "--data-dir", "nowhere"], "minivit data fetch cifar10"),

@@ -143,7 +143,8 @@ static inline float __shfl_xor_sync(unsigned, float v, int mask) {
   return v;
 }
 #define __expf std::exp  // glibc has another function of this name
-static inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+static inline float emulated_rsqrtf(float x) { return 1.f / std::sqrt(x); }
+#define rsqrtf emulated_rsqrtf  // and since 2.42 one of this name too
 static inline float to_tf32(float v) {  // 10 bits of mantissa, to the nearest, ties away from zero
   return __uint_as_float((__float_as_uint(v) + 0x1000u) & 0xFFFFE000u);
 }

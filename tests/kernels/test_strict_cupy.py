@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import strict_cupy
-from conftest import ROOT
+from conftest import ROOT, assert_same_guesses, close_calls
 from emulator import Emulator
 from strict_cupy import doubles, installed, launches, waits
 
@@ -20,7 +20,7 @@ from minivit.benchmark.contenders import Job
 from minivit.benchmark.contenders.ours import OursOnGpu
 from minivit.data import Dataset
 from minivit.data.augment import augment
-from minivit.data.loader import augmented, batches
+from minivit.data.loader import augment_rows, batches
 from minivit.evaluation.inference import load_with_data, on_device
 from minivit.kernels import cuda
 from minivit.kernels.cublas import Cublas
@@ -477,7 +477,7 @@ def test_it_gives_the_numbers_of_numpy(cupy):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"crop_padding": 3, "crop_mode": "reflect"}, {"cutout": 3}], ids=lambda s: [*s][-1]
+    "settings", [{"crop_padding": 3, "crop_mode": "reflect"}, {"erasing": 0.5}], ids=lambda s: [*s][-1]
 )
 def test_augmentation_never_waits_and_gives_the_numbers_of_numpy(cupy, settings):
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 7, 3), dtype=np.uint8)
@@ -485,7 +485,7 @@ def test_augmentation_never_waits_and_gives_the_numbers_of_numpy(cupy, settings)
     strict_cupy.clear()
     for machine in (None, Emulator()):
         with plain() if machine is None else cuda.using(machine):
-            found = augmented(on_device, rows, np.random.default_rng(4), flip=True, **settings)
+            found = augment_rows(on_device, rows, np.random.default_rng(4), flip=True, **settings)
         assert not waits and not doubles and isinstance(found, cupy.ndarray)
         np.testing.assert_array_equal(to_host(found), augment(images, np.random.default_rng(4), flip=True, **settings))
         strict_cupy.clear()
@@ -551,11 +551,13 @@ def test_scripts_give_the_same_on_a_device(cupy, trained, tmp_path, call, script
             assert (launches.total() > 0) == (device == "cuda")
             facts[device] = json.loads((tmp_path / "f.json").read_text())
     if script == "predict":
-        pairs = zip(*(facts[device]["predictions"][0]["top"] for device in facts), strict=True)
-        assert all(a["name"] == b["name"] and a["probability"] == pytest.approx(b["probability"], rel=1e-5)
-                   for a, b in pairs)  # fmt: skip
+        assert_same_guesses(*(facts[device]["predictions"][0]["top"] for device in facts))
     else:
-        assert facts["cuda"]["device"] == "stand-in" and facts["cuda"]["accuracy"] == facts["cpu"]["accuracy"]
+        assert facts["cuda"]["device"] == "stand-in"
+        assert facts["cuda"]["loss"] == pytest.approx(facts["cpu"]["loss"], rel=1e-5)
+        model, _, dataset = load_with_data(trained / "last.npz")
+        undecided = close_calls(model.predict(dataset.test_images), 1e-5)  # a rounding may make the difference in them
+        assert undecided < 5 and abs(facts["cuda"]["accuracy"] - facts["cpu"]["accuracy"]) <= undecided / 360
 
 
 @pytest.mark.parametrize(
@@ -622,7 +624,7 @@ def test_curvature_is_the_same_on_a_device(cupy):
 
 
 def test_pictures_of_a_run_are_drawn_on_a_device(cupy, trained, tmp_path, call, monkeypatch):
-    monkeypatch.setattr(film, "save_film", lambda path, journey, progress: path.write_bytes(b""))
+    monkeypatch.setattr(film, "save_film", lambda path, found, progress: path.write_bytes(b""))
     few = ["--pictures", 4, "--points", 2, "--epochs", 1, "--count", 1, "--steps", 2]
     for arguments in (["journey", trained / "last.npz"], ["curvature", trained / "last.npz", *few]):
         launches.clear()
@@ -668,9 +670,10 @@ def test_the_papers_figures_are_made_on_a_device(cupy, tmp_path, call, no_figure
     )
     monkeypatch.setattr(trainings, "CONFIGS", tmp_path)
     monkeypatch.setattr(trainings, "time_of_epochs", lambda dataset, model, config, probe: times(config.device))
-    monkeypatch.setattr(trainings, "within", lambda seconds, *parts: (parts[2], times(parts[2].device)(1.0)))
-    both = (entries.entry_of("distance"), entries.sweep_entry("tiny", "Table 0", "T", ""))
-    monkeypatch.setattr(entries, "ENTRIES", both)
+    within = lambda share, dataset, model, config, trainer: (config, times(config.device)(1.0))  # noqa: E731
+    monkeypatch.setattr(trainings, "within", within)
+    two = entries.entry_of("distance"), entries.sweep_entry("tiny", "Table 0", "T", "")
+    monkeypatch.setattr(entries, "ENTRIES", two)
 
     def times(device):
         asked.append(device)

@@ -23,6 +23,7 @@ def cube_backward(dy, x):
 
 
 X = np.random.default_rng(0).standard_normal((3, 4))
+ROUNDED = 1e-14  # of what is 0 but for rounding: some ten operations in a row, each off by 1e-16 at the most
 
 
 @pytest.mark.parametrize("method", gradcheck.METHODS)
@@ -253,7 +254,7 @@ def test_a_right_gradient_of_a_forward_that_is_not_analytic_is_not_called_wrong(
     forward, backward = normalised(lambda x: np.sqrt((x * x).sum()))
     for call in calls:
         call()
-    assert gradcheck.symmetry_error(forward, backward, [X]) < 1e-15
+    assert gradcheck.symmetry_error(forward, backward, [X]) < ROUNDED
 
 
 def test_a_backward_that_is_not_analytic_is_refused_where_it_is_differentiated():
@@ -324,8 +325,8 @@ def test_a_hessian_vector_product_with_an_argument_that_stands_still():
             gradcheck.hessian_vector_product(layernorm_forward, layernorm_backward, args, d, dy=v)
             for d in (direction, expected)
         )
-        for a, b in zip(one, other, strict=True):
-            np.testing.assert_array_equal(a, b)
+        for a, b in zip(one, other, strict=True):  # BLAS sums real and complex numbers each in an order of its own
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
 def test_a_numpy_float_is_an_argument():
@@ -590,7 +591,7 @@ def test_the_adjoint_of_a_wrong_backward_is_off():
     def jvp(xdot, x):
         return 3 * x * x * xdot
 
-    assert gradcheck.adjoint_error(cube_forward, cube_backward, jvp, [X]) < 1e-15
+    assert gradcheck.adjoint_error(cube_forward, cube_backward, jvp, [X]) < ROUNDED
     assert gradcheck.adjoint_error(cube_forward, lambda dy, x: 1.001 * cube_backward(dy, x), jvp, [X]) > 1e-5
 
 
@@ -613,7 +614,8 @@ def test_the_readers_own_wrong_swish():
     (right,) = gradcheck.check(
         swish_forward, lambda dy, c: dy * (c[1] + c[0] * c[1] * (1 - c[1])), [X], method="complex", elementwise=True
     )
-    assert right.passed and right.max_relative_error < 1e-14
+    # s and x s (1 - s) leave a hundredth of themselves where the slope crosses zero, and all of their rounding
+    assert right.passed and right.max_relative_error < 100 * ROUNDED
 
 
 def test_every_tool_takes_the_readers_own_layer():
@@ -624,12 +626,21 @@ def test_every_tool_takes_the_readers_own_layer():
     def jvp(xdot, cache):
         return right_backward(xdot, cache)
 
-    assert gradcheck.adjoint_error(swish_forward, right_backward, jvp, [X]) < 1e-15
-    assert gradcheck.adjoint_error(swish_forward, swish_backward, jvp, [X]) > 1e-5  # rounding is 1e-16
-    assert gradcheck.symmetry_error(swish_forward, right_backward, [X]) < 1e-15
+    assert gradcheck.adjoint_error(swish_forward, right_backward, jvp, [X]) < ROUNDED
+    assert gradcheck.adjoint_error(swish_forward, swish_backward, jvp, [X]) > 1e-5
+    assert gradcheck.symmetry_error(swish_forward, right_backward, [X]) < ROUNDED
     curve = gradcheck.error_curve(swish_forward, [X], 0, "central")
     found = gradcheck.knee(curve, "central")
     assert abs(found.slope - 2) < 0.1 and found.error < 1e-8 and 1e-7 < found.step < 1e-3
+
+
+def test_an_uneven_floor_does_not_bend_the_slope():
+    """What rounding leaves at small steps is ten times as much here as there: where it is least, no side begins."""
+    steps = np.logspace(-14, -0.5, 82)
+    uneven = np.where(np.arange(82) < 10, 2e-16, 3e-15)
+    for floor in (uneven, uneven[::-1], uneven * np.where(np.arange(82) % 2, 1.0, 0.1)):
+        curve = gradcheck.Curve(steps, np.maximum(floor, 0.3 * steps**2), 1.0, 1.0, False)
+        assert abs(gradcheck.knee(curve, "complex").slope - 2) < 0.1
 
 
 def test_second_derivatives_of_the_readers_own_layer():
@@ -693,7 +704,7 @@ def test_the_hessian_is_off_where_the_backward_is_not_analytic():
 
 
 def test_symmetry_says_nothing_of_elementwise_functions():
-    assert gradcheck.symmetry_error(swish_forward, swish_backward, [X]) < 1e-15  # wrong, and symmetric all the same
+    assert gradcheck.symmetry_error(swish_forward, swish_backward, [X]) < ROUNDED  # wrong, and symmetric all the same
     assert "diagonal" in gradcheck.symmetry_error.__doc__
 
 
@@ -707,7 +718,7 @@ def test_a_backward_that_is_no_gradient_is_not_symmetric():
     def forward(x, W):
         return x @ W, (x, W)
 
-    assert gradcheck.symmetry_error(forward, lambda dy, c: (dy @ c[1].T, c[0].T @ dy), args) < 1e-15
+    assert gradcheck.symmetry_error(forward, lambda dy, c: (dy @ c[1].T, c[0].T @ dy), args) < ROUNDED
     assert gradcheck.symmetry_error(forward, backward, args) > 1e-3
 
 

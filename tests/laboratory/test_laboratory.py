@@ -30,11 +30,13 @@ def test_truncation_along_a_strongly_curved_direction_is_no_mistake(name, seed):
 
 def test_rounding_at_too_short_a_step_is_no_mistake(monkeypatch):
     central = gradcheck.METHODS["central"]
-    monkeypatch.setattr("minivit.laboratory.checks.relative", lambda result: abs(result.analytic - result.numerical))
+    monkeypatch.setattr(
+        "minivit.laboratory.checks.relative", lambda result, *_: abs(result.analytic - result.numerical)
+    )
     monkeypatch.setitem(gradcheck.METHODS, "central", central._replace(step=central.step / 100))
     largest = max(row["central"] for row in every_check("vit-mean", 0))
-    monkeypatch.setitem(LIMITS, "central", largest / 3)
-    assert max(row["central"] for row in every_check("vit-mean", 0)) < largest / 3
+    monkeypatch.setitem(LIMITS, "central", largest / 2)  # at six times the step, roundings are a sixth
+    assert max(row["central"] for row in every_check("vit-mean", 0)) < largest / 2
 
 
 def test_another_step_hides_no_mistake(monkeypatch):
@@ -58,11 +60,15 @@ def test_what_a_difference_cannot_resolve_is_not_counted():
 
 
 def test_a_gradient_of_zero_is_right_to_rounding_and_no_further():
-    def figure(numerical, analytic=0.0):
-        return relative(gradcheck.Result("b", "complex", 1e-30, 0.0, analytic, numerical, None, 1, 0.0, True))
+    def figure(numerical, analytic=0.0, **among):
+        return relative(gradcheck.Result("b", "complex", 1e-30, 0.0, analytic, numerical, None, 1, 0.0, True), **among)
 
     assert figure(5e-15, -5e-15) < LIMITS["complex"] < figure(1e-13, -1e-13)
     assert figure(1.0, 1.0 + 2e-12) > LIMITS["complex"]
+    # where the other gradients of the case are 20, so is what cancelled
+    assert figure(1e-13, -1e-13, among=20.0) < LIMITS["complex"] < figure(1e-12, -1e-12, among=20.0)
+    assert figure(1.0, 1.0 + 2e-12, among=20.0) > LIMITS["complex"]
+    assert figure(5e-15, -5e-15, among=0.1) == figure(5e-15, -5e-15)
 
 
 def test_dropout_acts_in_every_check_of_a_model_that_has_it():

@@ -1,6 +1,7 @@
 """The recorder: what it records is what happened, it changes nothing, and its sums are those of the closed forms."""
 
 import inspect
+import itertools
 import sys
 import threading
 
@@ -467,7 +468,9 @@ def test_times_leave_the_recorder_out(monkeypatch):
     assert t.totals.forward_seconds == t.totals.backward_seconds == 0.0
 
 
-def test_times_are_nested():
+def test_times_are_nested(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(trace, "perf_counter", lambda: 2.0**-10 * next(clock))  # whoever looks finds it later
     t = traced()
     spent = dict.fromkeys(range(len(t.records)), 0.0)
     open_calls = []

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import strict_cupy
-from conftest import ROOT
+from conftest import ROOT, close_calls
 from emulator import Emulator
 from strict_cupy import doubles, installed, launches, waits
 
@@ -115,6 +115,7 @@ def test_tests_do_not_depend_on_the_cuts(tmp_path):
     model = MaskedViT(MODEL, TASKS["mpp"], seed=1)
     model.flat += 0.3 * np.random.default_rng(0).standard_normal(model.flat.shape).astype(np.float32)
     plan = plan_of_test(MODEL, TASKS["mpp"], 40)
+    assert not close_calls(model.forward(FEW.test_images, plan)[0])
     results = []
     for workers, size in ((1, 40), (2, 7)):
         with MaskedEngine(model, workers=workers, micro_batch=size) as engine:
@@ -146,13 +147,13 @@ def test_a_checkpoint_is_an_encoder_and_the_rest(tmp_path, task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_it_learns(tmp_path, task):
-    config = TrainConfig(epochs=12, batch_size=60, lr=0.01, warmup_epochs=0, workers=1)
+    config = TrainConfig(epochs=30, batch_size=60, lr=0.01, warmup_epochs=0, workers=1, evaluate_every=10)
     data = FEW._replace(test_images=FEW.train_images, test_labels=FEW.train_labels)
     model = replace(MODEL, dropout=0.0, drop_path=0.0, pos_embed="sincos2d", width=16)
     summary = trainer(tmp_path, task, config, data=data, model=model).run()
-    assert summary["test_loss"] < 0.97 * summary["chance_loss"]
-    if task == "mpp":
-        assert summary["test_accuracy"] >= summary["chance_accuracy"] > 1 / 8
+    assert summary["test_loss"] < 0.9 * summary["chance_loss"]
+    if task == "mpp":  # of 480 patches: some 262 are right, 216 without looking
+        assert summary["test_accuracy"] - 0.05 > summary["chance_accuracy"] > 1 / 8
     else:
         np.testing.assert_allclose(summary["test_accuracy"], 1 - summary["test_loss"] / summary["chance_loss"])
 
@@ -403,6 +404,10 @@ def test_a_replayed_graph_gives_the_bits_of_single_kernels(cupy, task):
 def test_measurements_that_do_not_fit_are_cut(cupy, monkeypatch):
     with plain():
         _, engine, images, plan = step_of(cupy, GPU, TASKS["mpp"])(1)
+        # after one step of Adam from zero, many classes have the same weights: their logits are ties but for rounding
+        noise = 0.3 * np.random.default_rng(2).standard_normal(engine.model.flat.shape)
+        engine.model.flat += cupy.asarray(noise.astype(np.float32))
+        assert not close_calls(to_host(engine.model.forward(images, plan)[0]))
         whole, original = engine.measure(images, plan), MaskedViT.forward
 
         def forward(self, images, plan, **settings):
@@ -413,6 +418,5 @@ def test_measurements_that_do_not_fit_are_cut(cupy, monkeypatch):
         monkeypatch.setattr(MaskedViT, "forward", forward)
         with pytest.warns(UserWarning, match="4 pictures at a time .* going on with 2"):
             found = engine.measure(images, plan)
-        assert float(found.loss) == pytest.approx(float(whole.loss), rel=1e-5) and int(found.correct) == int(
-            whole.correct
-        )
+        assert float(found.loss) == pytest.approx(float(whole.loss), rel=1e-5)
+        assert int(found.correct) == int(whole.correct)

@@ -264,4 +264,12 @@ def test_the_whole_command_may_be_given_again(tmp_path, call):
 
 
 def test_a_budget_measures_its_own_steps():
-    assert seconds_of_training(FEW, MODEL, replace(CONFIG, steps=100_000), 2) < 30
+    made = []
+
+    class Watched(Trainer):
+        def run(self):
+            super().run()
+            made.append(self.step)
+
+    assert seconds_of_training(FEW, MODEL, replace(CONFIG, steps=100_000), 2, Watched) > 0.0
+    assert made == [2]

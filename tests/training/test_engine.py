@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import close_calls
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from minivit import ViT, ViTConfig, softmax_cross_entropy_backward, softmax_cross_entropy_forward
@@ -31,6 +32,7 @@ def data():
 
 def whole_batch(model, images, labels, **settings):
     logits, cache = model.forward(images)
+    assert not close_calls(logits)
     loss, loss_cache = softmax_cross_entropy_forward(logits, labels, **settings)
     flat, grads = model.gradient_buffer()
     model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads)

@@ -87,7 +87,6 @@ CHANGES = {
     "accumulate": {"accumulate": 2},
     "sam": {"sam": 0.05},
     "mixed": {"mixup": 0.4, "cutmix": 1.0, "erasing": 0.5},
-    "repeats": {"repeats": 4},
     "workers": {"workers": 2},
     "layers": {"layer_decay": 0.7, "init": "mimetic", "whiten": True},
     "smallest last batch": {"batch_size": 7, "micro_batch": 3},

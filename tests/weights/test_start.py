@@ -196,7 +196,7 @@ def test_a_run_begins_where_the_other_ended_and_says_so(tmp_path, trained, call)
         assert content["data"] == expected
     # evaluate and predict find the same images
     ended = call("evaluate", out / LAST)
-    assert ended.status == 0 and ended.err == "" and "; scaled from 8x8" in ended.out
+    assert ended.status == 0 and ended.err == "" and "; resized from 8x8" in ended.out
     ended = call("predict", out / LAST, "--test", 0)
     assert ended.status == 0 and ended.err == ""
     ended = call("report", out)

@@ -14,8 +14,8 @@ import numpy as np
 
 from minivit.base import params
 from minivit.benchmark.contenders import BETAS, EPS, LR, WEIGHT_DECAY, problem
-from minivit.layers.patch_embed import sincos2d
 from minivit.model import parameter_table
+from minivit.options.positions import sincos2d
 
 
 def linear(p, name, x):

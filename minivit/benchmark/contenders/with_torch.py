@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from minivit.base import params
 from minivit.benchmark.contenders import BETAS, EPS, LR, WEIGHT_DECAY, problem
-from minivit.layers.patch_embed import sincos2d
 from minivit.model import parameter_table
+from minivit.options.positions import sincos2d
 from minivit.training.engine import available_cores
 
 

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minivit.base.backend import array_module, matmul, matmul_rows
+from minivit.base.backend import accelerated, array_module, matmul, matmul_rows
 
 
 class Conv2dCache(NamedTuple):
@@ -92,8 +92,9 @@ def _columns(x, kernel, stride):
     return view.transpose(0, 1, 2, 4, 5, 3).reshape(B, H, W, kh * kw * C)
 
 
+@accelerated
 def conv2d_forward(x, w, *, stride=1):
-    """Convolve every picture's map with every kernel.
+    """Convolve every image's map with every kernel.
 
     Math    y = columns(x) W
     Shapes  x (B, H, W, I), w (kh, kw, I, O)  ->  y (B, ceil(H / stride), ceil(W / stride), O)
@@ -104,12 +105,13 @@ def conv2d_forward(x, w, *, stride=1):
     return y, Conv2dCache(x, w, stride)
 
 
+@accelerated
 def conv2d_backward(dy, cache, *, need_dx=True):
     """Backward of `conv2d_forward`.
 
     Math    dW = columns(x)^T dy;  dcolumns = dy W^T;  dpadded[:, i::stride, j::stride] += dcolumns[..., i, j, :]
     Shapes  dy (B, H', W', O)  ->  dx (B, H, W, I), dw (kh, kw, I, O)
-    With ``need_dx=False`` (the layer that sees the pictures) dx is None and its product is saved.
+    With ``need_dx=False`` (the layer that sees the images) dx is None and its product is saved.
     """
     x, w, stride = cache
     kernel = w.shape[:2]
@@ -126,13 +128,3 @@ def conv2d_backward(dy, cache, *, need_dx=True):
         met += dcolumns[:, :, :, i, j]
     # padded: x between zeros
     return dpadded[interior(x.shape, kernel, stride)], dw
-
-
-def conv2d_jvp(xdot, wdot, cache):
-    """Forward-mode derivative of `conv2d_forward`, which is linear in x and in w.
-
-    Math    ydot = columns(xdot) W + columns(x) Wdot
-    Shapes  xdot (B, H, W, I), wdot (kh, kw, I, O)  ->  ydot (B, H', W', O)
-    """
-    x, w, stride = cache
-    return conv2d_forward(xdot, w, stride=stride)[0] + conv2d_forward(x, wdot, stride=stride)[0]

@@ -1,13 +1,13 @@
 r"""Group normalisation of feature maps (Wu & He 2018, arXiv:1803.08494).
 
 Forward
-    The C channels are cut into G groups of neighbours. One picture's numbers of one group, all H W positions of its
+    The C channels are cut into G groups of neighbours. One image's numbers of one group, all H W positions of its
     C / G channels, are normalised together:
 
         mean, var over (H, W, the group's channels)
         xhat = (x - mean) (var + eps)^(-1/2)          y = xhat w + b,      w and b one number per channel.
 
-    LayerNorm over a token is the case H = W = G = 1. No picture sees another one, unlike in batch normalisation.
+    LayerNorm over a token is the case H = W = G = 1. No image sees another one, unlike in batch normalisation.
 
 Backward
     As in `minivit.layers.layernorm`, with means over a group instead of a row, and with dxhat = dy w:
@@ -23,7 +23,7 @@ the former has few numbers to do with.
 
 from typing import Any, NamedTuple
 
-from minivit.base.backend import array_module, column_sum, matmul
+from minivit.base.backend import accelerated, array_module, column_sum, matmul
 
 
 class GroupNormCache(NamedTuple):
@@ -36,7 +36,7 @@ class GroupNormCache(NamedTuple):
 
 
 def _group_mean(x, groups):
-    """Each picture's mean over its positions and over the channels of a group: (B, H, W, C) -> (B, 1, 1, C)."""
+    """Each image's mean over its positions and over the channels of a group: (B, H, W, C) -> (B, 1, 1, C)."""
     xp = array_module(x)
     B, H, W, C = x.shape
     means = matmul(xp.full(H * W, 1.0 / (H * W), x.dtype), x.reshape(B, H * W, C))  # (B, C)
@@ -44,8 +44,9 @@ def _group_mean(x, groups):
     return xp.broadcast_to(means, (B, groups, C // groups)).reshape(B, 1, 1, C)
 
 
+@accelerated
 def groupnorm_forward(x, w, b, *, groups=32, eps=1e-6):
-    """Normalise each group of channels of each picture to mean 0 and variance 1, then scale and shift.
+    """Normalise each group of channels of each image to mean 0 and variance 1, then scale and shift.
 
     Math    xhat = (x - mean) / sqrt(var + eps),  y = xhat w + b
     Shapes  x (B, H, W, C), w (C,), b (C,)  ->  y (B, H, W, C);  C a multiple of ``groups``
@@ -62,6 +63,7 @@ def groupnorm_forward(x, w, b, *, groups=32, eps=1e-6):
     return y, GroupNormCache(xhat, rstd, w, groups)
 
 
+@accelerated
 def groupnorm_backward(dy, cache):
     """Backward of `groupnorm_forward`.
 
@@ -83,18 +85,3 @@ def groupnorm_backward(dy, cache):
     dx -= xhat * _group_mean(product, groups)
     dx *= rstd
     return dx, dw, db
-
-
-def groupnorm_jvp(xdot, wdot, bdot, cache):
-    """Forward-mode derivative of `groupnorm_forward`.
-
-    Math    xcdot = xdot - mean(xdot);  xhatdot = rstd (xcdot - xhat mean(xhat xcdot));
-            ydot = xhatdot w + xhat wdot + bdot
-    Shapes  xdot (B, H, W, C), wdot (C,), bdot (C,)  ->  ydot (B, H, W, C)
-    """
-    xhat, rstd, w, groups = cache
-    # xhat = (x - mean(x)) * rstd, where rstd depends on x too
-    xcdot = xdot - _group_mean(xdot, groups)
-    xhatdot = rstd * (xcdot - xhat * _group_mean(xhat * xcdot, groups))
-    # y = xhat * w + b
-    return xhatdot * w + xhat * wdot + bdot

@@ -6,7 +6,7 @@ Forward
         y[b, r, c, k] = max_ij padded[b, 2 r + i, 2 c + j, k]
 
     The border that completes the windows is -infinity: it is never the largest. Where it lies is said in
-    `minivit.options.stem.conv2d`; for an even number of rows, one comes after the last. The loop is over the nine positions
+    `minivit.options.stem.conv2d`; for an even number of rows, one comes after the last. The loop is over nine positions
     (i, j) of a window, all windows at once, and remembers for each which position won.
 
 Backward
@@ -22,7 +22,7 @@ Backward
 
 from typing import Any, NamedTuple
 
-from minivit.base.backend import array_module
+from minivit.base.backend import accelerated, array_module
 from minivit.options.stem.conv2d import interior, pad, padded_shape, taps
 
 KERNEL, STRIDE = (3, 3), 2
@@ -35,6 +35,7 @@ class MaxPoolCache(NamedTuple):
     shape: tuple  # of x
 
 
+@accelerated
 def max_pool_forward(x):
     """The largest entry of each window.
 
@@ -55,6 +56,7 @@ def max_pool_forward(x):
     return y, MaxPoolCache(winner, x.shape)
 
 
+@accelerated
 def max_pool_backward(dy, cache):
     """Backward of `max_pool_forward`.
 
@@ -67,13 +69,3 @@ def max_pool_backward(dy, cache):
         met += dy * (cache.winner == t)
     # padded: x in a border of -infinity
     return dpadded[interior(cache.shape, KERNEL, STRIDE)]
-
-
-def max_pool_jvp(xdot, cache):
-    """Forward-mode derivative of `max_pool_forward`.
-
-    Math    ydot = xdot of the window's winner
-    Shapes  xdot (B, H, W, C)  ->  ydot (B, H', W', C)
-    """
-    met = taps(pad(xdot, KERNEL, STRIDE), KERNEL, STRIDE)
-    return sum(xdot * (cache.winner == t) for t, (_, xdot) in enumerate(met))

@@ -14,6 +14,8 @@ Backward
 
 from typing import Any, NamedTuple
 
+from minivit.base.backend import accelerated
+
 
 class ReLUCache(NamedTuple):
     """What `relu_backward` reads: not x, whose memory is free once y is made."""
@@ -21,6 +23,7 @@ class ReLUCache(NamedTuple):
     y: Any  # like x
 
 
+@accelerated
 def relu_forward(x):
     """Set the negative entries to zero.
 
@@ -32,6 +35,7 @@ def relu_forward(x):
     return y, ReLUCache(y)
 
 
+@accelerated
 def relu_backward(dy, cache):
     """Backward of `relu_forward`.
 
@@ -40,12 +44,3 @@ def relu_backward(dy, cache):
     """
     # y = x [x > 0]
     return dy * (cache.y.real > 0)
-
-
-def relu_jvp(xdot, cache):
-    """Forward-mode derivative of `relu_forward`.
-
-    Math    ydot = xdot [y > 0]
-    Shapes  xdot (...)  ->  ydot (...)
-    """
-    return xdot * (cache.y.real > 0)

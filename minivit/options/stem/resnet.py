@@ -34,15 +34,15 @@ a mapping, and *add* each gradient into a mapping of the same names.
 
 from typing import NamedTuple
 
-from minivit.options.stem.conv2d import Conv2dCache, conv2d_backward, conv2d_forward, conv2d_jvp
-from minivit.options.stem.groupnorm import GroupNormCache, groupnorm_backward, groupnorm_forward, groupnorm_jvp
-from minivit.options.stem.max_pool import MaxPoolCache, max_pool_backward, max_pool_forward, max_pool_jvp
-from minivit.options.stem.relu import ReLUCache, relu_backward, relu_forward, relu_jvp
+from minivit.base.backend import accelerated
+from minivit.options.stem.conv2d import Conv2dCache, conv2d_backward, conv2d_forward
+from minivit.options.stem.groupnorm import GroupNormCache, groupnorm_backward, groupnorm_forward
+from minivit.options.stem.max_pool import MaxPoolCache, max_pool_backward, max_pool_forward
+from minivit.options.stem.relu import ReLUCache, relu_backward, relu_forward
 from minivit.options.stem.weight_standardization import (
     WeightStandardizationCache,
     weight_standardization_backward,
     weight_standardization_forward,
-    weight_standardization_jvp,
 )
 
 ROOT = ("conv.weight", "norm.weight", "norm.bias")
@@ -89,7 +89,7 @@ def convolutions(channels, width, units):
 
 
 def output_of(width, units):
-    """(how many pixels of the picture a step on the resulting map is, the map's channels)."""
+    """(how many pixels of the image a step on the resulting map is, the map's channels)."""
     later = max(len(units) - 1, 0)  # stages that halve the map
     return ROOT_STRIDE * 2**later, width * 2**later * (EXPANSION if units else 1)
 
@@ -130,6 +130,7 @@ class ConvNormCache(NamedTuple):
     norm: GroupNormCache
 
 
+@accelerated
 def conv_norm_forward(x, kernel, w, b, *, stride=1, groups=32):
     """A convolution with a standardised kernel, and GroupNorm.
 
@@ -143,6 +144,7 @@ def conv_norm_forward(x, kernel, w, b, *, stride=1, groups=32):
     return y, ConvNormCache(standardization, conv, norm)
 
 
+@accelerated
 def conv_norm_backward(dy, cache, *, need_dx=True):
     """Backward of `conv_norm_forward`.
 
@@ -153,17 +155,6 @@ def conv_norm_backward(dy, cache, *, need_dx=True):
     dx, dkernel = conv2d_backward(dy, cache.conv, need_dx=need_dx)
     dkernel = weight_standardization_backward(dkernel, cache.standardization)
     return dx, dkernel, dw, db
-
-
-def conv_norm_jvp(xdot, kerneldot, wdot, bdot, cache):
-    """Forward-mode derivative of `conv_norm_forward`.
-
-    Math    that of each step
-    Shapes  tangents like the forward's arguments  ->  ydot (B, H', W', O)
-    """
-    kerneldot = weight_standardization_jvp(kerneldot, cache.standardization)
-    ydot = conv2d_jvp(xdot, kerneldot, cache.conv)
-    return groupnorm_jvp(ydot, wdot, bdot, cache.norm)
 
 
 # ---- root
@@ -177,6 +168,7 @@ class RootCache(NamedTuple):
     pool: MaxPoolCache
 
 
+@accelerated
 def root_forward(images, params, *, groups=32):
     """The first layers: they make a map of a quarter of the height and width.
 
@@ -190,6 +182,7 @@ def root_forward(images, params, *, groups=32):
     return y, RootCache(conv, relu, pool)
 
 
+@accelerated
 def root_backward(dy, cache, grads, *, need_dimages=False):
     """Backward of `root_forward`: the parameters' gradients are added into ``grads``.
 
@@ -202,17 +195,6 @@ def root_backward(dy, cache, grads, *, need_dimages=False):
     dimages, *dconv = conv_norm_backward(dy, cache.conv, need_dx=need_dimages)
     _add(grads, ROOT, dconv)
     return dimages
-
-
-def root_jvp(imagesdot, paramsdot, cache):
-    """Forward-mode derivative of `root_forward`.
-
-    Math    that of each step
-    Shapes  imagesdot (B, H, W, C), paramsdot like params  ->  ydot (B, H / 4, W / 4, width)
-    """
-    ydot = conv_norm_jvp(imagesdot, *_take(paramsdot, ROOT), cache.conv)
-    ydot = relu_jvp(ydot, cache.relu)
-    return max_pool_jvp(ydot, cache.pool)
 
 
 # ---- bottleneck
@@ -230,6 +212,7 @@ class BottleneckCache(NamedTuple):
     relu3: ReLUCache
 
 
+@accelerated
 def bottleneck_forward(x, params, *, stride=1, groups=32):
     """One residual unit.
 
@@ -250,6 +233,7 @@ def bottleneck_forward(x, params, *, stride=1, groups=32):
     return y, BottleneckCache(conv1, relu1, conv2, relu2, conv3, downsample, relu3)
 
 
+@accelerated
 def bottleneck_backward(dy, cache, grads):
     """Backward of `bottleneck_forward`: the parameters' gradients are added into ``grads``.
 
@@ -274,25 +258,10 @@ def bottleneck_backward(dy, cache, grads):
     return dx + dshortcut
 
 
-def bottleneck_jvp(xdot, paramsdot, cache):
-    """Forward-mode derivative of `bottleneck_forward`.
-
-    Math    ydot = relu' (J_shortcut xdot + J_f xdot)
-    Shapes  xdot (B, H, W, I), paramsdot like params  ->  ydot (B, H', W', O)
-    """
-    ydot = conv_norm_jvp(xdot, *_take(paramsdot, CONV1), cache.conv1)
-    ydot = relu_jvp(ydot, cache.relu1)
-    ydot = conv_norm_jvp(ydot, *_take(paramsdot, CONV2), cache.conv2)
-    ydot = relu_jvp(ydot, cache.relu2)
-    ydot = conv_norm_jvp(ydot, *_take(paramsdot, CONV3), cache.conv3)
-    if cache.downsample is not None:
-        xdot = conv_norm_jvp(xdot, *_take(paramsdot, DOWNSAMPLE), cache.downsample)
-    return relu_jvp(xdot + ydot, cache.relu3)
-
-
 # ---- stages, and all of it
 
 
+@accelerated
 def stage_forward(x, params, *, units, stride=1, groups=32):
     """Some residual units, of which the first has the stride.
 
@@ -307,6 +276,7 @@ def stage_forward(x, params, *, units, stride=1, groups=32):
     return x, tuple(caches)
 
 
+@accelerated
 def stage_backward(dy, cache, grads):
     """Backward of `stage_forward`: the parameters' gradients are added into ``grads``.
 
@@ -317,17 +287,6 @@ def stage_backward(dy, cache, grads):
     for u in reversed(range(len(cache))):
         dy = bottleneck_backward(dy, cache[u], _part(grads, f"blocks.{u}."))
     return dy
-
-
-def stage_jvp(xdot, paramsdot, cache):
-    """Forward-mode derivative of `stage_forward`.
-
-    Math    that of each unit
-    Shapes  xdot (B, H, W, I), paramsdot like params  ->  ydot (B, H', W', O)
-    """
-    for u, unit in enumerate(cache):
-        xdot = bottleneck_jvp(xdot, _part(paramsdot, f"blocks.{u}."), unit)
-    return xdot
 
 
 class ResNetCache(NamedTuple):
@@ -342,8 +301,9 @@ def _root_prefix(stages):
     return "stem." if stages else ""
 
 
+@accelerated
 def resnet_forward(images, params, *, units=(), groups=32):
-    """Pictures to the map that patches are cut from.
+    """Images to the map that patches are cut from.
 
     Math    y = stages(root(images)), as many stages as ``units`` has counts
     Shapes  images (B, H, W, C), params maps the names of `convolutions`  ->  y (B, H / stride, W / stride, C'),
@@ -358,6 +318,7 @@ def resnet_forward(images, params, *, units=(), groups=32):
     return y, ResNetCache(root, tuple(stages))
 
 
+@accelerated
 def resnet_backward(dy, cache, grads, *, need_dimages=False):
     """Backward of `resnet_forward`: the parameters' gradients are added into ``grads``.
 
@@ -368,15 +329,3 @@ def resnet_backward(dy, cache, grads, *, need_dimages=False):
     for s in reversed(range(len(cache.stages))):
         dy = stage_backward(dy, cache.stages[s], _part(grads, f"stages.{s}."))
     return root_backward(dy, cache.root, _part(grads, _root_prefix(cache.stages)), need_dimages=need_dimages)
-
-
-def resnet_jvp(imagesdot, paramsdot, cache):
-    """Forward-mode derivative of `resnet_forward`.
-
-    Math    that of each part
-    Shapes  imagesdot (B, H, W, C), paramsdot like params  ->  ydot (B, H / stride, W / stride, C')
-    """
-    ydot = root_jvp(imagesdot, _part(paramsdot, _root_prefix(cache.stages)), cache.root)
-    for s, stage in enumerate(cache.stages):
-        ydot = stage_jvp(ydot, _part(paramsdot, f"stages.{s}."), stage)
-    return ydot

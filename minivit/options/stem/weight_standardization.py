@@ -25,7 +25,7 @@ Backward
 
 from typing import Any, NamedTuple
 
-from minivit.base.backend import column_sum
+from minivit.base.backend import accelerated, column_sum
 
 
 class WeightStandardizationCache(NamedTuple):
@@ -42,6 +42,7 @@ def _mean(w):
     return column_sum(rows) / len(rows)
 
 
+@accelerated
 def weight_standardization_forward(w, *, eps=1e-5):
     """Give the weights of each output channel mean 0 and standard deviation 1.
 
@@ -56,6 +57,7 @@ def weight_standardization_forward(w, *, eps=1e-5):
     return what, WeightStandardizationCache(what, std, eps)
 
 
+@accelerated
 def weight_standardization_backward(dwhat, cache):
     """Backward of `weight_standardization_forward`.
 
@@ -68,18 +70,3 @@ def weight_standardization_backward(dwhat, cache):
     # std = sqrt(mean(wc^2)); where it is zero, so is what
     dw -= what * (_mean(dwhat * what) / (std + (std == 0)))
     return dw
-
-
-def weight_standardization_jvp(wdot, cache):
-    """Forward-mode derivative of `weight_standardization_forward`: its Jacobian is symmetric.
-
-    Math    wcdot = wdot - mean(wdot);  stddot = mean(wc wcdot) / std;  whatdot = (wcdot - what stddot) / (std + eps)
-    Shapes  wdot (kh, kw, I, O)  ->  whatdot (kh, kw, I, O)
-    """
-    what, std, eps = cache
-    # wc = w - mean
-    wcdot = wdot - _mean(wdot)
-    # std = sqrt(mean(wc^2)), wc = what (std + eps); where it is zero, so is what
-    stddot = _mean(what * wcdot) * (std + eps) / (std + (std == 0))
-    # what = wc / (std + eps)
-    return (wcdot - what * stddot) / (std + eps)

@@ -10,7 +10,7 @@ import numpy as np
 
 from minivit.base.errors import InputError
 from minivit.base.settings import field_names
-from minivit.model import ViTConfig
+from minivit.model import ViTConfig, positions
 from minivit.weights import checkpoint
 from minivit.weights.checkpoint import write_atomically
 from minivit.weights.layouts.description import LAYOUTS
@@ -44,7 +44,7 @@ def tensors_of(model, layout, *, naming="published"):
     check_held(config, layout)
     layout = LAYOUTS[layout]
     c, arrays = int(config.pooling == "cls"), {}
-    table = model.positions()
+    table = positions(model)
     if config.registers:  # timm has rows for the registers too
         empty = np.zeros((1, config.registers, config.width), table.dtype)
         table = np.concatenate([table[:, :c], empty, table[:, c:]], axis=1)

@@ -1,4 +1,4 @@
-"""Folders of pictures: what is found, how it is scaled, and what is refused."""
+"""Folders of images: what is found, how it is scaled, and what is refused."""
 
 import io
 import struct
@@ -67,9 +67,9 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 
 @pytest.mark.parametrize("transparency", [0, bytes([0, 128])])
 def test_transparent_palettes_warn_of_nothing(tmp_path, transparency):
-    picture = Image.new("P", (4, 4), 1)
-    picture.putpalette([0, 0, 0, 9, 8, 7])
-    picture.save(tmp_path / "a.png", transparency=transparency)
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 9, 8, 7])
+    image.save(tmp_path / "a.png", transparency=transparency)
     assert (read_image(tmp_path / "a.png", 4) == (9, 8, 7)).all()
 
 
@@ -122,7 +122,7 @@ def test_other_and_hidden_files_are_left_out(root):
     np.testing.assert_array_equal(after.train_images, before.train_images)
 
 
-def test_many_pictures_come_in_order_with_a_bar(tmp_path, capsys):
+def test_many_images_come_in_order_with_a_bar(tmp_path, capsys):
     for i in range(201):
         save(tmp_path / "train" / "a" / f"{i:03}.bmp", (i, 0, 0), size=(2, 2))
     save(tmp_path / "test" / "a" / "a.bmp")
@@ -132,7 +132,7 @@ def test_many_pictures_come_in_order_with_a_bar(tmp_path, capsys):
 
 
 def test_a_missing_folder(tmp_path, root):
-    refused("there is no folder .*nowhere/train; put pictures in", root / "nowhere")
+    refused("there is no folder .*nowhere/train; put images in", root / "nowhere")
     for path in (root / "test").rglob("*.png"):
         path.unlink()
     refused("the test split is empty", root)
@@ -143,9 +143,9 @@ def test_a_missing_folder(tmp_path, root):
     refused("there is no folder .*test", root)
 
 
-def test_a_class_without_pictures(root):
+def test_a_class_without_images(root):
     (root / "train" / "durian").mkdir()
-    refused("durian has no pictures", root)
+    refused("durian has no images", root)
 
 
 def test_a_test_class_that_is_not_trained(root):
@@ -164,7 +164,7 @@ def test_an_image_size_out_of_range(root, image_size):
     refused("image size .* choose 1 to 4096", root, image_size=image_size)
 
 
-def broken_pictures():
+def broken_images():
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(buffer, "PNG")
@@ -181,10 +181,10 @@ def broken_pictures():
     yield "postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-@pytest.mark.parametrize("data", [pytest.param(data, id=what) for what, data in broken_pictures()])
-def test_a_broken_picture_is_named(root, data):
+@pytest.mark.parametrize("data", [pytest.param(data, id=what) for what, data in broken_images()])
+def test_a_broken_image_is_named(root, data):
     (root / "train" / "apple" / "1.png").write_bytes(data)
-    refused(r"apple/1\.png cannot be read as a picture \(.*\); replace or remove it", root)
+    refused(r"apple/1\.png cannot be read as an image \(.*\); replace or remove it", root)
 
 
 def test_sixteen_bits_are_not_cut_off(root):

@@ -1,4 +1,4 @@
-"""The picture operations against torchvision's, and what the policies draw.
+"""The image operations against torchvision's, and what the policies draw.
 
 The values are written by tools/make_reference.py, which needs torchvision; these tests need only the file.
 """
@@ -24,7 +24,7 @@ def images():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The (operations, magnitudes) of each call of `operate`, which returns the pictures as they are."""
+    """The (operations, magnitudes) of each call of `operate`, which returns the images as they are."""
     made = []
     monkeypatch.setattr(ops, "operate", lambda images, *drawn: made.append(drawn) or images)
     return made
@@ -51,8 +51,8 @@ def test_a_batch_of_all_operations_is_each_on_its_own(kind):
         (i, name, m) for name in OPERATIONS for m in REFERENCE[f"magnitude/{name}"].tolist() for i in range(len(before))
     ]
     tasks = [tasks[i] for i in np.random.default_rng(0).permutation(len(tasks))]
-    pictures, names, magnitudes = (np.array(column) for column in zip(*tasks, strict=True))
-    batch = before[pictures]
+    numbers, names, magnitudes = (np.array(column) for column in zip(*tasks, strict=True))
+    batch = before[numbers]
     kept, codes = batch.copy(), np.array([CODE[name] for name in names])
     result = operate(batch, codes, magnitudes)
     np.testing.assert_array_equal(batch, kept)
@@ -61,7 +61,7 @@ def test_a_batch_of_all_operations_is_each_on_its_own(kind):
         np.testing.assert_array_equal(result[i : i + 1], alone, err_msg=names[i])
 
 
-def test_geometry_of_nothing_is_the_picture_itself(images):
+def test_geometry_of_nothing_is_the_image_itself(images):
     for name in ops.GEOMETRY:
         np.testing.assert_array_equal(
             operate(images, np.full(len(images), CODE[name]), np.zeros(len(images))), images, err_msg=name
@@ -125,7 +125,7 @@ def test_auto_augment_is_the_policy_of_torchvision(calls):
 
 @pytest.mark.parametrize("policy", ["trivial", "rand", "auto"])
 @pytest.mark.parametrize("shape", [(0, 8, 8, 1), (1, 8, 8, 1), (40, 2, 5, 3), (3, 1, 1, 1)])
-def test_policies_take_pictures_of_any_size(policy, shape):
+def test_policies_take_images_of_any_size(policy, shape):
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     before = images.copy()
     result = augment(images, np.random.default_rng(2), policy=policy)

@@ -1,4 +1,4 @@
-"""Random crops, flips, affine maps, erasing and cutout against pictures made one by one."""
+"""Random crops, flips, affine maps and erasing against images made one by one."""
 
 import zlib
 
@@ -9,12 +9,10 @@ from minivit.data import (
     augment,
     random_affine,
     random_crop,
-    random_cutout,
     random_erasing,
     random_flip,
     trivial_augment,
 )
-from minivit.data.augment import GREY
 
 
 @pytest.fixture
@@ -23,7 +21,7 @@ def images():
 
 
 @pytest.mark.parametrize("padding", [1, 2, 4])
-def test_crop_is_a_window_of_the_padded_picture(images, padding):
+def test_crop_is_a_window_of_the_padded_image(images, padding):
     before = images.copy()
     result = random_crop(images, padding, np.random.default_rng(5))
     down, right = np.random.default_rng(5).integers(0, 2 * padding + 1, size=(2, len(images)))
@@ -61,7 +59,6 @@ def test_inputs_need_not_be_contiguous(images):
     for function in (
         lambda x, rng: random_crop(x, 2, rng),
         lambda x, rng: random_crop(x, 2, rng, mode="reflect"),
-        lambda x, rng: random_cutout(x, 3, rng),
         random_flip,
     ):
         result = function(view, np.random.default_rng(2))
@@ -75,15 +72,18 @@ def test_augment_crops_then_flips(images):
     assert augment(images, np.random.default_rng(3)) is images
 
 
-def test_one_picture_and_none():
+def test_one_image_and_none():
     for n in (0, 1):
         images = np.ones((n, 4, 4, 1), np.uint8)
-        for settings in ({"crop_padding": 1, "flip": True}, {"crop_padding": 3, "crop_mode": "reflect", "cutout": 2}):
+        for settings in (
+            {"crop_padding": 1, "flip": True},
+            {"crop_padding": 3, "crop_mode": "reflect", "erasing": 1.0},
+        ):
             assert augment(images, np.random.default_rng(0), **settings).shape == images.shape
 
 
 def affine_by_hand(image, angle, scale, slant, shift):
-    """One picture, pixel by pixel, from the formula in the docstring."""
+    """One image, pixel by pixel, from the formula in the docstring."""
     H, W, C = image.shape
     centre = np.array([(H - 1) / 2, (W - 1) / 2])
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -114,11 +114,11 @@ def test_affine_is_its_formula(images):
         assert np.abs(result[i] - expected).max() <= 0.5001
 
 
-def test_affine_of_nothing_is_the_picture_itself(images):
+def test_affine_of_nothing_is_the_image_itself(images):
     np.testing.assert_array_equal(random_affine(images, np.random.default_rng(0)), images)
 
 
-def test_a_whole_pixel_shift_moves_the_picture(images):
+def test_a_whole_pixel_shift_moves_the_image(images):
     class Ends:  # a Generator whose draws are all at the upper end
         def uniform(self, low, high, size):
             return np.full(size, float(high))
@@ -159,7 +159,7 @@ def test_erasing_fills_a_rectangle_with_noise():
     np.testing.assert_allclose(counts / counts.sum(), 1 / 256, rtol=0.1)
 
 
-def test_erasing_all_none_and_tiny_pictures(images):
+def test_erasing_all_none_and_tiny_images(images):
     assert random_erasing(images, 0.0, np.random.default_rng(0)) is images
     assert (random_erasing(images, 1.0, np.random.default_rng(0)) != images).any(axis=(1, 2, 3)).all()
     assert random_erasing(np.zeros((9, 1, 1, 1), np.uint8), 1.0, np.random.default_rng(0)).any()
@@ -176,7 +176,7 @@ def test_augment_goes_from_policy_to_erasing(images):
 
 
 @pytest.mark.parametrize("padding", [1, 2, 4])
-def test_reflected_crop_is_a_window_of_the_mirrored_picture(images, padding):
+def test_reflected_crop_is_a_window_of_the_mirrored_image(images, padding):
     before = images.copy()
     result = random_crop(images, padding, np.random.default_rng(5), mode="reflect")
     down, right = np.random.default_rng(5).integers(0, 2 * padding + 1, size=(2, len(images)))  # as with black edges
@@ -187,9 +187,9 @@ def test_reflected_crop_is_a_window_of_the_mirrored_picture(images, padding):
     np.testing.assert_array_equal(images, before)
 
 
-def test_both_crops_show_the_same_part_of_the_picture(images):
+def test_both_crops_show_the_same_part_of_the_image(images):
     black, mirrored = (random_crop(images, 3, np.random.default_rng(1), mode=mode) for mode in ("zero", "reflect"))
-    inside = black != 0  # no pixel of a picture is 0
+    inside = black != 0  # no pixel of an image is 0
     assert 0.2 < inside.mean() < 0.9
     np.testing.assert_array_equal(mirrored[inside], black[inside])
     assert (mirrored != 0).all()
@@ -199,65 +199,26 @@ def test_crops_that_cannot_be(images):
     with pytest.raises(ValueError, match="unknown mode 'wrap'"):
         random_crop(images, 1, np.random.default_rng(0), mode="wrap")
     for padding in (5, 6):
-        with pytest.raises(ValueError, match="pictures of 5x7 cannot be reflected over"):
+        with pytest.raises(ValueError, match="images of 5x7 cannot be reflected over"):
             random_crop(images, padding, np.random.default_rng(0), mode="reflect")
 
 
-@pytest.mark.parametrize("side", [1, 2, 3, 4, 20])
-def test_cutout_hides_a_square_around_a_pixel(images, side):
-    images = np.where(images == GREY, np.uint8(GREY + 1), images)
-    before = images.copy()
-    result = random_cutout(images, side, np.random.default_rng(5))
-    assert result.dtype == np.uint8 and result.shape == images.shape
-    np.testing.assert_array_equal(images, before)
-    rng = np.random.default_rng(5)
-    y, x = rng.integers(0, 5, len(images)), rng.integers(0, 7, len(images))
-    for i, image in enumerate(images):
-        expected = image.copy()
-        for row in range(5):
-            for column in range(7):
-                if 0 <= row - y[i] + side // 2 < side and 0 <= column - x[i] + side // 2 < side:
-                    expected[row, column] = GREY
-        np.testing.assert_array_equal(result[i], expected)
-        assert (result[i, y[i], x[i]] == GREY).all()
-
-
-def test_cutout_sticks_out_and_is_everywhere_alike():
-    """A pixel is hidden by the s^2 centres around it that lie in the picture, of H W."""
-    n, H, W, side = 20000, 6, 8, 4
-    result = random_cutout(np.zeros((n, H, W, 1), np.uint8), side, np.random.default_rng(0))[..., 0]
-    share = (result == GREY).mean(axis=0)
-
-    def centres(length):  # c with c - 2 <= place <= c + 1
-        return np.array([sum(0 <= c < length for c in range(place - 1, place + 3)) for place in range(length)])
-
-    expected = np.outer(centres(H), centres(W)) / (H * W)
-    assert abs(share - expected).max() < 5 * np.sqrt(0.25 / n)
-    hidden = (result == GREY).sum(axis=(1, 2))
-    assert hidden.max() == side**2 and hidden.min() == 2 * 2  # a corner: rows and columns 0 and 1
-
-
-def test_what_the_model_sees_of_cutout_is_nearly_zero():
-    assert abs((GREY - 127.5) / 127.5) < 0.005
-
-
-def test_augment_crops_by_reflection_and_cuts_out_last(images):
-    settings = {"crop_padding": 2, "crop_mode": "reflect", "flip": True, "erasing": 0.5, "cutout": 3}
+def test_augment_crops_by_reflection_and_erases_last(images):
+    settings = {"crop_padding": 2, "crop_mode": "reflect", "flip": True, "erasing": 0.5}
     result = augment(images, np.random.default_rng(3), **settings)
     rng = np.random.default_rng(3)
     expected = random_flip(random_crop(images, 2, rng, mode="reflect"), rng)
-    expected = random_cutout(random_erasing(expected, 0.5, rng), 3, rng)
-    np.testing.assert_array_equal(result, expected)
+    np.testing.assert_array_equal(result, random_erasing(expected, 0.5, rng))
 
 
 def test_settings_that_are_off_draw_nothing(images):
     rng = np.random.default_rng(3)
-    assert augment(images, rng, cutout=0, crop_mode="reflect", crop_padding=0) is images
+    assert augment(images, rng, erasing=0.0, crop_mode="reflect", crop_padding=0) is images
     assert rng.bit_generator.state == np.random.default_rng(3).bit_generator.state
 
 
-def test_pictures_are_those_of_earlier_versions():
-    """The numbers drawn for what there was before are the same: a checksum of pictures made then."""
-    pictures = (np.arange(576) % 251).astype(np.uint8).reshape(3, 8, 8, 3)
+def test_images_are_those_of_earlier_versions():
+    """The numbers drawn for what there was before are the same: a checksum of images made then."""
+    images = (np.arange(576) % 251).astype(np.uint8).reshape(3, 8, 8, 3)
     settings = {"policy": "rand", "crop_padding": 2, "flip": True, "erasing": 0.5}
-    assert zlib.crc32(augment(pictures, np.random.default_rng(7), **settings)) == 1062602706
+    assert zlib.crc32(augment(images, np.random.default_rng(7), **settings)) == 1062602706

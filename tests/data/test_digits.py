@@ -7,7 +7,7 @@ import pytest
 
 from minivit.base.errors import InputError
 from minivit.data import load
-from minivit.data.dataset import validated
+from minivit.data.dataset import check_dataset
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_unknown_name_lists_the_names():
             "test split is empty",
         ),
         (lambda d: {"train_labels": d.train_labels[1:]}, r"\(1436,\) labels for \(1437, 8, 8, 1\)"),
-        (lambda d: {"test_images": d.test_images[:, :7]}, r"each picture of shape \(8, 8, 1\)"),
+        (lambda d: {"test_images": d.test_images[:, :7]}, r"each image of shape \(8, 8, 1\)"),
         (lambda d: {"train_images": d.train_images / 255}, "float64"),
         (lambda d: {"train_images": d.train_images[..., 0]}, r"uint8 \(1437, 8, 8\)"),
         (lambda d: {"test_labels": d.test_labels.astype(np.uint8)}, "uint8 labels"),
@@ -74,6 +74,6 @@ def test_unknown_name_lists_the_names():
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(digits, changed, message):
-    assert validated(digits) is digits
+    assert check_dataset(digits) is digits
     with pytest.raises(InputError, match=message):
-        validated(digits._replace(**changed(digits)))
+        check_dataset(digits._replace(**changed(digits)))

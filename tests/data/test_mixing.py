@@ -1,9 +1,10 @@
-"""Mixup and CutMix: pictures and labels mixed by the same share."""
+"""Mixup and CutMix: images and labels mixed by the same share."""
 
 import numpy as np
 import pytest
 
-from minivit.data.mixing import cutmix, mix, mixup, one_hot
+from minivit.data.mixing import cutmix, mix, mixup
+from minivit.layers.loss import one_hot
 
 B, H, W, K = 16, 6, 9, 5
 
@@ -15,7 +16,7 @@ def batch():
 
 
 class Given:
-    """A Generator with a lambda and a centre of our choice; the partner is the picture before."""
+    """A Generator with a lambda and a centre of our choice; the partner is the image before."""
 
     def __init__(self, share, centre=None):
         self.share, self.centre = share, centre
@@ -33,7 +34,7 @@ class Given:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.998, 1.0])
-def test_mixup_blends_pictures_and_labels_alike(batch, share):
+def test_mixup_blends_images_and_labels_alike(batch, share):
     images, labels = batch
     before = images.copy()
     targets = one_hot(labels, K)
@@ -73,7 +74,7 @@ def test_shares_and_boxes_are_spread_as_they_should(batch):
     images, labels = batch
     rng = np.random.default_rng(0)
 
-    def shares(alpha):  # some pictures are their own partners
+    def shares(alpha):  # some images are their own partners
         return np.array(
             [mixup(images, np.eye(B, dtype=np.float32), rng, alpha)[1].diagonal().min() for _ in range(2000)]
         )

@@ -1,6 +1,7 @@
 """CIFAR in all its forms, whole and broken, honest and hostile; downloads from a server of our own."""
 
 import codecs
+import contextlib
 import gzip
 import hashlib
 import io
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 
 from minivit.base.errors import InputError
-from minivit.data import cifar, fetch, load, scaled
+from minivit.data import fetch, load, resize_images
+from minivit.data.cifar import download, layouts, parse
 
 COUNTS = {"cifar10": (3, 1, 2, 3, 2, 4), "cifar100": (7, 5)}  # records of each file, the test file last
 BINARY = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}
@@ -30,7 +32,7 @@ NAMES = {
 }
 
 
-def pictures(name):
+def image_files(name):
     """Return [(images, labels)] for each file of a small data set."""
     rng = np.random.default_rng(4)
     classes = 10 if name == "cifar10" else 100
@@ -68,7 +70,7 @@ def contents(name, form):
     make = binary_file if form == "binary" else python_file
     return {
         file: make(images, labels, name)
-        for file, (images, labels) in zip(NAMES[name, form], pictures(name), strict=True)
+        for file, (images, labels) in zip(NAMES[name, form], image_files(name), strict=True)
     }
 
 
@@ -89,7 +91,7 @@ def write_archive(path, files, prefix="some/where/"):
 
 
 def assert_is(dataset, name):
-    expected = pictures(name)
+    expected = image_files(name)
     splits = (
         (expected[:-1], dataset.train_images, dataset.train_labels),
         (
@@ -177,7 +179,7 @@ def test_the_built_in_names_of_cifar100(tmp_path):
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_pickles_of_other_versions(tmp_path, protocol, order):
     files = {}
-    for file, (images, labels) in zip(NAMES["cifar100", "python"], pictures("cifar100"), strict=True):
+    for file, (images, labels) in zip(NAMES["cifar100", "python"], image_files("cifar100"), strict=True):
         data = np.array(images.transpose(0, 3, 1, 2).reshape(-1, 3072), order=order)
         content = pickle.dumps({b"data": data, b"fine_labels": labels.tolist()}, protocol=protocol)
         files[file] = content
@@ -226,7 +228,7 @@ def test_a_size_that_is_no_multiple_of_a_record(tmp_path):
 def test_a_label_out_of_range(tmp_path, form):
     make = binary_file if form == "binary" else python_file
     files = contents("cifar10", form)
-    images, _ = pictures("cifar10")[0]
+    images, _ = image_files("cifar10")[0]
     file = NAMES["cifar10", form][0]
     files[file] = make(images, [0, 10, 3], "cifar10")
     write_folder(tmp_path / (BINARY if form == "binary" else PYTHON)["cifar10"], files)
@@ -245,8 +247,8 @@ def test_another_image_size(tmp_path):
     write_folder(tmp_path / BINARY["cifar100"], contents("cifar100", "binary"))
     plain, larger = load("cifar100", tmp_path), load("cifar100", tmp_path, image_size=40)
     assert larger.test_images.shape == (len(plain.test_images), 40, 40, 3)
-    np.testing.assert_array_equal(larger.train_images, scaled(plain.train_images, 40))
-    assert larger.source == plain.source + "; scaled from 32x32"
+    np.testing.assert_array_equal(larger.train_images, resize_images(plain.train_images, 40))
+    assert larger.source == plain.source + "; resized from 32x32"
 
 
 # --- Archives that are not what they seem ---
@@ -296,7 +298,7 @@ def test_only_regular_members_count(tmp_path, kind):
 
 @pytest.mark.parametrize("where", ["wanted", "unwanted", "header"])
 def test_a_decompression_bomb_is_refused_early(tmp_path, where, monkeypatch):
-    monkeypatch.setattr(cifar, "_MAX_BYTES", 100_000)
+    monkeypatch.setattr(layouts, "MAX_BYTES", 100_000)
     path = tmp_path / "cifar-100-binary.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         member = tarfile.TarInfo("test.bin" if where == "wanted" else "readme.html")
@@ -315,7 +317,7 @@ def test_a_decompression_bomb_is_refused_early(tmp_path, where, monkeypatch):
 
 def test_a_huge_file_is_not_read(tmp_path, monkeypatch):
     write_folder(tmp_path / BINARY["cifar100"], contents("cifar100", "binary"))
-    monkeypatch.setattr(cifar, "_MAX_BYTES", 100)
+    monkeypatch.setattr(layouts, "MAX_BYTES", 100)
     refused("far too many", "cifar100", tmp_path)
 
 
@@ -377,7 +379,7 @@ def test_hostile_pickles_run_nothing(tmp_path):
             load("cifar100", tmp_path)
             pytest.fail(f"read: {what}")
         assert not marker.exists(), what
-    assert cifar._Array().state is None and not hasattr(cifar._Array, "changed")
+    assert parse._Array().state is None and not hasattr(parse._Array, "changed")
     (folder / "train").write_bytes(contents("cifar100", "python")["train"])
     assert_is(load("cifar100", tmp_path), "cifar100")
 
@@ -424,7 +426,7 @@ def test_a_shape_that_its_bytes_do_not_fill(tmp_path):
         changed = b"J" + struct.pack("<i", n) + b"J" + struct.pack("<i", width)
         (folder / "train").write_bytes(data.replace(shape, changed))
         refused("train has no uint8 data", "cifar100", tmp_path)
-    images, labels = pictures("cifar100")[0]
+    images, labels = image_files("cifar100")[0]
     more = python_file(images, [*labels, 0], "cifar100")
     assert more.count(shape) == 1
     longer = b"J" + struct.pack("<i", 8) + b"J" + struct.pack("<i", 3072)
@@ -444,7 +446,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(server.status)
             return
         if server.raw is not None:
-            self.wfile.write(server.raw)
+            self.send(server.raw)
             return
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.ranges else 0
         if start and start >= len(server.body):
@@ -458,15 +460,27 @@ class Handler(BaseHTTPRequestHandler):
         if server.says_length:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: server.cut_after])
+        self.send(body[: server.cut_after])
+
+    def send(self, data):
+        with contextlib.suppress(ConnectionError):  # a client that has enough hangs up
+            self.wfile.write(data)
 
     def log_message(self, *_):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = False  # they end before it does
+
+    def handle_error(self, request, client_address):
+        self.errors.append(sys.exception())
+
+
 @pytest.fixture
 def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.errors = []  # of its threads; they would be printed between the results of other tests
         server.status = server.cut_after = None
         server.asked, server.body, server.raw, server.range_shift = [], b"", None, 0
         server.ranges = server.says_length = True
@@ -476,6 +490,7 @@ def server():
         yield server
         server.shutdown()
         thread.join()
+    assert not server.errors
 
 
 @pytest.fixture
@@ -484,7 +499,7 @@ def official(server, tmp_path, monkeypatch):
     files = contents("cifar100", "binary") | {"../../evil.bin": b"x", "readme.html": b"x"}
     server.body = write_archive(tmp_path / "official", files, prefix="cifar-100-binary/").read_bytes()
     md5 = hashlib.md5(server.body).hexdigest()
-    monkeypatch.setitem(cifar._SETS, "cifar100", cifar._SETS["cifar100"]._replace(md5=md5))
+    monkeypatch.setitem(layouts.KINDS, "cifar100", layouts.KINDS["cifar100"]._replace(md5=md5))
     return server
 
 
@@ -569,12 +584,12 @@ def test_fetch_removes_a_download_of_the_wrong_checksum(official, tmp_path):
 
 
 def test_fetch_stops_an_endless_download(official, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar, "_MAX_BYTES", 1000)
+    monkeypatch.setattr(layouts, "MAX_BYTES", 1000)
     official.body += bytes(2**22)
     official.says_length = False
     sizes = []
-    verify = cifar._verify
-    monkeypatch.setattr(cifar, "_verify", lambda path, *_: sizes.append(path.stat().st_size) or verify(path, *_))
+    verify = download._verify
+    monkeypatch.setattr(download, "_verify", lambda path, *_: sizes.append(path.stat().st_size) or verify(path, *_))
     fails("MD5", tmp_path / "data", official.url)
     assert sizes[0] < 2**20
 

@@ -52,75 +52,14 @@ def test_order_is_the_one_of_earlier_versions():
     assert epoch_order(8, seed=0, epoch=0).tolist() == [3, 1, 6, 5, 7, 2, 0, 4]
 
 
-# ---- repeated augmentation -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("n", "repeats"), [(N, 2), (N, 3), (40, 4), (41, 4), (8, 8), (5, 4), (3, 8), (1, 2)])
-def test_an_epoch_repeats_a_share_and_a_round_takes_all(n, repeats):
-    q = -(-n // repeats)
-    seen = []
-    for epoch in range(repeats, 2 * repeats):  # the second round
-        order = epoch_order(n, seed=3, epoch=epoch, repeats=repeats)
-        assert order.shape == (n,) and order.dtype == np.int64
-        assert is_epoch_order(order, n, repeats=repeats)
-        chosen, counts = np.unique(order, return_counts=True)
-        assert len(chosen) == q and sorted(counts)[1:] == [repeats] * (q - 1)  # one may come fewer times
-        for i in range(0, n, repeats):
-            assert len(set(order[i : i + repeats])) == 1
-        seen.extend(order[::repeats])
-    # as the docstring says, the round's permutation from its beginning, and from there again where it ends
-    whole = epoch_order(n, seed=3, epoch=1)
-    assert seen == [whole[j % n] for j in range(q * repeats)]
-    assert set(seen) == set(range(n))
-    if n % repeats == 0:
-        assert len(set(seen)) == len(seen)  # no picture in two epochs of a round
-
-
-def test_orders_with_repeats_differ_between_epochs_rounds_and_seeds():
-    orders = [epoch_order(N, seed=seed, epoch=epoch, repeats=2) for seed in (0, 1) for epoch in range(4)]
-    assert len({order.tobytes() for order in orders}) == 8
-    np.testing.assert_array_equal(orders[3], epoch_order(N, seed=0, epoch=3, repeats=2))
-
-
-@pytest.mark.parametrize("n", [1, 7, 40, 41, 42, 43, 44])
-@pytest.mark.parametrize(("repeats", "size"), [(2, 8), (4, 8), (8, 8), (3, 6)])
-def test_batches_hold_fewer_pictures_and_stay_as_many(n, repeats, size):
-    images, labels = np.zeros((n, 2, 2, 1), np.uint8), np.arange(n)
-    order = epoch_order(n, seed=0, epoch=1, repeats=repeats)
-    made = [batch for _, _, batch in batches(images, labels, order, size, seed=0, epoch=1)]
-    assert [len(batch) for batch in made] == [size] * (n // size) + [n % size] * (n % size > 0)
-    for batch in made[: n // size]:
-        _, counts = np.unique(batch, return_counts=True)
-        assert counts.tolist() == [repeats] * (size // repeats)
-    for a, b in combinations(made, 2):
-        assert not set(a) & set(b)
-
-
-def test_each_repeat_is_augmented_by_itself():
-    picture = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    order = epoch_order(4, seed=0, epoch=0, repeats=4)
-    ((_, made, labels),) = batches(picture, np.arange(4), order, 4, seed=0, epoch=0, crop_padding=16)
-    assert len(set(labels.tolist())) == 1 and len({image.tobytes() for image in made}) == 4
-
-
-def test_mixing_works_with_repeats(data):
-    order = epoch_order(N, seed=0, epoch=0, repeats=4)
-    mixing = MIXING | {"probability": 1.0}
-    for _, images, targets in batches(*data, order, 8, seed=0, epoch=0, mixing=mixing):
-        assert images.dtype == np.uint8 and len(images) == len(targets)
-        np.testing.assert_allclose(targets.sum(axis=1), 1.0, atol=1e-6)
-
-
-def test_what_is_no_epochs_order():
-    good = np.array([4, 4, 0, 0, 2])
-    assert is_epoch_order(good, 5, repeats=2) and not is_epoch_order(good, 5)
-    assert is_epoch_order(np.arange(5)[::-1], 5) and not is_epoch_order(np.arange(5), 5, repeats=2)
+def test_what_is_the_order_of_an_epoch():
+    assert is_epoch_order(np.array([4, 0, 3, 1, 2]), 5) and is_epoch_order(epoch_order(N, seed=3, epoch=1), N)
     for order in (
-        [4, 0, 4, 0, 2], [4, 4, 0, 0, 4], [5, 5, 0, 0, 2], [-1, -1, 0, 0, 2], [4, 4, 0, 0], [4, 4, 0, 0, 2, 2],
-        [4, 4, 0, 1, 2], [4.0, 4.0, 0.0, 0.0, 2.0], [[4, 4, 0, 0, 2]], ["4", "4", "0", "0", "2"],
-        [True, True, False, False, True],
+        [4, 0, 3, 1, 1], [5, 0, 3, 1, 2], [-1, 0, 3, 1, 2], [4, 0, 3, 1], [4, 0, 3, 1, 2, 5], [4.0, 0.0, 3.0, 1.0, 2.0],
+        [[4, 0, 3, 1, 2]], ["4", "0", "3", "1", "2"],
     ):  # fmt: skip
-        assert not is_epoch_order(np.array(order), 5, repeats=2), order
+        assert not is_epoch_order(np.array(order), 5), order
+    assert is_epoch_order(np.array([1, 0]), 2) and not is_epoch_order(np.array([True, False]), 2)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -157,8 +96,8 @@ def test_starting_at_the_end_yields_nothing(data):
 
 
 def test_augmentation_differs_between_batches_epochs_and_seeds():
-    picture = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
-    images, labels = np.repeat(picture, 2, axis=0), np.zeros(2, np.int64)
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    images, labels = np.repeat(image, 2, axis=0), np.zeros(2, np.int64)
     seen = set()
     for seed in (0, 1):
         for epoch in (0, 1):
@@ -189,7 +128,7 @@ def test_mixing_gives_targets_to_every_batch(data):
 
 
 def test_each_batch_of_each_epoch_mixes_in_its_own_way(data):
-    order = np.tile(np.arange(8), 4)  # the same pictures again and again: only the mixing can differ
+    order = np.tile(np.arange(8), 4)  # the same images again and again: only the mixing can differ
     targets = [
         batch[2]
         for epoch in (0, 1)
@@ -287,15 +226,15 @@ def test_batch_size_must_be_positive(data):
         next(batches(*data, np.arange(N), 0, seed=0, epoch=0))
 
 
-def test_pictures_of_half_the_size():
+def test_images_of_half_the_size():
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (10, 8, 6, 3), dtype=np.uint8), np.arange(10)
     images[0] = 255
     settings = {"seed": 1, "epoch": 2, "prefetch": 0, "crop_padding": 1, "flip": True}
     whole = list(batches(images, labels, np.arange(10), 4, **settings))
     half = list(batches(images, labels, np.arange(10), 4, half_size=True, **settings))
-    for (i, pictures, classes), (j, small, others) in zip(whole, half, strict=True):
+    for (i, large, classes), (j, small, others) in zip(whole, half, strict=True):
         assert i == j and small.dtype == np.uint8
-        mean = pictures.reshape(len(pictures), 4, 2, 3, 2, 3).astype(float).mean(axis=(2, 4))
+        mean = large.reshape(len(large), 4, 2, 3, 2, 3).astype(float).mean(axis=(2, 4))
         np.testing.assert_array_equal(small, np.floor(mean + 0.5))
         np.testing.assert_array_equal(classes, others)

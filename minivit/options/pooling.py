@@ -1,0 +1,214 @@
+r"""What is classified: other poolings than the class token, and the layer before the head of the paper's pre-training.
+
+Forward, of the n patches z_1, ..., z_n after the last block
+
+        y = mean_n LN(z)            pooling "mean"     the average over patches (appendix D.3 of the paper)
+        y = LN(mean_n z)            pooling "avg"      the same two the other way round (timm)
+        y = pool(LN(z))             pooling "seq"      a learned weighted mean (`minivit.options.sequence_pool`)
+        y = tanh(y @ W + b)         with ``pre_logits``, after any pooling (the paper's head for pre-training)
+
+    Mean and LayerNorm do not commute: the norms of the tokens count with "avg", and do not with "mean".
+
+Backward
+        y = mean_n x         =>   dx_i = dy / n for each of the n tokens
+        y = tanh(u)          =>   du = dy * (1 - y^2)
+        x = z[:, first:]     =>   dz = dx in the rows that were read, zero in those before them
+
+    The rest is that of LayerNorm and of linear maps.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from minivit.base.backend import accelerated, array_module
+from minivit.base.pairs import Pair, chain, step
+from minivit.base.params import ParameterSpec, lecun_normal, normal, zeros
+from minivit.base.settings import check_choice, check_range, setting
+from minivit.layers.head import HEAD_LINEAR, NORM
+from minivit.layers.layernorm import layernorm_backward, layernorm_forward
+from minivit.layers.linear import linear_backward, linear_forward
+from minivit.options.option import Option
+from minivit.options.sequence_pool import sequence_pool_backward, sequence_pool_forward
+
+POOLINGS = ("cls", "mean", "avg", "seq")
+PRE_LOGITS = ("pre_logits.weight", "pre_logits.bias")
+ATTENTION_POOL = ("attention_pool.weight", "attention_pool.bias")
+
+
+class PatchesCache(NamedTuple):
+    """What `patches_backward` reads."""
+
+    shape: tuple  # (B, N, D)
+    first: int  # tokens before the patches
+
+
+@accelerated
+def patches_forward(z, *, first):
+    """The patches of each image, without the ``first`` tokens.
+
+    Shapes  z (B, N, D)  ->  (B, n, D), n = N - first
+    """
+    return z[:, first:], PatchesCache(z.shape, first)
+
+
+@accelerated
+def patches_backward(dx, cache):
+    """Backward of `patches_forward`: zeros for the tokens that were not read.
+
+    Shapes  dx (B, n, D)  ->  dz (B, N, D)
+    """
+    # x = z[:, first:]
+    if cache.first == 0:
+        return dx
+    dz = array_module(dx).zeros(cache.shape, dx.dtype)
+    dz[:, cache.first :] = dx
+    return dz
+
+
+@accelerated
+def first_token_forward(z):
+    """The class token of each image.
+
+    Shapes  z (B, N, D)  ->  (B, D)
+    """
+    return z[:, 0], z.shape
+
+
+@accelerated
+def first_token_backward(dx, cache):
+    """Backward of `first_token_forward`: zeros for the other tokens; the cache is the shape of z.
+
+    Shapes  dx (B, D)  ->  dz (B, N, D)
+    """
+    # x = z[:, 0]
+    dz = array_module(dx).zeros(cache, dx.dtype)
+    dz[:, 0] = dx
+    return dz
+
+
+class MeanCache(NamedTuple):
+    """What `mean_backward` reads."""
+
+    shape: tuple  # (B, n, D)
+
+
+@accelerated
+def mean_forward(x):
+    """The mean of the tokens of each image.
+
+    Math    y = 1/n sum_i x_i
+    Shapes  x (B, n, D)  ->  y (B, D)
+    """
+    return x.mean(axis=1), MeanCache(x.shape)
+
+
+@accelerated
+def mean_backward(dy, cache):
+    """Backward of `mean_forward`.
+
+    Math    dx_i = dy / n
+    Shapes  dy (B, D)  ->  dx (B, n, D)
+    """
+    # y = 1/n sum_i x_i
+    dx = array_module(dy).empty(cache.shape, dy.dtype)
+    dx[...] = dy[:, None] / cache.shape[1]
+    return dx
+
+
+class TanhCache(NamedTuple):
+    """What `tanh_backward` reads: the result is all that the derivative needs."""
+
+    y: Any  # (...)
+
+
+@accelerated
+def tanh_forward(x):
+    """Hyperbolic tangent, elementwise.
+
+    Shapes  x (...)  ->  y (...)
+    """
+    y = array_module(x).tanh(x)
+    return y, TanhCache(y)
+
+
+@accelerated
+def tanh_backward(dy, cache):
+    """Backward of `tanh_forward`.
+
+    Math    dx = dy * (1 - y^2)
+    Shapes  dy (...)  ->  dx (...)
+    """
+    # y = tanh(x)
+    return dy * (1.0 - cache.y * cache.y)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Fields of the configuration."""
+
+    pooling: str = setting(
+        "cls",
+        'what is classified: "cls" (class token), "mean" or "seq" (plain or learned mean of patches), "avg" (the plain '
+        "mean before the last LayerNorm, as timm has it)",
+    )
+    pre_logits: int = setting(0, "width R of the tanh layer before the head; 0 for none")
+
+    @property
+    def class_tokens(self):
+        """How many class tokens there are: 1 or 0."""
+        return int(self.pooling == "cls")
+
+    @property
+    def num_features(self):
+        """How many numbers the head reads: R with a pre-logits layer, else D."""
+        return self.pre_logits or self.width
+
+
+def check(config):
+    """Raises InputError for another pooling or a negative width."""
+    check_choice(config, "pooling", POOLINGS)
+    check_range(config, 0, None, "pre_logits")
+
+
+def rows(config):
+    """The scores of "seq", and the layer before the head."""
+    D, R = config.width, config.pre_logits
+    result = {}
+    if config.pooling == "seq":
+        weight, bias = ATTENTION_POOL
+        result["pooling"] = [ParameterSpec(weight, (D, 1), normal(0.02), True), ParameterSpec(bias, (1,), zeros, False)]
+    if R:
+        weight, bias = PRE_LOGITS
+        result["features"] = [
+            ParameterSpec(weight, (D, R), lecun_normal(D), True), ParameterSpec(bias, (R,), zeros, False)
+        ]  # fmt: skip
+    return result
+
+
+def features(config):
+    """Tokens to what the head reads, as a Pair."""
+    norm = Pair(partial(layernorm_forward, eps=config.layernorm_eps), layernorm_backward, NORM)
+    mean = Pair(mean_forward, mean_backward)
+    pool = Pair(sequence_pool_forward, sequence_pool_backward, ATTENTION_POOL)
+    patches = Pair(partial(patches_forward, first=config.registers), patches_backward)
+    pair = {
+        "cls": lambda: chain(Pair(first_token_forward, first_token_backward), norm, "norm"),
+        "mean": lambda: chain(chain(patches, norm, "norm"), mean, "pool"),
+        "avg": lambda: chain(chain(patches, mean, "pool"), norm, "norm"),
+        "seq": lambda: chain(chain(patches, norm, "norm"), pool, "pool"),
+    }[config.pooling]()
+    if config.pre_logits:
+        dense = Pair(linear_forward, linear_backward, PRE_LOGITS)
+        pair = chain(chain(pair, dense, "pre_logits"), Pair(tanh_forward, tanh_backward), "tanh")
+    return pair
+
+
+def head(pair, config, place):
+    """The head behind another pooling, or behind a pre-logits layer."""
+    if config.pooling == "cls" and not config.pre_logits:
+        return pair
+    return step(chain(features(config), Pair(linear_forward, linear_backward, HEAD_LINEAR), "head"))
+
+
+OPTION = Option(Settings, check, rows, head=head)
