@@ -186,12 +186,12 @@ CASES = {
         }.items()
     },
     # predict
-    "predict: no picture": ("predict run/last.npz", "no picture is named; name files, or --test 0"),
+    "predict: no picture": ("predict run/last.npz", "no image is named; name files, or --test 0"),
     "predict: nothing": ("predict", "the following arguments are required: CHECKPOINT"),
-    "predict: no such picture": ("predict run/last.npz cat.png", "there is no picture cat.png"),
-    "predict: folder": ("predict run/last.npz run", "run is a folder; name the pictures in it"),
-    "predict: index": ("predict run/last.npz --test 360", "there is no test picture 360; digits has 0 to 359"),
-    "predict: negative": ("predict run/last.npz --test -1", "there is no test picture -1"),
+    "predict: no such picture": ("predict run/last.npz cat.png", "there is no image cat.png"),
+    "predict: folder": ("predict run/last.npz run", "run is a folder; name the images in it"),
+    "predict: index": ("predict run/last.npz --test 360", "there is no test image 360; digits has 0 to 359"),
+    "predict: negative": ("predict run/last.npz --test -1", "there is no test image -1"),
     "predict: index a text": ("predict run/last.npz --test one", "invalid int value: 'one'"),
     **{
         f"predict: {name}": (f"predict run/last.npz {name} --out new", said)

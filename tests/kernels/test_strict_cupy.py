@@ -30,8 +30,7 @@ from minivit.layers import msa
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, make_optimizer
 from minivit.paper import analyses as analysis
-from minivit.paper import entries as paper
-from minivit.paper import journey
+from minivit.paper import entries, film, trainings
 from minivit.paper.journey import journey_of
 from minivit.training.engine_cuda import CudaEngine, CudaStep
 from minivit.training.recipes import find_config, read_recipe
@@ -623,7 +622,7 @@ def test_curvature_is_the_same_on_a_device(cupy):
 
 
 def test_pictures_of_a_run_are_drawn_on_a_device(cupy, trained, tmp_path, call, monkeypatch):
-    monkeypatch.setattr(journey, "save_moving", lambda path, found, progress: path.write_bytes(b""))
+    monkeypatch.setattr(film, "save_film", lambda path, found, progress: path.write_bytes(b""))
     few = ["--pictures", 4, "--points", 2, "--epochs", 1, "--count", 1, "--steps", 2]
     for arguments in (["journey", trained / "last.npz"], ["curvature", trained / "last.npz", *few]):
         launches.clear()
@@ -667,10 +666,12 @@ def test_the_papers_figures_are_made_on_a_device(cupy, tmp_path, call, no_figure
     (tmp_path / "sweeps" / "tiny.toml").write_text(
         f'config = "{ROOT}/tests/tiny.toml"\nbase.train.epochs = 1\n[[row]]\nname = "one"\n'
     )
-    monkeypatch.setattr(paper, "CONFIGS", tmp_path)
-    monkeypatch.setattr(paper, "time_of_epochs", lambda dataset, model, config, probe: times(config.device))
-    monkeypatch.setattr(paper, "within", lambda share, dataset, model, config: (config, times(config.device)(1.0)))
-    monkeypatch.setattr(paper, "ENTRIES", (paper.entry_of("distance"), paper.sweep_entry("tiny", "Table 0", "T", "")))
+    monkeypatch.setattr(trainings, "CONFIGS", tmp_path)
+    monkeypatch.setattr(trainings, "time_of_epochs", lambda dataset, model, config, probe: times(config.device))
+    within = lambda share, dataset, model, config, trainer: (config, times(config.device)(1.0))  # noqa: E731
+    monkeypatch.setattr(trainings, "within", within)
+    two = entries.entry_of("distance"), entries.sweep_entry("tiny", "Table 0", "T", "")
+    monkeypatch.setattr(entries, "ENTRIES", two)
 
     def times(device):
         asked.append(device)
