@@ -1,8 +1,8 @@
-"""The one exception that means: the user's input cannot be used."""
+"""The exception for input of the user that cannot be used."""
 
 
 class InputError(ValueError):
-    """The user's input cannot be used; ``str(error)`` is one line: what, where, and what to do."""
+    """The user's input cannot be used. Its text is one line: what is wrong, where, and what to do."""
 
     def __str__(self):
         # File names and the messages of other libraries may hold line breaks.

@@ -1,6 +1,6 @@
-"""Settings as frozen dataclasses whose fields carry a default, a type and a help text; checked on construction.
+"""Settings as frozen dataclasses; each field has a default, a type and a help text, and is checked on construction.
 
-One description serves the constructor, the TOML files and the command line (see `minivit.commands.cli`).
+One description of a setting serves the constructor, the TOML files and the command line (see `minivit.commands.cli`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def setting(default, text):
 
 
 def check_types(settings):
-    """Make each field the type of its default (whole numbers may stand for floats).
+    """Check that each field has the type of its default; a whole number in the place of a float is converted.
 
     Raises  InputError: a value of another type, or a number that is not finite.
     """
@@ -33,7 +33,7 @@ def check_types(settings):
 
 
 def check_range(settings, low, high, *names, open_high=False):
-    """Raises InputError unless low <= value <= high (< high if ``open_high``; None: no bound) for each field."""
+    """Raises InputError unless low <= value <= high for each field; < high with ``open_high``, no bound with None."""
     for name in names:
         value = getattr(settings, name)
         if value < low or (high is not None and (value > high or (open_high and value == high))):
@@ -47,23 +47,23 @@ def check_choice(settings, name, choices):
         raise InputError(f"{name} must be one of {', '.join(choices)}; got {getattr(settings, name)!r}")
 
 
-def refuse_unknown(given, known, where):
-    """Raises InputError if a name in ``given`` is not in ``known``; the message suggests the nearest one."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), list(known), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+def refuse_unknown(names, choices, where):
+    """Raises InputError if one of the names is not among the choices; the message suggests the nearest choice."""
+    for name in names:
+        if name not in choices:
+            near = difflib.get_close_matches(str(name), list(choices), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(choices)}"
             raise InputError(f"unknown setting {name!r} in {where}{hint}")
 
 
-def settings_of(cls, stored, where):
-    """The settings class that a dict from a file describes.
+def settings_of(cls, values, where):
+    """An instance of a settings class, from a dict that comes from the file ``where``.
 
-    Raises  InputError: it holds unknown or impossible settings; the message names ``where``.
+    Raises  InputError: unknown or impossible settings; the message names the file.
     """
-    refuse_unknown(stored, field_names(cls), where)
+    refuse_unknown(values, field_names(cls), where)
     try:
-        return cls(**stored)
+        return cls(**values)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 
@@ -74,5 +74,5 @@ def field_names(cls):
 
 
 def defaults_of(cls):
-    """What the fields of a settings class are if nothing is asked for, as a dict."""
+    """The defaults of a settings class, {field: value}."""
     return {f.name: f.default for f in dataclasses.fields(cls)}

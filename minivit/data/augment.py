@@ -29,19 +29,19 @@ def random_crop(images, padding, rng, *, mode="zero"):
     xp = array_module(images)
     B, H, W, C = images.shape
     p = padding
-    padded = (xp.zeros if mode == "zero" else xp.empty)((B, H + 2 * p, W + 2 * p, C), images.dtype)
-    padded[:, p : p + H, p : p + W] = images
+    canvas = (xp.zeros if mode == "zero" else xp.empty)((B, H + 2 * p, W + 2 * p, C), images.dtype)
+    canvas[:, p : p + H, p : p + W] = images
     if mode == "reflect":
         if p >= min(H, W):
             raise ValueError(f"images of {H}x{W} cannot be reflected over {p} pixels")
-        padded[:, :p, p : p + W] = images[:, p:0:-1]
-        padded[:, p + H :, p : p + W] = images[:, : H - 1][:, ::-1][:, :p]
-        padded[:, :, :p] = padded[:, :, p + 1 : 2 * p + 1][:, :, ::-1]
-        padded[:, :, p + W :] = padded[:, :, W - 1 : p + W - 1][:, :, ::-1]
+        canvas[:, :p, p : p + W] = images[:, p:0:-1]
+        canvas[:, p + H :, p : p + W] = images[:, : H - 1][:, ::-1][:, :p]
+        canvas[:, :, :p] = canvas[:, :, p + 1 : 2 * p + 1][:, :, ::-1]
+        canvas[:, :, p + W :] = canvas[:, :, W - 1 : p + W - 1][:, :, ::-1]
     # Pixels and channels share one axis, so that the gather below copies whole rows, W * C bytes at a time.
-    padded = padded.reshape(B, H + 2 * p, (W + 2 * p) * C)
+    canvas = canvas.reshape(B, H + 2 * p, (W + 2 * p) * C)
     down, right = xp.asarray(rng.integers(0, 2 * p + 1, size=(2, B)))
-    windows = xp.lib.stride_tricks.sliding_window_view(padded, (H, W * C), axis=(1, 2))  # a view
+    windows = xp.lib.stride_tricks.sliding_window_view(canvas, (H, W * C), axis=(1, 2))  # a view
     return windows[xp.arange(B), down, right * C].reshape(B, H, W, C)
 
 
@@ -66,14 +66,14 @@ def random_affine(images, rng, *, rotate=0.0, zoom=0.0, shear=0.0, shift=0.0):
     source_y = scale_y * (cos * y - sin * x) + shift_y + (H - 1) / 2  # (B, H, W)
     source_x = scale_x * (sin * y + cos * x) + shift_x + (W - 1) / 2
     # A black frame, and no place farther out than it: then each place has four neighbours to read.
-    framed = xp.zeros((B, H + 3, W + 3, C), xp.float32)
-    framed[:, 1 : H + 1, 1 : W + 1] = images
+    canvas = xp.zeros((B, H + 3, W + 3, C), xp.float32)
+    canvas[:, 1 : H + 1, 1 : W + 1] = images
     source_y, source_x = xp.clip(source_y, -1, H) + 1, xp.clip(source_x, -1, W) + 1
     top, left = source_y.astype(np.int64), source_x.astype(np.int64)  # the floor, since none is negative
     down, right = (source_y - top)[..., None], (source_x - left)[..., None]  # (B, H, W, 1) in [0, 1)
     b = xp.arange(B)[:, None, None]
-    upper = (1 - right) * framed[b, top, left] + right * framed[b, top, left + 1]  # (B, H, W, C)
-    lower = (1 - right) * framed[b, top + 1, left] + right * framed[b, top + 1, left + 1]
+    upper = (1 - right) * canvas[b, top, left] + right * canvas[b, top, left + 1]  # (B, H, W, C)
+    lower = (1 - right) * canvas[b, top + 1, left] + right * canvas[b, top + 1, left + 1]
     return xp.rint((1 - down) * upper + down * lower).astype(images.dtype)
 
 

@@ -75,8 +75,8 @@ def with_train_share(dataset, share):
             f"train_share {share} of the {len(dataset.train_labels):,} training images of {dataset.name} keeps none: "
             "give more, up to 1"
         )
-    kept = np.sort(np.random.default_rng(0).permutation(len(dataset.train_labels))[:count])
+    rows = np.sort(np.random.default_rng(0).permutation(len(dataset.train_labels))[:count])
     return dataset._replace(
-        train_images=take(dataset.train_images, kept), train_labels=dataset.train_labels[kept],
+        train_images=take(dataset.train_images, rows), train_labels=dataset.train_labels[rows],
         source=f"{dataset.source}; {count:,} of {len(dataset.train_labels):,} training images",
     )  # fmt: skip

@@ -108,8 +108,8 @@ def _read_all(paths, image_size, cut):
     images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
     # Pillow decodes and scales without holding the interpreter's lock.
     with _pillow() as pillow, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        decoded = pool.map(lambda path: read_upright(path, cut(image_size, *pillow), *pillow), paths)
-        for i, image in enumerate(tqdm(decoded, "images", len(paths), disable=len(paths) <= 200)):
+        stream = pool.map(lambda path: read_upright(path, cut(image_size, *pillow), *pillow), paths)
+        for i, image in enumerate(tqdm(stream, "images", len(paths), disable=len(paths) <= 200)):
             images[i] = image
     return images
 

@@ -164,7 +164,7 @@ def load_imagefolder(data_dir, image_size=224):
             raise InputError(f"{root / 'train' / name} has no images ({', '.join(SUFFIXES)}); add some")
     flat = list(_files(root, split)) if (root / split).is_dir() else []
     if flat:
-        test, test_labels = flat, _listed_classes(root / f"{split}.txt", [name for name, _ in flat], class_names)
+        test, test_labels = flat, _read_labels(root / f"{split}.txt", [name for name, _ in flat], class_names)
     else:
         refuse_unknown_classes(root / split, class_names, root / "train")
         test, test_labels = _in_class_folders(root, split, class_names)
@@ -196,7 +196,7 @@ def _in_class_folders(root, split, class_names):
     return [file for files in lists for file in files], labels
 
 
-def _listed_classes(path, names, class_names):
+def _read_labels(path, names, class_names):
     """The labels (n,) of images that lie in one folder, sorted by name, from a list; see the head of this file."""
     try:
         lines = [line.replace(",", " ").split() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -208,24 +208,24 @@ def _listed_classes(path, names, class_names):
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a text file: {error}") from None
     lines = [line for line in lines if line and line[0] != "ImageId"]  # Kaggle's heading
-    known = {name: k for k, name in enumerate(class_names)}
+    by_name = {name: k for k, name in enumerate(class_names)}
     if all(len(line) == 1 for line in lines):
         if len(lines) != len(names):
             raise InputError(f"{path} lists {len(lines)} classes for {len(names)} images; list one for each")
-        if unknown := [line[0] for line in lines if line[0] not in known]:
+        if unknown := [line[0] for line in lines if line[0] not in by_name]:
             raise InputError(
                 f"{path}: {unknown[0]!r} is no folder of train; a line without an image's name must be a class's "
                 "(the numbers of ImageNet's development kit count them in another order)"
             )
-        return np.array([known[line[0]] for line in lines], np.int64)
-    numbers = {str(k): k for k in range(len(class_names))}
-    listed = {}
+        return np.array([by_name[line[0]] for line in lines], np.int64)
+    by_number = {str(k): k for k in range(len(class_names))}
+    label_of = {}
     for name, *rest in lines:
         label = rest[0] if rest else ""
-        if label not in known and label not in numbers:
+        if label not in by_name and label not in by_number:
             raise InputError(f"{path}: the class of {name} is {label!r}, which is no folder of train nor its number")
-        listed[Path(name).stem] = known.get(label, numbers.get(label))
-    labels = [listed.get(Path(name).stem) for name in names]
+        label_of[Path(name).stem] = by_name.get(label, by_number.get(label))
+    labels = [label_of.get(Path(name).stem) for name in names]
     if None in labels:
         raise InputError(f"{path} does not list {os.path.basename(names[labels.index(None)])}; add its class")
     return np.array(labels, np.int64)

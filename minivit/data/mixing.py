@@ -26,8 +26,8 @@ def mixup(images, targets, rng, alpha):
     weight = round(256 * rng.beta(alpha, alpha))
     partner = xp.asarray(rng.permutation(len(images)))
     first, second = images.astype(np.uint16), images[partner].astype(np.uint16)
-    mixed = (weight * first + (256 - weight) * second + 128) >> 8  # at most 255 * 256 + 128: it fits 16 bits
-    return mixed.astype(np.uint8), _mix_targets(targets, partner, weight / 256)
+    blend = (weight * first + (256 - weight) * second + 128) >> 8  # at most 255 * 256 + 128: it fits 16 bits
+    return blend.astype(np.uint8), _mix_targets(targets, partner, weight / 256)
 
 
 def cutmix(images, targets, rng, alpha):
@@ -44,10 +44,10 @@ def cutmix(images, targets, rng, alpha):
     middle, half = rng.integers(0, (H, W)), np.array([int(H * side), int(W * side)]) // 2
     (top, left), (bottom, right) = np.clip(middle - half, 0, (H, W)), np.clip(middle + half, 0, (H, W))
     partner = xp.asarray(rng.permutation(len(images)))
-    mixed = images.copy()
-    mixed[:, top:bottom, left:right] = images[partner, top:bottom, left:right]
+    result = images.copy()
+    result[:, top:bottom, left:right] = images[partner, top:bottom, left:right]
     share = 1.0 - (bottom - top) * (right - left) / (H * W)
-    return mixed, _mix_targets(targets, partner, share)
+    return result, _mix_targets(targets, partner, share)
 
 
 def mix(images, labels, rng, *, num_classes, mixup_alpha=0.0, cutmix_alpha=0.0, probability=1.0):

@@ -120,15 +120,15 @@ def _geometry(images, operations, magnitudes):
     x, y = xp.arange(W, dtype=np.int32), xp.arange(H, dtype=np.int32)[:, None]
     place = maps[:, :, 0] * x + maps[:, :, 1] * y + maps[:, :, 2]  # (B, 2, H, W)
     # A black frame, and no place farther out than it: then each place has four neighbours to read.
-    framed = xp.zeros((B, H + 3, W + 3, C), np.uint8)
-    framed[:, 1 : H + 1, 1 : W + 1] = images
+    canvas = xp.zeros((B, H + 3, W + 3, C), np.uint8)
+    canvas[:, 1 : H + 1, 1 : W + 1] = images
     source_x = xp.clip(place[:, 0], -65536, W * 65536) + 65536  # (B, H, W)
     source_y = xp.clip(place[:, 1], -65536, H * 65536) + 65536
     corner = xp.arange(B, dtype=np.int32)[:, None, None] * (H + 3) + (source_y >> 16)
     corner = corner * (W + 3) + (source_x >> 16)  # the upper left neighbour, counted in pixels
     right, down = ((s & 65535) >> 5 for s in (source_x, source_y))
     right, down = right[..., None], down[..., None]  # (B, H, W, 1), 0 to 2047
-    pixels = framed.reshape(-1, C)
+    pixels = canvas.reshape(-1, C)
     near, far = (pixels[corner + i].astype(np.int32) for i in (0, 1))
     upper = (near << 11) + right * (far - near)  # (B, H, W, C)
     near, far = (pixels[corner + i].astype(np.int32) for i in (W + 3, W + 4))
@@ -227,8 +227,8 @@ def _equalize(images):
     below_largest = (up_to * (up_to < H * W)).max(axis=-1, keepdims=True)
     step = below_largest // 255  # (B, C, 1)
     before = up_to - counts.reshape(B, C, 256)
-    spread = xp.clip((before + step // 2) // xp.maximum(step, 1), 0, 255)
-    return xp.where(step == 0, xp.arange(256), spread).astype(np.uint8)
+    values = xp.clip((before + step // 2) // xp.maximum(step, 1), 0, 255)
+    return xp.where(step == 0, xp.arange(256), values).astype(np.uint8)
 
 
 # ---- the policies ----------------------------------------------------------------------------------------------------

@@ -813,9 +813,7 @@ def augment_rows(
 ):  # fmt: skip
     """Twin of `minivit.data.loader.augment_rows`, for black-edged crops and flips.
 
-    It draws the same random numbers as the plain function.
-
-    Any other augmentation, reflected crops too, is left to the plain function.
+    It draws the same random numbers as the plain function; any other augmentation is left to it.
     """
     if policy != "none" or any(others.values()) or not (crop_padding or flip) or (crop_padding and crop_mode != "zero"):
         return NotImplemented

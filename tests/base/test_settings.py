@@ -8,7 +8,16 @@ import pytest
 
 import minivit
 from minivit import InputError
-from minivit.base.settings import check_choice, check_range, check_types, field_names, refuse_unknown, setting
+from minivit.base.settings import (
+    check_choice,
+    check_range,
+    check_types,
+    defaults_of,
+    field_names,
+    refuse_unknown,
+    setting,
+    settings_of,
+)
 
 
 @dataclass(frozen=True)
@@ -65,3 +74,20 @@ def test_one_version():
     setup = configparser.ConfigParser()
     setup.read(Path(__file__).parent.parent.parent / "setup.cfg")
     assert setup["metadata"]["version"] == minivit.__version__
+
+
+def test_settings_from_a_file_name_it_in_their_errors():
+    assert settings_of(Example, {"count": 2}, "file.json") == Example(count=2)
+    with pytest.raises(InputError) as error:
+        settings_of(Example, {"count": 4}, "file.json")
+    assert str(error.value) == "file.json: count must be at least 0 and at most 3, got 4"
+    with pytest.raises(InputError, match="unknown setting 'cuont' in file.json; did you mean 'count'"):
+        settings_of(Example, {"cuont": 2}, "file.json")
+
+
+def test_defaults_are_those_of_the_fields():
+    assert defaults_of(Example) == {"count": 1, "rate": 0.5, "name": "a", "on": False}
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    assert str(InputError("a\nb\r\nc")) == "a b c"

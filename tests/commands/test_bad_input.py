@@ -196,12 +196,12 @@ CASES = {
     **{
         f"predict: {name}": (f"predict run/last.npz {name} --out new", said)
         for name, said in {
-            "cut.png": "cut.png cannot be read as a picture",
-            "empty.png": "empty.png cannot be read as a picture",
-            "text.png": "text.png cannot be read as a picture",
-            "eps.png": "eps.png cannot be read as a picture",
-            "file": "file cannot be read as a picture",
-            "run/last.npz": "run/last.npz cannot be read as a picture",
+            "cut.png": "cut.png cannot be read as an image",
+            "empty.png": "empty.png cannot be read as an image",
+            "text.png": "text.png cannot be read as an image",
+            "eps.png": "eps.png cannot be read as an image",
+            "file": "file cannot be read as an image",
+            "run/last.npz": "run/last.npz cannot be read as an image",
             "cut.npy": "cut.npy cannot be read as an array",
             "text.npy": "text.npy cannot be read as an array",
             "zip.npy": "zip.npy holds several arrays",
@@ -300,7 +300,7 @@ CASES = {
     "train: cut data": ("train --data cifar10 --data-dir cutcifar --quiet --out new", "cifar-10-batches-bin"),
     "train: labels": ("train --data cifar10 --data-dir badlabels --quiet --out new", "label"),
     "train: unknown data": ("train --data mnist", "invalid choice: 'mnist'"),
-    "train: broken picture": ("train --data folder --data-dir pictures --out new", "1.png cannot be read as a picture"),
+    "train: broken picture": ("train --data folder --data-dir pictures --out new", "1.png cannot be read as an image"),
     "train: no pictures": ("train --data folder --data-dir run --out new", "there is no folder run/train"),
     "train: picture size": ("train --data folder --data-dir pictures --image-size 99999 --out new", "out of range"),
     # train: the folder
