@@ -19,6 +19,7 @@ from minivit.evaluation import runs
 from minivit.evaluation.inference import attention_map, predict_all
 from minivit.figures import html, report
 from minivit.layers.softmax import softmax_forward
+from minivit.model import intermediates
 from minivit.training.recipes import recipe_of_flags
 from minivit.training.trainer import LAST, METRICS, SUMMARY, TrainConfig, config_from
 from minivit.weights import checkpoint
@@ -172,7 +173,7 @@ def test_the_most_confident_mistakes(trained, reported):
         assert f"{said}test image {i}" in text
         assert np.abs(shown[..., 0].astype(int) - (255 - images[i, ..., 0])).max() <= 3  # dark ink on white
         # of the four patches the one with most attention is the most yellow
-        row = model.intermediates(images[i : i + 1]).attention[-1][0].mean(axis=0)[0, 1:]
+        row = intermediates(model, images[i : i + 1]).attention[-1][0].mean(axis=0)[0, 1:]
         yellow = overlay.astype(int)[..., 0] - overlay[..., 2]
         patches = [yellow[r : r + 4, c : c + 4].mean() for r in (0, 4) for c in (0, 4)]
         assert row[np.argmax(patches)] >= row.max() - 0.02 * np.ptp(row)  # of two that are all but alike, either
@@ -279,7 +280,7 @@ def test_the_attention_is_that_of_the_last_block(tmp_path):
     page = Page(report.page(run, mistakes=1).replace("\udcff", ""))
     i = int(re.search(r"test image (\d)", page.text)[1])
     image = run.dataset.test_images[i]
-    seen = [attention_map(a[0], "mean") for a in run.model.intermediates(image[None]).attention]
+    seen = [attention_map(a[0], "mean") for a in intermediates(run.model, image[None]).attention]
     first, last = (np.asarray(Image.open(io.BytesIO(figures.image_png(image, a))))[..., :3] for a in seen)
     assert (first != last).any() and len(page.images) == 2
     np.testing.assert_array_equal(page.images[1], last)

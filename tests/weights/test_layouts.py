@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from minivit import InputError, ViT, ViTConfig, parameter_table
 from minivit.base import params
-from minivit.layers.patch_embed import sincos2d
 from minivit.model import HYBRIDS
+from minivit.options.positions import sincos2d
 from minivit.weights import checkpoint
 from minivit.weights import layouts as pretrained
 from minivit.weights.layouts.description import likely_heads

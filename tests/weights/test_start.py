@@ -13,8 +13,8 @@ from PIL import Image
 from minivit import ViTConfig
 from minivit.base.errors import InputError
 from minivit.data import load
-from minivit.layers.patch_embed import sincos2d
 from minivit.model import ViT
+from minivit.options.positions import sincos2d
 from minivit.training.trainer import LAST, SETTINGS, SUMMARY, TrainConfig, Trainer, origin_of
 from minivit.weights import checkpoint
 from minivit.weights.resize import resize_patch_embedding, resize_positions, resize_table
