@@ -25,7 +25,7 @@ from minivit.options.stem.conv2d import conv2d_forward
 from minivit.options.stem.groupnorm import groupnorm_forward
 from minivit.options.stem.max_pool import max_pool_backward, max_pool_forward
 from minivit.options.stem.weight_standardization import weight_standardization_forward
-from minivit.training.engine import Engine
+from minivit.training.engines.cpu import Engine
 
 TOLERANCE = 1e-10
 

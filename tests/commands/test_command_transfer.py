@@ -9,7 +9,7 @@ from PIL import Image
 from minivit import ViT
 from minivit.data import load
 from minivit.evaluation import transfer
-from minivit.training.trainer import LAST
+from minivit.training.folder import LAST
 from minivit.weights import checkpoint
 
 DATA = load("digits")

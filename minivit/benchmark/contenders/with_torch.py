@@ -16,7 +16,7 @@ from minivit.base import params
 from minivit.benchmark.contenders import BETAS, EPS, LR, WEIGHT_DECAY, problem
 from minivit.layers.patch_embed import sincos2d
 from minivit.model import parameter_table
-from minivit.training.engine import available_cores
+from minivit.training.engines.cut import available_cores
 
 
 class Attention(nn.Module):
