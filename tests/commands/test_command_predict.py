@@ -11,7 +11,7 @@ from PIL import Image
 from minivit.data import load
 from minivit.layers.softmax import softmax_forward
 from minivit.model import intermediates
-from minivit.training.trainer import LAST
+from minivit.training.folder import LAST
 from minivit.weights import checkpoint
 
 DATA = load("digits")

@@ -11,9 +11,9 @@ from minivit.base import params
 from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import MODEL_BATCH, MODELS
 from minivit.layers import msa
-from minivit.options.pooling import POOLINGS
 from minivit.layers.patch_embed import patchify, unpatchify
 from minivit.model import ATTENTIONS, POSITIONS, STEM, intermediates, parameter_table, pixels
+from minivit.options.pooling import POOLINGS
 
 TINY = MODELS["vit"]
 
