@@ -90,7 +90,7 @@ def test_the_first_epochs_on_images_of_half_the_size(tmp_path):
     )  # the first two epochs, on small images from the beginning
     other = trainer(tmp_path / "small", replace(config, half_size=0.0, micro_batch=4 * config.micro_batch),
                     model=replace(HALVED, image_size=4), data=halves)  # fmt: skip
-    other.model._position[...] = ViT(HALVED).at_half_size()._position
+    other.model.inputs["pos_embed"][...] = ViT(HALVED).at_half_size().inputs["pos_embed"]
     other.run()
     losses = [[line["loss"] for line in timeless(out / METRICS) if line["kind"] == "train"]
               for out in (tmp_path / "whole", tmp_path / "small")]  # fmt: skip
