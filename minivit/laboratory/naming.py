@@ -16,8 +16,13 @@ import re
 
 from minivit.base.pairs import ChainCache, FollowCache
 
-VALUES = (int, float, str, bool, type(None))  # what caches also hold, and what is no cache: equal ones are identical
+VALUES = (int, float, str, bool, type(None))  # of these, and of empty tuples, equal ones may be the same object
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def is_unique(cache):
+    """Is it an object of its own, so that it can be told from others?"""
+    return not isinstance(cache, VALUES) and not (isinstance(cache, tuple) and not cache)
 
 
 def parts_of(cache):
@@ -41,7 +46,7 @@ def places(cache, path=""):
     """Where each part of a cache is kept: {id of the part: path}, that of the first place where it is."""
     found = {id(cache): path}
     for name, part in parts_of(cache):
-        if not isinstance(part, VALUES) and part != ():
+        if is_unique(part):
             for key, place in places(part, joined(path, name)).items():
                 found.setdefault(key, place)
     return found
