@@ -6,8 +6,8 @@ from minivit import figures
 from minivit.base.errors import InputError
 from minivit.base.words import counted
 from minivit.evaluation.runs import read_object
-from minivit.laboratory.trace import expected_flops
 from minivit.masked import LEVELS, TARGETS
+from minivit.model.costs import expected_flops
 from minivit.paper.context import Result
 from minivit.paper.trainings import (
     claim,

@@ -47,7 +47,8 @@ from minivit.data.augment import CROP_MODES
 from minivit.data.loader import batches, epoch_order, is_epoch_order
 from minivit.data.operations import POLICIES
 from minivit.kernels import cuda
-from minivit.laboratory.trace import first_non_finite, recording
+from minivit.laboratory.recorder import recording
+from minivit.laboratory.trace import first_non_finite
 from minivit.layers.loss import softmax_cross_entropy_forward
 from minivit.model import ViT, parameter_table
 from minivit.model.initialisation import INITS, mimetic, whiten
@@ -599,7 +600,7 @@ class Trainer:
         if self.device != "cpu":  # the figures were read late: the parameters have moved on since
             return f" or in the {self.config.log_every} steps before it; on the CPU a run names the tensor"
         for m, part in enumerate(engine.parts(len(images))):
-            with recording([self.model.flat], figures=False) as recorder:
+            with recording(model=self.model, figures=False) as recorder:
                 grads = self.model.gradient_buffer()[1]
                 engine.forward_backward(images[part], labels[part], grads, denominator, engine.generator(index, m))
             if found := first_non_finite(recorder):
