@@ -27,7 +27,9 @@ from minivit.model import ViT
 from minivit.optim import AdamW
 from minivit.training.engine import Engine
 
-LEAVES = ("linear", "layernorm", "gelu", "exact_gelu", "attention", "flash_attention", "softmax", "softmax_cross_entropy")
+LEAVES = (
+    "linear", "layernorm", "gelu", "exact_gelu", "attention", "flash_attention", "softmax", "softmax_cross_entropy",
+)  # fmt: skip
 
 
 class Layer(NamedTuple):

@@ -1,7 +1,7 @@
 """Arrays that count what is done with them, whatever layer does it.
 
-A `CountedArray` is an ordinary array, its operations give ordinary numbers to the last bit, and each tells the `Counter`
-that is active in its thread how much work it was. A multiply-add is 2 operations:
+A `CountedArray` is an ordinary array, its operations give ordinary numbers to the last bit, and each tells how much
+work it was to the `Counter` that is active in its thread. A multiply-add is 2 operations:
 
     a product of matrices (..., n, d) @ (..., d, m)      2 n d m, times the leading axes: counted apart
     a product with a vector                              as many, among the other operations: it is a weighted sum

@@ -85,7 +85,7 @@ def result_names(function):
     while (shorter := re.sub(r"\([^()]*\)", "", text)) != text:  # the shapes, which may hold brackets themselves
         text = shorter
     words = [each.split() for each in text.partition(";")[0].split(",")]
-    return tuple(each[0] if each else "" for each in words)
+    return tuple(each[0] if len(each) == 1 or each[1:2] == ["or"] else "" for each in words)  # "dx or None"
 
 
 def output_name(forward):

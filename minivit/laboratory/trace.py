@@ -1,4 +1,4 @@
-"""What happens in one batch of a model, forward and backward: every call, sums, and the first number that is not finite.
+"""What happens in one batch of a model: every call, forward and backward, sums, and the first that is not finite.
 
 `minivit.laboratory.recorder` records the calls; the sums of what it counts in matrix products are those of the closed
 forms of `minivit.model.costs`.

@@ -70,7 +70,9 @@ def test_the_floor_is_every_product_of_a_step(changes):
     forward = sum(p.flops for p in model_products(config, 5, backward=False))
     assert forward == expected.forward == recorded.forward_matmul_flops
     both = sum(p.flops for p in model_products(config, 5))
-    unneeded = expected_flops(config, 5, image_gradient=True).backward - expected.backward  # the plain functions make it
+    unneeded = (
+        expected_flops(config, 5, image_gradient=True).backward - expected.backward
+    )  # the plain functions make it
     assert both == sum(expected) == recorded.forward_matmul_flops + recorded.backward_matmul_flops - unneeded
 
 
