@@ -12,17 +12,16 @@ from minivit.figures.canvas import OURS, SOFT, TEST, label, save
 FORWARD, BACKWARD = OURS, TEST
 BOX, PANEL, EDGE = "#334155", "#f1f5f9", "#cbd5e1"  # colours of outlines and of the panel of the block
 WIDE, HIGH = 1.75, 1.25  # of a box
-AFTER = ("dropout", "ls1", "ls2", "drop_path")  # what may follow a branch of a block
 # The two rows of a block: its height on the page, what comes in, what goes out, and the boxes: name, tensor, layers.
 ROWS = (
     (4.6, "z_0", "z'_1", [
         ("norm1", "u", ["norm1"]), ("qkv", "q, k, v", ["msa.qkv"]), ("attention", "heads", ["msa.attention"]),
-        ("proj", "msa", ["msa.proj", *(f"msa.{part}" for part in AFTER)]),
+        ("proj", "msa", ["msa.proj"]),
     ]),
     (1.95, "z'_1", "z_1", [
         ("norm2", "v", ["norm2"]), ("fc1", "hidden", ["mlp.fc1"]),
         ("gelu", "gelu", ["mlp.activation", "mlp.activation.dropout"]),
-        ("fc2", "mlp", ["mlp.fc2", *(f"mlp.{part}" for part in AFTER)]),
+        ("fc2", "mlp", ["mlp.fc2"]),
     ]),
 )  # fmt: skip
 
@@ -75,10 +74,13 @@ class _Drawing:
         value = r.incoming if incoming else np.linalg.norm(parts)
         return f"d{name}\nnorm {value:.2g}"
 
+    def after(self, branch):
+        """The records of what follows a branch of the first block before it is added, such as dropout."""
+        return [r for r in self.trace.records if r.depth == 1 and r.path.startswith(f"blocks.0.{branch}.")]
+
     def end_of(self, branch):
         """The path of the last call of a branch of the first block, whose result is added."""
-        paths = [f"blocks.0.{branch}", *(f"blocks.0.{branch}.{part}" for part in AFTER)]
-        return [path for path in paths if (path, "forward") in self.records][-1]
+        return [f"blocks.0.{branch}", *(r.path for r in self.after(branch) if r.direction == "forward")][-1]
 
     def text(self, x, y, words, size, color="black", ha="center", va="center", **look):
         self.axes.text(x, y, words, fontsize=size, color=color, ha=ha, va=va, **look)
@@ -148,7 +150,7 @@ class _Drawing:
         branch = "msa" if steps[0][0] == "norm1" else "mlp"
         whole = sum(r.seconds for r in self.trace.records if r.path == "blocks.0")
         for x, (name, _, parts) in zip(xs, steps, strict=True):
-            self.box(x, y, name, self.of_block(parts), whole)
+            self.box(x, y, name, self.of_block(parts) + (self.after(branch) if x == xs[-1] else []), whole)
         if branch == "msa":
             maps = [r.shape for r in self.trace.records if r.path.startswith("blocks.0.msa.") and "softmax" in r.path]
             if maps:  # long sequences keep none
@@ -157,12 +159,11 @@ class _Drawing:
         else:
             around = self.norm_of(self.end_of("msa"), source, incoming=True)
         paths = [f"blocks.0.{parts[0]}" for _, _, parts in steps]
-        end = self.end_of(branch)
         self.arrows(0.4, xs[0] - half, y, source, tokens, around)
         for left, right, name, p, after in zip(xs, xs[1:], [s[1] for s in steps], paths, paths[1:], strict=False):
             gradient = self.norm_of(after, name.replace(", ", ", d"))
             self.arrows(left + half, right - half, y, name, self.shape_of(p), gradient)
-        name = steps[-1][1]
+        name, end = steps[-1][1], self.end_of(branch)
         self.arrows(xs[-1] + half, plus - 0.2, y, name, tokens, self.norm_of(end, name, incoming=True))
         self.axes.add_patch(Circle((plus, y), 0.2, facecolor="white", edgecolor=BOX, lw=1.2, zorder=3))
         self.text(plus, y, "+", 13, zorder=4)
