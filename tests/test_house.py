@@ -28,15 +28,6 @@ KNOWN = {
         "layers/block.py: options",
         "layers/head.py: options",
         "layers/msa.py: options",
-        "masked/pretrain.py: figures",
-        "training/recipes.py: commands",
-        "training/sweep.py: commands",
-        "training/sweep.py: figures",
-        "training/trainer.py: figures",
-        "training/trainer.py: laboratory",
-    },
-    "unlisted": {
-        "data: validated",
     },
     "undocumented": {
         "benchmark/tables.py: size",
@@ -45,8 +36,6 @@ KNOWN = {
         "laboratory/gradcheck.py: check_model",
         "laboratory/trace.py: work",
         "model/table.py: parameter_table",
-        "training/trainer.py: Trainer.__init__",
-        "training/trainer.py: Trainer._train_epoch",
     },
     "files": {
         "kernels/cuda.py",
@@ -56,8 +45,6 @@ KNOWN = {
         "laboratory/trace.py",
         "masked/model.py",
         "model/vit.py",
-        "training/loop.py",
-        "training/trainer.py",
     },
 }
 TREES = {

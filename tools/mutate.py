@@ -24,9 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from minivit import InputError
+from minivit.base.files import write_json
 from minivit.commands.cli import Parser, output_file, run
-from minivit.training.engine import available_cores
-from minivit.training.trainer import write_json
+from minivit.training.engines.cut import available_cores
 
 try:
     from mutation.runner import KINDS, run_mutants

@@ -154,8 +154,8 @@ def using(other):
 class Draws:
     """A batch's random numbers, drawn beforehand: what a captured graph takes in place of a Generator.
 
-    ``factors`` (n, B) holds stochastic depth's m / (1 - rate) of both branches of each block that has any, ``keys`` (n,) uint64
-    the Philox key of each dropout; both on the device, in the order of the forward.
+    ``factors`` (n, B) holds stochastic depth's m / (1 - rate) of both branches of each block that has any,
+    ``keys`` (n,) uint64 the Philox key of each dropout; both on the device, in the order of the forward.
     """
 
     def __init__(self, factors, keys=None):
@@ -620,8 +620,9 @@ KNOWN = {"gelu", "drop_path", "flash", "reads"}  # what a block may have beside 
 def block_forward(z, params, *, num_heads, reads=None, msa=MSA, mlp=MLP, eps=1e-6):
     """Twin of `minivit.layers.block.block_forward`, with stochastic depth and either GELU; no other options."""
     about = msa.about | mlp.about
-    if about.keys() - KNOWN or params.keys() - set(BLOCK_PARAMETERS):
+    if about.keys() - KNOWN or msa.names + mlp.names != ATTN + FC:
         return NotImplemented
+    params = {name: params[name] for name in BLOCK_PARAMETERS}
     B, N, D = z.shape
     Q = min(reads or N, N)
     M, Dh = params["mlp.fc1.bias"].shape[0], D // num_heads

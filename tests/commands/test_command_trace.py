@@ -14,7 +14,7 @@ from minivit.figures import network
 from minivit.laboratory import trace
 from minivit.model import parameter_table
 from minivit.model.costs import expected_flops
-from minivit.training.trainer import LAST
+from minivit.training.folder import LAST
 from minivit.weights import checkpoint
 
 SMALL = [

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,7 +21,11 @@ from minivit.layers.patch_embed import patch_embed_forward
 from minivit.masked import MaskedConfig, MaskedViT, draw_plan, patch_loss, patch_loss_gradient
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, SGD, Adam, AdamW, Muon, orthogonalise
-from minivit.training.engine_cuda import CudaEngine, CudaStep
+from minivit.options.dropping import drop_path_rate
+from minivit.training.engines.gpu import CudaEngine
+from minivit.training.step import Batch
+from minivit.training.step_gpu import CudaStep
+from minivit.training.task import cross_entropy
 
 SMALL = ViTConfig(image_size=8, patch_size=4, width=24, depth=2, num_heads=3, mlp_dim=40, num_classes=10)
 LONG = replace(SMALL, image_size=40, depth=1)  # 101 tokens: attention through products
@@ -374,6 +379,7 @@ def test_no_plain_body_of_a_block_runs(xp, name, monkeypatch):
         kinds.append(result is not NotImplemented)
         return result
 
+    seen.__module__ = cuda.__name__
     monkeypatch.setattr(cuda, "block_forward", seen)
     images, _ = batch_of(config)
     ViT(config, flat=xp.asarray(parameters_of(config))).forward(xp.asarray(images))
@@ -396,7 +402,7 @@ def test_patches_are_cut_and_bytes_scaled_to_the_bit(xp, dtype, contiguous):
     found, made = patch_embed_forward(given, *map(xp.asarray, arguments), patch_size=4)
     patches = to_host(made.patches).reshape(2, 7, 48)
     assert not patches[:, 0].any()  # the class token's
-    np.testing.assert_array_equal(patches[:, 1:], cache.linear.x)
+    np.testing.assert_array_equal(patches[:, 1:], cache.proj.x)
     assert_close(to_host(found), z, 1e-6)
 
 
@@ -473,8 +479,8 @@ def test_dropout_draws_its_mask_from_its_key_forward_and_backward(name, monkeypa
 class FromDraws:
     """A Generator for the plain functions that has them drop what `cuda.Draws` has the kernels drop."""
 
-    def __init__(self, factors, keys, rates):
-        self.branches = iter([row for i, row in enumerate(factors) if rates[i // 2]])
+    def __init__(self, factors, keys):
+        self.branches = iter(factors)
         self.keys = iter(keys)
 
     def random(self, shape, dtype):
@@ -495,11 +501,11 @@ def test_a_model_with_dropout_is_the_plain_one_with_the_same_masks(xp, name, rec
     config = DROPPING[name]
     images, labels = batch_of(config)
     exact = ViT(config, flat=parameters_of(config, np.float64))
-    rates = [exact.drop_path_rate(i) for i in range(config.depth)]
+    rates = [drop_path_rate(config, i) for i in range(config.depth)]
     step = CudaStep(CudaEngine(ViT(config, flat=xp.asarray(parameters_of(config)))), AdamW(xp.zeros(1), xp.zeros(1)))
     draws = cuda.Draws.draw(np.random.default_rng(8), rates, len(images), step._keys)
     with plain():
-        expected = one_pass(exact, images, labels, FromDraws(*draws, rates))
+        expected = one_pass(exact, images, labels, FromDraws(*draws))
     assert step._keys == {"all": 13, "dropout": 7, "attention": 2}[name]
     rng = cuda.Draws(*map(xp.asarray, draws))
     found = one_pass(step.engine.model, xp.asarray(images), xp.asarray(labels), rng, recompute=recompute)
@@ -520,12 +526,12 @@ def steps_of(xp, optimizer, config, *, graph, count=4, batch=6, micro_batch=0, a
         settings |= {"table": model.table, "momentum": 0.8}
     chosen = optimizer(model.flat, mask, **settings)
     ema = EMA(model.flat, 0.9) if average else None
-    engine = CudaEngine(model, micro_batch=micro_batch, label_smoothing=0.1, seed=5)
+    engine = CudaEngine(model, partial(cross_entropy, label_smoothing=0.1), micro_batch=micro_batch, seed=5)
     step = CudaStep(engine, chosen, ema, clip_norm=clip_norm, graph=graph)
     figures = []
     for i in range(count):
         images, labels = batch_of(config, 3 if i == count - 1 else batch, seed=i)  # the last one is short
-        results = step(xp.asarray(images), xp.asarray(labels), step=i, lr=1e-2 / (1 + i))
+        results = step([Batch(i, xp.asarray(images), xp.asarray(labels))], len(images), 1e-2 / (1 + i))
         figures.append([float(result) for result in results])
     return np.array(figures), to_host(model.flat), ema and to_host(ema.flat), step
 
@@ -569,6 +575,7 @@ def test_a_block_with_relative_positions_is_left_to_the_plain_function(xp, monke
             kinds.append(result is not NotImplemented)
             return result
 
+        seen.__module__ = cuda.__name__
         monkeypatch.setattr(cuda, "block_forward", seen)
         images, _ = batch_of(CONFIGS[name])
         ViT(CONFIGS[name], flat=xp.asarray(parameters_of(CONFIGS[name]))).forward(xp.asarray(images))
@@ -595,8 +602,8 @@ def test_a_batch_that_does_not_fit_is_cut(xp, monkeypatch):
         return original(self, images, **settings)
 
     monkeypatch.setattr(ViT, "forward", forward)
-    said = r"6 pictures at a time do not fit .*9 bytes.*: going on with 3, as --gpu-micro-batch 3 would"
-    with pytest.warns(UserWarning, match=said), pytest.warns(UserWarning, match="3 pictures .* going on with 2"):
+    said = r"6 images at a time do not fit .*9 bytes.*: going on with 3, as --gpu-micro-batch 3 would"
+    with pytest.warns(UserWarning, match=said), pytest.warns(UserWarning, match="3 images .* going on with 2"):
         found = steps_of(xp, AdamW, config, graph=False)
     for a, b in zip(found[:3], expected[:3], strict=True):
         np.testing.assert_array_equal(a, b)
@@ -715,7 +722,7 @@ def trainer_stops_after(out, flags, device, epochs):
 
     script = load_script("train")
     trainer = script.start(script.parse([str(flag) for flag in [*flags, "--device", device, "--out", out]]))
-    trainer.on_epoch = lambda t: t.stop("test") if t.epoch == epochs else None
+    trainer.on_epoch = lambda t: t.stop("test") if t.state.epoch == epochs else None
     trainer.run()
 
 
