@@ -11,8 +11,8 @@ from minivit import figures
 from minivit.base.errors import InputError
 from minivit.commands import paper as command
 from minivit.data import load
-from minivit.laboratory.trace import expected_flops
 from minivit.model import ViTConfig
+from minivit.model.costs import expected_flops
 from minivit.paper import analyses, entries, of_a_model, of_trainings, page, trainings
 from minivit.paper.context import Context, Entry, Result
 from minivit.paper.entries import entry_of, sweep_entry
