@@ -25,9 +25,6 @@ ORDER = (
 PACKAGE = ROOT / "minivit"
 KNOWN = {
     "uphill": {
-        "layers/block.py: options",
-        "layers/head.py: options",
-        "layers/msa.py: options",
         "masked/pretrain.py: figures",
         "training/recipes.py: commands",
         "training/sweep.py: commands",
@@ -35,16 +32,9 @@ KNOWN = {
         "training/trainer.py: figures",
         "training/trainer.py: laboratory",
     },
-    "unlisted": {
-        "data: validated",
-    },
-    "undocumented": {
-        "benchmark/tables.py: size",
-    },
     "functions": {
         "laboratory/gradcheck.py: check_model",
         "laboratory/trace.py: work",
-        "model/table.py: parameter_table",
         "training/trainer.py: Trainer.__init__",
         "training/trainer.py: Trainer._train_epoch",
     },
@@ -54,7 +44,6 @@ KNOWN = {
         "laboratory/facts.py",
         "laboratory/gradcheck.py",
         "laboratory/trace.py",
-        "masked/model.py",
         "model/vit.py",
         "training/loop.py",
         "training/trainer.py",

@@ -144,7 +144,13 @@ def test_there_are_enough_over_every_room():
     assert len(MISTAKES) == len(BY_NAME) >= 60
     rooms = {m.module.rpartition(".")[2] for m in MISTAKES}
     # drop_path is code of dropout, bottleneck of resnet, and masked models are in a file called model
-    layers = {case.partition("-")[0] for case in LAYERS} - {"drop_path", "loss", "squared_error", "bottleneck", "masked"}
+    layers = {case.partition("-")[0] for case in LAYERS} - {
+        "drop_path",
+        "loss",
+        "squared_error",
+        "bottleneck",
+        "masked",
+    }
     others = {"loss", "vit", "model", "sgd", "adam", "clipping", "schedules", "averages", "engine"}
     assert rooms == layers | others
     assert sum(bool(m.seen) for m in MISTAKES) >= 15
