@@ -209,10 +209,10 @@ def test_an_entry_that_no_mutant_matches_is_an_error(call, tmp_path):
     path.write_text(ENTRY.format(mutated=CHANGED))
     ended = call(*listing)
     assert ended.status == 0 and f"+ {CHANGED}" in ended.out
-    path.write_text(ENTRY.format(mutated="dx = y"))
+    path.write_text(ENTRY.format(mutated="dx = 7 * y"))
     ended = call(*listing)
     assert ended.status == 2
-    assert f"no mutant of minivit/layers/softmax.py softmax_backward makes 'dx = y' of {LINE!r} any more" in ended.err
+    assert f"no mutant of minivit/layers/softmax.py softmax_backward makes 'dx = 7 * y' of {LINE!r} any more" in ended.err
     path.write_text(ENTRY.format(mutated=CHANGED).replace("softmax_backward", "softmax_sideways"))
     assert call(*listing).status == 2
     path.write_text("[[equivalent]]\nfile = 1\n")
