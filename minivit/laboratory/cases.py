@@ -5,62 +5,50 @@ wrong one or a factor of B, N or h cannot hide. A case is a function of a Genera
 backward, args, argument names).
 """
 
-from typing import Any, NamedTuple
+from functools import partial
 
 import numpy as np
 
-from minivit.base.backend import array_module
-from minivit.layers.attention import attention_backward, attention_forward, attention_jvp
-from minivit.layers.block import (
-    ATTN,
-    BLOCK_PARAMETERS,
-    LS1,
-    LS2,
-    MLP,
-    QK_NORM,
-    RELATIVE,
-    block_backward,
-    block_forward,
-    block_jvp,
-)
-from minivit.layers.drop_path import drop_path_backward, drop_path_forward, drop_path_jvp
-from minivit.layers.dropout import dropout_backward, dropout_forward, dropout_jvp
-from minivit.layers.gelu import gelu_backward, gelu_forward, gelu_jvp
-from minivit.layers.head import head_backward, head_forward, head_jvp
-from minivit.layers.layernorm import layernorm_backward, layernorm_forward, layernorm_jvp
-from minivit.layers.linear import linear_backward, linear_forward, linear_jvp
+from minivit.base.backend import array_module, plain
+from minivit.base.pairs import Pair, Step, chain
+from minivit.layers.attention import ATTENTION
+from minivit.layers.drop_path import drop_path_backward, drop_path_forward
+from minivit.layers.dropout import dropout_backward, dropout_forward
+from minivit.layers.gelu import GELU
+from minivit.layers.layernorm import layernorm_backward, layernorm_forward
+from minivit.layers.linear import linear_backward, linear_forward
 from minivit.layers.loss import (
     softmax_cross_entropy_backward,
     softmax_cross_entropy_forward,
-    softmax_cross_entropy_jvp,
     squared_error_backward,
     squared_error_forward,
-    squared_error_jvp,
 )
-from minivit.layers.mlp import mlp_backward, mlp_forward, mlp_jvp
-from minivit.layers.msa import msa_backward, msa_forward, msa_jvp
-from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward, patch_embed_jvp
-from minivit.layers.softmax import softmax_backward, softmax_forward, softmax_jvp
+from minivit.layers.mlp import mlp_backward, mlp_forward
+from minivit.layers.msa import msa_backward, msa_forward
+from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward
+from minivit.layers.softmax import softmax_backward, softmax_forward
 from minivit.masked import MaskedConfig, MaskedViT, draw_plan, masked_table
-from minivit.masked.corrupt import corrupt_backward, corrupt_forward, corrupt_jvp
-from minivit.masked.gather import gather_backward, gather_forward, gather_jvp
-from minivit.model import ViTConfig
+from minivit.masked.corrupt import corrupt_backward, corrupt_forward
+from minivit.masked.gather import gather_backward, gather_forward
+from minivit.model import ViTConfig, compose
+from minivit.model.table import block_table, parameter_table
+from minivit.options.attention_dropout import dropped_attention_backward, dropped_attention_forward
 from minivit.options.axial import from_axis, to_axis
-from minivit.options.flash_attention import flash_attention_backward, flash_attention_forward, flash_attention_jvp
-from minivit.options.layer_scale import layer_scale_backward, layer_scale_forward, layer_scale_jvp
-from minivit.options.position import position_backward, position_forward, position_jvp
-from minivit.options.position2d import position2d_backward, position2d_forward, position2d_jvp
-from minivit.options.registers import registers_backward, registers_forward, registers_jvp
-from minivit.options.relative_attention import (
-    relative_attention_backward,
-    relative_attention_forward,
-    relative_attention_jvp,
-)
-from minivit.options.sequence_pool import sequence_pool_backward, sequence_pool_forward, sequence_pool_jvp
-from minivit.options.stem.conv2d import conv2d_backward, conv2d_forward, conv2d_jvp
-from minivit.options.stem.groupnorm import groupnorm_backward, groupnorm_forward, groupnorm_jvp
-from minivit.options.stem.max_pool import max_pool_backward, max_pool_forward, max_pool_jvp
-from minivit.options.stem.relu import relu_backward, relu_forward, relu_jvp
+from minivit.options.exact_gelu import EXACT_GELU
+from minivit.options.first_tokens import with_first_queries
+from minivit.options.flash_attention import flash_attention_backward, flash_attention_forward
+from minivit.options.gated_mlp import gated_mlp_backward, gated_mlp_forward
+from minivit.options.layer_scale import layer_scale_backward, layer_scale_forward
+from minivit.options.position import position_backward, position_forward
+from minivit.options.position2d import position2d_backward, position2d_forward
+from minivit.options.qk_norm import normed_attention_backward, normed_attention_forward
+from minivit.options.registers import registers_backward, registers_forward
+from minivit.options.relative_attention import relative_attention_backward, relative_attention_forward
+from minivit.options.sequence_pool import sequence_pool_backward, sequence_pool_forward
+from minivit.options.stem.conv2d import conv2d_backward, conv2d_forward
+from minivit.options.stem.groupnorm import groupnorm_backward, groupnorm_forward
+from minivit.options.stem.max_pool import max_pool_backward, max_pool_forward
+from minivit.options.stem.relu import relu_backward, relu_forward
 from minivit.options.stem.resnet import (
     CONV1,
     CONV2,
@@ -68,19 +56,16 @@ from minivit.options.stem.resnet import (
     DOWNSAMPLE,
     bottleneck_backward,
     bottleneck_forward,
-    bottleneck_jvp,
     convolutions,
     resnet_backward,
     resnet_forward,
-    resnet_jvp,
 )
 from minivit.options.stem.weight_standardization import (
     weight_standardization_backward,
     weight_standardization_forward,
-    weight_standardization_jvp,
 )
 
-B, N, D, HEADS, M, K = 2, 5, 12, 3, 7, 6  # pictures, tokens, width, heads (so Dh = 4), MLP width, classes
+B, N, D, HEADS, M, K = 2, 5, 12, 3, 7, 6  # images, tokens, width, heads (so Dh = 4), MLP width, classes
 
 
 def _arrays(rng, *shapes):
@@ -99,10 +84,9 @@ def _layer_scale(rng):
     return layer_scale_forward, layer_scale_backward, _arrays(rng, (B, N, D), (D,)), ("x", "gamma")
 
 
-def _gelu(kind):
+def _activation(pair):
     def case(rng):
-        x = 3.0 * rng.standard_normal((B, N, M))
-        return lambda x: gelu_forward(x, kind=kind), gelu_backward, [x], ("x",)
+        return pair.forward, pair.backward, [3.0 * rng.standard_normal((B, N, M))], ("x",)
 
     return case
 
@@ -120,10 +104,6 @@ def _dropout(rng):
     return forward, dropout_backward, _arrays(rng, (B, N, D)), ("x",)
 
 
-def _dropout_off(rng):
-    return lambda x: dropout_forward(x, rate=0.4), dropout_backward, _arrays(rng, (B, N, D)), ("x",)
-
-
 def _drop_path(rng):
     seed = int(rng.integers(1 << 30))
 
@@ -133,120 +113,144 @@ def _drop_path(rng):
     return forward, drop_path_backward, _arrays(rng, (11, N, M)), ("x",)
 
 
-def _attention(dropout):
+def _attention(pair, queries=N, own=()):
     def case(rng):
-        def forward(q, k, v):
-            return attention_forward(q, k, v, dropout=dropout, rng=np.random.default_rng(1))
-
-        shapes = [(B, HEADS, N, D // HEADS)] * 3
-        return forward, attention_backward, _arrays(rng, *shapes), ("q", "k", "v")
+        Dh = D // HEADS
+        args = _arrays(rng, (B, HEADS, queries, Dh), (B, HEADS, N, Dh), (B, HEADS, N, Dh), *own)
+        return pair.forward, pair.backward, args, ("q", "k", "v", *("abcd"[: len(own)]))
 
     return case
 
 
-def _flash_attention(dropout, shapes=((B, HEADS, N, D // HEADS),) * 3):
-    def case(rng):
-        def forward(q, k, v):  # two keys at a time: blocks of 2, 2 and 1
-            return flash_attention_forward(q, k, v, dropout=dropout, rng=np.random.default_rng(1), keys=2)
+def _seeded(function, **settings):
+    """The function with a Generator that draws the same numbers at each call."""
+    return lambda *args: function(*args, rng=np.random.default_rng(1), **settings)
 
+
+def _flash_attention(rate, shapes=((B, HEADS, N, D // HEADS),) * 3):
+    def case(rng):
+        forward = _seeded(flash_attention_forward, rate=rate, keys=2)  # blocks of 2, 2 and 1 keys
         return forward, flash_attention_backward, _arrays(rng, *shapes), ("q", "k", "v")
 
     return case
 
 
-def _relative_attention(dropout, queries=N):
+def _relative_attention(rate, queries=N):
     def case(rng):
-        def forward(q, k, v, r):
-            return relative_attention_forward(q, k, v, r, dropout=dropout, rng=np.random.default_rng(1))
-
         Dh = D // HEADS
         args = _arrays(rng, (B, HEADS, queries, Dh), (B, HEADS, N, Dh), (B, HEADS, N, Dh), (1, 2 * N - 1, Dh))
-        return forward, relative_attention_backward, args, ("q", "k", "v", "r")
+        return _seeded(relative_attention_forward, rate=rate), relative_attention_backward, args, ("q", "k", "v", "r")
 
     return case
 
 
-def _msa(qk_norm, queries=None, relative=False):
+def _msa(attend, own=()):
     def case(rng):
-        def forward(*args):
-            return msa_forward(
-                *args, num_heads=HEADS, queries=queries, attention_dropout=0.3, rng=np.random.default_rng(2)
-            )
-
         x, *weights = _arrays(rng, (B, N, D), (D, 3 * D), (3 * D,), (D, D), (D,))
         args = [x, *(0.3 * W for W in weights)]  # scores of order 1: softmax's gradients vanish where it saturates
-        args += _arrays(rng, *[(D // HEADS,)] * 4) if qk_norm else [None] * 4
-        args += _arrays(rng, (1, 2 * N - 1, D // HEADS)) if relative else [None]
-        return forward, msa_backward, args, ("x", "Wqkv", "bqkv", "Wproj", "bproj", "wq", "bq", "wk", "bk", "r")
+        args += _arrays(rng, *own)
+        names = ("x", "Wqkv", "bqkv", "Wproj", "bproj", *("abcd"[: len(own)]))
+        forward = partial(msa_forward, num_heads=HEADS, attend=attend)
+        return forward, partial(msa_backward, attend=attend), args, names
 
     return case
 
 
 def _mlp(rng):
-    def forward(*args):
-        return mlp_forward(*args, dropout=0.3, rng=np.random.default_rng(3))
+    args = _arrays(rng, (B, N, D), (D, M), (M,), (M, D), (D,))
+    return mlp_forward, mlp_backward, args, ("x", "W1", "b1", "W2", "b2")
+
+
+def _gated_mlp(rng):
+    args = _arrays(rng, (B, N, D), (D, 2 * M), (2 * M,), (M, D), (D,))
+    return gated_mlp_forward, gated_mlp_backward, args, ("x", "W1", "b1", "W2", "b2")
+
+
+def _mlp_dropout(rng):
+    def pair():  # the same mask at each call
+        drop = Pair(partial(dropout_forward, rate=0.3, rng=np.random.default_rng(3)), dropout_backward)
+        return chain(GELU, drop, "dropout")
 
     args = _arrays(rng, (B, N, D), (D, M), (M,), (M, D), (D,))
-    return forward, mlp_backward, args, ("x", "W1", "b1", "W2", "b2")
+    return (
+        lambda *args: mlp_forward(*args, activation=pair()), partial(mlp_backward, activation=pair()), args,
+        ("x", "W1", "b1", "W2", "b2"),
+    )  # fmt: skip
 
 
-class _Named(NamedTuple):
-    """The cache of a glue function, and the names of the parameters that it was given."""
+def _by_name(make, names):
+    """A step, which takes and fills mappings, in the protocol of the layers; ``make()`` composes it anew."""
 
-    names: tuple
-    cache: Any
+    def forward(z, *values):
+        step = make()
+        y, cache = step.forward(z, dict(zip(names, values, strict=True)))
+        return y, (step, cache, [value.shape for value in values])
 
-
-def _by_position(forward, backward, names):
-    """A glue function, which takes and fills mappings, in the protocol of the layers."""
-
-    def positional_forward(z, *values):
-        y, cache = forward(z, dict(zip(names, values, strict=True)))
-        return y, _Named(names, cache)
-
-    def positional_backward(dy, cache, values):
-        grads = {name: array_module(dy).zeros(value.shape, dy.dtype) for name, value in zip(names, values, strict=True)}
-        dz = backward(dy, cache.cache, grads)
+    def backward(dy, cache):
+        step, inner, shapes = cache
+        zeros = array_module(dy).zeros
+        grads = {name: zeros(shape, dy.dtype) for name, shape in zip(names, shapes, strict=True)}
+        dz = step.backward(dy, inner, grads)
         return (dz, *grads.values())
 
-    return positional_forward, positional_backward
+    return forward, backward
 
 
-def _block(dropout, options=()):
-    names = BLOCK_PARAMETERS + options
+def _block(reads=None, **options):
+    """A block of any options, as a model composes it."""
 
     def case(rng):
-        shapes = {"attn.qkv.weight": (D, 3 * D), "attn.qkv.bias": (3 * D,), "attn.proj.weight": (D, D)}
-        shapes |= dict.fromkeys(QK_NORM, (D // HEADS,)) | dict.fromkeys(RELATIVE, (1, 2 * N - 1, D // HEADS))
-        shapes |= {"mlp.fc1.weight": (D, M), "mlp.fc1.bias": (M,), "mlp.fc2.weight": (M, D)}
-        values = _arrays(rng, *[shapes.get(name, (D,)) for name in names])
-        values = [0.3 * v if name in ATTN + MLP else v for name, v in zip(names, values, strict=True)]
+        config = ViTConfig(**{**_TINY, "depth": 2, **options})
 
-        def block(z, params):
-            return block_forward(
-                z, params, num_heads=HEADS, dropout=dropout, attention_dropout=dropout, drop_path=dropout,
-                rng=np.random.default_rng(4),
-            )  # fmt: skip
+        def make():
+            return compose.block(config, 1, rng=np.random.default_rng(4), reads=reads)
 
-        forward, backward = _by_position(block, block_backward, names)
-        z = rng.standard_normal((8, N, D))  # enough pictures for stochastic depth to drop some
-        return forward, lambda dy, cache: backward(dy, cache, values), [z, *values], ("z", *names)
+        shapes = {f"/{row.name}": row.shape for row in parameter_table(config)}
+        shapes |= {row.name: row.shape for row in block_table(config)}
+        names = make().names
+        values = [0.3 * rng.standard_normal(shapes[name]) for name in names]
+        forward, backward = _by_name(make, names)
+        z = rng.standard_normal((8, config.num_tokens, D))  # enough images for stochastic depth to drop some
+        return forward, backward, [z, *values], ("z", *names)
 
     return case
 
 
-def _patch_embed(cls_token, position):
+def _patch_embed(class_tokens):
     def case(rng):
         P, C = 2, 4
-        height, width = (4, 6) if cls_token else (6, 10)  # 2 x 3 patches and the class token, or 3 x 5 patches
-        tokens = height * width // P**2 + cls_token
-        args = _arrays(rng, (3, height, width, C), (P * P * C, D), (D,))
-        args += _arrays(rng, (1, 1, D)) if cls_token else [None]
-        args += _arrays(rng, (1, tokens, D)) if position else [None]
-        names = ("images", "W", "b", "cls_token", "pos_embed")
-        return lambda *a: patch_embed_forward(*a, patch_size=P), patch_embed_backward, args, names
+        height, width = (4, 6) if class_tokens else (6, 10)  # 2 x 3 patches and the class token, or 3 x 5 patches
+        tokens = height * width // P**2 + class_tokens
+        args = _arrays(rng, (3, height, width, C), (P * P * C, D), (D,), (1, tokens, D))
+        if class_tokens:
+            forward = partial(patch_embed_forward, patch_size=P)
+            names = ("images", "W", "b", "cls_token", "pos_embed")
+            return forward, patch_embed_backward, [*args[:3], *_arrays(rng, (1, 1, D)), args[3]], names
+
+        def without(images, W, b, pos_embed):
+            nothing = array_module(W).zeros((1, 0, D), W.dtype)
+            return patch_embed_forward(images, W, b, nothing, pos_embed, patch_size=P)
+
+        def backward(dz, cache):
+            dimages, dW, db, dnothing, dpos_embed = patch_embed_backward(dz, cache)
+            assert dnothing.shape == (1, 0, D)
+            return dimages, dW, db, dpos_embed
+
+        return without, backward, args, ("images", "W", "b", "pos_embed")
 
     return case
+
+
+def _patch_embed_bytes(rng):
+    P, C = 2, 4
+    images = rng.integers(0, 256, (3, 4, 6, C), dtype=np.uint8)
+
+    def forward(*args):
+        return patch_embed_forward(array_module(*args).asarray(images), *args, patch_size=P)
+
+    args = _arrays(rng, (P * P * C, D), (D,), (1, 1, D), (1, 7, D))
+    names = ("W", "b", "cls_token", "pos_embed")
+    return forward, lambda dz, cache: patch_embed_backward(dz, cache)[1:], args, names
 
 
 def _registers(at):
@@ -300,21 +304,18 @@ def _sequence_pool(rng):
     return sequence_pool_forward, sequence_pool_backward, [x, 0.3 * W, b], ("x", "W", "b")
 
 
-def _head(pooling, pre_logits, registers=0):
+def _head(**options):
     def case(rng):
-        R = 6
-        shapes = {"norm.weight": (D,), "norm.bias": (D,)}
-        shapes |= {"attention_pool.weight": (D, 1), "attention_pool.bias": (1,)} if pooling == "seq" else {}
-        shapes |= {"pre_logits.weight": (D, R), "pre_logits.bias": (R,)} if pre_logits else {}
-        shapes |= {"head.weight": (R if pre_logits else D, K), "head.bias": (K,)}
-        values = _arrays(rng, *shapes.values())
+        config = ViTConfig(**{**_TINY, **options})
+        shapes = {row.name: row.shape for row in parameter_table(config)}
 
-        def head(z, params):
-            return head_forward(z, params, pooling=pooling, registers=registers)
+        def make():
+            return compose.head(config)
 
-        forward, backward = _by_position(head, head_backward, tuple(shapes))
-        z = rng.standard_normal((B, N, D))
-        return forward, lambda dy, cache: backward(dy, cache, values), [z, *values], ("z", *shapes)
+        names = make().names
+        forward, backward = _by_name(make, names)
+        z, *values = _arrays(rng, (B, config.num_tokens, D), *[shapes[name] for name in names])
+        return forward, backward, [z, *values], ("z", *names)
 
     return case
 
@@ -357,12 +358,9 @@ def _bottleneck(channels, stride, downsample):
             kernels, names = [*kernels, (1, 1, channels, 4 * narrow)], names + DOWNSAMPLE
         values = [a for kernel in kernels for a in _arrays(rng, kernel, kernel[3:], kernel[3:])]
 
-        def bottleneck(x, params):
-            return bottleneck_forward(x, params, stride=stride, groups=2)
-
-        forward, backward = _by_position(bottleneck, bottleneck_backward, names)
+        step = Step(partial(bottleneck_forward, stride=stride, groups=2), bottleneck_backward, names)
         x = rng.standard_normal((B, 5, 3, channels))
-        return forward, lambda dy, cache: backward(dy, cache, values), [x, *values], ("x", *names)
+        return *_by_name(lambda: step, names), [x, *values], ("x", *names)
 
     return case
 
@@ -373,15 +371,11 @@ def _resnet(units):
         names = tuple(name for layer in layers for name in layer.names)
         values = [a for layer in layers for a in _arrays(rng, layer.kernel, layer.kernel[3:], layer.kernel[3:])]
 
-        def resnet(images, params):
-            return resnet_forward(images, params, units=units, groups=1)
-
-        def with_dimages(dy, cache, grads):
-            return resnet_backward(dy, cache, grads, need_dimages=True)
-
-        forward, backward = _by_position(resnet, with_dimages, names)
+        step = Step(
+            partial(resnet_forward, units=units, groups=1), partial(resnet_backward, need_dimages=True), names
+        )  # fmt: skip
         images = rng.standard_normal((B, 9, 11, 1))
-        return forward, lambda dy, cache: backward(dy, cache, values), [images, *values], ("images", *names)
+        return *_by_name(lambda: step, names), [images, *values], ("images", *names)
 
     return case
 
@@ -437,18 +431,37 @@ def _masked(config, masked):
 _SMALL = ViTConfig(image_size=6, patch_size=2, channels=1, num_classes=3, width=4, depth=1, num_heads=2, mlp_dim=5,
                    registers=1, drop_path=0.3)  # fmt: skip
 
-LAYERS = {
+_TINY = {
+    "image_size": 4,  # N = 5: four patches and the class token; mean pooling takes 6 pixels, so that N = 9
+    "patch_size": 2,
+    "channels": 3,
+    "num_classes": K,
+    "width": D,
+    "depth": 2,
+    "num_heads": HEADS,
+    "mlp_dim": M,
+}
+
+_DROPPED = Pair(_seeded(dropped_attention_forward, rate=0.3), dropped_attention_backward)
+_NORMED = Pair(normed_attention_forward, normed_attention_backward)
+_RELATIVE = Pair(_seeded(relative_attention_forward, rate=0.3), relative_attention_backward)
+_HEAD = (D // HEADS,)
+_OFFSETS = (1, 2 * N - 1, D // HEADS)
+
+BOOK = {
     "linear": _linear,
     "layernorm": _layernorm,
     "layer_scale": _layer_scale,
-    "gelu": _gelu("tanh"),
-    "gelu-erf": _gelu("erf"),
+    "gelu": _activation(GELU),
+    "gelu-erf": _activation(EXACT_GELU),
     "softmax": _softmax,
     "dropout": _dropout,
-    "dropout-off": _dropout_off,
     "drop_path": _drop_path,
-    "attention": _attention(0.0),
-    "attention-dropout": _attention(0.3),
+    "attention": _attention(ATTENTION),
+    "attention-queries": _attention(ATTENTION, queries=3),
+    "attention-dropout": _attention(_DROPPED),
+    "attention-qk_norm": _attention(_NORMED, own=(_HEAD,) * 4),
+    "attention-first": _attention(with_first_queries(ATTENTION, 3)),
     "flash_attention": _flash_attention(0.0),
     "flash_attention-dropout": _flash_attention(0.3),
     "flash_attention-sizes": _flash_attention(0.0, [(B, 3, 4), (B, N, 4), (B, N, M)]),  # fewer queries, wider values
@@ -456,21 +469,27 @@ LAYERS = {
     "relative_attention-dropout": _relative_attention(0.3),
     "relative_attention-queries": _relative_attention(0.0, queries=3),
     "relative_attention-query": _relative_attention(0.0, queries=1),
-    "msa": _msa(False),
-    "msa-qk_norm": _msa(True),
-    "msa-qk_norm-queries": _msa(True, queries=3),
-    "msa-relative": _msa(True, queries=3, relative=True),
+    "msa": _msa(ATTENTION),
+    "msa-first": _msa(with_first_queries(ATTENTION, 3)),
+    "msa-qk_norm": _msa(_NORMED, (_HEAD,) * 4),
+    "msa-relative": _msa(_RELATIVE, (_OFFSETS,)),
     "mlp": _mlp,
-    "block": _block(0.0),
-    "block-dropout": _block(0.3),
-    "block-options": _block(0.3, QK_NORM + LS1 + LS2),
-    "block-relative": _block(0.3, RELATIVE),
+    "mlp-dropout": _mlp_dropout,
+    "gated_mlp": _gated_mlp,
+    "block": _block(),
+    "block-first": _block(reads=2),
+    "block-dropout": _block(dropout=0.3, attention_dropout=0.3, drop_path=0.3),
+    "block-options": _block(reads=3, dropout=0.3, qk_norm=True, layer_scale=0.1, gelu="erf"),
+    "block-relative": _block(pos_embed="relative", pos_at="every", attention_dropout=0.3),
+    "block-shared": _block(pos_embed="learned2d", pos_at="shared", registers=2, mlp="swiglu", mlp_dim=8),
+    "block-axial": _block(attention="axial", pooling="mean", image_size=6, pos_at="every"),
     "axial": _axial(False),
     "axial-columns": _axial(True),
-    "patch_embed": _patch_embed(True, True),
-    "patch_embed-mean": _patch_embed(False, False),
-    "head": _head("cls", False),
-    "head-mean": _head("mean", False),
+    "patch_embed": _patch_embed(1),
+    "patch_embed-mean": _patch_embed(0),
+    "patch_embed-bytes": _patch_embed_bytes,
+    "head": _head(),
+    "head-mean": _head(pooling="mean"),
     "registers": _registers(1),
     "registers-front": _registers(0),
     "position": _position(0, 0),
@@ -480,10 +499,10 @@ LAYERS = {
     "corrupt": _corrupt,
     "gather": _gather,
     "sequence_pool": _sequence_pool,
-    "head-avg": _head("avg", False, registers=1),
-    "head-seq": _head("seq", False),
-    "head-registers": _head("mean", False, registers=2),
-    "head-pre_logits": _head("cls", True),
+    "head-avg": _head(pooling="avg", registers=1),
+    "head-seq": _head(pooling="seq"),
+    "head-registers": _head(pooling="mean", registers=2),
+    "head-pre_logits": _head(pre_logits=7),
     "conv2d": _conv2d((3, 2), 1, (5, 4)),
     "conv2d-stride": _conv2d((3, 3), 2, (6, 5)),  # one column of zeros before the map, none before its rows
     "conv2d-pointwise": _conv2d((1, 1), 2, (5, 4)),
@@ -502,69 +521,33 @@ LAYERS = {
     "masked-mpp": _masked(_SMALL, MaskedConfig()),
     "masked-mae": _masked(_SMALL, MaskedConfig(method="mae", decoder_width=4, decoder_heads=1, decoder_depth=1)),
 }
+TWINS = (
+    "linear", "layernorm", "gelu", "softmax", "attention", "attention-queries", "msa", "msa-first", "block",
+    "block-first", "patch_embed-bytes",
+)  # fmt: skip  # cases of which `minivit.kernels.cpu` has a twin
 
 
-def _named_jvp(jvp):
-    """The derivative of a glue function, which takes a mapping, in the protocol of the layers."""
+def by_the_book(case):
+    """The case with twins switched off."""
 
-    def positional(zdot, *rest):
-        *tangents, (names, cache) = rest
-        return jvp(zdot, dict(zip(names, tangents, strict=True)), cache)
+    def plain_case(rng):
+        forward, backward, args, names = case(rng)
 
-    return positional
+        def plain_forward(*args):
+            with plain():
+                return forward(*args)
+
+        def plain_backward(dy, cache):
+            with plain():
+                return backward(dy, cache)
+
+        return plain_forward, plain_backward, args, names
+
+    return plain_case
 
 
-def _masked_jvp(*arguments):
-    *tangents, (model, cache) = arguments
-    xp = array_module(*tangents)
-    return model.jvp(xp.concatenate([tangent.ravel() for tangent in tangents]), cache)
+LAYERS = {name: by_the_book(case) for name, case in BOOK.items()} | {f"{name}-twin": BOOK[name] for name in TWINS}
 
-
-JVPS = {
-    "linear": linear_jvp,
-    "layernorm": layernorm_jvp,
-    "layer_scale": layer_scale_jvp,
-    "gelu": gelu_jvp,
-    "softmax": softmax_jvp,
-    "dropout": dropout_jvp,
-    "drop_path": drop_path_jvp,
-    "attention": attention_jvp,
-    "flash_attention": flash_attention_jvp,
-    "relative_attention": relative_attention_jvp,
-    "msa": msa_jvp,
-    "mlp": mlp_jvp,
-    "block": _named_jvp(block_jvp),
-    "axial": lambda zdot, columns: to_axis(zdot, 3, columns=columns),
-    "patch_embed": patch_embed_jvp,
-    "registers": registers_jvp,
-    "position": position_jvp,
-    "position2d": position2d_jvp,
-    "corrupt": corrupt_jvp,
-    "gather": gather_jvp,
-    "sequence_pool": sequence_pool_jvp,
-    "head": _named_jvp(head_jvp),
-    "conv2d": conv2d_jvp,
-    "weight_standardization": weight_standardization_jvp,
-    "groupnorm": groupnorm_jvp,
-    "relu": relu_jvp,
-    "max_pool": max_pool_jvp,
-    "bottleneck": _named_jvp(bottleneck_jvp),
-    "resnet": _named_jvp(resnet_jvp),
-    "loss": softmax_cross_entropy_jvp,
-    "squared_error": squared_error_jvp,
-    "masked": _masked_jvp,
-}  # of each case in LAYERS, by the part of its name before "-"
-
-_TINY = {
-    "image_size": 4,  # N = 5: four patches and the class token; mean pooling takes 6 pixels, so that N = 9
-    "patch_size": 2,
-    "channels": 3,
-    "num_classes": K,
-    "width": D,
-    "depth": 2,
-    "num_heads": HEADS,
-    "mlp_dim": M,
-}
 _STEM = {  # N = 5: every position of a map of 2 x 2 is a patch
     "image_size": 8, "patch_size": 1, "channels": 1, "stem": "1", "stem_width": 4, "stem_groups": 2,
 }  # fmt: skip
@@ -591,8 +574,9 @@ MODELS = {
     "vit-every": {**_TINY, "pos_at": "every", "registers": 2},
     "vit-axial": {**_TINY, "image_size": 6, "pooling": "mean", "attention": "axial"},
     "vit-stem": {**_TINY, **_STEM},
+    "vit-swiglu": {**_TINY, "mlp": "swiglu", "mlp_dim": 8},
     "vit-dropout": {**_TINY, "dropout": 0.2, "attention_dropout": 0.3, "drop_path": 0.4, "pos_embed": "none"},
 }
-MODEL_BATCH = 8  # pictures, for the models
+MODEL_BATCH = 8  # images, for the models
 
 NEED_SCIPY = ("gelu-erf", "vit-erf")  # SciPy is optional

@@ -10,7 +10,7 @@ import importlib.util
 import numpy as np
 
 from minivit.laboratory import gradcheck
-from minivit.laboratory.cases import JVPS, LAYERS, MODEL_BATCH, MODELS, NEED_SCIPY
+from minivit.laboratory.cases import LAYERS, MODEL_BATCH, MODELS, NEED_SCIPY
 from minivit.laboratory.facts import FACTS, TOLERANCE
 from minivit.laboratory.mistakes import planted
 from minivit.model import ViT, ViTConfig
@@ -18,7 +18,7 @@ from minivit.training.trainer import quiet_overflow
 
 # What is allowed; each is a relative error. Central differences cannot do better than "central" and "hessian".
 LIMITS = {
-    "complex": 1e-12, "central": 1e-8, "adjoint": 1e-13, "symmetry": 1e-12, "hessian": 1e-8, "facts": TOLERANCE,
+    "complex": 1e-12, "central": 1e-8, "symmetry": 1e-12, "hessian": 1e-8, "facts": TOLERANCE,
 }  # fmt: skip
 
 
@@ -58,10 +58,10 @@ def results_of(name, method, seed, *, step=None, elementwise=True, device="cpu")
 
 
 def pair_of(name, seed):
-    """(forward, backward, jvp, args) of one layer, or of a model as a function of its parameters and pictures."""
+    """(forward, backward, args) of one layer, or of a model as a function of its parameters and images."""
     if name in LAYERS:
         forward, backward, args, _ = LAYERS[name](np.random.default_rng(seed))
-        return forward, backward, JVPS[name.partition("-")[0]], args
+        return forward, backward, args
     config, flat, images, _ = model_problem(name, seed)
 
     def forward(flat, images):  # dropout is active, with the same masks at each call
@@ -72,24 +72,19 @@ def pair_of(name, seed):
     def backward(dlogits, cache):
         model, cache = cache
         gradient, grads = model.gradient_buffer()
-        dimages = model.backward(dlogits, cache, grads, need_dimages=True)
+        dimages = model.backward(dlogits, cache, grads)
         return gradient, dimages
 
-    def jvp(flatdot, imagesdot, cache):
-        model, cache = cache
-        return model.jvp(imagesdot, flatdot, cache)
-
-    return forward, backward, jvp, [flat, images]
+    return forward, backward, [flat, images]
 
 
 def errors_of(name, seed):
-    """{kind: error} of the checks of all arguments together: the adjoint test and two of the second derivatives.
+    """{kind: error} of the checks of all arguments together: two of the second derivatives.
 
     A check that a backward with NaN in it does not allow, or one that is not analytic, has an infinite error.
     """
-    forward, backward, jvp, args = pair_of(name, seed)
+    forward, backward, args = pair_of(name, seed)
     checks = {
-        "adjoint": lambda: gradcheck.adjoint_error(forward, backward, jvp, args, seed=seed),
         "symmetry": lambda: gradcheck.symmetry_error(forward, backward, args, seed=seed),
         "hessian": lambda: gradcheck.hessian_error(forward, backward, args, seed=seed),
     }
@@ -177,7 +172,6 @@ def expose(mistake, seed):
 
     def identities(name):
         words = {
-            "adjoint": "<J v, u> and <v, J^T u> differ by {:.1e}",
             "symmetry": "u^T H v and v^T H u differ by {:.1e}: this is the gradient of no function",
             "hessian": "H v by complex step and by differences of the gradient differ by {:.1e}",
         }

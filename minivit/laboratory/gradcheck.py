@@ -530,7 +530,7 @@ def check_model(
     seed=0,
     device="cpu",
 ):
-    """Check a whole model, parameter by parameter and the pictures too, on the cross-entropy of a batch.
+    """Check a whole model, parameter by parameter and the images too, on the cross-entropy of a batch.
 
     ``model_of(flat)`` makes the model around a parameter buffer; dropout, where the configuration has any, is
     active with the same masks at each call. The model's work is done on ``device``.
@@ -554,7 +554,7 @@ def check_model(
         _require_analytic("model", lambda *moved: forward(*moved)[0], [flat, images], tangents)
     loss, (model, cache, loss_cache) = forward(flat, images)
     gradient, grads = model.gradient_buffer()
-    dimages = model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads, need_dimages=True)
+    dimages = model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, grads)
     gradient, dimages = to_host(gradient), to_host(dimages)
     rng = np.random.default_rng([seed, COTANGENT_STREAM])
     one, scale = np.ones(()), _scale(flat)
@@ -596,34 +596,6 @@ def check_model(
         _check_argument(forward, args, 1, "images", dimages, one, method, step, elementwise, rng, sizes, terms)
     )
     return results
-
-
-def adjoint_error(forward, backward, jvp, args, *, seed=0):
-    """How far a backward is from being the transpose of a forward-mode derivative: no step size, no truncation.
-
-    Math    for J = dy/dx, random tangents v and a random cotangent u: |<J v, u> - <v, J^T u>| / (|J v| |u|),
-            a few 1e-16 where both are right
-    ``jvp(*tangents, cache) -> ydot`` takes a tangent for each argument of ``forward``, None where the argument is no
-    float array.
-    Raises  TypeError, ValueError: as `check`; and if ydot has not y's shape, or is zero (0 = 0 would show nothing).
-            CannotTellError: ydot or a gradient is not finite.
-    Warns   as `check`.
-    """
-    args, names, _ = _arguments(args)
-    rng = np.random.default_rng([seed, COTANGENT_STREAM])
-    y, cache = _value_and_cache(forward, args)
-    tangents = _random_tangents(rng, args)
-    u = rng.standard_normal(np.shape(y))
-    ydot = _numbers("ydot that the jvp returns", jvp(*tangents, cache))
-    if np.shape(ydot) != np.shape(y):
-        raise ValueError(f"the jvp returned shape {np.shape(ydot)}, y has {np.shape(y)}")
-    if not np.isfinite(ydot).all():
-        raise CannotTellError("the jvp returned a value that is NaN or infinite")
-    if not np.any(ydot):
-        raise ValueError("the jvp returned zero everywhere: the adjoint test would compare nothing with nothing")
-    gradients = _gradients(backward, u, cache, args, names, finite=True)
-    transposed = sum((tangents[i] * gradient).sum() for i, gradient in gradients.items())
-    return float(abs((ydot * u).sum() - transposed) / (np.linalg.norm(ydot) * np.linalg.norm(u)))
 
 
 def hessian_vector_product(forward, backward, args, direction, *, dy=1.0, verify=True):

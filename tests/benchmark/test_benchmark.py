@@ -299,15 +299,15 @@ def test_other_programs_are_seen(tmp_path, monkeypatch):
         cores = [core.format("", 1), *(core.format(n, others if n == 1 else ours) for n in range(3)), "intr 5 6\n"]
         (tmp_path / "proc" / "stat").write_text("".join(cores))
         (tmp_path / "proc" / "42" / "stat").write_text(f"42 (a ) b) S {'1 ' * 10}{childs} 30 0 0\n")
-        return benchmark._glance([child])
+        return turns.glance([child])
 
     before = glance(0, 0, 0)
     assert before == (100.0, 2 * 0.56, 7.0 + 0.3)
     clock.now, clock.own = 102.0, 8.0
     after = glance(150, 200, 100)  # 3 s of our cores, of which this process took one and the contender another
-    assert benchmark._share_of_others(before, after) == pytest.approx(0.25)
+    assert turns.share_of_others(before, after) == pytest.approx(0.25)
     clock.own = 12.0
-    assert benchmark._share_of_others(before, glance(150, 0, 100)) == 0.0  # clocks tick differently
+    assert turns.share_of_others(before, glance(150, 0, 100)) == 0.0  # clocks tick differently
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
