@@ -4,6 +4,7 @@ The checks of a mutant are the gradient checks, the exact facts and the tests th
 unchanged code, the sharpest and quickest first.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -289,7 +290,7 @@ class Plugin:
             signal.alarm(0)
             for unit in units:
                 apply(Mutant(unit, "", unit.line, "", "", unit.source))
-            for check, following in zip(checks, [*checks[1:], None], strict=True):
+            for check, following in itertools.zip_longest(checks, checks[1:]):
                 if problem := self.perform(check, following):
                     return f"{check.kind} {check.name} fails after the others, without any change: {problem}"
             return ""
