@@ -37,11 +37,13 @@ def array_module(*arrays):
     Raises
         TypeError: one of them is not an array, or NumPy and CuPy arrays are mixed.
     """
-    if all(isinstance(array, np.ndarray) for array in arrays):  # the usual case, quickly
+    if all(type(array) is np.ndarray for array in arrays):  # the usual case, quickly
         return np
     modules = set()
     for array in arrays:
         root = type(array).__module__.partition(".")[0]
+        if root not in TWINS and isinstance(array, np.ndarray):
+            root = "numpy"  # a subclass, such as one that counts operations
         if root not in TWINS:
             raise TypeError(f"expected a NumPy or CuPy array, got {type(array).__name__}")
         modules.add(root)
@@ -72,7 +74,7 @@ def accelerated(function):
         """Call the twin, or the plain body."""
         kind = type(arguments[which] if len(arguments) > which else settings.get(chooser)).__module__
         if backward:  # the way of the forward
-            if kind in _TWIN_MODULES and (twin := _twin(kind, name)) is not None:
+            if _is_of_twins(kind) and (twin := _twin(kind, name)) is not None:
                 return twin(*arguments, **settings)
         elif kernels_wanted():
             twin = _twin(TWINS.get(kind.partition(".")[0]), name)
@@ -109,7 +111,11 @@ def _twin(module, name):
     if module is None:
         return None
     twin = getattr(sys.modules.get(module) or importlib.import_module(module), name, None)
-    return twin if getattr(twin, "__module__", None) in _TWIN_MODULES else None  # not what it imports from elsewhere
+    return twin if _is_of_twins(getattr(twin, "__module__", None)) else None  # not what it imports from elsewhere
+
+
+def _is_of_twins(module):
+    return module in _TWIN_MODULES or module in TWINS.values()
 
 
 @functools.cache

@@ -620,8 +620,9 @@ KNOWN = {"gelu", "drop_path", "flash", "reads"}  # what a block may have beside 
 def block_forward(z, params, *, num_heads, reads=None, msa=MSA, mlp=MLP, eps=1e-6):
     """Twin of `minivit.layers.block.block_forward`, with stochastic depth and either GELU; no other options."""
     about = msa.about | mlp.about
-    if about.keys() - KNOWN or params.keys() - set(BLOCK_PARAMETERS):
+    if about.keys() - KNOWN or msa.names + mlp.names != ATTN + FC:
         return NotImplemented
+    params = {name: params[name] for name in BLOCK_PARAMETERS}
     B, N, D = z.shape
     Q = min(reads or N, N)
     M, Dh = params["mlp.fc1.bias"].shape[0], D // num_heads

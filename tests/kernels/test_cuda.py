@@ -20,6 +20,7 @@ from minivit.layers.patch_embed import patch_embed_forward
 from minivit.masked import MaskedConfig, MaskedViT, draw_plan, patch_loss, patch_loss_gradient
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, SGD, Adam, AdamW, Muon, orthogonalise
+from minivit.options.dropping import drop_path_rate
 from minivit.training.engine_cuda import CudaEngine, CudaStep
 
 SMALL = ViTConfig(image_size=8, patch_size=4, width=24, depth=2, num_heads=3, mlp_dim=40, num_classes=10)
@@ -374,6 +375,7 @@ def test_no_plain_body_of_a_block_runs(xp, name, monkeypatch):
         kinds.append(result is not NotImplemented)
         return result
 
+    seen.__module__ = cuda.__name__
     monkeypatch.setattr(cuda, "block_forward", seen)
     images, _ = batch_of(config)
     ViT(config, flat=xp.asarray(parameters_of(config))).forward(xp.asarray(images))
@@ -396,7 +398,7 @@ def test_patches_are_cut_and_bytes_scaled_to_the_bit(xp, dtype, contiguous):
     found, made = patch_embed_forward(given, *map(xp.asarray, arguments), patch_size=4)
     patches = to_host(made.patches).reshape(2, 7, 48)
     assert not patches[:, 0].any()  # the class token's
-    np.testing.assert_array_equal(patches[:, 1:], cache.linear.x)
+    np.testing.assert_array_equal(patches[:, 1:], cache.proj.x)
     assert_close(to_host(found), z, 1e-6)
 
 
@@ -473,8 +475,8 @@ def test_dropout_draws_its_mask_from_its_key_forward_and_backward(name, monkeypa
 class FromDraws:
     """A Generator for the plain functions that has them drop what `cuda.Draws` has the kernels drop."""
 
-    def __init__(self, factors, keys, rates):
-        self.branches = iter([row for i, row in enumerate(factors) if rates[i // 2]])
+    def __init__(self, factors, keys):
+        self.branches = iter(factors)
         self.keys = iter(keys)
 
     def random(self, shape, dtype):
@@ -495,11 +497,11 @@ def test_a_model_with_dropout_is_the_plain_one_with_the_same_masks(xp, name, rec
     config = DROPPING[name]
     images, labels = batch_of(config)
     exact = ViT(config, flat=parameters_of(config, np.float64))
-    rates = [exact.drop_path_rate(i) for i in range(config.depth)]
+    rates = [drop_path_rate(config, i) for i in range(config.depth)]
     step = CudaStep(CudaEngine(ViT(config, flat=xp.asarray(parameters_of(config)))), AdamW(xp.zeros(1), xp.zeros(1)))
     draws = cuda.Draws.draw(np.random.default_rng(8), rates, len(images), step._keys)
     with plain():
-        expected = one_pass(exact, images, labels, FromDraws(*draws, rates))
+        expected = one_pass(exact, images, labels, FromDraws(*draws))
     assert step._keys == {"all": 13, "dropout": 7, "attention": 2}[name]
     rng = cuda.Draws(*map(xp.asarray, draws))
     found = one_pass(step.engine.model, xp.asarray(images), xp.asarray(labels), rng, recompute=recompute)
@@ -569,6 +571,7 @@ def test_a_block_with_relative_positions_is_left_to_the_plain_function(xp, monke
             kinds.append(result is not NotImplemented)
             return result
 
+        seen.__module__ = cuda.__name__
         monkeypatch.setattr(cuda, "block_forward", seen)
         images, _ = batch_of(CONFIGS[name])
         ViT(CONFIGS[name], flat=xp.asarray(parameters_of(CONFIGS[name]))).forward(xp.asarray(images))
