@@ -24,19 +24,9 @@ ORDER = (
 ).split()
 PACKAGE = ROOT / "minivit"
 KNOWN = {
-    "uphill": {
-        "masked/pretrain.py: figures",
-        "training/recipes.py: commands",
-        "training/sweep.py: commands",
-        "training/sweep.py: figures",
-        "training/trainer.py: figures",
-        "training/trainer.py: laboratory",
-    },
     "functions": {
         "laboratory/gradcheck.py: check_model",
         "laboratory/trace.py: work",
-        "training/trainer.py: Trainer.__init__",
-        "training/trainer.py: Trainer._train_epoch",
     },
     "files": {
         "kernels/cuda.py",
@@ -45,8 +35,6 @@ KNOWN = {
         "laboratory/gradcheck.py",
         "laboratory/trace.py",
         "model/vit.py",
-        "training/loop.py",
-        "training/trainer.py",
     },
 }
 TREES = {

@@ -12,7 +12,8 @@ import numpy as np
 
 from minivit.base.errors import InputError
 from minivit.commands.cli import Parser, run
-from minivit.training.trainer import LAST, METRICS, SUMMARY, check_workers, read_metrics
+from minivit.training.engines.cut import check_workers
+from minivit.training.folder import LAST, METRICS, SUMMARY, read_metrics
 from minivit.weights import checkpoint
 
 EXAMPLES = """

@@ -24,9 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from minivit import InputError
+from minivit.base.files import write_json
 from minivit.commands.cli import Parser, output_file, run
-from minivit.training.engine import available_cores
-from minivit.training.trainer import write_json
+from minivit.training.engines.cut import available_cores
 
 try:
     from mutation.runner import KINDS, run_mutants
@@ -38,8 +38,7 @@ except ImportError as error:
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.toml"
 TESTS = (
     "layers", "options", "optim", "model/test_model.py", "model/test_reference.py", "masked/test_masked.py",
-    "laboratory/test_facts.py", "training/test_engine.py",
-    "training/test_train.py::test_sam_goes_as_far_uphill_as_asked_for_and_comes_back",
+    "laboratory/test_facts.py", "training/test_engine_cpu.py", "training/test_step.py",
 )  # fmt: skip
 COLUMNS = ("mutants", *KINDS, "invalid", "timeout", "equivalent", "survived")
 

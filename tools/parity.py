@@ -16,10 +16,10 @@ import numpy as np
 
 from minivit import ViTConfig
 from minivit.base.errors import InputError
+from minivit.base.files import write_atomically
 from minivit.commands.cli import Parser, output_file, run
 from minivit.model import intermediates
 from minivit.weights import layouts as pretrained
-from minivit.weights.checkpoint import write_atomically
 from minivit.weights.tensor_files import of_arrays, write_npz
 
 EXAMPLES = """

@@ -24,7 +24,8 @@ from minivit.benchmark.contest import check_config, check_model
 from minivit.benchmark.layers import Times, part_of_step, report_of_parts
 from minivit.benchmark.turns import quartiles
 from minivit.kernels import cuda
-from minivit.training.engine_cuda import CudaStep
+from minivit.training.step import Batch
+from minivit.training.step_gpu import CudaStep
 
 SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([\w, ]+\)\s)?(\w+)\(([^)]*)\)', re.S)
 IN_PLACE = {  # pointers that a kernel reads before it writes there
@@ -107,7 +108,7 @@ def recorded_launches(contender):
     recorder = Recorder(cuda.machine())
     step = CudaStep(contender.engine, contender.whole_step.optimizer, graph=False)
     with cuda.using(recorder):
-        step(contender.images, contender.labels, step=0, lr=LR)
+        step([Batch(0, contender.images, contender.labels)], len(contender.images), LR)
     return recorder.launches()
 
 

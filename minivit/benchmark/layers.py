@@ -25,7 +25,7 @@ from minivit.laboratory.trace import arrays_in, recording
 from minivit.layers.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT
 from minivit.optim import AdamW
-from minivit.training.engine import Engine
+from minivit.training.engines.cpu import Engine
 
 LEAVES = ("linear", "layernorm", "gelu", "attention", "flash_attention", "softmax", "softmax_cross_entropy")
 

@@ -14,7 +14,7 @@ import numpy as np
 from minivit import __version__
 from minivit.base.errors import InputError
 from minivit.benchmark.contenders.ours import blas
-from minivit.training.engine import available_cores
+from minivit.training.engines.cut import available_cores
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minivit.benchmark.contenders import Turn
-from minivit.training.engine import available_cores
+from minivit.training.engines.cut import available_cores
 
 TURN_SECONDS, PAUSE_SECONDS = 0.2, 0.05
 QUIET = 0.05  # of the cores' time may go to other programs

@@ -6,6 +6,7 @@ import sys
 from minivit import ViTConfig
 from minivit.base.backend import device_name, find_device
 from minivit.base.errors import InputError
+from minivit.base.files import write_json
 from minivit.benchmark import tables
 from minivit.benchmark.agreement import Disagreement
 from minivit.benchmark.contest import AGAINST, check_config, check_contenders, contest
@@ -17,8 +18,9 @@ from minivit.commands.cli import Parser, add_settings, figure_file, given, outpu
 from minivit.kernels.cuda import PRECISIONS
 from minivit.laboratory.trace import expected_flops
 from minivit.model import preset_fields
+from minivit.training.config import TrainConfig, loading_settings
+from minivit.training.engines.cut import check_workers
 from minivit.training.recipes import find_config, read_recipe
-from minivit.training.trainer import TrainConfig, check_workers, loading_settings, write_json
 
 EXAMPLES = """
 examples:

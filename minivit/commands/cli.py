@@ -1,4 +1,4 @@
-"""What the commands share: one-line errors, command-line flags made from settings, TOML files."""
+"""What the commands share: one-line errors, command-line flags made from settings."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import errno
 import os
 import re
 import sys
-import tomllib
 from pathlib import Path
 
 from minivit.base.backend import kernels_wanted
 from minivit.base.errors import InputError
-from minivit.base.settings import field_names, refuse_unknown
+from minivit.base.settings import field_names
 from minivit.commands import NAMES
 
 COMMAND_LINE = re.compile(rf"\bminivit ({'|'.join(NAMES)})\b")
@@ -129,34 +128,3 @@ def add_settings(parser, cls, *, skip=()):
 def given(namespace, cls):
     """The settings of a class that were given on the command line, as a dict."""
     return {name: getattr(namespace, name) for name in field_names(cls) if hasattr(namespace, name)}
-
-
-def parse_toml(path, what="settings file"):
-    """The content of a TOML file, a dict; ``what`` is what a message calls it.
-
-    Raises  InputError: no such file, or not TOML.
-    """
-    path = Path(path)
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
-    except FileNotFoundError:
-        raise InputError(f"there is no {what} {path}") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, not a {what}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not a TOML file: {error}") from None
-
-
-def read_toml(path, sections):
-    """Read a settings file; ``sections`` maps each allowed table to its allowed keys.
-
-    Returns  {section: {key: value}} with every section present.
-    Raises  InputError: no such file, not TOML, an unknown section or key.
-    """
-    content = parse_toml(path)
-    refuse_unknown(content, sections, path)
-    for section, values in content.items():
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: {section} must be a table, written [{section}]")
-        refuse_unknown(values, sections[section], f"{path} [{section}]")
-    return {section: content.get(section, {}) for section in sections}

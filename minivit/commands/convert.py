@@ -62,10 +62,9 @@ def show(config, notes, keys):
 def info(path, **options):
     """Print what is in a file."""
     if not layouts.is_readable(path):
-        arrays, meta = checkpoint.load(path)
-        config = checkpoint.config_of(meta, path)
+        arrays, record = checkpoint.read(path)
         print(f"{path}: checkpoint of minivit, {', '.join(sorted({a.dtype.name for a in arrays.values()}))}")
-        show(config, [], lambda name: [f"{p}/{name}" for p in ("params", "ema") if f"{p}/{name}" in arrays])
+        show(record.config, [], lambda name: [f"{p}/{name}" for p in ("params", "ema") if f"{p}/{name}" in arrays])
     else:
         contents = layouts.describe(path, need_head=False, **options)
         print(
@@ -136,10 +135,10 @@ def main(argv=None):
         return 0
     if arguments.output is None or arguments.to is None:
         raise InputError("say where to write and in which layout: convert.py IN OUT --to minivit, official, timm or hf")
-    model, meta, notes = layouts.load_any(path, weights=arguments.weights, changes=changes, **options)
+    model, record, notes = layouts.load_any(path, weights=arguments.weights, changes=changes, **options)
     if "stem_groups" in changes and not model.config.stem:
         raise InputError(f"{path} is no hybrid: leave --stem-groups out")
-    names = meta["class_names"]
+    names = record.class_names
     if arguments.class_names:
         names = read_names(arguments.class_names, model.config.num_classes)
     for note in notes:

@@ -3,9 +3,9 @@
 import numpy as np
 
 from minivit.base.errors import InputError
+from minivit.base.files import write_json
 from minivit.commands.cli import Parser, output_file
 from minivit.data import DATASETS, fetch, load
-from minivit.training.trainer import write_json
 
 EXAMPLES = """examples:
   minivit data fetch cifar10

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from minivit import figures
 from minivit.base.backend import device_name, find_device
+from minivit.base.files import write_json
 from minivit.commands.cli import Parser, output_file
 from minivit.commands.flags import add_data, add_place, add_weights
+from minivit.data.source import fingerprint
 from minivit.evaluation.inference import check_finite, load_with_data, predict_all
 from minivit.evaluation.metrics import measure, read_real, real_accuracy
-from minivit.training.trainer import check_workers, fingerprint, write_json
+from minivit.training.engines.cut import check_workers
 
 EXAMPLES = """
 examples:
@@ -59,13 +61,12 @@ def main(argv=None):
     arguments = parse(argv)
     workers, device = check_workers(arguments.workers), find_device(arguments.device)
     path = Path(arguments.checkpoint)
-    model, meta, dataset = load_with_data(
+    model, record, dataset = load_with_data(
         path, weights=arguments.weights, name=arguments.data, data_dir=arguments.data_dir
     )
     images, labels, names = dataset.test_images, dataset.test_labels, dataset.class_names
     print(f"{path} on {len(images):,} test images of {dataset.name}: {dataset.source}")
-    origin = meta.get("data")
-    same = isinstance(origin, dict) and origin.get("fingerprint") == fingerprint(dataset)
+    same = record.data.get("fingerprint") == fingerprint(dataset)
     if not same:
         print("warning: these are not the images of its training run, perhaps another version of them", file=sys.stderr)
     real = read_real(arguments.real, dataset.test_names, len(names)) if arguments.real else None
@@ -73,8 +74,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     flip = arguments.flip
     if flip is None:  # as the run itself tests
-        settings = meta.get("settings")
-        flip = isinstance(settings, dict) and settings.get("test_flip") is True
+        flip = (record.settings or {}).get("test_flip") is True
     started = time.perf_counter()
     logits = predict_all(model, images, workers=workers, device=device, flip=flip)
     seconds = time.perf_counter() - started
@@ -84,7 +84,7 @@ def main(argv=None):
         measures["real_accuracy"], measures["real_images"] = real_accuracy(logits.argmax(axis=1), real)
     facts = {
         "checkpoint": str(path),
-        "weights": meta["weights"],
+        "weights": record.weights,
         "data": dataset.name,
         "source": dataset.source,
         "pictures_of_training_run": same,

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from minivit import InputError
 from minivit.base.backend import find_device, use_device
+from minivit.base.files import write_json
+from minivit.base.finite import quiet_overflow
 from minivit.commands.cli import Parser, output_file
 from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import LAYERS, MODELS
 from minivit.laboratory.checks import LIMITS, available, every_check, expose, model_problem, results_of, v_curves
 from minivit.laboratory.facts import FACTS
 from minivit.laboratory.mistakes import BY_NAME, find, planted, source_of
-from minivit.training.trainer import quiet_overflow, write_json
 
 EXAMPLES = """
 examples:

@@ -10,14 +10,16 @@ from tqdm import tqdm
 from minivit import figures
 from minivit.base.backend import find_device, to_device, to_host
 from minivit.base.errors import InputError
+from minivit.base.files import write_json
+from minivit.base.finite import quiet_overflow
 from minivit.commands.cli import Parser, output_file
 from minivit.commands.flags import add_data, add_weights
 from minivit.data import LazyImages, read_image
+from minivit.data.source import dataset_of
 from minivit.evaluation.inference import attention_map, check_finite, on_device
 from minivit.layers.softmax import softmax_forward
 from minivit.model import intermediates
 from minivit.paper.analyses import attention_rollout
-from minivit.training.trainer import dataset_of, quiet_overflow, write_json
 from minivit.weights.layouts import load_with_notes
 
 EXAMPLES = """
@@ -97,10 +99,9 @@ def free_name(stem, names):
     return name
 
 
-def gather(arguments, model, meta):
+def gather(arguments, model, record):
     """Every image that was named: a list of (name, image, true class or None)."""
     size, channels = model.config.image_size, model.config.channels
-    data = meta["data"] if isinstance(meta.get("data"), dict) else {}
     images = []
     for path in map(Path, arguments.images):
         if not path.exists():
@@ -110,14 +111,12 @@ def gather(arguments, model, meta):
         if path.suffix.lower() == ".npy":
             image = array_image(path, size, channels)
         else:
-            image = file_image(path, size, channels, data.get("data"))
+            image = file_image(path, size, channels, record.data.get("data"))
         if arguments.invert:
             image = 255 - image if image.dtype == np.uint8 else -image
         images.append((path.stem, image, None))
     if arguments.test:
-        dataset = dataset_of(
-            meta, arguments.checkpoint, name=arguments.data, data_dir=arguments.data_dir, image_size=size
-        )
+        dataset = dataset_of(record, name=arguments.data, data_dir=arguments.data_dir)
         count = len(dataset.test_images)
         for index in arguments.test:
             if not 0 <= index < count:
@@ -165,10 +164,10 @@ def main(argv=None):
     """Entry point; returns the exit status."""
     arguments = parse(argv)
     device = find_device(arguments.device)
-    model, meta = load_with_notes(arguments.checkpoint, weights=arguments.weights)
-    names = meta["class_names"]
+    model, record = load_with_notes(arguments.checkpoint, weights=arguments.weights)
+    names = record.class_names
     model = on_device(model, device)
-    images = gather(arguments, model, meta)
+    images = gather(arguments, model, record)
     out = Path(arguments.out or Path(arguments.checkpoint).parent)
     out.mkdir(parents=True, exist_ok=True)
     results, files, what = [], set(), ATTENTION[arguments.attention]
@@ -188,7 +187,7 @@ def main(argv=None):
         tqdm.write(f"{title}: {top}", file=sys.stdout)
     if arguments.json:
         write_json(
-            arguments.json, {"checkpoint": arguments.checkpoint, "weights": meta["weights"], "predictions": results}
+            arguments.json, {"checkpoint": arguments.checkpoint, "weights": record.weights, "predictions": results}
         )
     print(f"{len(results)} figure{'s' if len(results) > 1 else ''} in {out}")
     return 0

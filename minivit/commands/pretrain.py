@@ -1,30 +1,32 @@
 """Pre-train a Vision Transformer without labels: it guesses what is under masked patches."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from minivit import ViTConfig
 from minivit.base.errors import InputError
+from minivit.base.files import read_toml
 from minivit.base.settings import field_names
-from minivit.commands.cli import Parser, add_settings, given, read_toml
-from minivit.masked import MaskedConfig
-from minivit.masked.pretrain import Pretrainer, masked_of
-from minivit.training.recipes import (
-    SECTIONS,
+from minivit.commands.cli import Parser, add_settings, given
+from minivit.commands.training import (
+    HELP,
     add_recipe,
     add_run,
-    check_same_data,
+    draw_masked,
     file_of_flags,
     free_folder,
-    prepare,
     recipe_of_flags,
+    resume_recipe,
     run_to_end,
     stopped_run,
     within_budget,
 )
-from minivit.training.trainer import TrainConfig, config_from, refuse_used
-from minivit.weights import checkpoint
+from minivit.masked import MaskedConfig
+from minivit.masked.pretrain import MaskedPrediction, masked_of
+from minivit.training.config import train_config_of
+from minivit.training.folder import refuse_used
+from minivit.training.recipes import TABLES, prepare
+from minivit.training.trainer import Trainer
 
 EXAMPLES = """
 examples:
@@ -37,14 +39,14 @@ examples:
   minivit visualize masked runs/mae-cifar10/last.npz    what it sees and what it guesses
 
 Two methods: mpp, the masked patch prediction of the ViT paper, and mae, the masked autoencoder. Test accuracy is the
-share of right guesses at masked patches of the test pictures (of regression, the share of variance explained), to be
+share of right guesses at masked patches of the test images (of regression, the share of variance explained), to be
 compared with guessing without looking. The checkpoints hold the encoder as an ordinary ViT with a zero head: what
 begins with weights of a file can begin with them.
 
 Settings come from, in rising order: their defaults, the settings file, --preset, the flags. A settings file has the
-tables [data], [model], [train] and [pretraining]; by default it is minivit/configs/pretrain-METHOD.toml.
+tables of minivit train and [pretraining]; by default it is minivit/configs/pretrain-METHOD.toml.
 """
-ALL_SECTIONS = SECTIONS | {"pretraining": field_names(MaskedConfig)}
+ALL_TABLES = TABLES | {"pretraining": field_names(MaskedConfig)}
 
 
 def parse(argv):
@@ -63,13 +65,13 @@ def recipe_and_task(arguments):
     """
     name = f"pretrain-{getattr(arguments, 'method', MaskedConfig().method)}"
     file = file_of_flags(arguments, name)
-    task = read_toml(file, ALL_SECTIONS)["pretraining"] if file else {}
+    task = read_toml(file, ALL_TABLES)["pretraining"] if file else {}
     masked = MaskedConfig(**task | given(arguments, MaskedConfig))
-    return recipe_of_flags(arguments, name, sections=ALL_SECTIONS), masked
+    return recipe_of_flags(arguments, name, tables=ALL_TABLES), masked
 
 
 def start(arguments):
-    """A `Pretrainer` at the beginning of a new run."""
+    """A `Trainer` at the beginning of a new run."""
     recipe, masked = recipe_and_task(arguments)
     if recipe.start:
         raise InputError("pre-training begins from nothing: leave [start] out of the settings file")
@@ -78,39 +80,40 @@ def start(arguments):
     out = Path(arguments.out) if arguments.out else free_folder(f"{masked.method}-{recipe.data['data']}")
     refuse_used(out)
     dataset, model, config, begins = prepare(recipe)
-    trainer_of = partial(Pretrainer, masked=masked)
+    task = partial(MaskedPrediction, masked=masked)
     if arguments.budget is not None:
-        config = within_budget(arguments, dataset, model, config, trainer_of)
-    return trainer_of(dataset, model, config, out, progress=not arguments.quiet, **begins)
+        config = within_budget(arguments, dataset, model, config, task=task)
+    return Trainer(
+        dataset, model, config, out, task=task, progress=not arguments.quiet, **begins, **HELP | {"draw": draw_masked}
+    )
 
 
 def resume(arguments):
-    """A `Pretrainer` where the run in --out stopped; settings asked for again must be those of the run."""
-    path, meta, dataset, describe = stopped_run(arguments)
-    masked = masked_of(meta, path)
-    model, train = checkpoint.config_of(meta, path), config_from(meta, path)
-    asked_data, asked_model, asked_train = {}, given(arguments, ViTConfig), given(arguments, TrainConfig)
-    asked_task = given(arguments, MaskedConfig)
+    """A `Trainer` where the run in --out stopped; settings asked for again must be those of the run."""
+    stored, dataset, describe = stopped_run(arguments)
+    _, record = stored
+    masked, config = masked_of(record), train_config_of(record)
+    task = given(arguments, MaskedConfig)
     if arguments.preset or arguments.config:
-        (asked_data, asked_model, asked_train, _), task = recipe_and_task(arguments)
-        asked_task = {name: getattr(task, name) for name in field_names(MaskedConfig)}
-    check_same_data(arguments, asked_data, describe, path)
-    model, train, masked = replace(model, **asked_model), replace(train, **asked_train), replace(masked, **asked_task)
-    trainer = Pretrainer(
-        dataset, model, train, arguments.out, masked=masked, describe=describe, progress=not arguments.quiet
+        task = asdict(recipe_and_task(arguments)[1])
+    _, model, train, _ = resume_recipe(
+        arguments, describe, record.path, lambda arguments, _: recipe_and_task(arguments)[0]
     )
-    trainer.restore(path)
-    return trainer
+    return Trainer(
+        dataset, replace(record.config, **model), replace(config, **train), arguments.out,
+        task=partial(MaskedPrediction, masked=replace(masked, **task)), describe=describe, resume=stored,
+        progress=not arguments.quiet, **HELP | {"draw": draw_masked},
+    )  # fmt: skip
 
 
 def main(argv=None):
     """Entry point; returns the exit status."""
     arguments = parse(argv)
     trainer = resume(arguments) if arguments.resume else start(arguments)
-    c, m, data = trainer.model.config, trainer.masked, trainer.dataset
+    c, m, data = trainer.model.config, trainer.task.masked, trainer.dataset
     print(f"{data.name}: {data.source}")
     print(
-        f"{len(data.train_images):,} training and {len(data.test_images):,} test pictures of "
+        f"{len(data.train_images):,} training and {len(data.test_images):,} test images of "
         f"{c.image_size}x{c.image_size}x{c.channels}"
     )
     print(
@@ -118,14 +121,14 @@ def main(argv=None):
         f"{m.target}; width {c.width}, {c.depth} blocks, {trainer.model.flat.size:,} parameters, of which "
         f"{trainer.model.encoder.flat.size:,} are the encoder's; writing to {trainer.out}"
     )
-    summary, length = run_to_end(trainer, resumed=arguments.resume)
+    summary, length = run_to_end(trainer)
     if summary is None:
         return 130
     figure = "right guesses" if trainer.model.classes else "variance explained"
     print(
         f"test loss {summary['test_loss']:.4f}, {figure} {summary['test_accuracy']:.2%} at the masked patches (without "
         f"looking {summary['chance_loss']:.4f}, {summary['chance_accuracy']:.2%}) after {length} in "
-        f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} pictures/s); "
+        f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} images/s); "
         f"figures and checkpoints in {trainer.out}"
     )
     return 0

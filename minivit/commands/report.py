@@ -4,11 +4,11 @@ from pathlib import Path
 
 from minivit.base.backend import find_device
 from minivit.base.errors import InputError
+from minivit.base.files import write_atomically
 from minivit.commands.cli import Parser, output_file
 from minivit.commands.flags import add_place, add_weights
 from minivit.evaluation.runs import read_run
-from minivit.training.trainer import check_workers
-from minivit.weights.checkpoint import write_atomically
+from minivit.training.engines.cut import check_workers
 
 EXAMPLES = """
 examples:

@@ -6,6 +6,7 @@ from minivit.base.backend import find_device
 from minivit.base.errors import InputError
 from minivit.base.words import counted
 from minivit.commands.cli import Parser
+from minivit.commands.training import HELP
 from minivit.training.recipes import find_config
 from minivit.training.sweep import carry_out, known_results, read_sweep, results_of, runs_of, write_table
 
@@ -22,6 +23,13 @@ run. What a table.json there holds is not run again, even where the run's own fo
 are TOML, see python -m pydoc minivit.training.sweep. A run that diverged is noted in the table and not made again
 until its folder is deleted. The exit status is 0, 1 if a run diverged, 130 if it was interrupted.
 """
+
+
+def draw_sweep(path, table):
+    """The figure of a sweep's table."""
+    from minivit import figures  # matplotlib is slow to import
+
+    figures.save_sweep(path, table)
 
 
 def main(argv=None):
@@ -56,12 +64,12 @@ def main(argv=None):
     runs, finished = runs_of(sweep, out), results_of(whole, out)
     left = [each for each in runs if (each.row.name, each.seed) not in finished]
     print(f"{sweep.title}: {len(sweep.rows)} rows, {len(sweep.seeds)} seeds; {len(runs) - len(left)} runs are finished")
-    how = {"device": device, "progress": not arguments.quiet}
-    if not arguments.table and not carry_out(left, lambda: write_table(whole, out), **how):
+    how = {"device": device, "progress": not arguments.quiet, **HELP}
+    if not arguments.table and not carry_out(left, lambda: write_table(whole, out, draw_sweep), **how):
         return 130
     if not out.is_dir():
         raise InputError(f"there is no {out}: nothing has been run")
-    print("\n" + write_table(whole, out))
+    print("\n" + write_table(whole, out, draw_sweep))
     print(f"table and figure in {out}")
     diverged = sum("diverged" in result for result in results_of(sweep, out).values())
     if diverged:

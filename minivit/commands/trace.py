@@ -11,12 +11,14 @@ from threadpoolctl import threadpool_limits
 from minivit import ViT, ViTConfig
 from minivit.base import params
 from minivit.base.errors import InputError
+from minivit.base.files import write_json
+from minivit.base.finite import quiet_overflow
 from minivit.commands.cli import Parser, add_settings, given, output_file
 from minivit.data import load
+from minivit.data.source import check_fit, dataset_of
 from minivit.laboratory.trace import expected_cache_bytes, expected_flops, first_non_finite, norm, trace_batch
 from minivit.model import parameter_table, preset_fields
-from minivit.training.engine import DROPOUT_STREAM
-from minivit.training.trainer import dataset_of, quiet_overflow, write_json
+from minivit.training.engines.cpu import DROPOUT_STREAM
 from minivit.weights.layouts import load_any
 
 EXAMPLES = """
@@ -74,12 +76,12 @@ def parse(argv):
 def model_and_data(arguments):
     """The model that was asked for, and its data set: (ViT, Dataset or None for random images, name of the model)."""
     if arguments.checkpoint:
-        model, meta, notes = load_any(arguments.checkpoint, named=False)
+        model, record, notes = load_any(arguments.checkpoint, named=False)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         dataset = None
         if arguments.data != "random":
-            dataset = dataset_of(meta, arguments.checkpoint, name=arguments.data, data_dir=arguments.data_dir)
+            dataset = dataset_of(record, name=arguments.data, data_dir=arguments.data_dir)
         return ViT(model.config, flat=model.flat.astype(arguments.dtype)), dataset, arguments.checkpoint
     settings = preset_fields(arguments.preset) if arguments.preset else {}
     dataset = None
@@ -100,13 +102,8 @@ def batch_of(dataset, config, size, seed):
     if dataset is None:
         shape = (size, config.image_size, config.image_size, config.channels)
         return rng.integers(0, 256, shape, dtype=np.uint8), rng.integers(0, config.num_classes, size)
-    count, *shape = dataset.train_images.shape
-    classes = len(dataset.class_names)
-    if shape != [config.image_size, config.image_size, config.channels] or classes != config.num_classes:
-        raise InputError(
-            f"the model takes {config.image_size}x{config.image_size}x{config.channels} images of "
-            f"{config.num_classes} classes; {dataset.name} has {'x'.join(map(str, shape))} images of {classes}"
-        )
+    check_fit(dataset, config)
+    count = len(dataset.train_images)
     if size > count:
         raise InputError(f"--batch-size {size} is more than the {count:,} training images of {dataset.name}")
     chosen = rng.permutation(count)[:size]

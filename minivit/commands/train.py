@@ -3,25 +3,25 @@
 from dataclasses import replace
 from pathlib import Path
 
-from minivit import ViTConfig
 from minivit.base.errors import InputError
 from minivit.base.params import count
-from minivit.commands.cli import Parser, given
-from minivit.training.recipes import (
+from minivit.commands.cli import Parser
+from minivit.commands.training import (
+    HELP,
     add_recipe,
     add_run,
-    check_same_data,
     free_folder,
-    prepare,
     recipe_of_flags,
+    resume_recipe,
     run_to_end,
     stopped_run,
-    trainer_of,
     within_budget,
 )
-from minivit.training.trainer import TrainConfig, Trainer, config_from, origin_of, refuse_used
-from minivit.weights import checkpoint
-from minivit.weights.start import Start, StartConfig
+from minivit.training.config import train_config_of
+from minivit.training.folder import refuse_used
+from minivit.training.recipes import prepare
+from minivit.training.trainer import Trainer
+from minivit.weights.start import Start
 
 EXAMPLES = """
 examples:
@@ -37,8 +37,9 @@ examples:
       fine-tunes that model on the others, at a larger size; --freeze '*,!head.*' would train its new head alone
 
 Settings come from, in rising order: their defaults, the settings file (its preset, then its keys), --preset, the flags.
-A settings file has the tables [model] (and preset = "..." in it), [train], [data] and [start]; the keys are the flags'
-names, and checkpoint for --from.
+A settings file has the tables [data], [model] (and preset = "..." in it), [augmentation], [optimizer], [schedule],
+[machine], [log] and [start]; the keys are the flags' names, in the groups below, and checkpoint for --from. Files of
+earlier versions, with one table [train] for all of the training, are read too.
 """
 
 
@@ -55,32 +56,27 @@ def start(arguments):
     recipe = recipe_of_flags(arguments)
     out = Path(arguments.out) if arguments.out else free_folder(recipe.data["data"])
     refuse_used(out)
-    if arguments.budget is None:
-        return trainer_of(recipe, out, progress=not arguments.quiet)
     dataset, model, config, begins = prepare(recipe)
-    config = within_budget(arguments, dataset, model, config)
-    return Trainer(dataset, model, config, out, progress=not arguments.quiet, **begins)
+    if arguments.budget is not None:
+        config = within_budget(arguments, dataset, model, config)
+    return Trainer(dataset, model, config, out, progress=not arguments.quiet, **begins, **HELP)
 
 
 def resume(arguments):
     """A `Trainer` where the run in --out stopped; settings asked for again must be those of the run."""
-    path, meta, dataset, describe = stopped_run(arguments)
-    model, train = checkpoint.config_of(meta, path), config_from(meta, path)
-    origin, asked_start = origin_of(meta), given(arguments, StartConfig)
-    asked_data, asked_model, asked_train = {}, given(arguments, ViTConfig), given(arguments, TrainConfig)
-    if arguments.preset or arguments.config:
-        asked_data, asked_model, asked_train, asked_start = recipe_of_flags(arguments, describe["data"])
-    for key, value in asked_start.items():
-        if (found := (origin or {}).get(key)) != value:
-            raise InputError(f"{path} began with {key} {found}, not {value}; start a new run with another --out")
-    check_same_data(arguments, asked_data, describe, path)
-    model, train = replace(model, **asked_model), replace(train, **asked_train)
-    start = Start(None, origin) if origin else None
-    trainer = Trainer(
-        dataset, model, train, arguments.out, describe=describe, start=start, progress=not arguments.quiet
+    stored, dataset, describe = stopped_run(arguments)
+    _, record = stored
+    config = train_config_of(record)
+    _, model, train, begins = resume_recipe(arguments, describe, record.path)
+    for key, value in begins.items():
+        if (before := (record.start or {}).get(key)) != value:
+            raise InputError(
+                f"{record.path} began with {key} {before}, not {value}; start a new run with another --out"
+            )
+    return Trainer(
+        dataset, replace(record.config, **model), replace(config, **train), arguments.out, describe=describe,
+        start=Start(None, record.start) if record.start else None, resume=stored, progress=not arguments.quiet, **HELP,
     )  # fmt: skip
-    trainer.restore(path)
-    return trainer
 
 
 def main(argv=None):
@@ -90,7 +86,7 @@ def main(argv=None):
     c, data = trainer.model.config, trainer.dataset
     print(f"{data.name}: {data.source}")
     print(
-        f"{len(data.train_images):,} training and {len(data.test_images):,} test pictures of "
+        f"{len(data.train_images):,} training and {len(data.test_images):,} test images of "
         f"{c.image_size}x{c.image_size}x{c.channels}, {len(data.class_names)} classes"
     )
     print(
@@ -99,15 +95,15 @@ def main(argv=None):
     )
     if trainer.origin:
         print(f"it begins with {trainer.origin.get('checkpoint')} ({trainer.origin.get('weights')})")
-    if trainer.frozen:
-        frozen = count([spec for spec in trainer.model.table if spec.name in trainer.frozen])
+    if trainer.plan.frozen:
+        frozen = count([spec for spec in trainer.model.table if spec.name in trainer.plan.frozen])
         print(f"{frozen:,} of the parameters stay as they are")
-    summary, length = run_to_end(trainer, resumed=arguments.resume)
+    summary, length = run_to_end(trainer)
     if summary is None:
         return 130
     print(
         f"test accuracy {summary['test_accuracy']:.2%} after {length} in "
-        f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} pictures/s); "
+        f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} images/s); "
         f"figures and checkpoints in {trainer.out}"
     )
     return 0

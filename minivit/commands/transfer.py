@@ -8,12 +8,13 @@ import numpy as np
 from minivit import figures
 from minivit.base.backend import find_device
 from minivit.base.errors import InputError
+from minivit.base.files import write_json
 from minivit.commands.cli import Parser
 from minivit.commands.flags import add_data, add_place, add_weights
 from minivit.evaluation import transfer
 from minivit.evaluation.features import METHODS, Study, check_study, transfer_results, transfer_stem
 from minivit.evaluation.inference import load_with_data
-from minivit.training.trainer import check_workers, write_json
+from minivit.training.engines.cut import check_workers
 
 EXAMPLES = """
 examples:
@@ -68,7 +69,7 @@ def main(argv=None):
     study = Study(arguments.method, tuple(shots), tuple(seeds), arguments.k, arguments.temperature)
     workers, device = check_workers(arguments.workers), find_device(arguments.device)
     path = Path(arguments.checkpoint)
-    model, meta, dataset = load_with_data(
+    model, record, dataset = load_with_data(
         path, weights=arguments.weights, name=arguments.data, data_dir=arguments.data_dir, other_classes=True
     )
     check_study(study, dataset)  # before the model runs over all images
@@ -82,7 +83,7 @@ def main(argv=None):
     out = Path(arguments.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
     results = transfer_results(
-        path, model, meta, dataset, study, untrained=arguments.untrained, pixels=arguments.pixels, workers=workers,
+        path, model, record, dataset, study, untrained=arguments.untrained, pixels=arguments.pixels, workers=workers,
         device=device,
     )  # fmt: skip
     show(results)

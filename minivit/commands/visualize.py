@@ -7,8 +7,11 @@ import numpy as np
 
 from minivit.base.backend import find_device, use_device
 from minivit.base.errors import InputError
+from minivit.base.files import write_json
+from minivit.base.finite import quiet_overflow
 from minivit.commands.cli import Parser, output_file
 from minivit.commands.flags import add_data, add_weights
+from minivit.commands.training import add_recipe, recipe_of_flags
 from minivit.data import (
     DATASETS,
     FOLDERS,
@@ -23,22 +26,17 @@ from minivit.data import (
     trivial_augment,
 )
 from minivit.data.operations import OPERATIONS, wide_space
+from minivit.data.source import dataset_of
 from minivit.evaluation.inference import check_finite, load_with_data, on_device
 from minivit.laboratory import curvature
 from minivit.laboratory.sharpness import along_training, spectrum_facts
 from minivit.layers.loss import one_hot
-from minivit.masked.pretrain import draw_reconstructions, load_masked
+from minivit.masked.pretrain import load_masked
 from minivit.training import lr_finder
-from minivit.training.recipes import add_recipe, prepare, recipe_of_flags
-from minivit.training.trainer import (
-    RECONSTRUCTIONS,
-    config_from,
-    dataset_of,
-    origin_of,
-    quiet_overflow,
-    versions,
-    write_json,
-)
+from minivit.training.config import train_config_of
+from minivit.training.folder import RECONSTRUCTIONS
+from minivit.training.recipes import prepare
+from minivit.weights.checkpoint import versions
 from minivit.weights.layouts import load_any
 
 EXAMPLES = """
@@ -89,18 +87,18 @@ def measured_images(dataset, count, seed):
     return dataset.train_images[rows], dataset.train_labels[rows]
 
 
-def settings_of_run(arguments, meta, path):
+def settings_of_run(arguments, record):
     """The settings of the run to be made again, with those of the command line.
 
     Raises  InputError: it began with another model, or an option is impossible.
     """
-    settings = dataclasses.replace(config_from(meta, path), device=find_device(arguments.device))
+    settings = dataclasses.replace(train_config_of(record), device=find_device(arguments.device))
     changes = {key: value for key in ("optimizer", "lr", "epochs") if (value := getattr(arguments, key)) is not None}
     settings = dataclasses.replace(settings, **changes, **({"steps": 0} if "epochs" in changes else {}))
-    if origin := origin_of(meta):
+    if record.start:
         raise InputError(
-            f"{path} began with {origin.get('checkpoint')}; this trains a run again from the beginning, and can do so "
-            "for runs that began with nothing"
+            f"{record.path} began with {record.start.get('checkpoint')}; this trains a run again from the beginning, "
+            "and can do so for runs that began with nothing"
         )
     check_least(arguments, every=1, count=1, steps=1, images=1, points=1)
     if arguments.points < 2:
@@ -118,9 +116,9 @@ def check_least(arguments, **least):
 def draw_curvature(arguments):
     """The subcommand ``curvature``; returns the exit status."""
     path = Path(arguments.checkpoint)
-    model, meta, _ = load_any(path, weights="params", named=False)
-    settings = settings_of_run(arguments, meta, path)
-    dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
+    model, record, _ = load_any(path, weights="params", named=False)
+    settings = settings_of_run(arguments, record)
+    dataset = dataset_of(record, data_dir=arguments.data_dir)
     images, labels = measured_images(dataset, arguments.images, settings.seed)
     out = Path(arguments.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
@@ -175,12 +173,14 @@ def draw_masked(arguments):
     """The subcommand ``masked``; returns the exit status."""
     check_least(arguments, count=1, seed=0)
     path = Path(arguments.checkpoint)
-    model, meta = load_masked(path)
-    dataset = dataset_of(meta, path, data_dir=arguments.data_dir)
+    model, record = load_masked(path)
+    dataset = dataset_of(record, data_dir=arguments.data_dir)
     out = Path(arguments.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
     figure = out / RECONSTRUCTIONS
     title = f"{dataset.name}, {model.masked.method}"
+    from minivit.figures.runs import draw_reconstructions  # matplotlib is slow to import
+
     draw_reconstructions(figure, model, dataset, count=arguments.count, seed=arguments.seed, title=title)
     print(f"drawn in {figure}")
     return 0

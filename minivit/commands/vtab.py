@@ -6,8 +6,10 @@ from pathlib import Path
 from minivit import figures
 from minivit.base.backend import device_name, find_device
 from minivit.base.errors import InputError
+from minivit.base.files import write_json
 from minivit.commands.cli import Parser
 from minivit.commands.flags import add_place, add_weights
+from minivit.commands.training import draw_classification
 from minivit.evaluation.inference import check_finite, predict_all
 from minivit.evaluation.vtab import (
     BATCH,
@@ -22,7 +24,7 @@ from minivit.evaluation.vtab import (
     load_task,
     summary_of,
 )
-from minivit.training.trainer import check_workers, write_json
+from minivit.training.engines.cut import check_workers
 from minivit.weights.layouts import load_with_notes
 
 HELP = f"""
@@ -80,7 +82,7 @@ def adapt(arguments, model, dataset, folder, workers, device):
     if arguments.method == "finetune":
         summary = fine_tune(
             model, dataset, folder, steps=arguments.steps, seed=arguments.seed, workers=workers, device=device,
-            lr=arguments.lr, batch_size=arguments.batch_size,
+            lr=arguments.lr, batch_size=arguments.batch_size, draw=draw_classification,
         )  # fmt: skip
         return summary and (summary["test_accuracy"], {"steps": summary["steps"]})
     train, test = (
@@ -98,7 +100,7 @@ def main(argv=None):
     arguments = parse(argv)
     workers, device = check_workers(arguments.workers), find_device(arguments.device)
     path = Path(arguments.checkpoint)
-    model, meta = load_with_notes(path, weights=arguments.weights, named=False)
+    model, record = load_with_notes(path, weights=arguments.weights, named=False)
     names = arguments.tasks or find_tasks(arguments.data_dir)
     names = [name for name in TASKS if name in names]  # each once
     data = {"examples": arguments.examples, "seed": arguments.seed}
@@ -126,7 +128,7 @@ def main(argv=None):
     summary = summary_of(scores)
     show(summary)
     file = out / f"vtab-{arguments.method}.json"
-    settings = {"checkpoint": str(path), "weights": meta["weights"], "method": arguments.method, **data,
+    settings = {"checkpoint": str(path), "weights": record.weights, "method": arguments.method, **data,
                 "device": device_name(device)}  # fmt: skip
     write_json(file, settings | summary | {"tasks": details})
     figures.save_vtab(file.with_suffix(".png"), summary, title=f"VTAB, {arguments.method}: {path}")

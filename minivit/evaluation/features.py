@@ -94,7 +94,7 @@ def check_study(study, dataset):
 
 
 def transfer_results(
-    path, model, meta, dataset, study=STUDY, *, untrained=False, pixels=False, workers=0, device="cpu"
+    path, model, record, dataset, study=STUDY, *, untrained=False, pixels=False, workers=0, device="cpu"
 ):  # fmt: skip
     """Accuracies of simple classifiers on the features of a checkpoint's model: a dict for JSON.
 
@@ -112,7 +112,7 @@ def transfer_results(
 
     kinds = {"trained": lambda: features_of(model)}
     if untrained:
-        seed = meta["settings"].get("seed", 0) if isinstance(meta.get("settings"), dict) else 0
+        seed = (record.settings or {}).get("seed", 0)
         kinds["untrained"] = lambda: features_of(ViT(model.config, seed=seed))
     if pixels:
         kinds["pixels"] = lambda: [pixels_of(images) for images in splits]
@@ -123,7 +123,7 @@ def transfer_results(
         rows.append({"features": name, "dimensions": train.shape[1], "accuracies": accuracies})
     return {
         "checkpoint": str(path),
-        "weights": meta["weights"],
+        "weights": record.weights,
         "data": dataset.name,
         "source": dataset.source,
         "classes": len(dataset.class_names),

@@ -9,27 +9,28 @@ from tqdm import tqdm
 
 from minivit.base.backend import to_device, to_host, use_device
 from minivit.base.errors import InputError
+from minivit.base.finite import quiet_overflow
 from minivit.data import FOLDERS, load, with_mirror_images
+from minivit.data.source import check_fit, dataset_of
 from minivit.model import ViT
-from minivit.training.engine import Engine
-from minivit.training.engine_cuda import CudaEngine
-from minivit.training.trainer import dataset_of, quiet_overflow
+from minivit.training.engines.cpu import Engine
+from minivit.training.engines.gpu import CudaEngine
 from minivit.weights.layouts import load_with_notes
 
 CHUNK = 512  # images between two steps of the progress bar
 
 
 def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_classes=False):
-    """A checkpoint's model and meta (see `checkpoint.load_model`), and the data set that it is to be tested on.
+    """A checkpoint's model and its `Record` (see `checkpoint.load_model`), and the data set that it is tested on.
 
     ``other_classes``: the data set that is named may have others than the model.
-    Returns  (ViT, meta, Dataset)
+    Returns  (ViT, Record, Dataset)
     Raises  InputError: the checkpoint or the data are missing or damaged, or the images or classes are not the
     model's.
     """
     path = Path(path)
-    model, meta = load_with_notes(path, weights=weights)
-    if "pretraining" in meta and not other_classes:
+    model, record = load_with_notes(path, weights=weights)
+    if record.pretraining is not None and not other_classes:
         raise InputError(
             f"{path} is of pre-training, its head knows no classes yet; minivit train --from begins with it, "
             "minivit visualize masked shows it"
@@ -38,14 +39,9 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_clas
     if name is not None and other_classes:
         dataset = load(name, data_dir or "data", image_size=c.image_size if name in FOLDERS else None)
     else:
-        dataset = dataset_of(meta, path, name=name, data_dir=data_dir, image_size=c.image_size)
-    shape, classes = dataset.test_images.shape[1:], len(dataset.class_names)
-    if shape != (c.image_size, c.image_size, c.channels) or (classes != c.num_classes and not other_classes):
-        raise InputError(
-            f"{path} takes {c.image_size}x{c.image_size}x{c.channels} images of {c.num_classes} "
-            f"classes; {dataset.name} has {'x'.join(map(str, shape))} images of {classes}"
-        )
-    return model, meta, dataset
+        dataset = dataset_of(record, name=name, data_dir=data_dir)
+    check_fit(dataset, c, path, classes=not other_classes)
+    return model, record, dataset
 
 
 def on_device(model, device):

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minivit.base.errors import InputError
 from minivit.base.settings import field_names
+from minivit.data.source import fingerprint
 from minivit.evaluation.inference import check_finite, load_with_data, predict_all
 from minivit.model import ViT, ViTConfig, preset_fields
-from minivit.training.recipes import CONFIGS, FINETUNE
-from minivit.training.trainer import (
-    LAST,
-    METRICS,
-    SUMMARY,
-    TrainConfig,
-    config_from,
-    fingerprint,
-    origin_of,
-    read_metrics,
-)
+from minivit.training.config import TrainConfig, train_config_of
+from minivit.training.folder import LAST, METRICS, SUMMARY, read_metrics
+from minivit.training.recipes import FINETUNE, own_settings
+from minivit.weights.checkpoint import Record
 from minivit.weights.start import MAY_CHANGE, StartConfig
 
 
@@ -31,7 +24,7 @@ class Run(NamedTuple):
 
     folder: Path
     model: ViT
-    meta: dict  # of the checkpoint
+    record: Record  # of the checkpoint
     train: TrainConfig
     dataset: Any
     same: bool  # are these the images that it was trained and tested on?
@@ -56,24 +49,15 @@ def read_run(folder, *, weights="auto", data_dir=None, workers=0, device="cpu"):
             f"there is no checkpoint at {path}; a report is of a run of minivit train; minivit evaluate "
             "tests a model alone"
         )
-    model, meta, dataset = load_with_data(path, weights=weights, data_dir=data_dir)
-    train = config_from(meta, path)
+    model, record, dataset = load_with_data(path, weights=weights, data_dir=data_dir)
+    train = train_config_of(record)
     logits = predict_all(model, dataset.test_images, workers=workers, device=device, flip=train.test_flip)
     check_finite(logits, path)
-    data = meta["data"] | ({"data_dir": data_dir} if data_dir else {})
+    data = record.data | ({"data_dir": data_dir} if data_dir else {})
     return Run(
-        folder, model, {**meta, "data": data}, train, dataset, data.get("fingerprint") == fingerprint(dataset), logits,
-        records_of(folder), summary_of(folder), own_settings(FINETUNE if origin_of(meta) else data.get("data")),
+        folder, model, record._replace(data=data), train, dataset, data.get("fingerprint") == fingerprint(dataset),
+        logits, records_of(folder), summary_of(folder), own_settings(FINETUNE if record.start else data.get("data")),
     )  # fmt: skip
-
-
-def own_settings(name):
-    """The tables of minivit/configs/NAME.toml, which training on this data set reads by itself; {} if there is none."""
-    try:
-        content = tomllib.loads((CONFIGS / f"{name}.toml").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        return {}
-    return {section: values for section, values in content.items() if isinstance(values, dict)}
 
 
 def read_object(path):

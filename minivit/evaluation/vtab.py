@@ -29,7 +29,9 @@ from minivit.base.errors import InputError
 from minivit.data import Dataset, check_dataset
 from minivit.data.folder import load_folder, pillow_modules
 from minivit.evaluation.transfer import PENALTIES, accuracy, choose, least_squares, logistic
-from minivit.training.trainer import LAST, TrainConfig, Trainer
+from minivit.training.config import TrainConfig
+from minivit.training.folder import stored_run
+from minivit.training.trainer import Trainer
 from minivit.weights.start import Start, begin
 
 GROUPS = {
@@ -136,10 +138,13 @@ def fit_features(method, train, test, dataset):
     return accuracy(selection.classifier.scores(test), dataset.test_labels), selection.l2
 
 
-def fine_tune(model, dataset, out, *, steps=STEPS, seed=0, workers=0, device="cpu", progress=True, **changes):
+def fine_tune(
+    model, dataset, out, *, steps=STEPS, seed=0, workers=0, device="cpu", progress=True, draw=None, **changes
+):  # fmt: skip
     """Train all of a model on a task's examples, by the paper's settings; goes on where an earlier call stopped.
 
-    ``changes`` are other settings of `TrainConfig`. The head begins at zero, as the paper has it (section 3.2).
+    ``changes`` are other settings of `TrainConfig`; ``draw``: see `Trainer`. The head begins at zero, as the paper has
+    it (section 3.2).
     Returns  the run's summary, or None if it was stopped by a signal
     Raises  InputError: see `Trainer`, or the folder holds a run that began with another model.
     """
@@ -149,12 +154,9 @@ def fine_tune(model, dataset, out, *, steps=STEPS, seed=0, workers=0, device="cp
         steps=steps, warmup_steps=round(WARMUP / STEPS * steps), evaluate_every=steps, seed=seed, workers=workers,
         device=device, **settings,
     )  # fmt: skip
-    model_config = replace(model.config, num_classes=len(dataset.class_names), pre_logits=0)
-    start = Start(begin(model, model_config), {"crc": zlib.crc32(to_host(model.flat))})
-    run = Trainer(dataset, model_config, config, out, start=start, progress=progress)
-    if (Path(out) / LAST).exists():
-        run.restore()
-    return run.run()
+    made = replace(model.config, num_classes=len(dataset.class_names), pre_logits=0)
+    start = Start(begin(model, made), {"crc": zlib.crc32(to_host(model.flat))})
+    return Trainer(dataset, made, config, out, start=start, resume=stored_run(out), progress=progress, draw=draw).run()
 
 
 def summary_of(scores):

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from minivit.weights.checkpoint import write_atomically
+from minivit.base.files import write_atomically
 
 TRAIN, TEST, GOOD, BAD = "#7a869a", "#c2410c", "#15803d", "#b91c1c"
 OURS, THEIRS, FLOOR = "#1d4ed8", "#94a3b8", "#cbd5e1"

@@ -21,7 +21,8 @@ from minivit.figures.predictions import save_calibration, save_confusion
 from minivit.layers.loss import softmax_cross_entropy_forward
 from minivit.layers.softmax import softmax_forward
 from minivit.model import intermediates
-from minivit.training.trainer import LAST, METRICS, SUMMARY, origin_of, versions
+from minivit.training.folder import LAST, METRICS, SUMMARY
+from minivit.weights.checkpoint import versions
 from minivit.weights.start import StartConfig
 
 
@@ -91,13 +92,13 @@ def _settings(run):
         values, defaults = dataclasses.asdict(settings), defaults_of(settings)
         about = {f.name: f.metadata["help"] for f in dataclasses.fields(settings)}
         groups.append(group(title, [(name, values[name], defaults[name], about[name]) for name in values]))
-    data = run.meta["data"]
+    data = run.record.data
     what = (("data", "digits", "data set"), ("data_dir", "data", "where the data lie"),
             ("image_size", None, "size that the images are brought to, pixels"),
             ("classes", None, "classes that are kept"),
             ("train_share", None, "share of the training images that is kept"))  # fmt: skip
     groups.append(group("Data", [(name, data.get(name), default, about) for name, default, about in what]))
-    if origin := origin_of(run.meta):
+    if origin := run.record.start:
         fields = [(f.name, origin.get(f.name), f.default, f.metadata["help"]) for f in dataclasses.fields(StartConfig)]
         groups.append(group("Start", fields))
     text = tag("p", tag("span", "●", class_="mark"), " differs from the default of minivit (not of a settings file).")
@@ -126,7 +127,7 @@ def _test(run, measures, confusion):
     if "top5_accuracy" in measures:
         text += f" ({percent(measures['top5_accuracy'])} within the first five)"
     text += f"; mean cross-entropy {measures['loss']:.4f}. Measured for this page with {LAST}, "
-    text += "the moving average of the weights" if run.meta["weights"] == "ema" else "the weights themselves"
+    text += "the moving average of the weights" if run.record.weights == "ema" else "the weights themselves"
     text += ", and the mean of each image's and its mirror image's logits." if run.train.test_flip else "."
     parts = [tag("h2", "Test images"), tag("p", text)]
     if (logged := number(run.summary, "test_accuracy")) is not None and logged != measures["accuracy"]:
@@ -252,8 +253,8 @@ def _speed(run):
 
 
 def _again(run):
-    parts = command(run.model.config, run.train, run.meta["data"], run.own, origin_of(run.meta))
-    stored = run.meta.get("versions")
+    parts = command(run.model.config, run.train, run.record.data, run.own, run.record.start)
+    stored = run.record.versions
     rows = [(name, version) for name, version in (stored if isinstance(stored, dict) else {}).items()]
     rows += [(name, run.summary[name]) for name in ("device", "cores", "workers") if name in run.summary]
     mine = ", ".join(f"{name} {version}" for name, version in versions().items())
@@ -273,7 +274,7 @@ PARTS = {"training": "Training", "test": "Test images", "mistakes": "Mistakes", 
 
 def page(run, *, mistakes=12):
     """The whole page about a `Run`, with so many of its mistakes, as a text."""
-    progress = run.meta.get("progress")
+    progress = run.record.progress
     probabilities, _ = softmax_forward(run.logits.astype(np.float64))  # (n, K)
     measures, confusion = measure(run.logits, run.dataset.test_labels, run.dataset.class_names)
     return document(

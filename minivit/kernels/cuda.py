@@ -154,8 +154,8 @@ def using(other):
 class Draws:
     """A batch's random numbers, drawn beforehand: what a captured graph takes in place of a Generator.
 
-    ``factors`` (n, B) holds stochastic depth's m / (1 - rate) of both branches of each block that has any, ``keys`` (n,) uint64
-    the Philox key of each dropout; both on the device, in the order of the forward.
+    ``factors`` (n, B) holds stochastic depth's m / (1 - rate) of both branches of each block that has any,
+    ``keys`` (n,) uint64 the Philox key of each dropout; both on the device, in the order of the forward.
     """
 
     def __init__(self, factors, keys=None):

@@ -9,12 +9,12 @@ import importlib.util
 
 import numpy as np
 
+from minivit.base.finite import quiet_overflow
 from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import LAYERS, MODEL_BATCH, MODELS, NEED_SCIPY
 from minivit.laboratory.facts import FACTS, TOLERANCE
 from minivit.laboratory.mistakes import planted
 from minivit.model import ViT, ViTConfig
-from minivit.training.trainer import quiet_overflow
 
 # What is allowed; each is a relative error. Central differences cannot do better than "central" and "hessian".
 LIMITS = {

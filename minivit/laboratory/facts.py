@@ -17,7 +17,7 @@ from minivit.layers.block import block_forward
 from minivit.layers.layernorm import layernorm_backward, layernorm_forward
 from minivit.layers.loss import soft_targets, softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.layers.softmax import softmax_forward
-from minivit.model import ViT, ViTConfig
+from minivit.model import ViT, ViTConfig, intermediates
 from minivit.optim import EMA, SGD, Adam, AdamW, clip_by_global_norm, learning_rate
 from minivit.options.flash_attention import flash_attention_backward, flash_attention_forward
 from minivit.options.relative_attention import relative_attention_forward
@@ -25,7 +25,7 @@ from minivit.options.stem.conv2d import conv2d_forward
 from minivit.options.stem.groupnorm import groupnorm_forward
 from minivit.options.stem.max_pool import max_pool_backward, max_pool_forward
 from minivit.options.stem.weight_standardization import weight_standardization_forward
-from minivit.training.engine import Engine
+from minivit.training.engines.cpu import Engine
 
 TOLERANCE = 1e-10
 
@@ -275,7 +275,7 @@ def axial_blocks_take_rows_and_columns_alone():
     """Each block of an axial model is the ordinary one of one row, or column, after the other; its maps say so."""
     config = replace(_SMALL, image_size=6, attention="axial", pooling="mean", pos_embed="none", depth=3)
     model = _random_model(config)
-    seen = model.intermediates(np.random.default_rng(0).standard_normal((2, 6, 6, 1)))
+    seen = intermediates(model, np.random.default_rng(0).standard_normal((2, 6, 6, 1)))
     tokens, errors = np.arange(9).reshape(3, 3), []
     for i, (z, after, maps) in enumerate(zip(seen.features, seen.features[1:], seen.attention, strict=False)):
         outside = np.ones((9, 9), bool)

@@ -93,7 +93,7 @@ _adam = _in("optim.adam", "Adam.update")
 _clip = _in("optim.clipping", "clip_by_global_norm")
 _schedule = _in("optim.schedules", "learning_rate")
 _ema = _in("optim.averages", "EMA.update")
-_engine = _in("training.engine", "Engine.gradient")
+_engine = _in("training.engines.cpu", "Engine.gradient")
 
 MISTAKES = (
     _linear(
@@ -687,7 +687,7 @@ MISTAKES = (
         "the gradient of the last step is still in the buffer", "run the same step twice",
     ),
     _engine(
-        "engine-micro-batch-mean", "labels[parts[m]], grads, denominator, rng", "labels[parts[m]], grads, None, rng",
+        "engine-micro-batch-mean", "grads, denominator, self.generator", "grads, None, self.generator",
         "each micro-batch divides by its own size, and the parts are summed", "compare one micro-batch with two",
     ),
 )  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 
 from minivit.base.backend import find_device, to_host
 from minivit.laboratory import curvature
+from minivit.laboratory.diagnosis import diagnose
 from minivit.training.trainer import Trainer
 
 
@@ -33,14 +34,16 @@ def along_training(dataset, config, settings, images, labels, *, every, count, s
     records = []
 
     def measure(trainer):
-        if not trainer.epoch % every or trainer.epoch == settings.epochs:
+        if not trainer.state.epoch % every or trainer.state.epoch == settings.epochs:
             record = record_of(trainer, config, settings, images, labels, count=count, steps=steps)
             show(record)
             records.append(record)
 
     quiet = replace(settings, evaluate_every=settings.epochs, checkpoint_seconds=1e9)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(dataset, config, quiet, Path(folder) / "run", progress=False, on_epoch=measure)
+        trainer = Trainer(
+            dataset, config, quiet, Path(folder) / "run", progress=False, diagnose=diagnose, on_epoch=measure
+        )
         if trainer.run() is None:
             return None
     return records, to_host(trainer.model.flat)
@@ -52,8 +55,8 @@ def record_of(trainer, config, settings, images, labels, *, count, steps):
     flat = to_host(trainer.model.flat).astype(np.float64)
     loss, _ = curvature.loss_gradient(config, flat, images, labels, **how)
     spectrum = curvature.sharpness(config, flat, images, labels, count=count, steps=steps, **how)
-    lr = trainer.learning_rate(trainer.step - 1)
-    record = {"epoch": trainer.epoch, "loss": float(loss), "lr": lr} | spectrum_facts(spectrum)
+    lr = trainer.learning_rate(trainer.state.step - 1)
+    record = {"epoch": trainer.state.epoch, "loss": float(loss), "lr": lr} | spectrum_facts(spectrum)
     record["edge"] = curvature.stability_edge(trainer.optimizer, lr) if lr else None
     if (scale := curvature.adam_scale(trainer.optimizer)) is not None:
         spectrum = curvature.sharpness(config, flat, images, labels, scale=scale, steps=steps, **how)

@@ -61,10 +61,10 @@ def positions(model):
     Math    learned2d: [x_b, y_a] for the patch in row a and column b, zeros for the class token; none: zeros
     Shapes  ->  (1, N, D), of N tokens without registers
     """
-    p, own = model.inputs, model.inputs if model.config.pos_at != "every" else model.of_block(model.inputs, 0)
+    p, own = model.inputs, "blocks.0." if model.config.pos_at == "every" else ""
     if model.config.pos_embed == "learned2d":
-        return position2d_forward(p["pos_embed"], own["pos_embed_x"], own["pos_embed_y"])[0]
-    return own["pos_embed"] if "pos_embed" in own else p["pos_embed"]
+        return position2d_forward(p["pos_embed"], p[f"{own}pos_embed_x"], p[f"{own}pos_embed_y"])[0]
+    return p.get(f"{own}pos_embed", p["pos_embed"])
 
 
 def feature_map(model, images):

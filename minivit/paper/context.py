@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minivit.base.finite import quiet_overflow
 from minivit.evaluation.inference import check_finite, load_with_data, on_device
 from minivit.evaluation.runs import read_object
 from minivit.paper import analyses
 from minivit.paper.trainings import length_of, plan_of, run_of, write_plan
+from minivit.training.folder import LAST, SUMMARY
 from minivit.training.recipes import find_config, read_recipe
 from minivit.training.sweep import Row, Run, result_of
-from minivit.training.trainer import LAST, SUMMARY, quiet_overflow
 from minivit.weights.layouts import is_readable, load_any
 
 SHEET = 24  # test images that are shown with their attention
@@ -85,9 +86,8 @@ class Context:
     @cached_property
     def analysed(self):
         """On which data the model is analysed: {"name", "data_dir"}, the name that was given if its file says none."""
-        _, meta, _ = load_any(self.checkpoint(), named=False)
-        has_data = isinstance(meta.get("data"), dict)
-        return {"name": None if has_data else self.data.get("data"), "data_dir": self.data.get("data_dir")}
+        _, record, _ = load_any(self.checkpoint(), named=False)
+        return {"name": None if record.data else self.data.get("data"), "data_dir": self.data.get("data_dir")}
 
     @cached_property
     def subject(self):

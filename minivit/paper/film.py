@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from minivit.base.errors import InputError
+from minivit.base.files import write_atomically
 from minivit.figures.attention import spotlight
 from minivit.figures.canvas import INK, OURS, any_text
 from minivit.layers.patch_embed import patchify
 from minivit.paper.journey import as_colors, reader, token_colors, top_classes
-from minivit.weights.checkpoint import write_atomically
 
 WIDTH, HEIGHT, FPS = 800, 450, 12.5
 COLORS = 128  # of the whole film

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from minivit import figures
+from minivit.base.files import write_json
+from minivit.base.finite import quiet_overflow
 from minivit.evaluation.features import transfer_results, transfer_stem
 from minivit.evaluation.inference import check_finite, load_with_data
 from minivit.layers.softmax import softmax_forward
 from minivit.model import ViTConfig
 from minivit.paper import analyses
 from minivit.paper.context import Result
-from minivit.training.engine import available_cores
-from minivit.training.trainer import quiet_overflow, write_json
+from minivit.training.engines.cut import available_cores
 
 IMAGES = 128  # test images whose attention is measured
 COST_MODELS, COST_SIZES = ("Ti/16", "S/16", "B/32", "B/16"), (64, 128, 192, 256)
@@ -89,8 +90,8 @@ def make_few_shot(context):
     """Fig. 4."""
     path, folder = context.checkpoint(), context.out / "fewshot"
     folder.mkdir(parents=True, exist_ok=True)
-    model, meta, dataset = load_with_data(path, **context.analysed, other_classes=True)
-    results = transfer_results(path, model, meta, dataset, untrained=True, pixels=True, device=context.device)
+    model, record, dataset = load_with_data(path, **context.analysed, other_classes=True)
+    results = transfer_results(path, model, record, dataset, untrained=True, pixels=True, device=context.device)
     stem = transfer_stem("fewshot", dataset)
     write_json(folder / f"{stem}.json", results)
     figures.save_few_shot(folder / f"{stem}.png", results, title=f"{path.parent.name}, few-shot on {dataset.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from minivit import figures
 from minivit.base.errors import InputError
+from minivit.base.files import write_json
 from minivit.base.words import counted
 from minivit.evaluation.runs import read_object
 from minivit.laboratory.trace import expected_flops
@@ -17,10 +18,10 @@ from minivit.paper.trainings import (
     run_of,
     standard_error,
 )
-from minivit.training.engine import available_cores
+from minivit.training.engines.cut import available_cores
+from minivit.training.folder import LAST
 from minivit.training.recipes import find_config, prepare, read_recipe, sizes_of
 from minivit.training.sweep import result_of, results_of, runs_of, write_table
-from minivit.training.trainer import LAST, write_json
 
 QUICK = "Nano/4"  # the model of what trains several of them
 SPEED_BATCH, SPEED_TURNS = 256, 7  # images of a timed prediction; and how often it is timed
@@ -37,7 +38,7 @@ PLAIN = {  # how fine-tuning learns, and what it is compared with
 def make_sweep(context, name, title, **settings):
     """A sweep of minivit/configs/sweeps, its table and its figure."""
     sweep, folder = finished_sweep(context, name, title, **settings)
-    text = write_table(sweep, folder)
+    text = write_table(sweep, folder, figures.save_sweep)
     path = context.figure(name)
     figures.save_sweep(path, read_object(folder / "table.json"))
     lines = [line for line in text.splitlines() if line.startswith("|")]

@@ -14,12 +14,11 @@ import time
 import zlib
 from typing import Any
 
+from minivit.base.files import write_atomically, write_json
 from minivit.evaluation.runs import read_object
 from minivit.paper import entries
 from minivit.paper.context import Result
 from minivit.paper.trainings import plan_of
-from minivit.training.trainer import write_json
-from minivit.weights.checkpoint import write_atomically
 from minivit.weights.layouts import file_of
 
 INDEX, PAGE = "index.json", "index.md"

@@ -12,17 +12,23 @@ import zlib
 from dataclasses import replace
 from functools import partial
 
+from minivit import figures
 from minivit.base.errors import InputError
+from minivit.base.files import read_toml, write_json
 from minivit.base.settings import field_names
 from minivit.base.words import counted
 from minivit.evaluation.runs import read_object, summary_of
+from minivit.figures import runs
+from minivit.laboratory.diagnosis import diagnose
 from minivit.masked import MaskedConfig
-from minivit.masked.pretrain import Pretrainer
+from minivit.masked.pretrain import MaskedPrediction
 from minivit.training.budget import time_of_epochs, within
-from minivit.training.recipes import CONFIGS, SECTIONS, find_config, prepare, read_recipe, read_toml
+from minivit.training.config import train_config_of
+from minivit.training.folder import stored_run
+from minivit.training.recipes import CONFIGS, TABLES, find_config, prepare, read_recipe
 from minivit.training.sweep import carry_out, going_on, read_sweep, results_of, runs_of, write_table
-from minivit.training.trainer import LAST, Trainer, config_from, write_json
-from minivit.weights import checkpoint
+from minivit.training.task import Classification
+from minivit.training.trainer import Trainer
 
 PLAN = "plan.json"
 LEAST = 5  # steps of a sweep's row
@@ -90,22 +96,23 @@ def run_of(context, folder, recipe, seconds, *, masked=None, capped=False):
     """
     if summary := summary_of(folder):
         return summary
-    trainer = Trainer if masked is None else partial(Pretrainer, masked=masked)
-    recipe = going_on(recipe._replace(train=recipe.train | {"device": context.device}), folder)
+    task = Classification if masked is None else partial(MaskedPrediction, masked=masked)
+    stored = stored_run(folder)
+    recipe = going_on(recipe._replace(train=recipe.train | {"device": context.device}), stored)
     dataset, model, config, begins = prepare(recipe)
-    resumes = (folder / LAST).exists()
-    if resumes:
-        length = config_from(checkpoint.load(folder / LAST)[1], folder / LAST)
+    if stored:
+        length = train_config_of(stored[1])
     else:
-        length, each = within(seconds, dataset, model, config, trainer)
+        length, each = within(seconds, dataset, model, config, task=task)
         if capped:
             length = replace(length, epochs=min(length.epochs, config.epochs))
         words = length_of(length.epochs, length.steps)
         print(f"training {words} in {folder}: an epoch takes about {each:.3g} s", flush=True)
     config = replace(config, epochs=length.epochs, steps=length.steps)
-    run = trainer(dataset, model, config, folder, progress=context.progress, **begins)
-    if resumes:
-        run.restore()
+    run = Trainer(
+        dataset, model, config, folder, task=task, resume=stored, progress=context.progress,
+        draw=runs.draw_classification if masked is None else runs.draw_masked, diagnose=diagnose, **begins,
+    )  # fmt: skip
     if run.run() is None:
         raise Stopped
     return summary_of(folder)
@@ -113,10 +120,10 @@ def run_of(context, folder, recipe, seconds, *, masked=None, capped=False):
 
 def masked_recipe(method, data, *, target=None, preset=None):
     """The recipe of pre-training by a method, minivit/configs/pretrain-METHOD.toml: (Recipe, MaskedConfig)."""
-    sections = SECTIONS | {"pretraining": field_names(MaskedConfig)}
+    tables = TABLES | {"pretraining": field_names(MaskedConfig)}
     file = find_config(f"pretrain-{method}")
-    settings = read_toml(file, sections)["pretraining"] | ({"target": target} if target else {})
-    return read_recipe(file, data=data, preset=preset, sections=sections), MaskedConfig(**settings)
+    settings = read_toml(file, tables)["pretraining"] | ({"target": target} if target else {})
+    return read_recipe(file, data=data, preset=preset, tables=tables), MaskedConfig(**settings)
 
 
 # ---- a sweep
@@ -203,8 +210,10 @@ def finished_sweep(context, name, title, **settings):
     sweep, folder = sweep_of(context, name, **settings)
     sweep = sweep._replace(title=f"{title}: seed {sweep.seeds[0]}, {sweep.title}")
     finished = results_of(sweep, folder)
-    rest = [run for run in runs_of(sweep, folder) if (run.row.name, run.seed) not in finished]
-    if not carry_out(rest, lambda: write_table(sweep, folder), device=context.device, progress=context.progress):
+    left = [run for run in runs_of(sweep, folder) if (run.row.name, run.seed) not in finished]
+    how = {"draw": runs.draw_classification, "diagnose": diagnose}
+    after = partial(write_table, sweep, folder, figures.save_sweep)
+    if not carry_out(left, after, device=context.device, progress=context.progress, **how):
         raise Stopped
     return sweep, folder
 

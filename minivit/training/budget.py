@@ -18,7 +18,7 @@ from minivit.training.trainer import Trainer
 PROBE_SECONDS = 10.0  # that the longer of the two measured runs is to take
 CLEARLY = 1.25  # times as long as the shorter one it must have taken, to be more than noise
 RESERVE = 0.03  # of the time: for checkpoints, figures, and a machine that is slower later
-PREDICTION = 1 / 3  # of a step's time, for as many pictures: a forward pass without its backward
+PREDICTION = 1 / 3  # of a step's time, for as many images: a forward pass without its backward
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -34,10 +34,10 @@ def seconds_of(text):
     return seconds
 
 
-def seconds_of_training(dataset, model, config, steps, trainer_of=None):
-    """Wall time of a run of so many steps, which leaves nothing behind; ``trainer_of`` makes its trainer [Trainer].
+def seconds_of_training(dataset, model, config, steps, **keywords):
+    """Wall time of a run of so many steps, which leaves nothing behind; ``keywords`` are those of `Trainer`.
 
-    Where the pictures make fewer steps, it takes several epochs.
+    Where the images make fewer steps, it takes several epochs.
     Raises  KeyboardInterrupt: a signal stopped it.
     """
     group, n = config.batch_size * config.accumulate, len(dataset.train_images)
@@ -48,41 +48,43 @@ def seconds_of_training(dataset, model, config, steps, trainer_of=None):
     )  # fmt: skip
     config = replace(config, steps=steps, evaluate_every=steps, checkpoint_seconds=1e9)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        trainer = (trainer_of or Trainer)(few, model, config, Path(folder) / "run", progress=False)
-        trainer.on_epoch = lambda trainer: trainer.finished and trainer.stop("measured")
+        trainer = Trainer(
+            few, model, config, Path(folder) / "run", progress=False, **keywords,
+            on_epoch=lambda trainer: trainer.finished and trainer.stop("measured"),
+        )  # fmt: skip
         trainer.run()
     if not trainer.finished:  # it took the signal for its own, and its time says nothing
         raise KeyboardInterrupt
-    return trainer.seconds
+    return trainer.seconds()
 
 
-def seconds_of_step(dataset, model, config, trainer_of=None, *, probe=PROBE_SECONDS):
+def seconds_of_step(dataset, model, config, *, probe=PROBE_SECONDS, **keywords):
     """Wall time of one optimiser step of a run, with its input pipeline and update.
 
     Two runs of different length are timed, so that what a run takes once drops out; the longer one takes ``probe``
     seconds, or fewer as soon as it takes clearly longer. Where none did, a step is its share of all of that run: too
     long rather than nothing.
     """
-    seconds_of_training(dataset, model, config, 1, trainer_of)  # memory from the system, compiled kernels
-    short = seconds_of_training(dataset, model, config, 2, trainer_of)
+    seconds_of_training(dataset, model, config, 1, **keywords)  # memory from the system, compiled kernels
+    short = seconds_of_training(dataset, model, config, 2, **keywords)
     steps = max(3, round(2 * probe / max(short, 1e-3)))
-    while (long := seconds_of_training(dataset, model, config, steps, trainer_of)) <= CLEARLY * short:
+    while (long := seconds_of_training(dataset, model, config, steps, **keywords)) <= CLEARLY * short:
         if long >= probe:
             return long / steps
         steps *= 4
     return (long - short) / (steps - 2)
 
 
-def time_of_epochs(dataset, model, config, trainer_of=None, *, probe=PROBE_SECONDS):
+def time_of_epochs(dataset, model, config, *, probe=PROBE_SECONDS, **keywords):
     """Measure a run's steps; returns a function: the seconds that so many epochs take, with their evaluations.
 
     Of less than an epoch, with the one at its end.
     """
     batch = config.batch_size * config.accumulate
-    step = seconds_of_step(dataset, model, replace(config, half_size=0.0), trainer_of, probe=probe)
+    step = seconds_of_step(dataset, model, replace(config, half_size=0.0), probe=probe, **keywords)
     small = 0.0
     if config.half_size:
-        small = seconds_of_step(dataset, model, replace(config, half_size=1.0), trainer_of, probe=probe)
+        small = seconds_of_step(dataset, model, replace(config, half_size=1.0), probe=probe, **keywords)
     steps = -(-len(dataset.train_images) // batch)
     predictions = len(dataset.test_images) / batch * step * PREDICTION * (2 if config.test_flip else 1)
 
@@ -98,14 +100,13 @@ def time_of_epochs(dataset, model, config, trainer_of=None, *, probe=PROBE_SECON
     return time_of
 
 
-def within(seconds, dataset, model, config, trainer_of=None):
+def within(seconds, dataset, model, config, **keywords):
     """A run's settings with as many epochs as fit into a time or, where not one does, as many steps of the first.
 
-    Returns (TrainConfig, measured seconds of an epoch with its evaluation, on average). ``trainer_of`` makes the
-    trainer of such a run [Trainer].
+    Returns (TrainConfig, measured seconds of an epoch with its evaluation, on average). ``keywords`` are `Trainer`'s.
     Raises  InputError: not even a step fits.
     """
-    time_of, limit = time_of_epochs(dataset, model, config, trainer_of), (1.0 - RESERVE) * seconds
+    time_of, limit = time_of_epochs(dataset, model, config, **keywords), (1.0 - RESERVE) * seconds
     if epochs := bisect_right(range(1, 1 << 62), limit, key=time_of):
         return replace(config, epochs=epochs, steps=0), time_of(epochs) / epochs
     whole = -(-len(dataset.train_images) // (config.batch_size * config.accumulate))

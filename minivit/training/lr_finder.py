@@ -1,6 +1,6 @@
 """The learning-rate finder: a few hundred training steps at a rising rate, and what their losses say.
 
-A run begins as always - its own initialisation, batches, augmentation, optimiser and clipping - but on whole pictures,
+A run begins as always - its own initialisation, batches, augmentation, optimiser and clipping - but on whole images,
 also where its settings begin with halved ones, and its learning rate rises by the same factor from each step to the
 next. While it is too low the loss stays, then it falls, and beyond some rate it rises or leaps: good peak rates lie
 where it still falls well. One ramp takes the place of a dozen runs.
@@ -19,25 +19,28 @@ Source  Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:150
 
 from __future__ import annotations
 
-import json
 import math
 import os
+from contextlib import closing
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from minivit.base.errors import InputError
-from minivit.training.trainer import BAR, Diverged, Trainer, quiet_overflow
+from minivit.base.finite import quiet_overflow
+from minivit.training.loop import progress_bar
+from minivit.training.step import NotFinite
+from minivit.training.stream import begin_epoch, groups
+from minivit.training.trainer import Trainer
 
 FEWEST = 10  # steps
 TOO_HIGH = 4.0  # times the least smoothed loss: there it ends
 SMOOTHING = 0.9  # b
 
 
-class Found(NamedTuple):
-    """What a ramp found: a rate, a loss and a smoothed loss for each of its steps, and the rates they suggest."""
+class Ramp(NamedTuple):
+    """What the finder saw: a rate, a loss and a smoothed loss for each of its steps, and the rates they suggest."""
 
     rates: np.ndarray  # (n,)
     losses: np.ndarray  # (n,)
@@ -104,73 +107,53 @@ def steepest_descent(rates, smoothed, reach):
     return steepest + reach if slopes[steepest] < 0.0 else None
 
 
-class _Ramp(Trainer):
-    """A run at given learning rates that writes no file: it stands in for its own metrics.jsonl, and stops in time."""
+def endless_groups(run):
+    """What each step of a run takes, epoch after epoch, see `groups`."""
+    while True:
+        begin_epoch(run)
+        with closing(groups(run)) as steps:
+            for batches, count, *_ in steps:
+                yield batches, count
+        run.state.epoch += 1
 
-    def __init__(self, dataset, model_config, config, rates, *, start, progress):
-        # a step's line in the metrics for each, whole pictures, and nothing that costs time and changes no loss
-        config = replace(
-            config,
-            epochs=len(rates),
-            steps=0,
-            log_every=1,
-            checkpoint_seconds=1e9,
-            ema_decay=0.0,
-            check_finite=False,
-            half_size=0.0,
-        )
-        super().__init__(dataset, model_config, config, os.devnull, start=start, progress=progress)
-        self.rates, self.smooth = rates, Smoothing()
-        self.losses, self.smoothed = [], []
 
-    def learning_rate(self, step):
-        """The learning rate of a step, counted from 0."""
-        return float(self.rates[step])
-
-    def write(self, line):
-        """Take a line of metrics.jsonl."""
-        self.losses.append(json.loads(line)["loss"])
-        self.smoothed.append(self.smooth(self.losses[-1]))
-        if self.smoothed[-1] > TOO_HIGH * min(self.smoothed):
-            self.stop(f"the smoothed loss was {TOO_HIGH:g} times its least")
-        elif len(self.losses) == len(self.rates):
-            self.stop("the highest rate was reached")
-
-    def flush(self):
-        """Nothing is written."""
-
-    def measure(self):
-        """Train until there is a reason to stop; returns it."""
-        bar = tqdm(
-            total=len(self.rates), mininterval=0.25, dynamic_ncols=True, bar_format=BAR,
-            disable=None if self.progress else True,
-        )  # fmt: skip
-        with quiet_overflow(), bar, (engine := self._engine()):
-            while self._stop is None:
+def climb(run, rates):
+    """Make a step at each of the rates, until there is a reason to stop: (losses, smoothed losses, the reason)."""
+    losses, smoothed, smooth = [], [], Smoothing()
+    with quiet_overflow(), progress_bar(len(rates), 0, run.progress) as bar, run.engine() as engine:
+        step = run.step_of(engine)
+        with closing(endless_groups(run)) as steps:
+            for rate, (batches, count) in zip(rates, steps, strict=False):
                 try:
-                    self._train_epoch(engine, self, bar)
-                except Diverged:
-                    return "a number was not finite"
-                self.epoch, self.batch = self.epoch + 1, 0
-        return self._stop
+                    figures = step(batches, count, float(rate)).read()
+                except NotFinite:
+                    return losses, smoothed, "a number was not finite"
+                losses.append(figures.loss)
+                smoothed.append(smooth(figures.loss))
+                bar.update()
+                bar.set_postfix_str(f"loss {smoothed[-1]:.3f} lr {rate:.2g}")
+                if smoothed[-1] > TOO_HIGH * min(smoothed):
+                    return losses, smoothed, f"the smoothed loss was {TOO_HIGH:g} times its least"
+    return losses, smoothed, "the highest rate was reached"
 
 
 def find(dataset, model_config, config, *, low=1e-6, high=1.0, steps=200, start=None, progress=True):
     """Raise the learning rate of a run step by step; nothing is written anywhere.
 
-    The run is the one of a `minivit.training.trainer.TrainConfig` (and of a ``start``, see `minivit.training.trainer.Trainer`), but for its
-    learning rates and their schedule, its length, its moving average and its ``half_size``: all pictures are whole. The
-    same settings give the same bits.
+    The run is the one of a `TrainConfig` (and of a ``start``, see `Trainer`), but for its learning rates and their
+    schedule, its length, its moving average and its ``half_size``: all images are whole. The same settings give the
+    same bits.
 
-    Returns  `Found`
+    Returns  `Ramp`
     Raises   InputError: no such rates; settings and data do not fit together; the very first step diverges.
     """
     rates = rising_rates(low, high, steps)
-    ramp = _Ramp(dataset, model_config, config, rates, start=start, progress=progress)
-    ended = ramp.measure()
-    n = len(ramp.losses)
+    config = replace(config, epochs=steps, steps=0, ema_decay=0.0, check_finite=False, half_size=0.0)
+    run = Trainer(dataset, model_config, config, os.devnull, start=start, progress=progress)
+    losses, smoothed, ended = climb(run, rates)
+    n = len(losses)
     if not n:
         raise InputError("the loss of the very first batch is not finite, at any learning rate")
-    smoothed = np.array(ramp.smoothed)
+    smoothed = np.array(smoothed)
     steepest = steepest_descent(rates[:n], smoothed, max(1, steps // 20))
-    return Found(rates[:n], np.array(ramp.losses), smoothed, ended, int(smoothed.argmin()), steepest)
+    return Ramp(rates[:n], np.array(losses), smoothed, ended, int(smoothed.argmin()), steepest)

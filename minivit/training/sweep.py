@@ -6,12 +6,12 @@ A sweep is a TOML file:
     config = "cifar10"                # the settings file all rows start from, by path or name
     seeds = [0, 1, 2]
 
-    [base.train]                      # changes for all rows; also [base.model], [base.data]
+    [base.schedule]                   # changes for all rows, in the tables of settings files
     epochs = 7
 
     [[row]]
     name = "AdamW"
-    train.optimizer = "adamw"         # what this row changes; also model.KEY, data.KEY, start.KEY
+    optimizer.optimizer = "adamw"     # what this row changes: TABLE.KEY
 
 In ``start.checkpoint`` "{seed}" stands for the run's seed: runs of another sweep, seed by seed.
 Every run has a folder of its own, OUT/ROW-seedS, and is an ordinary run. One that is finished is left alone, and so is
@@ -21,31 +21,27 @@ last epoch, never its best.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from minivit.base.errors import InputError
+from minivit.base.files import parse_toml, write_atomically, write_json
 from minivit.base.settings import defaults_of, refuse_unknown
-from minivit.commands.cli import parse_toml
-from minivit.data import FOLDERS
+from minivit.data import FOLDERS, load
+from minivit.data.source import DATA_KEYS
 from minivit.model import ViTConfig
-from minivit.training.recipes import DATA_KEYS, SECTIONS, Recipe, find_config, read_recipe, trainer_of
-from minivit.training.trainer import (
-    FREE_ON_RESUME,
-    LAST,
-    SETTINGS,
-    SUMMARY,
-    Diverged,
-    TrainConfig,
-    config_from,
-    write_json,
-)
-from minivit.weights import checkpoint
-from minivit.weights.checkpoint import write_atomically
+from minivit.training.config import FREE_ON_RESUME, TrainConfig, train_config_of, without_removed
+from minivit.training.folder import SETTINGS, SUMMARY, stored_run
+from minivit.training.plan import plan_of
+from minivit.training.recipes import SECTIONS, TABLES, Recipe, find_config, in_sections, prepare, read_recipe
+from minivit.training.task import Classification
+from minivit.training.trainer import Diverged, Trainer
 from minivit.weights.start import StartConfig
 
 TABLE = "table.json"
@@ -107,10 +103,10 @@ def read_sweep(path):
         raise InputError(f"{path}: config must be the name of a settings file")
     file = find_config(file) if file else None
     base = _sections(content.get("base", {}), f"{path} [base]")
-    made = []
+    entries = []
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
-        refuse_unknown(row, ("name", *SECTIONS), where)
+        refuse_unknown(row, ("name", *TABLES), where)
         name = row.get("name")
         if not isinstance(name, str) or not name.strip():
             raise InputError(f"{where} has no name")
@@ -118,28 +114,24 @@ def read_sweep(path):
         merged = {section: base[section] | own[section] for section in SECTIONS}
         preset = merged["model"].pop("preset", None)
         recipe = read_recipe(file, preset=preset, **merged)
-        made.append(Row(name, {key: value for section in own.values() for key, value in section.items()}, recipe))
-    folders = [folder_name(row.name, 0) for row in made]
-    if repeated := {row.name for row, folder in zip(made, folders, strict=True) if folders.count(folder) > 1}:
+        entries.append(Row(name, {key: value for section in own.values() for key, value in section.items()}, recipe))
+    folders = [folder_name(row.name, 0) for row in entries]
+    if repeated := {row.name for row, folder in zip(entries, folders, strict=True) if folders.count(folder) > 1}:
         raise InputError(f"{path}: two rows are called alike: {', '.join(sorted(repeated))}")
     title = content.get("title", path.stem)
     if not isinstance(title, str):
         raise InputError(f"{path}: title must be a text")
-    return Sweep(title, tuple(seeds), tuple(made))
+    return Sweep(title, tuple(seeds), tuple(entries))
 
 
 def _sections(content, where):
-    """The tables of settings of a part of the file, each perhaps empty."""
+    """The settings of a part of the file, by sections, see `in_sections`, each perhaps empty."""
     if not isinstance(content, dict):
-        raise InputError(f"{where} must have the tables {', '.join(SECTIONS)}")
-    refuse_unknown(content, SECTIONS, where)
-    for section, values in content.items():
-        if not isinstance(values, dict):
-            raise InputError(f"{where}: {section} must be a table, written {section}.KEY = VALUE")
-        refuse_unknown(values, SECTIONS[section], f"{where} {section}")
-    if "seed" in content.get("train", {}):
+        raise InputError(f"{where} must have the tables {', '.join(TABLES)}")
+    sections = in_sections(content, where)
+    if "seed" in sections["train"]:
         raise InputError(f"{where}: seeds stand at the head of the file")
-    return {section: dict(content.get(section, {})) for section in SECTIONS}
+    return sections
 
 
 def folder_name(name, seed):
@@ -160,16 +152,15 @@ def recipe_of(run):
     return recipe._replace(train=recipe.train | {"seed": run.seed}, start=start)
 
 
-def going_on(recipe, folder):
-    """The recipe, with the threads and the micro-batch that a run chose which stopped in the folder.
+def going_on(recipe, stored):
+    """The recipe, with the threads and the micro-batch that a run chose which stopped.
 
-    Raises  InputError: its checkpoint is damaged.
+    ``stored`` is its checkpoint, as `stored_run` gives it; without one the recipe stays as it is.
     """
-    path = folder / LAST
-    if not path.exists():
+    if stored is None:
         return recipe
-    stored = config_from(checkpoint.load(path)[1], path)
-    chosen = {key: getattr(stored, key) for key in CHOSEN if not recipe.train.get(key)}
+    config = train_config_of(stored[1])
+    chosen = {key: getattr(config, key) for key in CHOSEN if not recipe.train.get(key)}
     return recipe._replace(train=recipe.train | chosen)
 
 
@@ -189,20 +180,22 @@ def result_of(run, *, free=()):
             settings, result = noted["settings"], {"diverged": int(noted["step"])}
         except (OSError, ValueError, KeyError, TypeError):
             return None
-    for section, asked in _expected(recipe_of(run), settings).items():
-        for key, value in asked.items():
-            found = settings.get(section, {}).get(key, DEFAULTS[section][key])  # earlier versions had fewer
-            if found != value and key not in (*FREE, *free):
+    without_removed(settings.get("train", {}), run.folder)
+    for section, values in _expected(recipe_of(run), settings).items():
+        for key, value in values.items():
+            actual = settings.get(section, {}).get(key, DEFAULTS[section][key])  # earlier versions had fewer
+            if actual != value and key not in (*FREE, *free):
                 raise InputError(
-                    f"{run.folder} holds a run with {key} {found!r}, the sweep asks for {value!r}; choose another --out"
+                    f"{run.folder} holds a run with {key} {actual!r}, the sweep asks for {value!r}; choose another "
+                    "--out"
                 )
     return result
 
 
-def _expected(recipe, found):
+def _expected(recipe, settings):
     """The settings that a run of the recipe has, section by section; what the data or the run choose is left out.
 
-    ``found`` are those of the run in question.
+    ``settings`` are those of the run in question.
     """
     data, model, train, start = recipe
     data, train = dict(data), DEFAULTS["train"] | train
@@ -211,7 +204,7 @@ def _expected(recipe, found):
     if not start:  # otherwise what is not asked for is the start's
         model = {key: value for key, value in DEFAULTS["model"].items() if key not in FITTED} | model
     if model.get("mlp_dim") == 0:
-        model = model | {"mlp_dim": 4 * model.get("width", found.get("model", {}).get("width", 0))}
+        model = model | {"mlp_dim": 4 * model.get("width", settings.get("model", {}).get("width", 0))}
     left_out = {key for key in CHOSEN if not train[key]} | ({"epochs"} if train["steps"] else set())
     train = {key: value for key, value in train.items() if key not in left_out}
     return {"data": data, "model": model, "train": train, "start": DEFAULTS["start"] | start}
@@ -243,18 +236,18 @@ def known_results(out):
 
 def results_of(sweep, out):
     """The results of all runs that are finished or diverged: {(row's name, seed): what `result_of` says}."""
-    known, found = known_results(out), {}
+    known, results = known_results(out), {}
     for run in runs_of(sweep, out):
         result = result_of(run) or known.get((run.row.name, _written(run.row.recipe._asdict()), run.seed))
         if result:
-            found[run.row.name, run.seed] = result
-    return found
+            results[run.row.name, run.seed] = result
+    return results
 
 
 def _written(recipe):
     """A recipe as text, the same whether or not it names what is not asked for."""
-    asked = {name: {k: v for k, v in section.items() if v is not None} for name, section in recipe.items()}
-    return json.dumps({name: section for name, section in asked.items() if section}, sort_keys=True)
+    settings = {name: {k: v for k, v in section.items() if v is not None} for name, section in recipe.items()}
+    return json.dumps({name: section for name, section in settings.items() if section}, sort_keys=True)
 
 
 def table_of(sweep, out):
@@ -314,46 +307,41 @@ def markdown(table):
     return "\n".join(lines) + "\n"
 
 
-def write_table(sweep, out):
-    """Write table.md, table.json and sweep.png; returns the Markdown."""
-    from minivit import figures  # matplotlib is slow to import
-
+def write_table(sweep, out, draw=None):
+    """Write table.md, table.json and, where ``draw(path, table)`` draws it, sweep.png; returns the Markdown."""
     table = table_of(sweep, out)
     text = markdown(table)
     write_json(Path(out) / TABLE, table)
     write_atomically(Path(out) / "table.md", lambda file: file.write(text.encode()))
-    figures.save_sweep(Path(out) / "sweep.png", table)
+    if draw:
+        draw(Path(out) / "sweep.png", table)
     return text
 
 
-def carry_out(runs, after, *, device=None, progress=True):
+def carry_out(runs, after, *, device=None, progress=True, **keywords):
     """Make runs one after the other, each from where it stopped; ``after()`` is called after each.
 
     ``device``: where they are made, if not where their settings say. Results of several devices are one table's.
-    One that diverges is noted in its folder, and the others are made.
+    ``keywords`` are those of `Trainer`. A run that diverges is noted in its folder, and the others are made.
 
     Returns  whether all were made; False if a signal stopped one
     Raises  InputError: one has impossible settings: all rows, and all that they start from, are looked at before the
             first begins.
     """
-
-    def recipe(run):
-        made = recipe_of(run)
-        return going_on(made._replace(train=made.train | {"device": device}) if device else made, run.folder)
-
-    for each in {(each.row.name, recipe_of(each).start.get("checkpoint")): each for each in runs}.values():
-        trainer_of(recipe(each), each.folder, progress=False)
+    ready = prepared(runs, device)
     for number, each in enumerate(runs, start=1):
         print(f"\n{number} of {len(runs)}: {each.row.name}, seed {each.seed}", flush=True)
-        trainer = trainer_of(recipe(each), each.folder, progress=progress)
-        if (each.folder / LAST).exists():
-            trainer.restore()
+        dataset, model, config, begins = ready[_kind_of(each)]
+        stored, recipe = stored_run(each.folder), recipe_of(each)
+        recipe = going_on(recipe, stored)
+        config = replace(config, seed=each.seed, **{key: recipe.train.get(key, 0) for key in CHOSEN})
+        trainer = Trainer(dataset, model, config, each.folder, resume=stored, progress=progress, **begins, **keywords)
         started_at = time.monotonic()
         try:
             summary = trainer.run()
         except Diverged as error:
             settings = json.loads((each.folder / SETTINGS).read_text(encoding="utf-8"))
-            write_json(each.folder / DIVERGED, {"step": trainer.step, "settings": settings})
+            write_json(each.folder / DIVERGED, {"step": trainer.state.step, "settings": settings})
             print(f"{each.row.name}, seed {each.seed}: {error}", flush=True)
         else:
             if summary is None:
@@ -362,3 +350,25 @@ def carry_out(runs, after, *, device=None, progress=True):
                   f"in {time.monotonic() - started_at:.0f} s", flush=True)  # fmt: skip
         after()
     return True
+
+
+def _kind_of(run):
+    """What runs have in common that differ by their seed alone: their row and what they start from."""
+    return run.row.name, recipe_of(run).start.get("checkpoint")
+
+
+def prepared(runs, device=None):
+    """What `prepare` says of each kind of run, see `_kind_of`, the same data loaded once: a dict.
+
+    Raises  InputError: one has impossible settings.
+    """
+    load_once, ready = functools.cache(load), {}
+    for each in runs:
+        if (kind := _kind_of(each)) in ready:
+            continue
+        recipe = recipe_of(each)
+        if device:
+            recipe = recipe._replace(train=recipe.train | {"device": device})
+        dataset, model, config, begins = ready[kind] = prepare(recipe, load_once)
+        plan_of(dataset, model, config, Classification(dataset, model, config), start=begins["start"])
+    return ready

@@ -5,7 +5,7 @@ Inside are named arrays and ``meta``, a JSON text with everything that is not an
     params/NAME       the parameters, with the names and shapes of `minivit.model.parameter_table`
     ema/NAME          their moving average, if the run keeps one
     optimizer/NAME    the optimiser's state vectors, flat
-    order             the order of the pictures in the epoch under way
+    order             the order of the images in the epoch under way
     meta              format, configuration, settings, class names, progress
 
     >>> import json, numpy as np
@@ -18,56 +18,30 @@ the file's own length before memory is taken, and each array's checksum (CRC-32,
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
 import math
-import os
+import platform
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from minivit import __version__
 from minivit.base import params as parameters
 from minivit.base.backend import to_host
 from minivit.base.errors import InputError
+from minivit.base.files import write_atomically
+from minivit.base.finite import is_finite
 from minivit.base.settings import settings_of
 from minivit.layers.block import BLOCK_PARAMETERS
 from minivit.model import ViT, ViTConfig, parameter_table
 
 FORMAT = "minivit checkpoint"
 VERSION = 1
-
-
-def write_atomically(path, write):
-    """Call ``write(file)`` on a temporary file beside ``path``, flush it to the disk, then rename it to ``path``.
-
-    Whatever happens on the way, ``path`` holds either what it held before or the whole new content.
-    Raises  OSError: the disk is full, the folder cannot be written, ...; it names ``path``, and the temporary file is
-    removed.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # the temporary file's name means nothing to a user
-            error.filename, error.filename2 = str(path), None
-        raise
-    if os.name == "posix":  # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def save(path, arrays, meta):
@@ -147,42 +121,76 @@ def load(path):
     return arrays, meta
 
 
-def config_of(meta, path):
-    """The `ViTConfig` that a checkpoint's meta describes.
+class Record(NamedTuple):
+    """What a checkpoint, or another program's file, says of its model and of the run that made it.
 
-    Raises  InputError: it is missing, or holds unknown or impossible settings.
+    What it does not say, or says in a form that cannot be read, is None; of the data it is {}.
     """
-    config = meta.get("config")
-    if not isinstance(config, dict):
+
+    path: Any  # of the file, as the user named it
+    config: ViTConfig
+    class_names: list | None = None
+    weights: str = "params"  # which of its parameters a model was made of: "params", or "ema", their moving average
+    data: dict = {}  # how to find the data set: data, data_dir, image_size, classes, train_share, name, fingerprint
+    settings: dict | None = None  # of the training
+    start: dict | None = None  # where the run's first parameters came from: see `minivit.weights.start.Start`
+    pretraining: dict | None = None  # of a masked model
+    progress: dict | None = None  # how far the run was
+    versions: dict | None = None
+
+
+def record_of(meta, path):
+    """The `Record` of a checkpoint's meta.
+
+    Raises  InputError: the model's configuration is missing, or holds unknown or impossible settings.
+    """
+    if not isinstance(meta.get("config"), dict):
         raise InputError(f"{path} does not say which model it holds")
-    return settings_of(ViTConfig, config, path)
+    names = meta.get("class_names")
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    tables = ("settings", "start", "pretraining", "progress", "versions")
+    return Record(
+        path=path,
+        config=settings_of(ViTConfig, meta["config"], path),
+        class_names=names if known else None,
+        data=meta["data"] if isinstance(meta.get("data"), dict) else {},
+        **{name: meta[name] if isinstance(meta.get(name), dict) else None for name in tables},
+    )
 
 
-def class_names_of(meta, path):
-    """The class names in a checkpoint's meta, one for each class of its model.
+def read(path):
+    """A checkpoint's arrays and its `Record`.
+
+    Raises  InputError: see `load` and `record_of`.
+    """
+    arrays, meta = load(path)
+    return arrays, record_of(meta, path)
+
+
+def class_names_of(record):
+    """The class names of a `Record`, one for each class of its model.
 
     Raises  InputError: they are missing, or there are more or fewer.
     """
-    names = meta.get("class_names")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path} does not say what its classes are called")
-    if len(names) != (classes := config_of(meta, path).num_classes):
-        raise InputError(f"{path} has a model of {classes} classes and names for {len(names)}")
+    names, classes = record.class_names, record.config.num_classes
+    if names is None:
+        raise InputError(f"{record.path} does not say what its classes are called")
+    if len(names) != classes:
+        raise InputError(f"{record.path} has a model of {classes} classes and names for {len(names)}")
     return names
 
 
-def few_classes(meta):
+def few_classes(record):
     """The first few of a model's class names, for a message; and what to do where its file named none."""
-    names = meta.get("class_names")
-    names = [str(name) for name in names] if isinstance(names, list) else []
+    names = record.class_names or []
     few = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     numbered = names and names == [f"class {k}" for k in range(len(names))]
     return few + (" (minivit convert --class-names FILE gives them their names)" if numbered else "")
 
 
-def is_finite(array):
-    """Does it hold floating-point numbers, none of them NaN or infinite?"""
-    return array.dtype.kind == "f" and bool(np.isfinite(array).all())
+def versions():
+    """Versions of what the numbers depend on, for files that are written."""
+    return {"minivit": __version__, "python": platform.python_version(), "numpy": np.__version__}
 
 
 def fill(flat, table, arrays, prefix, path):
@@ -190,7 +198,7 @@ def fill(flat, table, arrays, prefix, path):
 
     Raises  InputError: an array is missing, has another shape or is not finite; the buffer is unchanged then.
     """
-    found = {}
+    values = {}
     for spec in table:
         array = arrays.get(f"{prefix}/{spec.name}")
         if array is None:
@@ -199,31 +207,42 @@ def fill(flat, table, arrays, prefix, path):
             raise InputError(f"{path}: {prefix}/{spec.name} has shape {array.shape}, the model needs {spec.shape}")
         if not is_finite(array):
             raise InputError(f"{path}: {prefix}/{spec.name} holds values that are not finite numbers")
-        found[spec.name] = array
+        values[spec.name] = array
     for name, view in parameters.views(flat, table).items():
-        view[...] = found[name]
+        view[...] = values[name]
 
 
-def load_model(path, *, weights="auto"):
-    """A `ViT` from a checkpoint, and the checkpoint's meta, with ``meta["weights"]`` saying which were taken.
+def flat_parameters(arrays, record, table_of, weights="auto"):
+    """The parameters that a checkpoint holds for a model: (flat float32 buffer, "params" or "ema").
 
-    ``weights``: "params", "ema" (the moving average), or "auto": the average if there is one.
-    Raises  InputError: see `load`, `config_of` and `fill`.
+    ``table_of()`` makes the model's parameter table. ``weights``: "params", "ema" (the moving average), or "auto": the
+    average if there is one.
+    Raises  InputError: there is no average, or see `fill`.
     """
-    arrays, meta = load(path)
-    config = config_of(meta, path)
+    path, depth = record.path, record.config.depth
     has_average = any(name.startswith("ema/") for name in arrays)
     if weights == "ema" and not has_average:
         raise InputError(f"{path} holds no moving average; use the plain weights")
     prefix = "ema" if has_average and weights != "params" else "params"
-    if config.depth * len(BLOCK_PARAMETERS) > len(arrays):  # before a table of any length is built
-        raise InputError(f"{path} holds fewer blocks than the {config.depth} it announces")
-    table = parameter_table(config)
+    if depth * len(BLOCK_PARAMETERS) > len(arrays):  # before a table of any length is built
+        raise InputError(f"{path} holds fewer blocks than the {depth} it announces")
+    table = table_of()
     if (size := parameters.count(table)) > sum(a.size for a in arrays.values()):
         raise InputError(f"{path} holds fewer numbers than the {size:,} parameters of its model")
     flat = np.empty(size, np.float32)
     fill(flat, table, arrays, prefix, path)
-    return ViT(config, flat=flat), {**meta, "weights": prefix}
+    return flat, prefix
+
+
+def load_model(path, *, weights="auto"):
+    """A `ViT` from a checkpoint, and the checkpoint's `Record`, whose ``weights`` say which were taken.
+
+    ``weights`` are as in `flat_parameters`.
+    Raises  InputError: see `load`, `record_of` and `flat_parameters`.
+    """
+    arrays, record = read(path)
+    flat, prefix = flat_parameters(arrays, record, lambda: parameter_table(record.config), weights)
+    return ViT(record.config, flat=flat), record._replace(weights=prefix)
 
 
 def model_meta(config):

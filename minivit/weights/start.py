@@ -59,7 +59,7 @@ class Start(NamedTuple):
 
 
 def load_start(path):
-    """The model that a file holds, and its meta; ``meta["weights"]`` says which of its parameters were taken.
+    """The model that a file holds, and its `checkpoint.Record`, which says which of its parameters were taken.
 
     The file may be another program's (see `minivit.weights.layouts`); what had to be assumed of it is printed.
     Raises  InputError: no such file, or nothing that minivit reads.
@@ -134,21 +134,21 @@ def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch
     return new.flat
 
 
-def prepare_start(start, request, class_names, source=None):
+def prepare_start(start, asked, class_names, loaded=None):
     """The model and the first parameters of a run that a `StartConfig` means: (ViTConfig, `Start`).
 
-    ``request``: the fields of `ViTConfig` that the data and the user want, ``class_names`` those of the data,
-    ``source`` what `load_start` returned, if it has been called.
+    ``asked`` are the fields of `ViTConfig` that the data and the user want, ``class_names`` those of the data,
+    ``loaded`` what `load_start` returned, if it has been called.
 
     Raises  InputError: see `load_start`, `model_from` and `begin`; the head is to be kept for other classes.
     """
-    trained, meta = source or load_start(start.checkpoint)
-    config = model_from(trained.config, request, start.checkpoint, keep_head=start.keep_head)
+    trained, record = loaded or load_start(start.checkpoint)
+    config = model_from(trained.config, asked, start.checkpoint, keep_head=start.keep_head)
     if start.keep_head:
-        if list(class_names) != meta.get("class_names"):
-            few = checkpoint.few_classes(meta)
+        if list(class_names) != record.class_names:
+            few = checkpoint.few_classes(record)
             raise InputError(f"{start.checkpoint} was trained for the classes {few}: leave --keep-head out for others")
     settings = {"pos_resize": start.pos_resize, "patch_resize": start.patch_resize, "keep_head": start.keep_head}
     flat = begin(trained, config, **settings)
-    origin = asdict(start) | {"weights": meta["weights"], "crc": zlib.crc32(to_host(trained.flat))}
+    origin = asdict(start) | {"weights": record.weights, "crc": zlib.crc32(to_host(trained.flat))}
     return config, Start(flat, origin)

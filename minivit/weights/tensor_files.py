@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minivit.base.errors import InputError
-from minivit.weights.checkpoint import write_atomically
+from minivit.base.files import write_atomically
 
 BFLOAT16 = "bfloat16"
 FLOATS = ("float16", BFLOAT16, "float32", "float64")

@@ -14,6 +14,7 @@ from minivit.benchmark.contenders import Job
 from minivit.benchmark.contenders.ours import OursOnGpu
 from minivit.kernels import cuda
 from minivit.model import ViTConfig
+from minivit.training.step import Batch
 
 TINY = ViTConfig(image_size=8, patch_size=4, width=12, depth=2, num_heads=3, mlp_dim=20)
 SIGNATURES = signatures(cuda.SOURCE.read_text())
@@ -51,7 +52,7 @@ def test_only_those_read_what_they_write_over(emulated, precision, changes):
     recorder = Recorder(emulated)
     contender = OursOnGpu(Job("step", ViTConfig(**vars(TINY) | changes), 3, 0, {}, "cuda", precision))
     with cuda.using(recorder):
-        contender.whole_step(contender.images, contender.labels, step=0, lr=1e-3)
+        contender.whole_step([Batch(0, contender.images, contender.labels)], 3, 1e-3)
     seen = set()
     for _, call, settings in recorder._kinds.values():
         name, _, _, arguments = call

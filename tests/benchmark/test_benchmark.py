@@ -29,7 +29,8 @@ from minivit.figures import contest as contest_figures
 from minivit.figures import save_contest
 from minivit.laboratory import trace
 from minivit.model import ViT
-from minivit.training.engine import Engine, available_cores
+from minivit.training.engines.cpu import Engine
+from minivit.training.engines.cut import available_cores
 
 TINY = {"image_size": 8, "patch_size": 4, "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
 FLAGS = [

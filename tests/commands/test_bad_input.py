@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from conftest import ROOT, TINY
 
 from minivit.commands import cli
-from minivit.training.trainer import LAST
+from minivit.training.folder import LAST
 from minivit.weights import checkpoint
 
 
@@ -252,9 +253,9 @@ CASES = {
             "--depth -1": "depth must be at least 1, got -1",
             "--depth 1000000000000": "GB of memory",
             "--width 100000000000": "GB of memory",
-            "--num-classes 5": "the data have 10 classes, the model has 5",
-            "--num-classes 50": "the data have 10 classes, the model has 50",
-            "--channels 3": "the pictures are 8x8x1, the model takes 8x8x3",
+            "--num-classes 5": "the model takes 8x8x1 images of 5 classes; digits has 8x8x1 images of 10",
+            "--num-classes 50": "the model takes 8x8x1 images of 50 classes; digits has 8x8x1 images of 10",
+            "--channels 3": "the model takes 8x8x3 images of 10 classes; digits has 8x8x1 images",
             "--image-size 10": "image_size 10 is not a multiple of patch_size 4",
             "--pooling max": "pooling must be one of cls, mean",
             "--pos-embed random": "pos_embed must be one of",
@@ -277,7 +278,7 @@ CASES = {
             "--beta2 1": "beta2 must be at least 0.0 and below 1.0",
             "--ema-decay 1.5": "ema_decay must be",
             "--label-smoothing 1": "label_smoothing must be",
-            "--crop-padding 8": "crop_padding 8 moves whole pictures out of sight",
+            "--crop-padding 8": "crop_padding 8 moves whole images out of sight",
             "--crop-padding -1": "crop_padding must be at least 0",
             "--crop-mode wrap": "crop_mode must be one of zero, reflect; got 'wrap'",
             "--policy best": "policy must be one of none, trivial, rand, auto; got 'best'",
@@ -454,13 +455,13 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run(tmp_path, monkeypatch, call
 
 
 def test_a_disk_that_is_full_for_the_log(tmp_path, monkeypatch, call, no_figures):
-    from minivit.training import trainer as train
+    from minivit.training import loop
 
-    def log(file, **record):
+    def log(**record):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_log", log)
+        patch.setattr(loop, "metrics_log", lambda folder: nullcontext(log))
         ended = call("train", *TINY, "--epochs", 1, "--log-every", 1, "--out", tmp_path / "run")
     assert_refused(ended, "No space left on device")
     assert call("train", "--resume", "--quiet", "--out", tmp_path / "run").status == 0
@@ -479,7 +480,7 @@ def test_a_diverging_run_of_which_every_tensor_is_looked_at(tmp_path, call):
 
 
 def test_memory_that_runs_out(trained, tmp_path, monkeypatch, call):
-    from minivit.training.engine import Engine
+    from minivit.training.engines.cpu import Engine
 
     def fail(*arguments, **keywords):
         raise MemoryError

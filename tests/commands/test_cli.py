@@ -13,11 +13,13 @@ from conftest import load_script
 
 from minivit import ViTConfig
 from minivit.base.errors import InputError
+from minivit.base.files import read_toml
 from minivit.base.settings import field_names
 from minivit.commands import NAMES, cli
-from minivit.commands.cli import Parser, add_settings, given, read_toml
-from minivit.training.recipes import CONFIGS, recipe_of_flags
-from minivit.training.trainer import TrainConfig
+from minivit.commands.cli import Parser, add_settings, given
+from minivit.commands.training import recipe_of_flags
+from minivit.training.config import TrainConfig
+from minivit.training.recipes import CONFIGS
 from minivit.weights.start import StartConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -67,10 +67,10 @@ def test_class_names_and_a_new_head(call, digits, tmp_path):
     names = [f"Ziffer {k}" for k in range(10)]
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n\n")
     call("convert", digits, tmp_path / "a.npz", "--to", "minivit", "--class-names", tmp_path / "names.txt")
-    assert checkpoint.load_model(tmp_path / "a.npz")[1]["class_names"] == names
+    assert checkpoint.load_model(tmp_path / "a.npz")[1].class_names == names
     call("convert", tmp_path / "a.npz", tmp_path / "b", "--to", "hf")
     call("convert", tmp_path / "b", tmp_path / "c.npz", "--to", "minivit")
-    assert checkpoint.load_model(tmp_path / "c.npz")[1]["class_names"] == names
+    assert checkpoint.load_model(tmp_path / "c.npz")[1].class_names == names
     (tmp_path / "names.txt").write_text("one\n")
     fails(call("convert", digits, tmp_path / "x", "--to", "hf", "--class-names", tmp_path / "names.txt"), "has 1 class")
     fails(call("convert", digits, tmp_path / "x", "--to", "hf", "--class-names", tmp_path / "none"), "there is no file")
@@ -80,7 +80,7 @@ def test_class_names_and_a_new_head(call, digits, tmp_path):
     fails(call("convert", tmp_path / "bare.npz", tmp_path / "x.npz", "--to", "minivit"), "--num-classes")
     ended = call("convert", tmp_path / "bare.npz", tmp_path / "x.npz", "--to", "minivit", "--num-classes", 3)
     assert "note: the file has no head" in ended.out
-    assert checkpoint.load_model(tmp_path / "x.npz")[1]["class_names"] == ["class 0", "class 1", "class 2"]
+    assert checkpoint.load_model(tmp_path / "x.npz")[1].class_names == ["class 0", "class 1", "class 2"]
 
 
 def test_settings_are_overruled(call, digits, tmp_path):

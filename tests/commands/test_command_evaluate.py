@@ -7,11 +7,10 @@ import pytest
 from PIL import Image
 
 from minivit import ViTConfig
-from minivit.data import load
+from minivit.data import load, source
 from minivit.evaluation.inference import predict_all
 from minivit.model import ViT
-from minivit.training import trainer as train
-from minivit.training.trainer import LAST, SUMMARY
+from minivit.training.folder import LAST, SUMMARY
 from minivit.weights import checkpoint
 from minivit.weights.checkpoint import named_arrays
 
@@ -121,7 +120,7 @@ def test_images_of_another_size_are_refused(trained, tmp_path, call, monkeypatch
     larger = data._replace(
         train_images=np.repeat(data.train_images, 2, 1), test_images=np.repeat(data.test_images, 2, 1)
     )
-    monkeypatch.setattr(train, "load_data", lambda *arguments, **keywords: larger)
+    monkeypatch.setattr(source, "load", lambda *arguments, **keywords: larger)
     ended = call("evaluate", trained / LAST, "--out", tmp_path / "new")
     assert ended.status == 2 and "takes 8x8x1 images of 10 classes; digits has 16x8x1 images of 10" in ended.err
     assert not (tmp_path / "new").exists()

@@ -10,7 +10,8 @@ from PIL import Image
 
 from minivit.data import load
 from minivit.layers.softmax import softmax_forward
-from minivit.training.trainer import LAST
+from minivit.model import intermediates
+from minivit.training.folder import LAST
 from minivit.weights import checkpoint
 
 DATA = load("digits")
@@ -149,7 +150,7 @@ def test_attention_of_the_last_block_or_of_all(trained, tmp_path, call, monkeypa
         ended = call("predict", trained / LAST, "--test", 5, "--out", tmp_path, *more)
         assert ended.status == 0, ended.err
     model = checkpoint.load_model(trained / LAST)[0]
-    (attention,) = model.intermediates(DATA.test_images[5:6]).attention  # one block, with a class token
+    (attention,) = intermediates(model, DATA.test_images[5:6]).attention  # one block, with a class token
     row = attention[0].mean(axis=0)[0, 1:].reshape(2, 2)
     for (map_, what), scale, said in zip(drawn, (1, 1, 0.5), ("last", "last", "rollout"), strict=True):
         np.testing.assert_allclose(map_, scale * row, rtol=1e-5)  # (A + I) / 2: the patches have half of the rollout

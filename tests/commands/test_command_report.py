@@ -14,13 +14,16 @@ from conftest import TINY, load_script
 from PIL import Image
 
 from minivit import ViT, ViTConfig, figures
+from minivit.commands.training import recipe_of_flags
 from minivit.data import Dataset, load
 from minivit.evaluation import runs
 from minivit.evaluation.inference import attention_map, predict_all
 from minivit.figures import html, report
 from minivit.layers.softmax import softmax_forward
-from minivit.training.recipes import recipe_of_flags
-from minivit.training.trainer import LAST, METRICS, SUMMARY, TrainConfig, config_from
+from minivit.model import intermediates
+from minivit.training.config import TrainConfig, train_config_of
+from minivit.training.folder import LAST, METRICS, SUMMARY
+from minivit.training.recipes import own_settings
 from minivit.weights import checkpoint
 
 VOID = {"meta", "img"}
@@ -172,7 +175,7 @@ def test_the_most_confident_mistakes(trained, reported):
         assert f"{said}test image {i}" in text
         assert np.abs(shown[..., 0].astype(int) - (255 - images[i, ..., 0])).max() <= 3  # dark ink on white
         # of the four patches the one with most attention is the most yellow
-        row = model.intermediates(images[i : i + 1]).attention[-1][0].mean(axis=0)[0, 1:]
+        row = intermediates(model, images[i : i + 1]).attention[-1][0].mean(axis=0)[0, 1:]
         yellow = overlay.astype(int)[..., 0] - overlay[..., 2]
         patches = [yellow[r : r + 4, c : c + 4].mean() for r in (0, 4) for c in (0, 4)]
         assert row[np.argmax(patches)] >= row.max() - 0.02 * np.ptp(row)  # of two that are all but alike, either
@@ -258,9 +261,10 @@ def a_run(folder, *, channels=3, pooling="mean", right=False, **settings):
     logits = rng.standard_normal((6, 4)).astype(np.float32)
     if right:
         logits = np.eye(4, dtype=np.float32)[labels]
-    meta = {"weights": "params", "data": {"data": "folder", "data_dir": "<i>"}, "versions": {"<u>": "<b>"}}
+    described, versions = {"data": "folder", "data_dir": "<i>"}, {"<u>": "<b>"}
+    record = checkpoint.Record(folder, config, data=described, versions=versions)
     return runs.Run(
-        folder, model, meta, TrainConfig(**settings), data, False, logits, [], {"device": "<b>", "cores": "<b>"}, {}
+        folder, model, record, TrainConfig(**settings), data, False, logits, [], {"device": "<b>", "cores": "<b>"}, {}
     )
 
 
@@ -279,7 +283,7 @@ def test_the_attention_is_that_of_the_last_block(tmp_path):
     page = Page(report.page(run, mistakes=1).replace("\udcff", ""))
     i = int(re.search(r"test image (\d)", page.text)[1])
     image = run.dataset.test_images[i]
-    seen = [attention_map(a[0], "mean") for a in run.model.intermediates(image[None]).attention]
+    seen = [attention_map(a[0], "mean") for a in intermediates(run.model, image[None]).attention]
     first, last = (np.asarray(Image.open(io.BytesIO(figures.image_png(image, a))))[..., :3] for a in seen)
     assert (first != last).any() and len(page.images) == 2
     np.testing.assert_array_equal(page.images[1], last)
@@ -334,8 +338,8 @@ def test_the_command_asks_for_the_same(flags):
         return ViTConfig(**fitted | model), TrainConfig(**settings)
 
     run = asked(shlex.split(flags))
-    own = runs.own_settings("digits")
-    assert own["train"] and runs.own_settings("folder") == {}
+    own = own_settings("digits")
+    assert own["train"] and own_settings("folder") == {}
     first, *parts = runs.command(*run, {"data": "digits", "data_dir": "data"}, own)
     assert first == ["minivit", "train"] and all(part[0].startswith("--") for part in parts)
     assert asked([word for part in parts for word in part]) == run
@@ -375,9 +379,8 @@ def test_the_command_of_a_run_that_began_with_another():
 
 
 def test_the_command_of_the_page(trained, reported):
-    _, meta = checkpoint.load(trained / LAST)
-    own = runs.own_settings("digits")
-    parts = runs.command(checkpoint.config_of(meta, ""), config_from(meta, ""), meta["data"], own)
+    _, record = checkpoint.read(trained / LAST)
+    parts = runs.command(record.config, train_config_of(record), record.data, own_settings("digits"))
     assert " \\\n  ".join(" ".join(part) for part in parts) in reported.text and ["--width", "16"] in parts
 
 

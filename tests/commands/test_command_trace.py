@@ -13,7 +13,7 @@ from minivit.data import load
 from minivit.figures import network
 from minivit.laboratory import trace
 from minivit.model import parameter_table
-from minivit.training.trainer import LAST
+from minivit.training.folder import LAST
 from minivit.weights import checkpoint
 
 SMALL = [

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY
 
 from minivit import ViT
-from minivit.training.trainer import BEST, LAST, METRICS, SETTINGS, SUMMARY, read_metrics
+from minivit.training.folder import BEST, LAST, METRICS, SETTINGS, SUMMARY, read_metrics
 from minivit.weights import checkpoint
 
 EVERYTHING = {LAST, BEST, METRICS, SUMMARY, SETTINGS, "curves.png", "predictions.png"}
@@ -38,7 +38,7 @@ def test_what_a_run_says(tmp_path, call, no_figures):
     assert ended.status == 0 and ended.err == ""
     lines = ended.out.splitlines()
     assert lines[0].startswith("digits: E. Alpaydin")
-    assert lines[1] == "1,437 training and 360 test pictures of 8x8x1, 10 classes"
+    assert lines[1] == "1,437 training and 360 test images of 8x8x1, 10 classes"
     assert lines[2].startswith("ViT: patch 4, 5 tokens, width 16, 1 blocks, 2 heads,")
     assert lines[3].startswith("epoch   1/1  train loss 2.")
     assert lines[4].startswith("test accuracy ") and lines[4].endswith(f"figures and checkpoints in {tmp_path / 'a'}")
@@ -110,22 +110,22 @@ def test_resuming_with_another_settings_file_is_refused(trained, tmp_path, call)
 
 
 def test_a_stopped_run_ends_with_130(tmp_path, call, monkeypatch):
-    from minivit.training.trainer import Trainer
+    from minivit.training import loop
 
-    real = Trainer._train_epoch
+    real = loop.train_epoch
 
-    def stop(self, *arguments):
-        self.stop("test")
-        real(self, *arguments)
+    def stop(run, *arguments):
+        run.stop("test")
+        real(run, *arguments)
 
-    monkeypatch.setattr(Trainer, "_train_epoch", stop)
+    monkeypatch.setattr(loop, "train_epoch", stop)
     ended = call("train", *TINY, "--out", tmp_path / "a")
     assert ended.status == 130 and ended.err == ""
     assert ended.out.splitlines()[-1] == f"stopped at step 1 of 120; go on with --resume --out {tmp_path / 'a'}"
     assert "summary.json" not in [p.name for p in (tmp_path / "a").iterdir()]
 
 
-def test_a_folder_of_pictures(tmp_path, call):
+def test_a_folder_of_images(tmp_path, call):
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -138,7 +138,7 @@ def test_a_folder_of_pictures(tmp_path, call):
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     flags = ["--data", "folder", "--data-dir", tmp_path / "data", "--image-size", 8, *TINY, "--batch-size", 4]
     ended = call("train", *flags, "--epochs", 6, "--lr", 0.01, "--out", tmp_path / "a")
-    assert ended.status == 0 and ended.err == "" and "12 training and 6 test pictures of 8x8x3, 2 classes" in ended.out
+    assert ended.status == 0 and ended.err == "" and "12 training and 6 test images of 8x8x3, 2 classes" in ended.out
     assert json.loads((tmp_path / "a" / SUMMARY).read_text())["test_accuracy"] == 1.0
     # --image-size was given as the model's; the data are found again without it
     assert call("train", "--resume", "--quiet", "--out", tmp_path / "a").status == 0
@@ -153,15 +153,15 @@ def test_a_folder_of_pictures(tmp_path, call):
     assert ended.status == 0 and ended.err == "" and "0: 猫 " in ended.out and "truly dark $x_1$: dark" in ended.out
     (tmp_path / "data/train/dark $x_1$/0.png").unlink()
     ended = call("train", "--resume", "--out", tmp_path / "a")
-    assert ended.status == 2 and "was trained on other pictures" in ended.err
+    assert ended.status == 2 and "was trained on other images" in ended.err
     ended = call("evaluate", tmp_path / "a" / LAST)
-    assert ended.status == 0 and ended.err.startswith("warning: these are not the ")
+    assert ended.status == 0 and ended.err.startswith("warning: these are not the images of its training run")
     assert ended.err.count("\n") == 1
 
 
-def test_a_run_of_all_pictures_is_not_resumed_with_a_share(run_copy, call):
+def test_a_run_of_all_images_is_not_resumed_with_a_share(run_copy, call):
     ended = call("train", "--resume", "--train-share", "0.5", "--out", run_copy)
-    assert ended.status == 2 and "a share of 1 of the training pictures, not of 0.5" in ended.err
+    assert ended.status == 2 and "a share of 1 of the training images, not of 0.5" in ended.err
 
 
 def test_a_run_of_all_classes_is_not_resumed_with_some(run_copy, call):

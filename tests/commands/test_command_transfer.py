@@ -10,7 +10,7 @@ from minivit import ViT
 from minivit.data import load
 from minivit.evaluation import transfer
 from minivit.evaluation.inference import predict_all
-from minivit.training.trainer import LAST
+from minivit.training.folder import LAST
 from minivit.weights import checkpoint
 
 DATA = load("digits")

@@ -11,7 +11,7 @@ from minivit import figures
 from minivit.data import load
 from minivit.data.operations import OPERATIONS
 from minivit.training import lr_finder
-from minivit.training.trainer import METRICS, SETTINGS, read_metrics
+from minivit.training.folder import METRICS, SETTINGS, read_metrics
 
 
 def test_curvature_of_a_run(call, trained, tmp_path):

@@ -12,7 +12,7 @@ from minivit.data import LazyImages, load, mirror, take
 from minivit.data import loader as loader_module
 from minivit.data.imagefolder import inception_box
 from minivit.data.loader import batches
-from minivit.training.trainer import fingerprint
+from minivit.data.source import fingerprint
 
 
 @pytest.fixture(scope="module")

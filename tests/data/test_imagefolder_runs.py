@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,13 +15,17 @@ from minivit.base.backend import plain, to_host
 from minivit.data import LazyImages, load, take
 from minivit.data.loader import batches
 from minivit.evaluation.inference import predict_all
+from minivit.figures.runs import draw_masked
 from minivit.masked import MaskedConfig, MaskedViT
-from minivit.masked.pretrain import MaskedCudaEngine, MaskedEngine, Pretrainer, chance_of, plan_of_test
+from minivit.masked.pretrain import MaskedPrediction, chance_of, masked_loss, measure, plan_of_test
 from minivit.model import ViT
 from minivit.training.budget import seconds_of_training
-from minivit.training.engine_cuda import CudaEngine
+from minivit.training.config import TrainConfig
+from minivit.training.engines.cpu import Engine
+from minivit.training.engines.gpu import CudaEngine
+from minivit.training.folder import LAST, RECONSTRUCTIONS, stored_run
 from minivit.training.recipes import read_recipe, trainer_of
-from minivit.training.trainer import LAST, RECONSTRUCTIONS, TrainConfig, Trainer
+from minivit.training.trainer import Trainer
 from minivit.weights.checkpoint import load as load_checkpoint
 
 MODEL = ViTConfig(image_size=8, patch_size=4, width=8, depth=1, num_heads=2, num_classes=3)
@@ -47,10 +52,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(shared, tmp_path, no_figures):
     assert Trainer(data, MODEL, TRAIN, tmp_path / "whole", progress=False).run()
     broken = Trainer(data, MODEL, TRAIN, tmp_path / "broken", progress=False)
     save = broken.save
-    broken.save = lambda *names: (save(*names), broken.step == 4 and broken.stop("half way"))
-    assert broken.run() is None and broken.step == 5 and broken.batch == 2
-    again = Trainer(load("imagefolder", shared, image_size=8), MODEL, TRAIN, tmp_path / "broken", progress=False)
-    again.restore()
+    broken.save = lambda *names: (save(*names), broken.state.step == 4 and broken.stop("half way"))
+    assert broken.run() is None and broken.state.step == 5 and broken.state.batch == 2
+    data = load("imagefolder", shared, image_size=8)
+    again = Trainer(
+        data, MODEL, TRAIN, tmp_path / "broken", resume=stored_run(tmp_path / "broken"), progress=False
+    )  # fmt: skip
     assert again.run()
     (one, meta), (other, same) = (load_checkpoint(tmp_path / name / LAST) for name in ("whole", "broken"))
     for name in one:
@@ -111,8 +118,7 @@ def test_the_scripts(root, tmp_path, call, no_figures):
         tmp_path / "run",
     ]
     ended = call("train", *flags, "--epochs", 2, "--image-size", 8, "--crop-padding", 0, "--crop-area", 0.2)
-    assert ended.status == 0 and "12 training and 6 test " in ended.out, ended.err
-    assert "of 8x8x3, 3 classes" in ended.out
+    assert ended.status == 0 and "12 training and 6 test images of 8x8x3, 3 classes" in ended.out, ended.err
     ended = call("evaluate", tmp_path / "run" / LAST, "--json", tmp_path / "e.json")
     assert ended.status == 0 and ended.err == "", ended.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -149,19 +155,19 @@ def test_validation_images_alone_are_there_to_be_tested_on(root, tmp_path, call,
     assert len(alone.train_images) == 0 and alone.class_names == CLASSES
     np.testing.assert_array_equal(alone.test_images[:], both.test_images[:])
     ended = call("evaluate", tmp_path / "run" / LAST, "--json", tmp_path / "e.json")
-    assert ended.status == 0 and "of its training run" in ended.err
+    assert ended.status == 0 and "not the images of its training run" in ended.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert json.loads((tmp_path / "e.json").read_text())["accuracy"] == summary["test_accuracy"]
     for script, *more in (("train", *flags), ("transfer", tmp_path / "run" / LAST), ("data", "info", *flags[1:4])):
         ended = call(script, *more, *([] if script == "data" else ["--out", tmp_path / "new"]))
-        assert ended.status == 2 and "no training " in ended.err and ended.err.count("\n") == 1, ended.err
+        assert ended.status == 2 and "no training images" in ended.err and ended.err.count("\n") == 1, ended.err
     assert not (tmp_path / "new").exists()
 
 
 def test_crops_are_refused_where_images_have_their_size(tmp_path, call):
     for words in (("train",), ("pretrain", *TINY, "--label-smoothing", 0), ("visualize", "lr")):
         ended = call(*words, "--crop-area", 0.08, "--data", "digits", "--out", tmp_path / words[0])
-        assert ended.status == 2 and ended.err.startswith("error: crop_area cuts parts out of ")
+        assert ended.status == 2 and ended.err.startswith("error: crop_area cuts parts out of images as their files")
         assert "imagefolder alone; those of digits are in memory" in ended.err and ended.err.count("\n") == 1
         assert not list(tmp_path.glob("*/*"))
     assert not (tmp_path / "run").exists()
@@ -175,21 +181,22 @@ def test_pre_training_reads_them_as_they_are_needed(tmp_path, shared, monkeypatc
     held = lazy._replace(train_images=lazy.train_images[:], test_images=lazy.test_images[:])
     model = ViTConfig(image_size=8, patch_size=2, num_classes=3, width=8, depth=1, num_heads=1, mlp_dim=8)
     config = TrainConfig(steps=2, batch_size=4, workers=1)
-    settings = {"masked": masked, "describe": {"data": "imagefolder"}, "progress": False}
+    task = partial(MaskedPrediction, masked=masked)
+    settings = {"task": task, "draw": draw_masked, "describe": {"data": "imagefolder"}, "progress": False}
     runs = [
-        Pretrainer(data, model, config, tmp_path / name, **settings) for name, data in (("lazy", lazy), ("held", held))
+        Trainer(data, model, config, tmp_path / name, **settings) for name, data in (("lazy", lazy), ("held", held))
     ]
-    assert runs[0].chance == runs[1].chance and runs[0].chance_loss == runs[1].chance_loss > 0
+    assert runs[0].task.chance == runs[1].task.chance and runs[0].task.chance[1] > 0
     monkeypatch.setattr("minivit.masked.pretrain.CHUNK", 500)
     plan = plan_of_test(model, masked, 6)
-    np.testing.assert_allclose(chance_of(held.test_images, model, masked, plan), (runs[0].chance, runs[0].chance_loss))
+    np.testing.assert_allclose(chance_of(held.test_images, model, masked, plan), runs[0].task.chance)
     a, b = (run.run() for run in runs)
     assert a["test_loss"] == b["test_loss"] and (tmp_path / "lazy" / RECONSTRUCTIONS).exists()
-    with MaskedEngine(runs[0].model, workers=1) as engine:
-        here = engine.measure(held.test_images, plan)
+    with Engine(runs[0].model, masked_loss, workers=1) as engine:
+        here = measure(engine, runs[0].model, held.test_images, plan)
     with installed() as cupy, plain():
-        there = MaskedCudaEngine(MaskedViT(model, masked, flat=cupy.asarray(runs[0].model.flat)))
-        result = there.measure(lazy.test_images, cupy.asarray(plan))
+        there = MaskedViT(model, masked, flat=cupy.asarray(runs[0].model.flat))
+        result = measure(CudaEngine(there, masked_loss), there, lazy.test_images, cupy.asarray(plan))
         assert isinstance(result.loss, ndarray)
     np.testing.assert_allclose(float(to_host(result.loss)), float(here.loss), rtol=1e-5)
 

@@ -5,7 +5,7 @@ import pytest
 
 from minivit.data import load
 from minivit.evaluation.inference import attention_map, predict_all
-from minivit.training.trainer import LAST
+from minivit.training.folder import LAST
 from minivit.weights import checkpoint
 
 

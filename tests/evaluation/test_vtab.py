@@ -20,7 +20,7 @@ from minivit.evaluation.vtab import (
     load_task,
     summary_of,
 )
-from minivit.training.trainer import LAST
+from minivit.training.folder import LAST
 from minivit.weights import checkpoint
 
 MODEL = ViTConfig(image_size=8, patch_size=4, width=8, depth=1, num_heads=2, num_classes=3, pre_logits=6)

@@ -17,7 +17,7 @@ from minivit import figures
 from minivit.evaluation.metrics import Calibration
 from minivit.figures import canvas, curves
 from minivit.laboratory.checks import v_curves
-from minivit.training.lr_finder import Found, rising_rates
+from minivit.training.lr_finder import Ramp, rising_rates
 
 NAMES = ["a $x_1$ ^ b$", "$\\frac{", "猫", "a" * 300, "two\nlines", "", "_x", "\\ \udcff"]
 
@@ -237,7 +237,7 @@ def test_lr_curve(tmp_path, drawn, steepest):
     rates = rising_rates(1e-4, 1.0, 41)
     losses = 2.3 - 0.5 * np.exp(-((np.arange(41) - 25.0) ** 2) / 50)
     losses[38:] = 5, 50, 5000
-    found = Found(rates, losses, losses.clip(0, 60), "", 25, steepest)
+    found = Ramp(rates, losses, losses.clip(0, 60), "", 25, steepest)
     figures.save_lr_curve(tmp_path / "x.png", found, chosen=1e-2, title=NAMES[0].replace("$", ""))
     whole(tmp_path / "x.png")
     (axes,) = drawn[0].axes

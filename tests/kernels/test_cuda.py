@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,7 +22,10 @@ from minivit.masked import MaskedConfig, MaskedViT, draw_plan, patch_loss, patch
 from minivit.model import ViT, ViTConfig
 from minivit.optim import EMA, SGD, Adam, AdamW, Muon, orthogonalise
 from minivit.options.dropping import drop_path_rate
-from minivit.training.engine_cuda import CudaEngine, CudaStep
+from minivit.training.engines.gpu import CudaEngine
+from minivit.training.step import Batch
+from minivit.training.step_gpu import CudaStep
+from minivit.training.task import cross_entropy
 
 SMALL = ViTConfig(image_size=8, patch_size=4, width=24, depth=2, num_heads=3, mlp_dim=40, num_classes=10)
 LONG = replace(SMALL, image_size=40, depth=1)  # 101 tokens: attention through products
@@ -522,12 +526,12 @@ def steps_of(xp, optimizer, config, *, graph, count=4, batch=6, micro_batch=0, a
         settings |= {"table": model.table, "momentum": 0.8}
     chosen = optimizer(model.flat, mask, **settings)
     ema = EMA(model.flat, 0.9) if average else None
-    engine = CudaEngine(model, micro_batch=micro_batch, label_smoothing=0.1, seed=5)
+    engine = CudaEngine(model, partial(cross_entropy, label_smoothing=0.1), micro_batch=micro_batch, seed=5)
     step = CudaStep(engine, chosen, ema, clip_norm=clip_norm, graph=graph)
     figures = []
     for i in range(count):
         images, labels = batch_of(config, 3 if i == count - 1 else batch, seed=i)  # the last one is short
-        results = step(xp.asarray(images), xp.asarray(labels), step=i, lr=1e-2 / (1 + i))
+        results = step([Batch(i, xp.asarray(images), xp.asarray(labels))], len(images), 1e-2 / (1 + i))
         figures.append([float(result) for result in results])
     return np.array(figures), to_host(model.flat), ema and to_host(ema.flat), step
 
@@ -598,8 +602,8 @@ def test_a_batch_that_does_not_fit_is_cut(xp, monkeypatch):
         return original(self, images, **settings)
 
     monkeypatch.setattr(ViT, "forward", forward)
-    said = r"6 pictures at a time do not fit .*9 bytes.*: going on with 3, as --gpu-micro-batch 3 would"
-    with pytest.warns(UserWarning, match=said), pytest.warns(UserWarning, match="3 pictures .* going on with 2"):
+    said = r"6 images at a time do not fit .*9 bytes.*: going on with 3, as --gpu-micro-batch 3 would"
+    with pytest.warns(UserWarning, match=said), pytest.warns(UserWarning, match="3 images .* going on with 2"):
         found = steps_of(xp, AdamW, config, graph=False)
     for a, b in zip(found[:3], expected[:3], strict=True):
         np.testing.assert_array_equal(a, b)
@@ -718,7 +722,7 @@ def trainer_stops_after(out, flags, device, epochs):
 
     script = load_script("train")
     trainer = script.start(script.parse([str(flag) for flag in [*flags, "--device", device, "--out", out]]))
-    trainer.on_epoch = lambda t: t.stop("test") if t.epoch == epochs else None
+    trainer.on_epoch = lambda t: t.stop("test") if t.state.epoch == epochs else None
     trainer.run()
 
 

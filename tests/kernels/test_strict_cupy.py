@@ -4,6 +4,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,9 +33,14 @@ from minivit.optim import EMA, make_optimizer
 from minivit.paper import analyses as analysis
 from minivit.paper import entries, film, trainings
 from minivit.paper.journey import journey_of
-from minivit.training.engine_cuda import CudaEngine, CudaStep
+from minivit.training.config import TrainConfig
+from minivit.training.engines.gpu import CudaEngine
+from minivit.training.folder import METRICS, read_metrics
 from minivit.training.recipes import find_config, read_recipe
-from minivit.training.trainer import METRICS, TrainConfig, Trainer, read_metrics
+from minivit.training.step import Batch
+from minivit.training.step_gpu import CudaStep
+from minivit.training.task import cross_entropy
+from minivit.training.trainer import Trainer
 
 NINE = ViTConfig(image_size=8, patch_size=4, width=8, depth=9, num_heads=1, mlp_dim=8, num_classes=10)
 
@@ -62,7 +68,8 @@ def step_of(cupy, config, *, average=False, muon=False, graph=False):
         weight_decay=0.05,
     )  # fmt: skip
     ema = EMA(model.flat, 0.99) if average else None
-    step = CudaStep(CudaEngine(model, label_smoothing=0.1), optimizer, ema, clip_norm=1.0, graph=graph)
+    engine = CudaEngine(model, partial(cross_entropy, label_smoothing=0.1))
+    step = CudaStep(engine, optimizer, ema, clip_norm=1.0, graph=graph)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, config.image_size, config.image_size, 3), dtype=np.uint8)
     data = cupy.asarray(images), cupy.asarray(rng.integers(0, 10, 8))
@@ -70,7 +77,7 @@ def step_of(cupy, config, *, average=False, muon=False, graph=False):
     def run(number):
         run.model, run.optimizer, run.average, run.step = model, optimizer, ema, step
         stream = batches(*data, np.arange(8), 4, seed=0, epoch=number, prefetch=0, crop_padding=1, flip=True)
-        return [step(pictures, labels, step=number, lr=1e-3) for _, pictures, labels in stream][0]
+        return [step([Batch(number, *batch)], len(batch[0]), 1e-3)[:3] for _, *batch in stream][0]
 
     return run
 
@@ -179,7 +186,7 @@ def test_a_graph_is_of_the_shape_that_comes_twice_in_a_row(cupy):
         images, labels = cupy.asarray(np.zeros((4, 8, 8, 3), np.uint8)), cupy.asarray(np.arange(4))
         for number, size in enumerate((1, 4, 4, 4, 3, 4, 3, 3, 3)):
             before = step.replays
-            step(images[:size], labels[:size], step=number, lr=1e-3)
+            step([Batch(number, images[:size], labels[:size])], size, 1e-3)
             replays.append(step.replays - before)
     assert replays == [0, 0, 1, 1, 0, 1, 0, 1, 1] and len(cupy.pools) == 1
     step.release()
@@ -216,7 +223,7 @@ def test_a_graph_that_does_not_fit_is_recorded_of_smaller_micro_batches(cupy, mo
     monkeypatch.setattr(ViT, "forward", first_recording_fails)
     with cuda.using(Emulator()):
         step = step_of(cupy, FOUR, graph=True)
-        with pytest.warns(UserWarning, match="4 pictures at a time .* going on with 2, as --gpu-micro-batch 2 would"):
+        with pytest.warns(UserWarning, match="4 images at a time .* going on with 2, as --gpu-micro-batch 2 would"):
             step(1)
         step(2)
     assert tried == [4, 2, 2] and step.step.replays == 2 and step.optimizer.steps == 4 and len(cupy.pools) == 1
@@ -290,14 +297,14 @@ def test_predictions_that_do_not_fit_are_cut(cupy, monkeypatch):
     with pytest.warns(UserWarning) as said:
         found = engine.predict(images)
     assert [str(w.message).partition("(")[0] for w in said] == [
-        f"{n} pictures at a time do not fit into the device's memory " for n in (5, 3)
+        f"{n} images at a time do not fit into the device's memory " for n in (5, 3)
     ]
     assert sizes == [5, 3, 2, 2, 1] and engine.micro_batch == 0 and cupy.freed == 2
     np.testing.assert_allclose(to_host(found), expected, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*pictures at a time")
-@pytest.mark.parametrize("settings", [{"accumulate": 2}, {"sam": 0.05}, {}], ids=str)
+@pytest.mark.filterwarnings("ignore:.*images at a time")
+@pytest.mark.parametrize("settings", [{"accumulate": 2}, {}], ids=str)
 def test_a_run_that_does_not_fit_is_cut(cupy, settings, no_figures, tmp_path, monkeypatch):
     flats = []
     for cut in (False, True):
@@ -318,18 +325,18 @@ def random_data():
     return Dataset("cifar10", images[:16], np.arange(16) % 10, images[16:], np.arange(4), names, "random numbers")
 
 
-def test_the_graph_of_half_size_goes_when_whole_pictures_come(cupy, no_figures, tmp_path):
+def test_the_graph_of_half_size_goes_when_whole_images_come(cupy, no_figures, tmp_path):
     config = TrainConfig(epochs=4, batch_size=5, half_size=0.5, device="cuda")
     pools = []
 
     def look(trainer):
-        pools.append((len(cupy.pools), len(trainer._whole_steps)))
+        pools.append(len(cupy.pools))
 
     with cuda.using(Emulator()):
         model = replace(FOUR, pos_embed="sincos2d")
         trainer = Trainer(random_data(), model, config, tmp_path / "run", progress=False, on_epoch=look)
         trainer.run()
-    assert pools == [(1, 2), (0, 1), (1, 1), (1, 1)]
+    assert pools == [1, 0, 1, 1]
 
 
 PATHFINDERS = {  # what `cuda.pathfinder` is like: the path that it finds, or the error that it raises
@@ -670,7 +677,7 @@ def test_the_papers_figures_are_made_on_a_device(cupy, tmp_path, call, no_figure
     )
     monkeypatch.setattr(trainings, "CONFIGS", tmp_path)
     monkeypatch.setattr(trainings, "time_of_epochs", lambda dataset, model, config, probe: times(config.device))
-    within = lambda share, dataset, model, config, trainer: (config, times(config.device)(1.0))  # noqa: E731
+    within = lambda share, dataset, model, config, **keywords: (config, times(config.device)(1.0))  # noqa: E731
     monkeypatch.setattr(trainings, "within", within)
     two = entries.entry_of("distance"), entries.sweep_entry("tiny", "Table 0", "T", "")
     monkeypatch.setattr(entries, "ENTRIES", two)

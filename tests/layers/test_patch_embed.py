@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward, patchify, sincos2d, unpatchify
+from minivit.layers.patch_embed import patch_embed_backward, patch_embed_forward, patchify, unpatchify
+from minivit.options.positions import sincos2d
 
 
 def test_patches_are_read_row_by_row_in_the_order_row_column_channel():

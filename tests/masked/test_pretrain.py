@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
 import strict_cupy
 from conftest import ROOT, close_calls
 from emulator import Emulator
+from small_runs import stop_at
 from strict_cupy import doubles, installed, launches, waits
 
 from minivit import ViTConfig
@@ -16,21 +18,29 @@ from minivit.base.backend import plain, to_host
 from minivit.base.errors import InputError
 from minivit.data import load
 from minivit.kernels import cuda
+from minivit.laboratory.diagnosis import diagnose
 from minivit.masked import MaskedConfig, MaskedViT, draw_plan
 from minivit.masked.pretrain import (
-    MaskedCudaEngine,
-    MaskedEngine,
-    Pretrainer,
+    MaskedPrediction,
     chance_of,
     load_masked,
+    masked_loss,
+    measure,
     plan_of_test,
     reconstructions,
 )
 from minivit.model import ViT
 from minivit.optim import EMA, make_optimizer
 from minivit.training.budget import seconds_of_training
-from minivit.training.engine_cuda import CudaStep
-from minivit.training.trainer import BEST, LAST, METRICS, SETTINGS, SUMMARY, TrainConfig, Trainer, read_metrics
+from minivit.training.config import TrainConfig
+from minivit.training.engines.cpu import Engine
+from minivit.training.engines.gpu import CudaEngine
+from minivit.training.folder import BEST, LAST, METRICS, SETTINGS, SUMMARY, read_metrics, stored_run
+from minivit.training.parts import first_parameters
+from minivit.training.step import Batch
+from minivit.training.step_gpu import CudaStep
+from minivit.training.task import Classification
+from minivit.training.trainer import Trainer
 from minivit.weights import checkpoint
 
 DIGITS = load("digits")
@@ -56,20 +66,11 @@ TINY = ["--config", ROOT / "tests" / "tiny.toml", "--quiet", "--label-smoothing"
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 
-def trainer(out, task, config=HARD, *, data=FEW, model=MODEL):
-    return Pretrainer(data, model, config, out, masked=TASKS[task], describe={"data": "digits"}, progress=False)
-
-
-def stop_at(run, step):
-    """Stop a run after a step (counted from 1)."""
-    real = run.optimizer.step
-
-    def counted(*arguments):
-        if run.step + 1 == step:
-            run.stop("test")
-        real(*arguments)
-
-    run.optimizer.step = counted
+def trainer(out, task, config=HARD, *, data=FEW, model=MODEL, **keywords):
+    return Trainer(
+        data, model, config, out, task=partial(MaskedPrediction, masked=TASKS[task]), describe={"data": "digits"},
+        progress=False, **keywords,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("task", ["mpp", "mae"])
@@ -79,9 +80,8 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, task):
     run = trainer(tmp_path / "parts", task)
     stop_at(run, 3)
     assert run.run() is None
-    again = trainer(tmp_path / "parts", task)
-    again.restore()
-    assert again.step == 3
+    again = trainer(tmp_path / "parts", task, resume=stored_run(tmp_path / "parts"))
+    assert again.state.step == 3
     resumed = again.run()
     for name in (LAST, BEST):
         (arrays, meta), (others, other_meta) = (checkpoint.load(tmp_path / f / name) for f in ("whole", "parts"))
@@ -104,11 +104,11 @@ def test_masks_depend_neither_on_threads_nor_on_micro_batches_nor_on_the_other_p
     np.testing.assert_allclose(*losses, rtol=2e-4)
     one, two = trainer(tmp_path / "c", "mpp"), trainer(tmp_path / "d", "mpp", replace(HARD, seed=6))
     images = FEW.train_images[:8]
-    assert np.array_equal(one._targets(images, None, 3), one._targets(255 - images, None, 3))
-    assert not np.array_equal(one._targets(images, None, 3), one._targets(images, None, 4))
-    assert not np.array_equal(one._targets(images, None, 3), two._targets(images, None, 3))
+    assert np.array_equal(one.task.targets(images, None, 3), one.task.targets(255 - images, None, 3))
+    assert not np.array_equal(one.task.targets(images, None, 3), one.task.targets(images, None, 4))
+    assert not np.array_equal(one.task.targets(images, None, 3), two.task.targets(images, None, 3))
     tests = draw_plan(MODEL, TASKS["mpp"], 40, np.random.default_rng([0, 5]))  # the masks of all runs
-    assert np.array_equal(one._test_plan, tests) and np.array_equal(two._test_plan, tests)
+    assert np.array_equal(one.task.test_plan, tests) and np.array_equal(two.task.test_plan, tests)
 
 
 def test_tests_do_not_depend_on_the_cuts(tmp_path):
@@ -118,8 +118,8 @@ def test_tests_do_not_depend_on_the_cuts(tmp_path):
     assert not close_calls(model.forward(FEW.test_images, plan)[0])
     results = []
     for workers, size in ((1, 40), (2, 7)):
-        with MaskedEngine(model, workers=workers, micro_batch=size) as engine:
-            results.append(engine.measure(FEW.test_images, plan))
+        with Engine(model, masked_loss, workers=workers, micro_batch=size) as engine:
+            results.append(measure(engine, model, FEW.test_images, plan))
     np.testing.assert_allclose(results[0].loss, results[1].loss, rtol=1e-5)
     assert results[0].correct == results[1].correct > 0
 
@@ -128,8 +128,8 @@ def test_tests_do_not_depend_on_the_cuts(tmp_path):
 def test_a_checkpoint_is_an_encoder_and_the_rest(tmp_path, task):
     run = trainer(tmp_path, task)
     summary = run.run()
-    encoder, meta = checkpoint.load_model(tmp_path / LAST)  # an ordinary ViT, of the average
-    assert encoder.config == MODEL and meta["weights"] == "ema" and meta["class_names"] == list(FEW.class_names)
+    encoder, record = checkpoint.load_model(tmp_path / LAST)  # an ordinary ViT, of the average
+    assert encoder.config == MODEL and record.weights == "ema" and record.class_names == list(FEW.class_names)
     model, _ = load_masked(tmp_path / LAST)
     assert model.masked == TASKS[task]
     assert np.array_equal(encoder.flat, model.encoder.flat) and np.array_equal(model.flat, run.ema.flat)
@@ -139,8 +139,8 @@ def test_a_checkpoint_is_an_encoder_and_the_rest(tmp_path, task):
     ]
     assert len(moved) >= len(encoder.params) - 2 - 2  # not the head; perhaps not the biases that have no gradient
     assert json.loads((tmp_path / SETTINGS).read_text())["pretraining"] == asdict(TASKS[task])
-    with MaskedEngine(model, workers=1) as engine:
-        loss = float(engine.measure(FEW.test_images, plan_of_test(MODEL, TASKS[task], 40)).loss)
+    with Engine(model, masked_loss, workers=1) as engine:
+        loss = float(measure(engine, model, FEW.test_images, plan_of_test(MODEL, TASKS[task], 40)).loss)
     np.testing.assert_allclose(loss, summary["test_loss"], rtol=1e-5)
     assert {"chance_accuracy", "chance_loss", "predicted"} <= json.loads((tmp_path / SUMMARY).read_text()).keys()
 
@@ -170,23 +170,17 @@ def test_guessing_without_looking():
     np.testing.assert_allclose(loss, 8 / 9)  # 1 or -1, of mean 1/3
 
 
-@pytest.mark.parametrize("settings", [{"sam": 0.05, "accumulate": 1}, {"check_finite": True}, {"recompute": True},
-                                      {"optimizer": "muon"}, {"layer_decay": 0.5}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings", [{"check_finite": True}, {"recompute": True}, {"optimizer": "muon"}, {"layer_decay": 0.5}]
+)
 @pytest.mark.parametrize("task", ["mpp", "mae"])
 def test_settings_of_training(tmp_path, task, settings):
     config = replace(HARD, epochs=1, whiten=True, init="mimetic", **settings)
-    run = trainer(tmp_path, task, config)
+    run = trainer(tmp_path, task, config, diagnose=diagnose)
     before = run.model.flat.copy()
-    assert np.array_equal(before[: run.model.encoder.flat.size], _classifier_start(config))
-    assert run.run()["steps"] == run.total_steps and not np.array_equal(run.model.flat, before)
-
-
-def _classifier_start(config):
-    class Start(Trainer):
-        def __init__(self):
-            self.config, self.model_config, self.dataset = config, MODEL, FEW
-
-    return Start()._initial()
+    as_classifier = first_parameters(Classification(FEW, MODEL, config), FEW, config)
+    assert np.array_equal(before[: run.model.encoder.flat.size], as_classifier)
+    assert run.run()["steps"] == run.plan.total_steps and not np.array_equal(run.model.flat, before)
 
 
 def test_weight_decay_leaves_alone_what_is_not_used(tmp_path):
@@ -213,15 +207,15 @@ def test_runs_of_another_kind_are_not_gone_on_with(tmp_path):
         stop_at(run, 1)
         run.run()
     with pytest.raises(InputError, match="trained for another task: ratio 0.75 there, 0.5 asked for|method mae there"):
-        trainer(tmp_path / "mae", "mpp").restore()
+        trainer(tmp_path / "mae", "mpp", resume=stored_run(tmp_path / "mae"))
     config = replace(HARD)
     with pytest.raises(InputError, match="another kind of run; go on with minivit pretrain --resume"):
-        Trainer(FEW, MODEL, config, tmp_path / "mpp").restore()
+        Trainer(FEW, MODEL, config, tmp_path / "mpp", resume=stored_run(tmp_path / "mpp"))
     run = Trainer(FEW, MODEL, config, tmp_path / "classes", describe={"data": "digits"}, progress=False)
     stop_at(run, 1)
     run.run()
     with pytest.raises(InputError, match="another kind of run; go on with minivit train --resume"):
-        trainer(tmp_path / "classes", "mpp").restore()
+        trainer(tmp_path / "classes", "mpp", resume=stored_run(tmp_path / "classes"))
     with pytest.raises(InputError, match="is not of pre-training; minivit pretrain makes such"):
         load_masked(tmp_path / "classes" / LAST)
 
@@ -231,18 +225,14 @@ def test_rows_of_pictures():
         model = MaskedViT(MODEL, TASKS[task])
         found = reconstructions(model, FEW.test_images[:5], plan_of_test(MODEL, TASKS[task], 5))
         assert len(found) == rows and all(p.shape == (5, 8, 8, 1) and p.dtype == np.uint8 for p in found.values())
-        assert not np.array_equal(found["seen"], found["picture"])
+        assert not np.array_equal(found["seen"], found["image"])
 
 
 def test_a_probe_of_the_budget_is_such_a_run(tmp_path, monkeypatch):
-    made = []
-
-    def trainer_of(*arguments, **keywords):
-        made.append(Pretrainer(*arguments, masked=TASKS["mae"], **keywords))
-        return made[-1]
-
-    assert seconds_of_training(FEW, MODEL, HARD, 2, trainer_of) > 0
-    assert made[0].step == 2
+    plans, targets = [], MaskedPrediction.targets
+    monkeypatch.setattr(MaskedPrediction, "targets", lambda self, *a: plans.append(a[2]) or targets(self, *a))
+    assert seconds_of_training(FEW, MODEL, HARD, 2, task=partial(MaskedPrediction, masked=TASKS["mae"])) > 0
+    assert plans == [0, 1, 2, 3]  # the batches of two steps
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -339,13 +329,13 @@ def step_of(cupy, config, masked, *, graph=False):
     optimizer = make_optimizer(
         "adamw", model.flat, cupy.asarray(parameters.decay_mask(model.table)), table=model.table, weight_decay=0.05
     )
-    step = CudaStep(MaskedCudaEngine(model), optimizer, EMA(model.flat, 0.99), clip_norm=1.0, graph=graph)
+    step = CudaStep(CudaEngine(model, masked_loss), optimizer, EMA(model.flat, 0.99), clip_norm=1.0, graph=graph)
     rng = np.random.default_rng(0)
     images = cupy.asarray(rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8))
     plan = cupy.asarray(draw_plan(config, masked, 4, rng))
 
     def run(number):
-        return step(images, plan, step=number, lr=1e-3), step.engine, images, plan
+        return step([Batch(number, images, plan)], len(images), 1e-3)[:3], step.engine, images, plan
 
     return run
 
@@ -361,15 +351,15 @@ def test_plain_functions_on_a_gpu_never_wait_and_give_the_numbers_of_numpy(cupy,
         results, engine, images, plan = run(1)
         assert not waits and not doubles
         assert all(isinstance(result, cupy.ndarray) for result in results)
-        measured = engine.measure(images, plan)
+        measured = measure(engine, engine.model, images, plan)
         assert not waits and not doubles
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cupy, "asarray", np.asarray, raising=False)
             expected, host, images, plan = step_of(cupy, GPU, TASKS[task])(1)
             assert [float(result) for result in results] == [float(result) for result in expected]
             assert np.array_equal(to_host(engine.model.flat), host.model.flat)
-            with MaskedEngine(host.model, workers=1, micro_batch=4) as cpu:
-                again = cpu.measure(images, plan)
+            with Engine(host.model, masked_loss, workers=1, micro_batch=4) as cpu:
+                again = measure(cpu, host.model, images, plan)
         assert float(measured.loss) == float(again.loss) and int(measured.correct) == int(again.correct)
 
 
@@ -383,7 +373,7 @@ def test_kernels_give_nearly_the_numbers_of_the_plain_functions(cupy, task, prec
         strict_cupy.clear()
         results, engine, images, plan = run(1)
         assert not waits and not doubles and machine.launches["embed"] == 1
-        engine.measure(images, plan)
+        measure(engine, engine.model, images, plan)
     rtol = 1e-4 if precision == "float32" else 2e-2
     np.testing.assert_allclose([float(x) for x in results], expected, rtol=rtol)
 
@@ -408,7 +398,7 @@ def test_measurements_that_do_not_fit_are_cut(cupy, monkeypatch):
         noise = 0.3 * np.random.default_rng(2).standard_normal(engine.model.flat.shape)
         engine.model.flat += cupy.asarray(noise.astype(np.float32))
         assert not close_calls(to_host(engine.model.forward(images, plan)[0]))
-        whole, original = engine.measure(images, plan), MaskedViT.forward
+        whole, original = measure(engine, engine.model, images, plan), MaskedViT.forward
 
         def forward(self, images, plan, **settings):
             if len(images) > 2:
@@ -416,7 +406,8 @@ def test_measurements_that_do_not_fit_are_cut(cupy, monkeypatch):
             return original(self, images, plan, **settings)
 
         monkeypatch.setattr(MaskedViT, "forward", forward)
-        with pytest.warns(UserWarning, match="4 pictures at a time .* going on with 2"):
-            found = engine.measure(images, plan)
-        assert float(found.loss) == pytest.approx(float(whole.loss), rel=1e-5)
-        assert int(found.correct) == int(whole.correct)
+        with pytest.warns(UserWarning, match="4 images at a time .* going on with 2"):
+            found = measure(engine, engine.model, images, plan)
+        assert float(found.loss) == pytest.approx(float(whole.loss), rel=1e-5) and int(found.correct) == int(
+            whole.correct
+        )

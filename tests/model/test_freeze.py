@@ -9,6 +9,7 @@ import pytest
 import strict_cupy
 from conftest import TINY
 from emulator import Emulator
+from small_runs import stop_at
 
 from minivit import ViTConfig
 from minivit.base import params as parameters
@@ -20,8 +21,11 @@ from minivit.kernels import cuda
 from minivit.model import ViT, parameter_table
 from minivit.optim import OPTIMIZERS
 from minivit.training.budget import seconds_of_training
-from minivit.training.engine import Engine
-from minivit.training.trainer import LAST, METRICS, SUMMARY, TrainConfig, Trainer, read_metrics
+from minivit.training.config import TrainConfig
+from minivit.training.engines.cpu import Engine
+from minivit.training.folder import LAST, METRICS, SUMMARY, read_metrics, stored_run
+from minivit.training.step import Batch
+from minivit.training.trainer import Trainer
 from minivit.weights import checkpoint
 from minivit.weights.start import Start
 
@@ -106,7 +110,7 @@ def assert_frozen(before, after, names):
 
 
 SETTINGS = {name: {"optimizer": name} for name in OPTIMIZERS} | {
-    "sam": {"sam": 0.1, "accumulate": 1}, "layer decay": {"layer_decay": 0.5},
+    "one batch": {"accumulate": 1}, "layer decay": {"layer_decay": 0.5},
     "sgd without momentum": {"optimizer": "sgd", "momentum": 0.0}, "no clipping": {"clip_norm": 0.0},
     "half size": {"half_size": 0.5, "epochs": 2},
 }  # fmt: skip
@@ -120,11 +124,11 @@ def test_frozen_parameters_stay_bit_for_bit(tmp_path, name):
         config, model = replace(config, freeze=PATTERNS.removesuffix(",pos_embed")), replace(MODEL, pos_embed="none")
         first = start(parameter_table(model))
     run = Trainer(FEW, model, config, tmp_path, start=first, progress=False)
-    assert run.frozen and run.run()["steps"] == run.total_steps
+    assert run.plan.frozen and run.run()["steps"] == run.plan.total_steps
     before, after, average = (parameters.views(f, run.model.table) for f in (first.flat, run.model.flat, run.ema.flat))
     for key in before:
-        assert (before[key].tobytes() == after[key].tobytes()) == (key in run.frozen), key
-        assert (before[key].tobytes() == average[key].tobytes()) == (key in run.frozen), key
+        assert (before[key].tobytes() == after[key].tobytes()) == (key in run.plan.frozen), key
+        assert (before[key].tobytes() == average[key].tobytes()) == (key in run.plan.frozen), key
 
 
 def test_the_frozen_do_not_count_in_the_clipped_norm(tmp_path):
@@ -139,7 +143,7 @@ def test_the_frozen_do_not_count_in_the_clipped_norm(tmp_path):
     assert norm > 0.25
     images, labels = FEW.train_images[:16], FEW.train_labels[:16]
     model = ViT(MODEL, flat=start().flat)
-    _, trained = freeze(TABLE, run.frozen)
+    _, trained = freeze(TABLE, run.plan.frozen)
     grads = []
     for mask in (None, trained):
         with Engine(model, workers=2, micro_batch=3, trained=mask) as engine:
@@ -155,12 +159,13 @@ def test_on_a_gpu(optimizer):
     config = replace(CONFIG, freeze=PATTERNS, optimizer=optimizer, device="cuda", accumulate=1, steps=2, graph=False)
     with strict_cupy.installed(), cuda.using(Emulator()):
         run = Trainer(FEW, MODEL, config, os.devnull, start=start(), progress=False)
-        with run._engine() as engine:
-            images, labels = (array[:8] for array in run._train_data)
-            for step in range(2):
-                run._whole_steps[engine](images, labels, step=step, lr=0.03)
-        assert_frozen(start().flat, to_host(run.model.flat), run.frozen)
-        assert_frozen(start().flat, to_host(run.ema.flat), run.frozen)
+        with run.engine() as engine:
+            images, labels = run.data.train_images[:8], run.data.train_labels[:8]
+            step = run.step_of(engine)
+            for number in range(2):
+                step([Batch(number, images, labels)], 8, 0.03)
+        assert_frozen(start().flat, to_host(run.model.flat), run.plan.frozen)
+        assert_frozen(start().flat, to_host(run.ema.flat), run.plan.frozen)
 
 
 def test_it_is_told(tmp_path, call):
@@ -188,14 +193,7 @@ def assert_same(first, second):
 
 def stopping(run, after):
     """Make a run stop after so many steps."""
-    real = run.optimizer.step
-
-    def step(*arguments):
-        real(*arguments)
-        if run.step + 1 == after:
-            run.stop("test")
-
-    run.optimizer.step = step
+    stop_at(run, after)
     return run
 
 
@@ -210,8 +208,7 @@ def test_so_many_steps_are_the_beginning_of_a_longer_run(tmp_path, steps):
     records = read_metrics(tmp_path / "short" / METRICS)
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, steps + 1))
     assert records[-1]["kind"] == "test" and records[-1]["step"] == steps
-    pictures = 60 * (steps // 4) + 16 * (steps % 4)
-    assert short._pictures() == pictures
+    assert short.plan.images_in_all == 60 * (steps // 4) + 16 * (steps % 4)
 
 
 def test_as_many_steps_as_epochs_hold_are_those_epochs(tmp_path):
@@ -225,12 +222,10 @@ def test_a_run_of_steps_resumes_exactly(tmp_path, stop):
     config = replace(CONFIG, steps=7, half_size=0.0)
     trainer(tmp_path / "whole", config).run()
     assert stopping(trainer(tmp_path / "broken", config), stop).run() is None
-    again = trainer(tmp_path / "broken", config)
-    again.restore()
-    assert again.step == stop and again.run()["steps"] == 7
+    again = trainer(tmp_path / "broken", config, resume=stored_run(tmp_path / "broken"))
+    assert again.state.step == stop and again.run()["steps"] == 7
     assert_same(arrays_of(tmp_path / "whole", ""), arrays_of(tmp_path / "broken", ""))
-    finished = trainer(tmp_path / "broken", config)
-    finished.restore()
+    finished = trainer(tmp_path / "broken", config, resume=stored_run(tmp_path / "broken"))
     assert finished.finished and finished.run()["steps"] == 7
 
 
@@ -249,7 +244,7 @@ def test_a_checkpoint_that_counts_more_steps_than_the_run_has(tmp_path):
     for changes in ({"step": 8}, {"step": 7}, {"epoch": 1}):
         checkpoint.save(tmp_path / LAST, arrays, meta | {"progress": meta["progress"] | changes})
         with pytest.raises(InputError, match="contradict each other|another number of steps"):
-            trainer(tmp_path, config).restore()
+            trainer(tmp_path, config, resume=stored_run(tmp_path))
 
 
 def test_the_whole_command_may_be_given_again(tmp_path, call):

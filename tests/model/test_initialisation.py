@@ -6,7 +6,7 @@ import pytest
 from minivit import ViT, ViTConfig
 from minivit.data import load
 from minivit.layers.patch_embed import patchify
-from minivit.model import initialisation, pixels
+from minivit.model import feature_map, initialisation, pixels
 
 CONFIG = ViTConfig(image_size=8, patch_size=4, width=96, depth=2, num_heads=3, mlp_dim=20)
 
@@ -67,7 +67,7 @@ def test_behind_a_stem_the_patches_of_its_maps_are_whitened():
     )
     model = ViT(config, dtype=np.float64)
     initialisation.whiten(model, images, np.zeros(len(images), int), seed=1)
-    x = patchify(model.feature_map(images)[0], 2).reshape(-1, 32)
+    x = patchify(feature_map(model, images), 2).reshape(-1, 32)
     z = x @ model.params["patch_embed.proj.weight"] + model.params["patch_embed.proj.bias"]
     np.testing.assert_allclose(z.mean(axis=0), 0.0, atol=1e-9)
     variances = np.linalg.eigvalsh(z.T @ z / len(z))[-32:]

@@ -11,9 +11,9 @@ from minivit.base import params
 from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import MODEL_BATCH, MODELS
 from minivit.layers import msa
-from minivit.layers.head import POOLINGS
 from minivit.layers.patch_embed import patchify, unpatchify
-from minivit.model import ATTENTIONS, POSITIONS, STEM, parameter_table, pixels
+from minivit.model import ATTENTIONS, POSITIONS, STEM, intermediates, parameter_table, pixels
+from minivit.options.pooling import POOLINGS
 
 TINY = MODELS["vit"]
 
@@ -236,7 +236,7 @@ def test_predict_and_intermediates_are_the_forward_without_dropout(name):
     images, _ = batch(model)
     logits, _ = model.forward(images)
     np.testing.assert_array_equal(model.predict(images), logits)
-    seen = model.intermediates(images)
+    seen = intermediates(model, images)
     np.testing.assert_allclose(seen.logits, logits, rtol=1e-12, atol=1e-14)  # its last block makes every token
     c, N = model.config, model.config.num_tokens
     assert [a.shape for a in seen.attention] == [(MODEL_BATCH, c.num_heads, N, N)] * c.depth
@@ -261,7 +261,7 @@ def test_features_are_what_the_head_reads(pooling, pre_logits):
     np.testing.assert_allclose(
         features @ p["head.weight"] + p["head.bias"], model.predict(images), rtol=1e-12, atol=1e-12
     )
-    z = model.intermediates(images).features[-1]
+    z = intermediates(model, images).features[-1]
     z = (z - z.mean(axis=-1, keepdims=True)) / np.sqrt(z.var(axis=-1, keepdims=True) + config.layernorm_eps)
     z = z * p["norm.weight"] + p["norm.bias"]
     if pooling == "cls":
@@ -286,11 +286,11 @@ def test_registers_stand_behind_the_class_token_and_have_no_position(pooling, po
         value[...] = model.params[name]  # of the same shape: the positions are those of the others
     images, _ = batch(model)
     first = int(pooling == "cls")
-    tokens = model.intermediates(images).features[0]
+    tokens = intermediates(model, images).features[0]
     expected = np.broadcast_to(model.params["reg_token"], (MODEL_BATCH, 3, 12))
     np.testing.assert_array_equal(tokens[:, first : first + 3], expected)
     others = np.delete(tokens, np.s_[first : first + 3], axis=1)
-    np.testing.assert_array_equal(others, plain.intermediates(images).features[0])
+    np.testing.assert_array_equal(others, intermediates(plain, images).features[0])
     # the head reads none of them, but the other tokens did in the blocks
     changed = tokens.copy()
     changed[:, first : first + 3] += 1.0
@@ -375,7 +375,7 @@ def test_axial_attention_sees_all_in_two_blocks():
     images, _ = batch(model, 1)
     changed = images.copy()
     changed[0, 2, 5] += 1.0  # of the patch in row 1 and column 2
-    before, after = (model.intermediates(x).features for x in (images, changed))
+    before, after = (intermediates(model, x).features for x in (images, changed))
     moved = [np.abs(b - a)[0].max(axis=-1).reshape(3, 3) > 1e-9 for b, a in zip(before, after, strict=True)]
     rows = np.zeros((3, 3), bool)
     rows[1] = True
@@ -472,10 +472,10 @@ def test_long_sequences_change_no_number(monkeypatch):
     model = random_model()
     images, labels = batch(model)
     loss, flat, _ = gradient(model, images, labels)
-    seen = model.intermediates(images)
+    seen = intermediates(model, images)
     monkeypatch.setattr(msa, "LONG", 5)
     long_loss, long_flat, _ = gradient(model, images, labels)
-    long_seen = model.intermediates(images)
+    long_seen = intermediates(model, images)
     assert math.isclose(long_loss, loss, rel_tol=1e-12)
     np.testing.assert_allclose(long_flat, flat, rtol=1e-9, atol=1e-13)
     for a, b in zip(long_seen.attention, seen.attention, strict=True):
@@ -572,7 +572,7 @@ def test_every_mask_acts_where_it_is_drawn():
 def test_the_layernorm_epsilon_reaches_every_layernorm():
     images, _ = batch(random_model())
     usual, large = random_model(), random_model(layernorm_eps=0.5)
-    a, b = usual.intermediates(images), large.intermediates(images)
+    a, b = intermediates(usual, images), intermediates(large, images)
     for i in (1, 2):
         assert not np.allclose(a.features[i], b.features[i], rtol=1e-3)
     from minivit.layers.head import head_forward

@@ -11,6 +11,7 @@ import pytest
 
 from minivit import ViT, ViTConfig, softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.base import params
+from minivit.model import intermediates
 from minivit.optim import AdamW
 
 FILES = [
@@ -64,7 +65,7 @@ def test_logits_loss_and_every_gradient(reference):
 
 
 def test_features_and_attention_maps(reference):
-    seen = reference.model.intermediates(reference.arrays["images"])
+    seen = intermediates(reference.model, reference.arrays["images"])
     for i in range(reference.config.depth):
         close(seen.features[i + 1], reference.arrays[f"features/block{i}"])
         close(seen.attention[i], reference.arrays[f"attn/block{i}"])

@@ -12,7 +12,7 @@ from minivit.base.backend import plain, to_host
 from minivit.base.params import ParameterSpec
 from minivit.optim.adam import AdamW
 from minivit.optim.muon import Muon, orthogonalise
-from minivit.training.engine import Engine
+from minivit.training.engines.cpu import Engine
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 30), (30, 5), (2, 3, 6, 4)])

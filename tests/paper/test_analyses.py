@@ -9,8 +9,9 @@ from strict_cupy import clear, doubles, installed
 
 from minivit.base.errors import InputError
 from minivit.benchmark.speed import speed
-from minivit.layers.patch_embed import patchify, sincos2d
-from minivit.model import ViT, ViTConfig
+from minivit.layers.patch_embed import patchify
+from minivit.model import ViT, ViTConfig, intermediates, positions
+from minivit.options.positions import sincos2d
 from minivit.paper import analyses as analysis
 
 CONFIG = ViTConfig(image_size=6, patch_size=2, channels=3, num_classes=5, width=8, depth=3, num_heads=2, mlp_dim=12)
@@ -117,10 +118,10 @@ def test_the_table_of_positions_is_what_the_model_adds():
         bare = ViT(replace(model.config, pos_embed="none"), dtype=np.float64)
         for name, value in bare.params.items():
             value[...] = model.params[name]
-        added = model.intermediates(images).features[0] - bare.intermediates(images).features[0]
+        added = intermediates(model, images).features[0] - intermediates(bare, images).features[0]
         c = int(model.config.pooling == "cls")
-        assert not added[:, c].any() and model.positions().shape == (1, c + 9, 8)  # registers have no positions
-        np.testing.assert_allclose(np.delete(added, c, axis=1), [model.positions()[0]] * 2, atol=1e-12)
+        assert not added[:, c].any() and positions(model).shape == (1, c + 9, 8)  # registers have no positions
+        np.testing.assert_allclose(np.delete(added, c, axis=1), [positions(model)[0]] * 2, atol=1e-12)
 
 
 def test_similarity_of_known_vectors():
@@ -180,7 +181,7 @@ def test_distances_of_a_model(pooling, registers, monkeypatch):
     assert whole.shape == (3, 2) and (whole > 0).all() and (whole < 2 * math.sqrt(8)).all()
     monkeypatch.setattr(analysis, "MAPS", 2 * 3 * 2 * model.config.num_tokens**2)  # two images at a time
     np.testing.assert_allclose(analysis.head_distances(model, images), whole, rtol=1e-12)
-    attention = model.intermediates(images).attention[1]
+    attention = intermediates(model, images).attention[1]
     prefix = registers + (pooling == "cls")
     one = [analysis.attention_distance(attention[i, 1], 2.0, prefix) for i in range(5)]
     assert whole[1, 1] == pytest.approx(np.mean(one))
@@ -232,7 +233,7 @@ def test_rollout_of_a_model(pooling, registers, monkeypatch):
     assert found.shape == (3, 5, 3, 3)
     rollout = np.eye(model.config.num_tokens)
     first = registers + (pooling == "cls")
-    for block, attention in enumerate(model.intermediates(images[3:4]).attention):
+    for block, attention in enumerate(intermediates(model, images[3:4]).attention):
         mixed = (attention[0].mean(axis=0) + np.eye(len(rollout))) / 2  # rows of a softmax sum to 1
         rollout = mixed @ rollout  # registers stay in the products
         rows = rollout[:1] if pooling == "cls" else rollout[first:]
@@ -243,7 +244,7 @@ def test_rollout_of_a_model(pooling, registers, monkeypatch):
 
 def test_maps_that_are_not_of_all_tokens_are_refused(monkeypatch):
     model = model_of()
-    seen = model.intermediates(random_images(1))
+    seen = intermediates(model, random_images(1))
     monkeypatch.setattr(type(model), "intermediates", lambda self, x: seen._replace(attention=[maps(3, 2, 3, 3)] * 3))
     for look in (analysis.rollout_maps, analysis.head_distances):
         with pytest.raises(InputError, match="not every token"):

@@ -12,7 +12,7 @@ from minivit.base.errors import InputError
 from minivit.figures.attention import spotlight
 from minivit.layers.patch_embed import patchify
 from minivit.layers.softmax import softmax_forward
-from minivit.model import ViT, ViTConfig
+from minivit.model import ViT, ViTConfig, intermediates
 from minivit.paper import film, journey
 
 CONFIG = ViTConfig(image_size=6, patch_size=2, channels=3, num_classes=5, width=8, depth=2, num_heads=2, mlp_dim=12)
@@ -33,7 +33,7 @@ def journey_of(truth=None, **changes):
 def test_what_is_shown_is_what_the_model_does(changes):
     model, image, found = journey_of(**changes)
     g, L = model.config.grid_size, model.config.depth
-    seen = model.intermediates(image[None])
+    seen = intermediates(model, image[None])
     np.testing.assert_allclose(found.probabilities, softmax_forward(seen.logits)[0][0], rtol=1e-5)
     np.testing.assert_array_equal(found.tokens, np.array(seen.features)[:, 0])
     assert found.maps.shape == found.gaze.shape == (L + 1, g, g)

@@ -17,8 +17,7 @@ from minivit.paper import analyses, entries, of_a_model, of_trainings, page, tra
 from minivit.paper.context import Context, Entry, Result
 from minivit.paper.entries import entry_of, sweep_entry
 from minivit.paper.trainings import Stopped, share_within, standard_error
-from minivit.training import budget
-from minivit.training import trainer as train
+from minivit.training import budget, loop, plan, trainer
 from minivit.training.trainer import Trainer
 from minivit.weights import checkpoint
 
@@ -146,15 +145,15 @@ def test_cost_in_a_table(call, tmp_path, monkeypatch):
 
 def test_a_model_is_trained_where_none_is_named(call, tmp_path, no_figures, monkeypatch):
     common = ["--config", TINY, "--out", tmp_path / "p", "--quiet", "--budget", "20s"]
-    end_epoch = Trainer._end_epoch
+    end_epoch = loop.end_epoch
 
     def stop(trainer, *arguments):
         end_epoch(trainer, *arguments)
-        if trainer.epoch == 2 and trainer.out.name == "model":
+        if trainer.state.epoch == 2 and trainer.out.name == "model":
             trainer.stop("test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_end_epoch", stop)
+        patch.setattr(loop, "end_epoch", stop)
         assert call("paper", "positions", *common).status == 130  # stopped, to go on
     assert not (tmp_path / "p" / "index.json").exists()
     ended = call("paper", "positions", *common)
@@ -173,17 +172,16 @@ def test_a_model_is_trained_where_none_is_named(call, tmp_path, no_figures, monk
     assert ended.status == 2 and "width" in ended.err and "--out" in ended.err and ended.err.count("\n") == 1
 
 
-def test_a_model_of_fewer_epochs_is_kept_and_goes_on_with_other_cores(call, tmp_path, no_figures, monkeypatch):
+def test_a_model_of_fewer_epochs_is_kept_and_goes_on_with_its_threads(call, tmp_path, no_figures, monkeypatch):
     """As many epochs as the budget held, of the 20 of its settings; with the threads that it began with."""
-    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + 0.01 * a[3])
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a, **k: 0.5 + 0.01 * a[3])
     (tmp_path / "mine.toml").write_text(TINY.read_text().replace("workers = 1", "workers = 0"))
     common = ["filters", "--config", tmp_path / "mine.toml", "--out", tmp_path / "p", "--quiet", "--budget", "0.3s"]
-    end_epoch = Trainer._end_epoch
+    end_epoch = loop.end_epoch
     with monkeypatch.context() as patch:
-        patch.setattr(train, "available_cores", lambda: 2)
-        patch.setattr(Trainer, "_end_epoch", lambda self, *a: (end_epoch(self, *a), self.stop("test")))
+        patch.setattr(loop, "end_epoch", lambda run, *a: (end_epoch(run, *a), run.stop("test")))
         assert call("paper", *common).status == 130
-    monkeypatch.setattr(train, "available_cores", lambda: 1)
+    monkeypatch.setattr(plan, "cut", lambda config, batch_size: (1, 11))
     ended = call("paper", *common)
     assert ended.status == 0, ended.err
     summary = json.loads((tmp_path / "p" / "model" / "summary.json").read_text())
@@ -195,10 +193,10 @@ def test_a_model_of_fewer_epochs_is_kept_and_goes_on_with_other_cores(call, tmp_
 
 
 def test_a_model_of_less_than_an_epoch(call, tmp_path, no_figures, monkeypatch):
-    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + 0.01 * a[3])
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a, **k: 0.5 + 0.01 * a[3])
     common = ["--config", TINY, "--out", tmp_path / "p", "--quiet", "--budget", "0.05s"]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_finish", lambda self, engine: None)  # stopped after the last step
+        patch.setattr(trainer, "finish", lambda *arguments: None)  # stopped after the last step
         assert call("paper", "filters", *common).status == 130
     ended = call("paper", "filters", *common)
     assert ended.status == 0, ended.err
@@ -251,7 +249,7 @@ def test_a_sweep_is_cut_to_the_budget_and_goes_on(call, tmp_path, sweep, monkeyp
 
 def test_measured_times_of_two_sweeps(call, tmp_path, sweep, monkeypatch):
     """A step takes 0.01 s; an epoch of 6 steps and 360 predictions, a third of a step each 256, 0.0647 s."""
-    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + 0.01 * a[3])
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a, **k: 0.5 + 0.01 * a[3])
     other = sweep.with_name("other.toml")
     other.write_text(sweep.read_text())
     two = [sweep_entry(name, "Table 0", "Tiny", "all of it") for name in ("tiny", "other")]
@@ -371,7 +369,7 @@ def test_masked_patches(tmp_path, monkeypatch, no_figures):
         Context(tmp_path / "o", data="digits", budget=seconds, progress=False) for seconds in (0.08, 3600.0)
     )
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_finish", lambda self, engine: None)  # stopped after the last step
+        patch.setattr(trainer, "finish", lambda *arguments: None)  # stopped after the last step
         with pytest.raises(Stopped):
             of_trainings.make_masked(context)
     with monkeypatch.context() as patch:
@@ -454,7 +452,7 @@ def test_a_finished_run_is_left_alone_and_one_that_stopped_goes_on(tmp_path, mon
     context = Context(tmp_path, data="digits", progress=False)
     recipe = trainings.read_recipe(TINY)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_finish", lambda self, engine: None)
+        patch.setattr(trainer, "finish", lambda *arguments: None)
         with pytest.raises(Stopped):
             trainings.run_of(context, tmp_path / "run", recipe, 0.05)
     monkeypatch.setattr(trainings, "within", None)  # no time is asked for again

@@ -10,7 +10,7 @@ from minivit import ViTConfig
 from minivit.base.errors import InputError
 from minivit.data import load
 from minivit.training import budget
-from minivit.training.trainer import TrainConfig
+from minivit.training.config import TrainConfig
 
 DIGITS = load("digits")
 MODEL = ViTConfig(image_size=8, patch_size=4, channels=1, width=8, depth=1, num_heads=2, mlp_dim=16)
@@ -40,7 +40,7 @@ def test_the_epochs_of_a_known_pace(monkeypatch):
     """0.01 s for a step after 0.5 s of a run's own; predictions take a third of it."""
     asked = []
 
-    def pace(dataset, model, config, steps, trainer_of):
+    def pace(dataset, model, config, steps):
         asked.append(steps)
         return 0.5 + 0.01 * steps
 
@@ -130,14 +130,15 @@ def test_few_pictures_are_taken_for_several_epochs(monkeypatch, count):
     class Watched(budget.Trainer):
         def run(self):
             super().run()
-            seen.append((self.step, self.epoch, len(self.dataset.train_images)))
+            seen.append((self.state.step, self.state.epoch, len(self.dataset.train_images)))
 
-        def _evaluate(self, engine):
-            tests.append(self.step)
-            return super()._evaluate(engine)
+        def evaluate(self, engine):
+            tests.append(self.state.step)
+            return super().evaluate(engine)
 
+    monkeypatch.setattr(budget, "Trainer", Watched)
     config = TrainConfig(batch_size=100, epochs=9, workers=1, half_size=0.0)
-    assert budget.seconds_of_training(few, MODEL, config, 5, Watched) > 0.0
+    assert budget.seconds_of_training(few, MODEL, config, 5) > 0.0
     assert seen == [(5, 5, 70) if count == 70 else (5, 3, 200)] and tests == [5]
 
 
@@ -168,7 +169,7 @@ def test_a_probe_makes_the_steps_that_it_times_and_leaves_nothing(tmp_path, monk
     class Watched(kept):
         def run(self):
             super().run()
-            seen.append(self.step)
+            seen.append(self.state.step)
 
     monkeypatch.setattr(budget, "Trainer", Watched)
     config = TrainConfig(batch_size=100, epochs=9, workers=1)
@@ -177,7 +178,7 @@ def test_a_probe_makes_the_steps_that_it_times_and_leaves_nothing(tmp_path, monk
 
 
 def test_a_budget_sets_the_epochs(tmp_path, call, no_figures, monkeypatch):
-    monkeypatch.setattr(budget, "seconds_of_training", lambda *a: 0.5 + 0.01 * a[3])
+    monkeypatch.setattr(budget, "seconds_of_training", lambda *a, **k: 0.5 + 0.01 * a[3])
     flags = ["--config", "tests/tiny.toml", "--quiet", "--out", tmp_path / "o"]
     ended = call("train", *flags, "--budget", "0.5s")
     assert ended.status == 0, ended.err

@@ -13,9 +13,12 @@ from minivit.base.errors import InputError
 from minivit.data import load
 from minivit.kernels import cuda
 from minivit.training import lr_finder
-from minivit.training.engine import Engine, StepResult
-from minivit.training.lr_finder import Found, Smoothing, find, rising_rates, steepest_descent
-from minivit.training.trainer import METRICS, TrainConfig, Trainer, read_metrics
+from minivit.training.config import TrainConfig
+from minivit.training.engines.cpu import Engine
+from minivit.training.folder import METRICS, read_metrics
+from minivit.training.lr_finder import Ramp, Smoothing, find, rising_rates, steepest_descent
+from minivit.training.task import StepResult
+from minivit.training.trainer import Trainer
 
 DIGITS = load("digits")
 FEW = DIGITS._replace(train_images=DIGITS.train_images[:60], train_labels=DIGITS.train_labels[:60])
@@ -77,7 +80,7 @@ def test_steepest_descent_of_curves_that_are_known():
 
 def test_suggestions_are_of_their_steps():
     rates = rising_rates(1e-4, 1.0, 101)
-    found = Found(rates, rates, rates, "", 50, 30)
+    found = Ramp(rates, rates, rates, "", 50, 30)
     assert found.suggestions == {"steepest descent": rates[30], "a tenth of the least": rates[50] / 10}
     assert found._replace(steepest=None).suggestions == {}
 
@@ -85,7 +88,6 @@ def test_suggestions_are_of_their_steps():
 CHANGES = {
     **{name: {"optimizer": name} for name in OPTIMIZERS},
     "accumulate": {"accumulate": 2},
-    "sam": {"sam": 0.05},
     "mixed": {"mixup": 0.4, "cutmix": 1.0, "erasing": 0.5},
     "workers": {"workers": 2},
     "layers": {"layer_decay": 0.7, "init": "mimetic", "whiten": True},
@@ -94,7 +96,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
-def test_it_is_a_run_at_rising_rates(tmp_path, monkeypatch, no_figures, changes):
+def test_it_is_a_run_at_rising_rates(tmp_path, monkeypatch, changes):
     config = replace(CONFIG, **changes)
     found = find(FEW, MODEL, config, low=1e-4, high=0.02, steps=11, progress=False)
     assert found.ended == "the highest rate was reached" and len(found.losses) == 11
@@ -158,7 +160,7 @@ def test_a_rate_that_never_helps_suggests_nothing():
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match="the pictures are 8x8x1, the model takes 16x16x1"):
+    with pytest.raises(InputError, match="the model takes 16x16x1 images"):
         find(FEW, replace(MODEL, image_size=16), CONFIG, steps=10)
     with pytest.raises(InputError, match="steps must be at least"):
         find(FEW, MODEL, CONFIG, steps=9)

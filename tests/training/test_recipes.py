@@ -11,21 +11,14 @@ from minivit.base import params as parameters
 from minivit.base.errors import InputError
 from minivit.base.settings import field_names
 from minivit.commands.cli import Parser
+from minivit.commands.training import add_recipe, recipe_of_flags
 from minivit.data import load
+from minivit.data.source import DATA_KEYS
 from minivit.masked import MaskedConfig
 from minivit.model import ViTConfig, parameter_table
 from minivit.training import recipes, sweep
-from minivit.training.recipes import (
-    CONFIGS,
-    DATA_KEYS,
-    Recipe,
-    add_recipe,
-    find_config,
-    prepare,
-    read_recipe,
-    recipe_of_flags,
-)
-from minivit.training.trainer import TrainConfig
+from minivit.training.config import TrainConfig
+from minivit.training.recipes import CONFIGS, Recipe, find_config, prepare, read_recipe
 
 
 def asked(*arguments):
@@ -140,8 +133,8 @@ def test_the_recipes_that_come_with_minivit_are_possible():
     """Every settings file makes a model and a training."""
     for path in recipes.CONFIGS.glob("*.toml"):
         of_pretraining = path.stem.startswith("pretrain-")
-        sections = recipes.SECTIONS | {"pretraining": field_names(MaskedConfig)} if of_pretraining else recipes.SECTIONS
-        recipe = read_recipe(path, sections=sections)
+        more = {"pretraining": field_names(MaskedConfig)} if of_pretraining else {}
+        recipe = read_recipe(path, tables=recipes.TABLES | more)
         sizes = {"digits": 8, "folder": 224}
         others = ("paper", "pretrain-", recipes.FINETUNE)
         assert path.stem.startswith(recipe.data["data"]) or path.stem.startswith(others)
@@ -219,3 +212,59 @@ def test_runs_that_begin_with_a_model_read_the_file_for_fine_tuning(tmp_path, mo
     assert recipe.data == DATA_KEYS | {"data": "cifar10", "classes": "0-4"}
     recipe = recipe_of_flags(asked("--from", "x.npz", "--config", "cifar10", "--pos-resize", "bilinear"))
     assert recipe.train == {"lr": 7} and recipe.start == {"checkpoint": "x.npz", "pos_resize": "bilinear"}
+
+
+GROUPED = """
+[data]
+data = "digits"
+batch_size = 7
+[model]
+patch_size = 2
+whiten = true
+[augmentation]
+flip = true
+[optimizer]
+optimizer = "sgd"
+[schedule]
+epochs = 3
+[machine]
+workers = 1
+[log]
+log_every = 2
+[start]
+pos_resize = "bilinear"
+"""
+
+
+def test_settings_in_the_tables_of_their_groups(tmp_path):
+    """They mean what they meant in one table, as in files of earlier versions, and each has one table only."""
+    (tmp_path / "new.toml").write_text(GROUPED)
+    (tmp_path / "old.toml").write_text(
+        '[data]\ndata = "digits"\n[model]\npatch_size = 2\n[train]\nbatch_size = 7\nwhiten = true\nflip = true\n'
+        'optimizer = "sgd"\nepochs = 3\nworkers = 1\nlog_every = 2\nsam = 0\nrepeats = 1\ncutout = 0\n'
+        '[start]\npos_resize = "bilinear"\n'
+    )
+    new, old = (read_recipe(tmp_path / name) for name in ("new.toml", "old.toml"))
+    assert new == old and new.data == DATA_KEYS and new.model == {"patch_size": 2}
+    assert set(new.train) == {"batch_size", "whiten", "flip", "optimizer", "epochs", "workers", "log_every"}
+    assert sorted(name for names in recipes.OF_GROUPS.values() for name in names) == sorted(field_names(TrainConfig))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("[log]\nepochs = 3\n", r"epochs stands in \[log\], it belongs in \[schedule\]"),
+        ("[optimizer]\nlr = 1.0\n[train]\nlr = 2.0\n", r"lr stands in \[train\] and in another table"),
+        ("[optimizer]\nmomentun = 1.0\n", "did you mean 'momentum'"),
+        ("[optimiser]\nlr = 1.0\n", "did you mean 'optimizer'"),
+        ("[train]\nsam = 0.05\n", "sam 0.05 was a setting of an earlier version and is removed; leave it out, or at 0"),
+        ("[train]\nrepeats = 2\n", "repeats 2 was a setting of an earlier version"),
+        ("[train]\ncutout = true\n", "cutout True was a setting of an earlier version"),
+        ("[augmentation]\ncutout = 0\n", "unknown setting 'cutout'"),
+    ],
+)
+def test_tables_with_mistakes(tmp_path, change, said):
+    (tmp_path / "x.toml").write_text(change)
+    with pytest.raises(InputError, match=said) as caught:
+        read_recipe(tmp_path / "x.toml")
+    assert "x.toml" in str(caught.value)

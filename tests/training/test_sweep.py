@@ -12,11 +12,11 @@ import pytest
 from minivit.base.errors import InputError
 from minivit.data import load, with_classes
 from minivit.model import ViTConfig
-from minivit.training import recipes, sweep
-from minivit.training import trainer as train
+from minivit.training import loop, plan, recipes, sweep, trainer
+from minivit.training.config import TrainConfig
+from minivit.training.folder import LAST, SUMMARY
 from minivit.training.recipes import CONFIGS, Recipe, trainer_of
 from minivit.training.sweep import Row, Run, recipe_of, result_of
-from minivit.training.trainer import LAST, SUMMARY, TrainConfig
 from minivit.weights.start import StartConfig
 
 BEFORE = "runs/sweep-pretraining"  # where minivit sweep writes the sweep of that name
@@ -110,17 +110,15 @@ def test_a_run_that_stopped_goes_on(file, tmp_path, call, no_figures, monkeypatc
     expected = call("sweep", file, "--out", tmp_path / "whole", "--quiet", "--rows", "AdamW")
     assert expected.status == 0, expected.err
 
-    from minivit.training.trainer import Trainer
+    end_epoch = loop.end_epoch
 
-    end_epoch = Trainer._end_epoch
-
-    def stop_after_the_second(self, *arguments):
-        end_epoch(self, *arguments)
-        if self.epoch == 2:
-            self.stop(15)
+    def stop_after_the_second(run, *arguments):
+        end_epoch(run, *arguments)
+        if run.state.epoch == 2:
+            run.stop(15)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_end_epoch", stop_after_the_second)
+        patch.setattr(loop, "end_epoch", stop_after_the_second)
         ended = call("sweep", file, "--out", tmp_path / "cut", "--quiet", "--rows", "AdamW")
     assert ended.status == 130 and not (tmp_path / "cut" / "table.md").exists()
     ended = call("sweep", file, "--out", tmp_path / "cut", "--quiet", "--rows", "AdamW")
@@ -178,7 +176,6 @@ OTHER = [
     ({}, at("train", epochs=7), "epochs 7"),
     ({}, at("train", ema_decay=0.99), "ema_decay 0.99, the sweep asks for 0.0"),
     ({}, at("train", mixup=0.8), "mixup 0.8"),
-    ({}, at("train", sam=0.05), "sam 0.05"),
     ({}, at("train", seed=1), "seed 1"),
     ({}, at("model", dropout=0.1), "dropout 0.1"),
     ({}, at("model", mlp_dim=100), "mlp_dim 100, the sweep asks for 768"),
@@ -237,13 +234,18 @@ def test_summaries_of_earlier_versions_have_the_defaults_of_what_came_later(tmp_
     noted(run, train={"lr": 0.1})
     path = run.folder / SUMMARY
     summary = json.loads(path.read_text())
-    for section, key in (("train", "precision"), ("train", "sam"), ("model", "stem"), ("data", "classes")):
+    for section, key in (("train", "precision"), ("model", "stem"), ("data", "classes")):
         del summary["settings"][section][key]
     path.write_text(json.dumps(summary))
     assert result_of(run)["accuracy"] == 0.5
     assert result_of(run_of(tmp_path, train={"lr": 0.1, "epochs": 3}), free=("epochs",))
-    with pytest.raises(InputError, match="sam 0.0, the sweep asks for 0.1"):
-        result_of(run_of(tmp_path, train={"lr": 0.1, "sam": 0.1}))
+    summary["settings"]["train"]["sam"] = 0.0
+    path.write_text(json.dumps(summary))
+    assert result_of(run)["accuracy"] == 0.5
+    summary["settings"]["train"]["sam"] = 0.05
+    path.write_text(json.dumps(summary))
+    with pytest.raises(InputError, match="a-seed0: sam 0.05 was a setting of an earlier version"):
+        result_of(run)
 
 
 def diverging(file):
@@ -278,16 +280,14 @@ def test_a_run_that_diverges_is_noted_and_the_others_are_made(file, tmp_path, ca
     assert json.loads((out / "table.json").read_text()) == table | {"seeds": [0, 1]}
 
 
-def test_a_stopped_sweep_goes_on_with_other_cores(file, tmp_path, call, no_figures, monkeypatch):
+def test_a_stopped_sweep_goes_on_with_its_threads(file, tmp_path, call, no_figures, monkeypatch):
     file.write_text(file.read_text().replace("epochs = 1", "epochs = 2\nworkers = 0"))
     flags = ["--quiet", "--rows", "AdamW", "--seeds", 0]
-    monkeypatch.setattr(train, "available_cores", lambda: 2)
-    end_epoch = train.Trainer._end_epoch
+    end_epoch = loop.end_epoch
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "_end_epoch", lambda self, *a: (end_epoch(self, *a), self.stop(15)))
+        patch.setattr(loop, "end_epoch", lambda run, *a: (end_epoch(run, *a), run.stop(15)))
         assert call("sweep", file, "--out", tmp_path / "o", *flags).status == 130
-    monkeypatch.setattr(train, "available_cores", lambda: 1)
-    monkeypatch.setattr(train, "default_micro_batch", lambda config: 11)
+    monkeypatch.setattr(plan, "cut", lambda config, batch_size: (1, 11))
     ended = call("sweep", file, "--out", tmp_path / "o", *flags)
     assert ended.status == 0, ended.err
     assert "epoch   2/2" in ended.out and "epoch   1/2" not in ended.out
@@ -364,7 +364,7 @@ BAD = {
     "train.lr = 0.1@train.seed = 1": "seeds stand at the head of the file",
     "train.lr = 0.1@lr = 1": "unknown setting 'lr'",
     "[base.train]@[base.training]": "unknown setting 'training'",
-    "[base.train]\nepochs = 1\ncheckpoint_seconds = 1000.0@base = 3": "[base] must have the tables data, model, train",
+    "[base.train]\nepochs = 1\ncheckpoint_seconds = 1000.0@base = 3": "[base] must have the tables data, model,",
     "[[row]]@[[rows]]": "unknown setting 'rows'",
     'title = "tiny"@title = ': "is not a TOML file",
 }  # fmt: skip
@@ -394,7 +394,7 @@ def test_bad_arguments(file, tmp_path, call):
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_sweeps_that_come_with_minivit_are_models_and_trainings(path):
-    """Every row makes a model of CIFAR-10 pictures, or of the digits, and a training; no two rows are the same."""
+    """Every row makes a model of CIFAR-10 images, or of the digits, and a training; no two rows are the same."""
     rows = sweep.read_sweep(path).rows
     size = 8 if path.stem == "digits" else 32
     for row in rows:
@@ -406,7 +406,7 @@ def test_the_sweeps_that_come_with_minivit_are_models_and_trainings(path):
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_runs_of_the_sweeps_that_come_with_minivit_are_their_results(tmp_path, path, monkeypatch):
-    """On a few pictures; not of another row either."""
+    """On a few images; not of another row either."""
     rng = np.random.default_rng(0)
     few = load("digits")
     if path.stem != "digits":
@@ -431,7 +431,7 @@ def test_the_runs_of_the_sweeps_that_come_with_minivit_are_their_results(tmp_pat
     runs = [run for run in sweep.runs_of(sweep.read_sweep(path), "out") if run.seed == 0]
     figures = {"test_accuracy": 0.5, "train_seconds": 1.0, "epochs": 1, "parameters": 9}
     for run in runs:
-        settings = trainer_of(recipe_of(run), run.folder, progress=False)._settings()
+        settings = trainer_of(recipe_of(run), run.folder, progress=False).settings()
         run.folder.mkdir(parents=True)
         (run.folder / SUMMARY).write_text(json.dumps(figures | {"settings": settings}))
     for run in runs:
@@ -447,3 +447,19 @@ def test_fine_tuning_begins_with_the_runs_that_pre_training_writes():
     begins = {run.folder / "last.npz" for run in sweep.runs_of(sweep.read_sweep(folder / "pretraining.toml"), BEFORE)}
     recipes = map(sweep.recipe_of, sweep.runs_of(sweep.read_sweep(folder / "finetuning.toml"), "out"))
     assert {Path(recipe.start["checkpoint"]) for recipe in recipes if recipe.start} == begins
+
+
+def test_a_sweep_loads_its_data_once_and_makes_every_run_once(file, tmp_path, call, no_figures, monkeypatch):
+    loads, models, load_data, allocate = [], [], sweep.load, trainer.Trainer._allocate
+    monkeypatch.setattr(sweep, "load", lambda *a, **k: loads.append(a) or load_data(*a, **k))
+    monkeypatch.setattr(trainer.Trainer, "_allocate", lambda self, *a: models.append(self.out) or allocate(self, *a))
+    ended = call("sweep", file, "--out", tmp_path / "o", "--quiet")
+    assert ended.status == 0, ended.err
+    assert len(loads) == 1 and len(models) == 4 == len(set(models))
+
+
+def test_rows_in_the_tables_of_the_groups(file):
+    old = sweep.read_sweep(file)
+    text = file.read_text().replace("[base.train]\nepochs = 1\n", "[base.schedule]\nepochs = 1\n[base.log]\n")
+    file.write_text(text.replace("train.optimizer", "optimizer.optimizer").replace("train.lr", "optimizer.lr"))
+    assert sweep.read_sweep(file) == old

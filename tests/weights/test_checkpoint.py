@@ -15,8 +15,9 @@ import pytest
 from minivit import ViT, ViTConfig, parameter_table
 from minivit.base import params as parameters
 from minivit.base.errors import InputError
+from minivit.base.files import write_atomically
 from minivit.weights import checkpoint
-from minivit.weights.checkpoint import config_of, load, load_model, model_meta, named_arrays, save, write_atomically
+from minivit.weights.checkpoint import load, load_model, model_meta, named_arrays, read, record_of, save
 
 CONFIG = ViTConfig(image_size=4, patch_size=2, channels=1, num_classes=3, width=4, depth=1, num_heads=2, mlp_dim=8)
 
@@ -82,7 +83,9 @@ def test_round_trip(file):
     stored, stored_meta = load(file)
     assert same(stored, arrays)
     assert stored_meta == {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, **meta}
-    assert config_of(stored_meta, file) == CONFIG
+    record = record_of(stored_meta, file)
+    assert record.config == CONFIG and record.class_names == ["a", "b", "c"] and record.path == file
+    assert record.data == {} and record.settings is record.start is record.progress is None
 
 
 def test_numpy_reads_it_without_pickles(file):
@@ -92,9 +95,9 @@ def test_numpy_reads_it_without_pickles(file):
 
 
 def test_the_model_comes_back(file):
-    model, meta = load_model(file)
+    model, record = load_model(file)
     np.testing.assert_array_equal(model.flat, ViT(CONFIG, seed=1).flat)
-    assert model.config == CONFIG and meta["weights"] == "params" and model.flat.dtype == np.float32
+    assert model.config == CONFIG and record.weights == "params" and model.flat.dtype == np.float32
 
 
 def test_a_file_from_before_an_option_was_there_is_read_without_it(tmp_path):
@@ -125,7 +128,7 @@ def test_weights_are_chosen(tmp_path):
     for weights, seed, name in (("auto", 2, "ema"), ("ema", 2, "ema"), ("params", 1, "params")):
         model, stored = load_model(tmp_path / "a.npz", weights=weights)
         np.testing.assert_array_equal(model.flat, ViT(CONFIG, seed=seed).flat)
-        assert stored["weights"] == name
+        assert stored.weights == name
 
 
 def test_a_missing_average_is_refused(file):
@@ -473,4 +476,13 @@ def test_a_refused_fill_changes_nothing(file):
 def test_class_names_that_do_not_fit_are_refused(tmp_path, names):
     write_zip(tmp_path / "x.npz", with_meta(class_names=names))
     with pytest.raises(InputError, match="classes"):
-        checkpoint.class_names_of(load(tmp_path / "x.npz")[1], tmp_path / "x.npz")
+        checkpoint.class_names_of(read(tmp_path / "x.npz")[1])
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", [1], [], True])
+def test_what_a_meta_says_in_no_known_form_it_does_not_say(value):
+    """Whoever needs it says so in a line; others do without."""
+    tables = dict.fromkeys(("data", "settings", "start", "pretraining", "progress", "versions"), value)
+    record = record_of(content()[1] | tables | {"class_names": value}, "x.npz")
+    assert record == checkpoint.Record("x.npz", CONFIG, [] if value == [] else None)
+    assert checkpoint.few_classes(record) == ""

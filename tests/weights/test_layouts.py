@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from minivit import InputError, ViT, ViTConfig, parameter_table
 from minivit.base import params
-from minivit.layers.patch_embed import sincos2d
 from minivit.model import HYBRIDS
+from minivit.options.positions import sincos2d
 from minivit.weights import checkpoint
 from minivit.weights import layouts as pretrained
 from minivit.weights.layouts.description import likely_heads
@@ -409,8 +409,8 @@ def test_from_the_official_layout_through_all_others_and_back_bit_for_bit(tmp_pa
     model, found = pretrained.read(tmp_path / "hf")
     assert found.class_names == list("abcde") and not found.notes
     write(tmp_path / "b.npz", model, "minivit")
-    model, meta = checkpoint.load_model(tmp_path / "b.npz")
-    assert meta["class_names"] == list("abcde")
+    model, record = checkpoint.load_model(tmp_path / "b.npz")
+    assert record.class_names == list("abcde")
     write(tmp_path / "c.npz", model, "official")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "c.npz").read_bytes()
     assert model.config == random_model().config

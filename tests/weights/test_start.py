@@ -13,9 +13,11 @@ from PIL import Image
 from minivit import ViTConfig
 from minivit.base.errors import InputError
 from minivit.data import load
-from minivit.layers.patch_embed import sincos2d
 from minivit.model import ViT
-from minivit.training.trainer import LAST, SETTINGS, SUMMARY, TrainConfig, Trainer, origin_of
+from minivit.options.positions import sincos2d
+from minivit.training.config import TrainConfig
+from minivit.training.folder import LAST, SETTINGS, SUMMARY, stored_run
+from minivit.training.trainer import Trainer
 from minivit.weights import checkpoint
 from minivit.weights.resize import resize_patch_embedding, resize_positions, resize_table
 from minivit.weights.start import Start, StartConfig, begin, load_start, model_from, prepare_start
@@ -177,7 +179,7 @@ def test_a_run_begins_where_the_other_ended_and_says_so(tmp_path, trained, call)
     ended = call("train", *TINY, *flags, "--epochs", 1, "--lr", 0)
     assert ended.status == 0 and ended.err == ""
     assert "of 12x12x1, 5 classes" in ended.out and f"it begins with {source} (ema)" in ended.out
-    (before, _), (after, meta) = load_start(source), checkpoint.load_model(out / LAST, weights="params")
+    (before, _), (after, record) = load_start(source), checkpoint.load_model(out / LAST, weights="params")
     assert before.config.dropout == 0.0 and after.config == replace(
         before.config, image_size=12, num_classes=5, dropout=0.1
     )
@@ -187,7 +189,7 @@ def test_a_run_begins_where_the_other_ended_and_says_so(tmp_path, trained, call)
         "checkpoint": str(source), "keep_head": False, "pos_resize": "align-corners", "patch_resize": "pi",
         "weights": "ema", "crc": zlib.crc32(before.flat),
     }  # fmt: skip
-    assert origin_of(meta) == origin and meta["class_names"] == list("01234")
+    assert record.start == origin and record.class_names == list("01234")
     for name in (SETTINGS, SUMMARY):
         content = json.loads((out / name).read_text())
         content = content if name == SETTINGS else content["settings"]
@@ -271,7 +273,7 @@ def test_it_resumes_exactly_also_when_the_start_is_gone(tmp_path, run_copy, call
 
         def step(*arguments):
             real(*arguments)
-            if trainer.step + 1 == at:
+            if trainer.state.step + 1 == at:
                 trainer.stop("test")
 
         trainer.optimizer.step = step
@@ -285,7 +287,7 @@ def test_it_resumes_exactly_also_when_the_start_is_gone(tmp_path, run_copy, call
     for name in whole:
         np.testing.assert_array_equal(whole[name], broken[name], err_msg=name)
     metas = [checkpoint.load(tmp_path / name / LAST)[1] for name in ("whole", "broken")]
-    assert origin_of(metas[0]) == origin_of(metas[1]) == start.origin
+    assert metas[0]["start"] == metas[1]["start"] == start.origin
     for flags, said in [
         (["--classes", "0-4"], "was trained on the classes 5-9, not 0-4"),
         (["--classes", "5-9", "--config", TINY[1], "--label-smoothing", 0.1], "was trained with other settings"),
@@ -296,9 +298,8 @@ def test_it_resumes_exactly_also_when_the_start_is_gone(tmp_path, run_copy, call
         assert ended.status == 2 and said in ended.err
     # another start, or none, is another run
     for other in (Start(start.flat, start.origin | {"crc": 1}), None):
-        trainer = Trainer(data, model, config, tmp_path / "broken", describe=describe, start=other, progress=False)
         with pytest.raises(InputError, match="began with other parameters"):
-            trainer.restore()
+            Trainer(data, model, config, tmp_path / "broken", start=other, resume=stored_run(tmp_path / "broken"))
 
 
 BAD = {

@@ -108,17 +108,10 @@ DERIVATIVES = (
     "masked/corrupt.py", "masked/gather.py", "masked/loss.py", "masked/model.py",
 )  # fmt: skip
 WHOLE = (
-    "base/pairs.py",
-    "layers/loss.py",
-    "options/axial.py",
-    "optim/*.py",
-    "training/engine.py",
-    "training/engines/cpu.py",
-)
-SINGLE = {
-    "base/backend.py": ("matmul", "matmul_rows", "column_sum"),
-    "training/trainer.py": ("Trainer._gradient_uphill",),
-}
+    "base/pairs.py", "layers/loss.py", "options/axial.py", "optim/*.py",
+    "training/step.py", "training/engines/cpu.py", "training/engines/cut.py",
+)  # fmt: skip
+SINGLE = {"base/backend.py": ("matmul", "matmul_rows", "column_sum")}
 
 
 @functools.cache  # the files are parsed once

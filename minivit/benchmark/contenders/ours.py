@@ -29,7 +29,9 @@ from minivit.data import batches, epoch_order
 from minivit.layers.msa import split_heads
 from minivit.model import ViT
 from minivit.optim import AdamW
-from minivit.training.engine import Engine, available_cores, default_micro_batch
+from minivit.training.engines.cpu import Engine
+from minivit.training.engines.cut import available_cores, default_micro_batch
+from minivit.training.step import Batch
 
 
 def blas():
@@ -81,7 +83,8 @@ class OursOnGpu:
 
     def __init__(self, job):
         from minivit.kernels import cuda
-        from minivit.training.engine_cuda import CudaEngine, CudaStep
+        from minivit.training.engines.gpu import CudaEngine
+        from minivit.training.step_gpu import CudaStep
 
         use_device(find_device(job.device))
         precision = job.precision if kernels_wanted() else "float32"
@@ -112,9 +115,9 @@ class OursOnGpu:
         if self.task == "infer":
             self.engine.predict(self.images)
             return None
-        loss, _, _ = self.whole_step(self.images, self.labels, step=self.count, lr=LR)
+        figures = self.whole_step([Batch(self.count, self.images, self.labels)], len(self.images), LR)
         self.count += 1
-        return loss
+        return figures.loss
 
     def synchronize(self):
         synchronize("cuda")

@@ -14,7 +14,7 @@ from minivit.base import params
 from minivit.benchmark.contenders import BETAS, EPS, LR, WEIGHT_DECAY, problem
 from minivit.laboratory.torch_vit import ViT, turned
 from minivit.model import parameter_table
-from minivit.training.engine import available_cores
+from minivit.training.engines.cut import available_cores
 
 
 def recorded_event():

@@ -94,26 +94,27 @@ def read(path, *, dtype=np.float32, **options):
 def load_any(path, *, weights="auto", changes=None, named=True, **options):
     """A model from a checkpoint, or from a file of another program: see `checkpoint.load_model`, `read`.
 
-    Returns  (ViT, meta, notes): meta has class names, of a checkpoint if they are to be ``named``, and which weights
+    Returns  (ViT, `Record`, notes): it has class names, of a checkpoint if they are to be ``named``, and which weights
     were taken; notes say what had to be assumed
     Raises  InputError: the file is missing, damaged, or of no kind known here.
     """
     path = Path(path)
     if not is_readable(path):
-        model, meta = checkpoint.load_model(path, weights=weights)
+        model, record = checkpoint.load_model(path, weights=weights)
         if named:
-            checkpoint.class_names_of(meta, path)
+            checkpoint.class_names_of(record)
         if needless := [name for name, value in options.items() if value]:
             raise InputError(f"{path} is a checkpoint, which says itself what {needless[0]} is")
-        return ViT(replace(model.config, **(changes or {})), flat=model.flat), meta, []
+        model = ViT(replace(model.config, **(changes or {})), flat=model.flat)
+        return model, record._replace(config=model.config), []
     model, contents = read(path, changes=changes, **options)
     names = contents.class_names or [f"class {k}" for k in range(model.config.num_classes)]
-    return model, {"class_names": names, "weights": "params"}, contents.notes
+    return model, checkpoint.Record(path, model.config, names), contents.notes
 
 
 def load_with_notes(path, **options):
-    """`load_any`, whose notes are printed on stderr: (ViT, meta)."""
-    model, meta, notes = load_any(path, **options)
+    """`load_any`, whose notes are printed on stderr: (ViT, Record)."""
+    model, record, notes = load_any(path, **options)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    return model, meta
+    return model, record

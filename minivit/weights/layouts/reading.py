@@ -6,8 +6,8 @@ import numpy as np
 
 from minivit.base import params as parameters
 from minivit.base.errors import InputError
+from minivit.base.finite import is_finite
 from minivit.model import ViT, parameter_table
-from minivit.weights.checkpoint import is_finite
 from minivit.weights.layouts.description import TOKENS
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from minivit.base.errors import InputError
+from minivit.base.files import write_atomically
 from minivit.base.settings import field_names
 from minivit.model import ViTConfig, positions
 from minivit.weights import checkpoint
-from minivit.weights.checkpoint import write_atomically
 from minivit.weights.layouts.description import LAYOUTS
 from minivit.weights.layouts.official import CURRENT
 from minivit.weights.tensor_files import write_npz, write_safetensors

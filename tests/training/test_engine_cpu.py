@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,10 @@ from conftest import close_calls
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from minivit import ViT, ViTConfig, softmax_cross_entropy_backward, softmax_cross_entropy_forward
-from minivit.training import engine as engine_module
-from minivit.training.engine import Engine, available_cores, correct_count
+from minivit.training.engines import cpu, cut
+from minivit.training.engines.cpu import Engine
+from minivit.training.engines.cut import available_cores
+from minivit.training.task import correct_count, cross_entropy
 
 SETTINGS = {"image_size": 8, "patch_size": 2, "channels": 2, "num_classes": 5, "width": 12, "depth": 2, "num_heads": 3}
 
@@ -44,7 +47,7 @@ def whole_batch(model, images, labels, **settings):
 def test_micro_batches_add_up_to_the_batch(data, workers, micro_batch):
     model = model_of()
     loss, flat, correct = whole_batch(model, *data, label_smoothing=0.1)
-    with Engine(model, workers=workers, micro_batch=micro_batch, label_smoothing=0.1) as engine:
+    with Engine(model, partial(cross_entropy, label_smoothing=0.1), workers=workers, micro_batch=micro_batch) as engine:
         for _ in range(2):  # the second call must not add to the first
             result = engine.gradient(*data)
         assert np.isclose(result.loss, loss, rtol=1e-12)
@@ -207,7 +210,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
 
 
 def test_a_worker_for_every_core_unless_told_otherwise(monkeypatch):
-    monkeypatch.setattr(engine_module, "available_cores", lambda: 5)
+    monkeypatch.setattr(cpu, "available_cores", lambda: 5)
     model = model_of()
     default, told = Engine(model), Engine(model, workers=3, micro_batch=4)
     assert (default.workers, default.micro_batch, len(default._buffers)) == (5, 60, 5)  # of 17 tokens each
@@ -217,12 +220,12 @@ def test_a_worker_for_every_core_unless_told_otherwise(monkeypatch):
 
 def test_a_micro_batch_is_about_a_thousand_tokens():
     sizes = {"Mini/4": 16, "Mini/2": 4, "Ti/16": 5, "B/8": 1, "H/14": 4}
-    assert {name: engine_module.default_micro_batch(ViTConfig.preset(name)) for name in sizes} == sizes
-    assert engine_module.default_micro_batch(ViTConfig(patch_size=1, image_size=64)) == 1
+    assert {name: cut.default_micro_batch(ViTConfig.preset(name)) for name in sizes} == sizes
+    assert cut.default_micro_batch(ViTConfig(patch_size=1, image_size=64)) == 1
     stems = {"R26+S/32": 5, "R50+L/32": 5, "R50+B/16": 5}  # of 50, 50 and 197 tokens
-    assert {name: engine_module.default_micro_batch(ViTConfig.preset(name)) for name in stems} == stems
-    assert engine_module.default_micro_batch(ViTConfig(stem="root", patch_size=2)) == 60
-    assert engine_module.default_micro_batch(ViTConfig(patch_size=4, image_size=4, pooling="mean")) == 1024
+    assert {name: cut.default_micro_batch(ViTConfig.preset(name)) for name in stems} == stems
+    assert cut.default_micro_batch(ViTConfig(stem="root", patch_size=2)) == 60
+    assert cut.default_micro_batch(ViTConfig(patch_size=4, image_size=4, pooling="mean")) == 1024
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -256,7 +259,7 @@ def test_what_malloc_is_told_and_whose(monkeypatch, library, expected):
     malloc = SimpleNamespace(mallopt=lambda option, value: told.update({options[option]: value}))
     monkeypatch.setattr(platform, "libc_ver", lambda: (library, "2.39"))
     monkeypatch.setattr(ctypes, "CDLL", {None: malloc}.__getitem__)
-    engine_module.keep_freed_memory()
+    cpu.keep_freed_memory()
     assert told == expected
 
 
@@ -282,7 +285,7 @@ def test_recomputing_changes_no_bit(data):
     model = model_of(np.float32, dropout=0.2, attention_dropout=0.2, drop_path=0.2)
     gradients = []
     for recompute in (False, True):
-        with Engine(model, workers=2, micro_batch=3, seed=7, recompute=recompute) as engine:
+        with Engine(model, partial(cross_entropy, recompute=recompute), workers=2, micro_batch=3, seed=7) as engine:
             engine.gradient(*data, step=3)
             gradients.append(engine.grad.tobytes())
     assert gradients[0] == gradients[1]
@@ -290,7 +293,7 @@ def test_recomputing_changes_no_bit(data):
 
 @pytest.mark.parametrize(
     ("settings", "kept"),
-    [({}, "BlockCache"), ({"seed": 7, "label_smoothing": 0.1}, "BlockCache"), ({"recompute": True}, "BlockInput")],
+    [({}, "BlockCache"), ({"label_smoothing": 0.1}, "BlockCache"), ({"recompute": True}, "BlockInput")],
 )
 def test_of_a_block_its_cache_is_kept_or_when_recomputing_its_input_alone(data, monkeypatch, settings, kept):
     model, found = model_of(), []
@@ -301,7 +304,7 @@ def test_of_a_block_its_cache_is_kept_or_when_recomputing_its_input_alone(data, 
         backward(dlogits, cache, grads)
 
     monkeypatch.setattr(model, "backward", noting)
-    with Engine(model, workers=1, micro_batch=23, **settings) as engine:
+    with Engine(model, partial(cross_entropy, **settings), workers=1, micro_batch=23) as engine:
         engine.gradient(*data)
     assert found == [kept] * 2
 
@@ -312,5 +315,5 @@ def test_what_makes_no_sense_is_refused(data):
             ValueError, match=f"workers and micro_batch must be at least 0, got .*{min(settings.values())}"
         ):
             Engine(model_of(), **settings)
-    with Engine(model_of(), workers=2) as engine, pytest.raises(ValueError, match="the batch has no picture"):
+    with Engine(model_of(), workers=2) as engine, pytest.raises(ValueError, match="the batch has no image"):
         engine.gradient(data[0][:0], data[1][:0])

@@ -1,0 +1,82 @@
+"""Files: written so that no crash costs what they held before, JSON and TOML."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tomllib
+from pathlib import Path
+
+from minivit.base.errors import InputError
+from minivit.base.settings import refuse_unknown
+
+
+def write_atomically(path, write):
+    """Call ``write(file)`` on a temporary file beside ``path``, flush it to the disk, then rename it to ``path``.
+
+    Whatever happens on the way, ``path`` holds either what it held before or the whole new content.
+    Raises  OSError: the disk is full, the folder cannot be written, ...; it names ``path``, and the temporary file is
+    removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # the temporary file's name means nothing to a user
+            error.filename, error.filename2 = str(path), None
+        raise
+    if os.name == "posix":  # the rename itself must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path, content):
+    """Write a JSON file, atomically."""
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def parse_toml(path, what="settings file"):
+    """The content of a TOML file, a dict; ``what`` is what a message calls it.
+
+    Raises  InputError: no such file, or not TOML.
+    """
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
+    except FileNotFoundError:
+        raise InputError(f"there is no {what} {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not a {what}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not a TOML file: {error}") from None
+
+
+def check_tables(content, tables, where):
+    """Raises InputError unless a dict is made of known tables with known keys: ``tables`` maps each to its keys."""
+    refuse_unknown(content, tables, where)
+    for name, values in content.items():
+        if not isinstance(values, dict):
+            raise InputError(f"{where}: {name} must be a table, written [{name}]")
+        refuse_unknown(values, tables[name], f"{where} [{name}]")
+
+
+def read_toml(path, tables):
+    """Read a settings file; ``tables`` maps each table that it may have to the keys of that.
+
+    Returns  {table: {key: value}} with every table present.
+    Raises  InputError: no such file, not TOML, an unknown table or key.
+    """
+    content = parse_toml(path)
+    check_tables(content, tables, path)
+    return {name: content.get(name, {}) for name in tables}

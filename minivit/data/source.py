@@ -1,0 +1,75 @@
+"""Where a data set comes from: what settings files and checkpoints say of it, and whether it is the same one."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from minivit.base.errors import InputError
+from minivit.data import FOLDERS, load
+from minivit.data.dataset import is_lazy
+from minivit.weights.checkpoint import few_classes
+
+# Settings of the data, with their defaults.
+DATA_KEYS = {"data": "digits", "data_dir": "data", "image_size": None, "classes": None, "train_share": None}
+_KINDS = {"data": str, "data_dir": str, "image_size": int, "classes": str, "train_share": float}
+_KINDS_IN_WORDS = {str: "a text", int: "a whole number above 0", float: "a number above 0 and at most 1"}
+
+
+def check_data(data, where):
+    """Raises InputError if a setting of the data, of a dict that comes from a file, has another type than it must."""
+    for key, kind in _KINDS.items():
+        value = data.get(key)
+        if value is None:
+            continue
+        if type(value) is not kind or (kind is int and value < 1) or (kind is float and not 0.0 < value <= 1.0):
+            raise InputError(f"{where}: {key} must be {_KINDS_IN_WORDS[kind]}, got {value!r}")
+
+
+def dataset_of(record, *, name=None, data_dir=None):
+    """The data set that a checkpoint's `Record` describes, or the one that is named instead.
+
+    Folders are read at the size of the model where the record says no other.
+    Raises  InputError: it does not say, or the data are missing, damaged or of other classes than the checkpoint's.
+    """
+    stored = record.data
+    check_data(stored, record.path)
+    name = name or stored.get("data")
+    if name is None:
+        raise InputError(f"{record.path} does not say which data set it was trained on; name one with --data")
+    keys = ("image_size", "classes", "train_share") if name == stored.get("data") else ()
+    same = {key: stored.get(key) for key in keys}
+    if name in FOLDERS and not same.get("image_size"):
+        same["image_size"] = record.config.image_size
+    try:
+        dataset = load(name, data_dir or stored.get("data_dir", "data"), **same)
+    except InputError as error:
+        raise InputError(f"{error}; if the data lie elsewhere now, name the place with --data-dir") from None
+    if list(dataset.class_names) != record.class_names:
+        raise InputError(
+            f"{record.path} was trained for other classes than those of {dataset.name} ({dataset.source}): "
+            f"{few_classes(record)}"
+        )
+    return dataset
+
+
+def check_fit(dataset, config, where="the model", *, classes=True):
+    """Raises InputError unless a data set's images, and its ``classes`` if these are to, are those of a `ViTConfig`."""
+    c, shape, count = config, dataset.train_images.shape[1:], len(dataset.class_names)
+    if shape != (c.image_size, c.image_size, c.channels) or (classes and count != c.num_classes):
+        raise InputError(
+            f"{where} takes {c.image_size}x{c.image_size}x{c.channels} images of {c.num_classes} classes; "
+            f"{dataset.name} has {'x'.join(map(str, shape))} images of {count}"
+        )
+
+
+def fingerprint(dataset):
+    """A number that tells whether two data sets hold the same training images, labels and test images.
+
+    Of images that are files it sees names and lengths.
+    """
+    crc = 0
+    for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
+        crc = zlib.crc32(array.identity if is_lazy(array) else np.ascontiguousarray(array), crc)
+    return crc

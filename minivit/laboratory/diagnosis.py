@@ -1,0 +1,13 @@
+"""Which number of a computation is the first that is not finite: what `minivit.training.step.Step` asks."""
+
+from __future__ import annotations
+
+from minivit.laboratory.trace import first_non_finite, recording
+
+
+def diagnose(model, function):
+    """The first number that is not finite of those that ``function()`` makes with a model, in words; "" if all are."""
+    with recording([model.flat], figures=False) as recorder:
+        function()
+    culprit = first_non_finite(recorder)
+    return culprit.message if culprit else ""
