@@ -24,18 +24,9 @@ ORDER = (
 ).split()
 PACKAGE = ROOT / "minivit"
 KNOWN = {
-    "uphill": {
-        "layers/block.py: options",
-        "layers/head.py: options",
-        "layers/msa.py: options",
-    },
-    "undocumented": {
-        "benchmark/tables.py: size",
-    },
     "functions": {
         "laboratory/gradcheck.py: check_model",
         "laboratory/trace.py: work",
-        "model/table.py: parameter_table",
     },
     "files": {
         "kernels/cuda.py",
@@ -43,7 +34,6 @@ KNOWN = {
         "laboratory/facts.py",
         "laboratory/gradcheck.py",
         "laboratory/trace.py",
-        "masked/model.py",
         "model/vit.py",
     },
 }

@@ -579,4 +579,4 @@ MODELS = {
 }
 MODEL_BATCH = 8  # images, for the models
 
-NEED_SCIPY = ("gelu-erf", "vit-erf")  # SciPy is optional
+NEED_SCIPY = ("gelu-erf", "block-options", "vit-erf")  # SciPy is optional

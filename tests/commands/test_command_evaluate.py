@@ -9,6 +9,7 @@ from PIL import Image
 
 from minivit import ViTConfig
 from minivit.data import load, source
+from minivit.evaluation.inference import predict_all
 from minivit.model import ViT
 from minivit.training.folder import LAST, SUMMARY
 from minivit.weights import checkpoint
