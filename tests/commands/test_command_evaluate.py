@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from minivit.evaluation.inference import predict_all
 from PIL import Image
 
 from minivit import ViTConfig
