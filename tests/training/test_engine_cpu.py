@@ -293,7 +293,7 @@ def test_recomputing_changes_no_bit(data):
 
 @pytest.mark.parametrize(
     ("settings", "kept"),
-    [({}, "BlockCache"), ({"label_smoothing": 0.1}, "BlockCache"), ({"recompute": True}, "BlockInput")],
+    [({}, "BlockCache"), ({"label_smoothing": 0.1}, "BlockCache"), ({"recompute": True}, "RecomputeCache")],
 )
 def test_of_a_block_its_cache_is_kept_or_when_recomputing_its_input_alone(data, monkeypatch, settings, kept):
     model, found = model_of(), []
