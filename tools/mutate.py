@@ -38,8 +38,7 @@ except ImportError as error:
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.toml"
 TESTS = (
     "layers", "options", "optim", "model/test_model.py", "model/test_reference.py", "masked/test_masked.py",
-    "laboratory/test_facts.py", "training/test_engine.py",
-    "training/test_train.py::test_sam_goes_as_far_uphill_as_asked_for_and_comes_back",
+    "laboratory/test_facts.py", "training/test_engine_cpu.py", "training/test_step.py",
 )  # fmt: skip
 COLUMNS = ("mutants", *KINDS, "invalid", "timeout", "equivalent", "survived")
 

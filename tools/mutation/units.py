@@ -106,10 +106,10 @@ def units_of(path, *, root=ROOT):
 DERIVATIVES = (
     "layers/*.py", "options/**/*.py", "model/vit.py", "model/compose.py", "masked/model.py", "kernels/cpu.py",
 )  # fmt: skip
-WHOLE = ("layers/loss.py", "options/axial.py", "optim/*.py", "training/engine.py", "training/engines/cpu.py")
+WHOLE = ("layers/loss.py", "options/axial.py", "optim/*.py", "training/engines/cpu.py")
 SINGLE = {
     "base/backend.py": ("matmul", "matmul_rows", "column_sum"),
-    "training/trainer.py": ("Trainer._gradient_uphill",),
+    "training/step.py": ("Step.__call__",),
 }
 
 
