@@ -29,7 +29,7 @@ Order
 
 What is masked is drawn on the host, for a whole batch at a time, as a *plan* (B, 2, N): a random order of the patches,
 of which the first n are predicted, and for each place the patch that it shows (N: the mask). A plan goes where labels
-go otherwise, through `minivit.training.engine`, to GPUs as well.
+go otherwise, through `minivit.training.engines`, to GPUs as well.
 
 The encoder is an ordinary `ViT` whose parameters are the first of the flat buffer, with their names; its head is not
 used and stays zero. A checkpoint of pre-training can therefore be opened as a classifier, one that knows nothing yet.

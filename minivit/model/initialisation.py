@@ -1,4 +1,4 @@
-r"""Initial parameters beyond the official ones: ``init`` and ``whiten`` of `minivit.training.trainer.TrainConfig`.
+r"""Initial parameters beyond the official ones: ``init`` and ``whiten`` of `minivit.training.config.TrainConfig`.
 
 Mimetic (Trockman & Kolter 2023, arXiv:2305.09828)
     In trained transformers, W_q W_k^T of each head looks like a multiple of the identity and W_v W_proj like a negative

@@ -10,8 +10,6 @@ from conftest import ROOT
 from minivit.base import params as parameters
 from minivit.base.errors import InputError
 from minivit.base.settings import field_names
-from minivit.commands.cli import Parser
-from minivit.commands.training import add_recipe, recipe_of_flags
 from minivit.data import load
 from minivit.data.source import DATA_KEYS
 from minivit.masked import MaskedConfig
@@ -19,28 +17,6 @@ from minivit.model import ViTConfig, parameter_table
 from minivit.training import recipes, sweep
 from minivit.training.config import TrainConfig
 from minivit.training.recipes import CONFIGS, Recipe, find_config, prepare, read_recipe
-
-
-def asked(*arguments):
-    parser = Parser()
-    where = add_recipe(parser)
-    where.add_argument("--more", type=int)
-    return parser.parse_args([str(a) for a in arguments])
-
-
-def test_the_scripts_own_flags_stand_beside_them():
-    namespace = asked("--more", 3, "--lr", 0.5)
-    assert namespace.more == 3 and namespace.lr == 0.5 and not hasattr(namespace, "epochs")
-
-
-def test_the_settings_file_is_that_of_the_data_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "CONFIGS", tmp_path)
-    (tmp_path / "cifar10.toml").write_text("[train]\nlr = 7\n")
-    assert recipe_of_flags(asked("--data", "cifar10")).train == {"lr": 7}
-    assert recipe_of_flags(asked()) == (DATA_KEYS, {}, {}, {})  # the digits', which are not there
-    assert recipe_of_flags(asked(), "cifar10").train == {"lr": 7}
-    assert recipe_of_flags(asked("--config", tmp_path / "cifar10.toml", "--lr", 3)).train == {"lr": 3.0}
-    assert recipe_of_flags(asked("--config", "cifar10")).train == {"lr": 7}
 
 
 def test_the_model_is_fitted_to_the_data():
@@ -86,8 +62,6 @@ def test_a_share_of_the_training_pictures(tmp_path):
             read_recipe(None, data={"train_share": bad})
     with pytest.raises(InputError, match="keeps none"):
         load("digits", train_share=1e-5)
-    recipe = recipe_of_flags(asked("--train-share", "0.5", "--data", "cifar10"))
-    assert recipe.data == DATA_KEYS | {"data": "cifar10", "train_share": 0.5}
 
 
 def test_classes_are_a_text(tmp_path):
@@ -201,17 +175,6 @@ def test_pre_training_as_in_the_paper(name):
     assert parameters.count(own) == count
     assert (config.batch_size, config.beta1, config.beta2, config.warmup_steps) == (4096, 0.9, 0.999, 10_000)
     assert config.clip_norm == (1.0 if name.startswith("imagenet-") else 0.0)
-
-
-def test_runs_that_begin_with_a_model_read_the_file_for_fine_tuning(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "CONFIGS", tmp_path)
-    (tmp_path / "cifar10.toml").write_text("[train]\nlr = 7\n")
-    (tmp_path / "finetune.toml").write_text('[train]\nlr = 8\n[start]\npos_resize = "bicubic"\n')
-    recipe = recipe_of_flags(asked("--data", "cifar10", "--classes", "0-4", "--from", "x.npz"))
-    assert recipe.train == {"lr": 8} and recipe.start == {"checkpoint": "x.npz", "pos_resize": "bicubic"}
-    assert recipe.data == DATA_KEYS | {"data": "cifar10", "classes": "0-4"}
-    recipe = recipe_of_flags(asked("--from", "x.npz", "--config", "cifar10", "--pos-resize", "bilinear"))
-    assert recipe.train == {"lr": 7} and recipe.start == {"checkpoint": "x.npz", "pos_resize": "bilinear"}
 
 
 GROUPED = """

@@ -15,7 +15,6 @@ import pytest
 from minivit import ViT, ViTConfig, parameter_table
 from minivit.base import params as parameters
 from minivit.base.errors import InputError
-from minivit.base.files import write_atomically
 from minivit.weights import checkpoint
 from minivit.weights.checkpoint import load, load_model, model_meta, named_arrays, read, record_of, save
 
@@ -201,25 +200,10 @@ def test_a_crash_after_the_rename_leaves_the_new_file(file, monkeypatch):
     assert load(file)[1]["more"] == 1
 
 
-def test_the_content_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
-    order = []
-    real_fsync, real_replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: (order.append("fsync"), real_fsync(number)))
-    monkeypatch.setattr(os, "replace", lambda *names: (order.append("replace"), real_replace(*names)))
-    write_atomically(tmp_path / "x", lambda file: file.write(b"x"))
-    assert order == ["fsync", "replace", "fsync"]
-
-
 def test_a_partial_file_of_a_killed_process_is_in_nobodys_way(file):
     (file.parent / f".{file.name}.partial").write_bytes(b"half")
     save(file, *content(more=1))
     assert load(file)[1]["more"] == 1 and list(file.parent.iterdir()) == [file]
-
-
-def test_an_error_names_the_file_that_was_asked_for(tmp_path):
-    with pytest.raises(FileNotFoundError) as raised:
-        write_atomically(tmp_path / "no" / "x.npz", lambda file: None)
-    assert raised.value.filename == str(tmp_path / "no" / "x.npz")
 
 
 # ---- reading what is damaged -----------------------------------------------------------------------------------------
