@@ -2,7 +2,7 @@
 
 Each mutant is one small change of one line: a sign, an operator, an operand, a transpose, an axis, a dropped term, a
 constant, an off-by-one. The checks that run the changed function are tried on it, the sharpest and quickest first: its
-gradient checks (complex step element by element, adjoint test), the exact facts, the tests. A mutant that none of them
+gradient checks (complex step, element by element), the exact facts, the tests. A mutant that none of them
 notices survives: a line that nothing tests, or a change without effect, which is then listed with its reason in
 tests/equivalent_mutants.toml.
 """
@@ -145,8 +145,8 @@ def markdown(report):
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
         + ".",
         "",
-        "A mutant is killed by the first check that notices it, in the order gradient check (complex step element by",
-        "element, adjoint test), exact fact, test. *Invalid* ones cannot be imported; *timeout*: a check did not end.",
+        "A mutant is killed by the first check that notices it, in the order gradient check (complex step, element by",
+        "element), exact fact, test. *Invalid* ones cannot be imported; *timeout*: a check did not end.",
         "",
         "| function | mutants | by gradient | by fact | by test | invalid | timeout | equivalent | survived |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",

@@ -63,7 +63,8 @@ class FollowCache(NamedTuple):
 
     first: Any
     second: Any
-    name: str  # what the first is called
+    first_name: str  # what each is called; "" for the one that goes by the name of both
+    second_name: str
 
 
 class Step(NamedTuple):
@@ -98,13 +99,13 @@ def add_gradients(grads, names, dparameters):
             grads[name] += gradient
 
 
-def follow(first, second, name):
-    """One step after another: y = second(first(x)); ``name`` is what the first is called beside the second."""
+def follow(first, second, *, first_name="", second_name=""):
+    """One step after another: y = second(first(x)); a name is given to the one that is added to the other."""
 
     def forward(x, params):
         u, first_cache = first.forward(x, params)
         y, second_cache = second.forward(u, params)
-        return y, FollowCache(first_cache, second_cache, name)
+        return y, FollowCache(first_cache, second_cache, first_name, second_name)
 
     def backward(dy, cache, grads):
         # y = second(u)

@@ -21,13 +21,15 @@ from minivit.benchmark.contenders.ours import (
 )
 from minivit.benchmark.contest import check_model
 from minivit.benchmark.turns import glance, paired_ratio, quartiles, share_of_others
-from minivit.laboratory.trace import arrays_in, recording
+from minivit.laboratory.recorder import arrays_in, recording
 from minivit.layers.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT
 from minivit.optim import AdamW
 from minivit.training.engines.cpu import Engine
 
-LEAVES = ("linear", "layernorm", "gelu", "attention", "flash_attention", "softmax", "softmax_cross_entropy")
+LEAVES = (
+    "linear", "layernorm", "gelu", "exact_gelu", "attention", "flash_attention", "softmax", "softmax_cross_entropy",
+)  # fmt: skip
 
 
 class Layer(NamedTuple):
@@ -65,6 +67,16 @@ def _floor_of(function, arguments, result):
     return "products", lambda: [product.run() for product in products]
 
 
+def _call_again(calls, path, direction):
+    """A recorded call as it is made in a step: by a twin, where there is one."""
+    function, arguments, keywords, *_ = calls[path, "forward"]
+    if direction == "forward":
+        return lambda: function(*arguments, **keywords)
+    _, cache = function(*arguments, **keywords)  # what was recorded is that of the plain function
+    backward, (dy, *_), *_ = calls[path, "backward"]
+    return lambda: backward(dy, cache)
+
+
 def captured_layers(model, images, labels, workers):
     """Each kind of leaf call of a micro-batch's step, as a list of `Layer`.
 
@@ -77,9 +89,10 @@ def captured_layers(model, images, labels, workers):
         prefixes += (f"blocks.{depth - 1}.",)
     passes = []
     for _ in range(workers):
-        with recording([model.flat], calls=True) as recorder:
+        with recording(model=model, calls=True) as recorder:
             logits, cache = model.forward(images)
             _, loss_cache = softmax_cross_entropy_forward(logits, labels)
+            recorder.name(loss_cache, "loss")
             model.backward(softmax_cross_entropy_backward(1.0, loss_cache), cache, model.gradient_buffer()[1])
         passes.append(recorder.calls)
     layers = []
@@ -89,9 +102,9 @@ def captured_layers(model, images, labels, workers):
             continue
         calls, floors = [], []
         for each in passes:
-            function, args, keywords, arguments, result = each[path, direction]
-            calls.append(lambda f=function, a=args, k=keywords: f(*a, **k))
+            function, _, _, arguments, result = each[path, direction]
             kind, floor = _floor_of(function.__name__, arguments, result)
+            calls.append(_call_again(each, path, direction))
             floors.append(floor)
         name, times = path, 1
         if path.startswith(prefixes[0]):

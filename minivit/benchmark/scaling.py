@@ -12,7 +12,7 @@ from tqdm import tqdm
 from minivit.benchmark.contenders import Job
 from minivit.benchmark.contest import check_contenders, check_model, start
 from minivit.benchmark.turns import paired_ratio, quartiles, take_turns
-from minivit.laboratory.trace import attention_flops, expected_flops
+from minivit.model.costs import attention_flops, expected_flops
 from minivit.training.engines.cut import available_cores
 
 

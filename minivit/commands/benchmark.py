@@ -16,8 +16,8 @@ from minivit.benchmark.machine import machine, only_cores
 from minivit.benchmark.scaling import scaling_report
 from minivit.commands.cli import Parser, add_settings, figure_file, given, output_file
 from minivit.kernels.cuda import PRECISIONS
-from minivit.laboratory.trace import expected_flops
 from minivit.model import preset_fields
+from minivit.model.costs import expected_flops
 from minivit.training.config import TrainConfig, loading_settings
 from minivit.training.engines.cut import check_workers
 from minivit.training.recipes import find_config, read_recipe

@@ -24,7 +24,7 @@ examples:
   minivit gradcheck                        every layer and model, element by element, two methods
   minivit gradcheck layernorm msa          only these
   minivit gradcheck layernorm --device cuda   its gradient on a GPU, in float64
-  minivit gradcheck --all                  along random directions: all methods, adjoint, second derivatives
+  minivit gradcheck --all                  along random directions: both methods, second derivatives
   minivit gradcheck layernorm --depth      the error of each method against its step, explained and drawn
   minivit gradcheck --against torch        every tensor, forward and backward, against PyTorch's
   minivit gradcheck --plant list           the zoo of mistakes
@@ -169,7 +169,7 @@ def plant(name, seed):
 
 HUNT = """In which function is it? Type its name, or
   check NAME     the gradients of a layer or model, element by element
-  adjoint NAME   its gradients along random directions, the adjoint test and the second derivatives
+  along NAME     its gradients along random directions, and the second derivatives
   depth NAME     the V-curves of a layer's forward
   facts          the facts that need no derivative
   hint, answer, quit (which shows no answer)"""
@@ -180,7 +180,7 @@ def investigate(words, seed, out):
     command, *names = words
     checks = {
         "check": lambda: table_of_elements(names, ("complex",), seed),
-        "adjoint": lambda: table_of_everything(names, (), seed),
+        "along": lambda: table_of_everything(names, (), seed),
         "depth": lambda: [depth(name, seed, out) for name in names],
         "facts": lambda: table_of_everything((), FACTS, seed),
     }

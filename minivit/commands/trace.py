@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from minivit.base.finite import quiet_overflow
 from minivit.commands.cli import Parser, add_settings, given, output_file
 from minivit.data import load
 from minivit.data.source import check_fit, dataset_of
-from minivit.laboratory.trace import expected_cache_bytes, expected_flops, first_non_finite, norm, trace_batch
+from minivit.laboratory.recorder import norm
+from minivit.laboratory.trace import first_non_finite, trace_batch
 from minivit.model import parameter_table, preset_fields
 from minivit.training.engines.cpu import DROPOUT_STREAM
 from minivit.weights.layouts import load_any
@@ -30,7 +32,9 @@ examples:
   minivit trace --nan --scale-weights 1e15                      which tensor overflows first?
 
 The batch is that of one worker of a training step: dropout acts, BLAS has one thread. It runs twice, and the figures
-are those of the second time. The exit status is 0; with --nan it is 1 if a tensor is not finite. 2 is bad input.
+are those of the second time. A call is named by the field of the cache that keeps what its backward reads, such as
+blocks.0.mlp.activation, and a tensor as in the docstring of its function. Operations are counted as the plain functions
+do them. The exit status is 0; with --nan it is 1 if a tensor is not finite. 2 is bad input.
 """
 MIB = 2**20
 
@@ -121,21 +125,24 @@ def shown(path, arguments):
     return arguments.all or parts[0] != "blocks" or parts[1] == "0"
 
 
+def short_name(path, around):
+    """The part of a path that is not of the call around it; that of a number with the word before it."""
+    name = path.removeprefix(f"{around}.") if around else path
+    return re.search(r"[^.]*[^.\d][^.]*(\.\d+)+$", path)[0] if name.isdigit() else name
+
+
 def print_pass(trace, direction, arguments):
-    """The table of one direction; dropout and stochastic depth have a line where they act."""
+    """The table of one direction."""
     forward = direction == "forward"
     memory = "cached MiB" if forward else "norm"
     print(f"\n{direction.upper():25}{'Eq.':5}{'tensor':9}{'shape':15}{memory:>10}{'MFLOP':>10}{'ms':>9}{'GFLOP/s':>8}"
           f"{'mean':>10}{'std':>9}{'largest':>9}")  # fmt: skip
+    around = []  # the paths of the calls that a call lies in
     for r in trace.records:
+        around = [*around[: r.depth], r.path]
         if r.direction != direction or r.depth > arguments.levels or (r.depth and not shown(r.path, arguments)):
             continue
-        if r.function.startswith("drop") and not r.flops:  # nothing was dropped
-            continue
-        parts = r.path.split(".")
-        name = "  " * r.depth + (
-            r.path if r.depth == 0 else ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
-        )
+        name = "  " * r.depth + short_name(r.path, around[r.depth - 1] if r.depth else "")
         shape = "x".join(map(str, r.shape)) or "1"
         size = f"{r.cached / MIB:10.3f}" if forward else f"{number(next(iter(r.norms.values()), math.nan)):>10}"
         values = f"{number(r.mean):>10}{number(r.std):>9}{number(r.largest):>9}"
@@ -157,22 +164,21 @@ def print_gradients(model, trace, arguments):
 
 
 def print_totals(trace):
-    """Sums of the trace beside the closed forms."""
-    t, flops = trace.totals, expected_flops(trace.config, trace.batch)
+    """Sums of the trace, those of products and parameters beside the closed forms."""
+    t = trace.totals
     print(f"\n{'TOTALS':12}{'recorded':>15}{'closed form':>15}{'':16}{'all operations':>16}{'time':>11}{'rate':>15}")
 
     def line(name, recorded, expected, digits, unit, rest=""):
         verdict = "equal" if recorded == expected else "DIFFERENT"
         print(f"{name:12}{recorded:15,.{digits}f}{expected:15,.{digits}f} {unit:6}{verdict:9}{rest}")
 
-    for name, expected in zip(("forward", "backward"), flops, strict=True):
+    for name, expected in zip(("forward", "backward"), trace.expected, strict=True):
         everything, seconds = (getattr(t, f"{name}_{figure}") for figure in ("flops", "seconds"))
         if everything:
             rest = f"{1e-6 * everything:10,.3f} MFLOP{1e3 * seconds:8.2f} ms{1e-9 * everything / seconds:7.1f} GFLOP/s"
             line(name, 1e-6 * getattr(t, f"{name}_matmul_flops"), 1e-6 * expected, 3, "MFLOP", rest)
-    cached = expected_cache_bytes(trace.config, trace.batch, trace.dtype)
-    line("caches", t.cached / MIB, cached / MIB, 3, "MiB")
     line("parameters", t.parameters, params.count(parameter_table(trace.config)), 0, "")
+    print(f"{'caches':12}{t.cached / MIB:15,.3f}{'':15} MiB")
     print("MFLOP recorded and of the closed form are those of the matrix products")
 
 
@@ -200,9 +206,8 @@ def report_of(model, trace, nonfinite):
             "loss": float(trace.loss),
             "totals": trace.totals._asdict(),
             "closed_forms": {
-                **expected_flops(trace.config, trace.batch)._asdict(),
+                **trace.expected._asdict(),
                 "parameters": params.count(parameter_table(trace.config)),
-                "cached": expected_cache_bytes(trace.config, trace.batch, trace.dtype),
             },
             "first_non_finite": nonfinite and nonfinite._asdict(),
             "gradient_norms": gradients,

@@ -16,11 +16,12 @@ WIDE, HIGH = 1.75, 1.25  # of a box
 ROWS = (
     (4.6, "z_0", "z'_1", [
         ("norm1", "u", ["norm1"]), ("qkv", "q, k, v", ["msa.qkv"]), ("attention", "heads", ["msa.attention"]),
-        ("proj", "msa", ["msa.proj", "dropout1", "ls1", "path1"]),
+        ("proj", "msa", ["msa.proj"]),
     ]),
     (1.95, "z'_1", "z_1", [
-        ("norm2", "v", ["norm2"]), ("fc1", "hidden", ["mlp.fc1"]), ("gelu", "gelu", ["mlp.gelu", "mlp.dropout"]),
-        ("fc2", "mlp", ["mlp.fc2", "dropout2", "ls2", "path2"]),
+        ("norm2", "v", ["norm2"]), ("fc1", "hidden", ["mlp.fc1"]),
+        ("gelu", "gelu", ["mlp.activation", "mlp.activation.dropout"]),
+        ("fc2", "mlp", ["mlp.fc2"]),
     ]),
 )  # fmt: skip
 
@@ -73,18 +74,30 @@ class _Drawing:
         value = r.incoming if incoming else np.linalg.norm(parts)
         return f"d{name}\nnorm {value:.2g}"
 
+    def after(self, branch):
+        """The records of what follows a branch of the first block before it is added, such as dropout."""
+        return [r for r in self.trace.records if r.depth == 1 and r.path.startswith(f"blocks.0.{branch}.")]
+
+    def end_of(self, branch):
+        """The path of the last call of a branch of the first block, whose result is added."""
+        return [f"blocks.0.{branch}", *(r.path for r in self.after(branch) if r.direction == "forward")][-1]
+
     def text(self, x, y, words, size, color="black", ha="center", va="center", **look):
         self.axes.text(x, y, words, fontsize=size, color=color, ha=ha, va=va, **look)
 
-    def box(self, x, y, name, paths, whole):
-        """A box centred at (x, y) for the records of some paths, which took a share of ``whole`` seconds."""
-        inside = [r for p in paths for d in ("forward", "backward") if (r := self.records.get((p, d)))]
+    def of_block(self, parts):
+        """The records of some parts of the first block."""
+        return [r for p in parts for d in ("forward", "backward") if (r := self.records.get((f"blocks.0.{p}", d)))]
+
+    def box(self, x, y, name, inside, whole):
+        """A box centred at (x, y) for some records, which took a share of ``whole`` seconds."""
         cached, seconds = sum(r.cached for r in inside), sum(r.seconds for r in inside)
         self.axes.add_patch(
             FancyBboxPatch((x - WIDE / 2, y - HIGH / 2), WIDE, HIGH, boxstyle="round,pad=0,rounding_size=0.12",
                            facecolor="white", edgecolor=BOX, lw=1.2, zorder=3)
         )  # fmt: skip
-        equation = f"Eq. {inside[0].equation}" if inside[0].equation else "cross-entropy"
+        equations = [f"Eq. {r.equation}" for r in inside if r.equation]
+        equation = equations[0] if equations else "cross-entropy" if name == "loss" else ""
         self.text(x, y + 0.4, name, 11, weight="bold", zorder=4)
         self.text(x, y + 0.13, equation, 8.5, SOFT, zorder=4)
         self.text(x, y - 0.15, f"cached {_bytes(cached)}", 9, zorder=4)
@@ -104,22 +117,21 @@ class _Drawing:
         """The upper row, the whole network, and the panel on which its first block is opened."""
         c, L, y, half = self.trace.config, self.trace.config.depth, 7.75, WIDE / 2
         xs = [3.3, 6.6, 9.9, 13.2]
-        step = sum(r.seconds for r in self.trace.records if r.depth == 0)
-        embed = ["patch_embed", "stem", "position2d", "registers", "dropout"]
-        blocks = [f"blocks.{i}{part}" for part in ("", ".position", ".position2d") for i in range(L)]
-        for x, name, paths in zip(
-            xs, ("embedding", f"{L} blocks" if L > 1 else "1 block", "head", "loss"),
-            (embed, blocks, ["head"], ["loss"]), strict=True,
-        ):  # fmt: skip
-            self.box(x, y, name, paths, step)
+        outer = [r for r in self.trace.records if r.depth == 0]
+        step = sum(r.seconds for r in outer)
+        parts = ("embedding", f"{L} blocks" if L > 1 else "1 block", "head", "loss")
+        for x, part, name in zip(xs, ("embedding", "blocks", "head", "loss"), parts, strict=True):
+            self.box(x, y, name, [r for r in outer if r.path.partition(".")[0] == part], step)
+        embedded = [r.shape for r in outer if r.path.startswith("embedding") and r.direction == "forward"][-1]
         images = (self.trace.batch, c.image_size, c.image_size, c.channels)
         unneeded = "no gradient\nneeded" if self.backward else None
         self.arrows(xs[0] - 3.3 + half, xs[0] - half, y, "images", images, unneeded)
-        for left, right, name, of, after in (
-            (xs[0], xs[1], "z_0", "dropout", "blocks.0"), (xs[1], xs[2], f"z_{L}", f"blocks.{L - 1}", "head"),
-            (xs[2], xs[3], "logits", "head", "loss"),
-        ):  # fmt: skip
-            self.arrows(left + half, right - half, y, name, self.shape_of(of), self.norm_of(after, name))
+        for left, right, name, shape, after in (
+            (xs[0], xs[1], "z_0", embedded, "blocks.0"),
+            (xs[1], xs[2], f"z_{L}", self.shape_of(f"blocks.{L - 1}"), "head"),
+            (xs[2], xs[3], "logits", self.trace.logits.shape, "loss"),
+        ):
+            self.arrows(left + half, right - half, y, name, shape, self.norm_of(after, name))
         loss = f"loss {float(self.trace.loss):.4g}"
         self.arrows(xs[3] + half, 15.7, y, loss, (), self.norm_of("loss", "loss", incoming=True))
         self.axes.add_patch(
@@ -132,28 +144,30 @@ class _Drawing:
 
     def block_row(self, y, source, target, steps):
         """One of the two branches of the first block, which is added to what goes around it; see ``ROWS``."""
+        steps = [step for step in steps if self.of_block(step[2][:1])]  # another MLP may have other parts
         xs, plus, half, tokens = [2.75, 5.95, 9.15, 12.35], 14.55, WIDE / 2, self.shape_of("blocks.0")
-        attends = steps[0][0] == "norm1"
+        xs = xs[: len(steps) - 1] + xs[-1:]
+        branch = "msa" if steps[0][0] == "norm1" else "mlp"
         whole = sum(r.seconds for r in self.trace.records if r.path == "blocks.0")
         for x, (name, _, parts) in zip(xs, steps, strict=True):
-            self.box(x, y, name, [f"blocks.0.{part}" for part in parts], whole)
-        if attends:
-            attn = f"attn {_sizes(self.shape_of('blocks.0.msa.attention.softmax'))}"
-            self.text(xs[2], y + HIGH / 2 + 0.06, attn, 8.5, FORWARD, va="bottom")
+            self.box(x, y, name, self.of_block(parts) + (self.after(branch) if x == xs[-1] else []), whole)
+        if branch == "msa":
+            maps = [r.shape for r in self.trace.records if r.path.startswith("blocks.0.msa.") and "softmax" in r.path]
+            if maps:  # long sequences keep none
+                self.text(xs[2], y + HIGH / 2 + 0.06, f"attn {_sizes(maps[0])}", 8.5, FORWARD, va="bottom")
             around = self.norm_of("blocks.0", source)
         else:
-            around = self.norm_of("blocks.0.path1", source, incoming=True)
+            around = self.norm_of(self.end_of("msa"), source, incoming=True)
         paths = [f"blocks.0.{parts[0]}" for _, _, parts in steps]
-        path = f"blocks.0.path{1 if attends else 2}"
         self.arrows(0.4, xs[0] - half, y, source, tokens, around)
         for left, right, name, p, after in zip(xs, xs[1:], [s[1] for s in steps], paths, paths[1:], strict=False):
             gradient = self.norm_of(after, name.replace(", ", ", d"))
             self.arrows(left + half, right - half, y, name, self.shape_of(p), gradient)
-        name = steps[-1][1]
-        self.arrows(xs[-1] + half, plus - 0.2, y, name, tokens, self.norm_of(path, name, incoming=True))
+        name, end = steps[-1][1], self.end_of(branch)
+        self.arrows(xs[-1] + half, plus - 0.2, y, name, tokens, self.norm_of(end, name, incoming=True))
         self.axes.add_patch(Circle((plus, y), 0.2, facecolor="white", edgecolor=BOX, lw=1.2, zorder=3))
         self.text(plus, y, "+", 13, zorder=4)
-        self.arrows(plus + 0.2, 15.65, y, target, tokens, self.norm_of(path, target, incoming=True))
+        self.arrows(plus + 0.2, 15.65, y, target, tokens, self.norm_of(end, target, incoming=True))
         top, start = y + 1.15, 0.62  # what goes around
         self.axes.plot([start, start, plus, plus], [y + 0.14, top, top, y + 0.2], color=FORWARD, lw=1.6, zorder=1)
         self.text((start + plus) / 2, top + 0.05, "unchanged, forward and back", 8.5, SOFT, va="bottom")

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minivit.base.errors import InputError
-from minivit.laboratory.trace import events, recording
+from minivit.laboratory.recorder import recording
+from minivit.laboratory.trace import events
 from minivit.layers.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.model import ViT
 
@@ -25,10 +26,21 @@ PATHS = (
     (r"^(norm|head|pre_logits)$", r"head.\1"),
     (r"^attention_pool$", "head.pool.scores"),
     (r"^pool", "head.pool"),
-    (r"^positions\.0$", "position"),
+    (r"^patch_embed", "embedding"),
+    (r"^registers$", "embedding.registers"),
+    (r"^positions\.0$", "embedding.position"),
     (r"^positions\.(\d+)$", r"blocks.\1.position"),
+    (r"^stem", "embedding.stem.resnet"),
+    (r"\.ls1$", ".msa.ls1"),
+    (r"\.ls2$", ".mlp.ls2"),
+    (r"\.attn\.(q_norm|k_norm)$", r".msa.attention.\1"),
     (r"\.attn\b", ".msa"),
+    (r"\.gelu$", ".activation"),
 )
+# ... and what its stem calls otherwise than the caches of ours
+PARTS = ((r"\.blocks(\.\d+)", r"\1"), ("standardize$", "standardization"), ("conv2d$", "conv"), ("max_pool$", "pool"))
+# The gradients of the head, which ours returns at once, by its parts.
+HEAD = {"dw": ("head.norm", "dw"), "db": ("head.norm", "db"), "dW": ("head.head", "dW"), "dbias": ("head.head", "db")}
 
 
 class Compared(NamedTuple):
@@ -62,6 +74,9 @@ class _Watch:
             if re.search(pattern, name):
                 name = re.sub(pattern, replacement, name)
                 break
+        if name.startswith("embedding.stem"):
+            for pattern, replacement in PARTS:
+                name = re.sub(pattern, replacement, name)
         two = config.pos_embed == "learned2d" and name.endswith("position")
         return f"{name}2d" if two else name
 
@@ -138,30 +153,60 @@ def compare(config, flat, images, labels, *, label_smoothing=0.0):
     except ImportError:
         raise InputError('the comparison needs PyTorch: pip install "minivit[bench]"') from None
     model = ViT(config, flat=flat)
-    with recording([flat], keep=True) as recorder:
+    with recording(model=model, keep=True) as recorder:
         logits, cache = model.forward(images)
         _, loss_cache = softmax_cross_entropy_forward(logits, labels, label_smoothing=label_smoothing)
+        recorder.name(loss_cache, "loss")
         dlogits = softmax_cross_entropy_backward(1.0, loss_cache)
         grads = model.gradient_buffer()[1]
         model.backward(dlogits, cache, grads)
     watch, their_grads = _run(config, model.params, images, labels, label_smoothing)
-    compared = []
-    for what, record, _ in events(recorder.records):
+    compared, kept, records = [], recorder.kept, recorder.records
+    paths = {record.path for record in records}
+    for what, record, _ in events(records):
         if what != "out":
             continue
-        for (path, direction, name), ours in recorder.kept.items():
-            if (path, direction) != (record.path, record.direction):
+        for (path, direction, name), ours in kept.items():
+            if (path, direction) != (record.path, record.direction) or _is_apart(path, name, config, paths):
                 continue
             try:
-                expected = watch.outputs[path] if name == "y" else watch.gradient_of(path, name)
+                their_path, their_name = _their_names(path, name, config)
+                expected = watch.outputs[their_path] if name == "y" else watch.gradient_of(their_path, their_name)
             except KeyError:
-                if "dropout" in path or "path" in path.rpartition(".")[2]:
-                    continue  # dropout that is off has no counterpart
                 raise KeyError(f"no counterpart in PyTorch for {name} of {path}") from None
             compared.append(_compared(path, direction, name, ours, expected))
     # what the model itself hands to the optimiser
     compared += [_compared("", "backward", name, grads[name], their_grads[name]) for name in grads]
     return compared
+
+
+def _is_apart(path, name, config, paths):
+    """Is it a tensor that the model in PyTorch does not have, since it is cut into other parts?"""
+    if path == "head":  # only the plain head is one there too
+        return name == "y" and (config.pooling != "cls" or config.pre_logits > 0)
+    if path == "embedding":
+        if name == "y":  # where a table is added behind it, PyTorch adds it at once
+            return "embedding.position" in paths
+        return (name == "dcls_token" and config.pooling != "cls") or (
+            name == "dpos_embed" and (config.pos_embed not in ("learned", "sincos2d") or "embedding.position" in paths)
+        )
+    if path == "embedding.position":
+        return True
+    around_attention = path.endswith(".attention") and f"{path}.attention" in paths
+    return around_attention or path == "head.tanh" or (path == "head.pool" and config.pooling != "seq")
+
+
+def _their_names(path, name, config):
+    """Our path and name of a tensor as `_Watch` has them: there is one attention, without steps around it."""
+    path = re.sub(r"(\.attention)+", ".attention", path)
+    if path == "head" and name in HEAD:
+        return HEAD[name]
+    if path == "head.pool":
+        return ("head.pool.scores" if name in ("dW", "db") else path), name
+    if name.startswith("down"):  # of the parameters that the attention has
+        own = ["dwq", "dbq", "dwk", "dbk"] * config.qk_norm + ["dr"]
+        name = own[int(name.removeprefix("down")) - 1]
+    return path, "dx" if path.startswith("embedding.stem") and name == "dimages" else name
 
 
 def _compared(path, direction, name, ours, expected):

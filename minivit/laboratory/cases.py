@@ -104,6 +104,10 @@ def _dropout(rng):
     return forward, dropout_backward, _arrays(rng, (B, N, D)), ("x",)
 
 
+def _dropout_off(rng):
+    return lambda x: dropout_forward(x, rate=0.4), dropout_backward, _arrays(rng, (B, N, D)), ("x",)
+
+
 def _drop_path(rng):
     seed = int(rng.integers(1 << 30))
 
@@ -456,6 +460,7 @@ BOOK = {
     "gelu-erf": _activation(EXACT_GELU),
     "softmax": _softmax,
     "dropout": _dropout,
+    "dropout-off": _dropout_off,
     "drop_path": _drop_path,
     "attention": _attention(ATTENTION),
     "attention-queries": _attention(ATTENTION, queries=3),
@@ -579,4 +584,4 @@ MODELS = {
 }
 MODEL_BATCH = 8  # images, for the models
 
-NEED_SCIPY = ("gelu-erf", "vit-erf")  # SciPy is optional
+NEED_SCIPY = ("gelu-erf", "block-options", "vit-erf")  # SciPy is optional

@@ -99,6 +99,21 @@ class MLP(nn.Module):
         return self.fc2(self.gelu(self.fc1(x)))
 
 
+class GatedMLP(nn.Module):
+    """The gated MLP, SwiGLU: x (B, N, D) -> (B, N, D)."""
+
+    gradients = MLP.gradients
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp_dim)
+        self.fc2 = nn.Linear(config.mlp_dim // 2, config.width)
+
+    def forward(self, x):
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
 class LayerScale(nn.Module):
     """A learned factor for each entry: x (B, N, D) -> (B, N, D)."""
 
@@ -122,7 +137,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.width, config.layernorm_eps)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.width, config.layernorm_eps)
-        self.mlp = MLP(config)
+        self.mlp = (GatedMLP if config.mlp == "swiglu" else MLP)(config)
         self.ls1, self.ls2 = (LayerScale(config) if config.layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, z, r=None):

@@ -62,7 +62,7 @@ def after(pair, config, place):
 def after_embedding(embedding, config, place):
     """Dropout of the tokens."""
     drop = _dropout(config, place)
-    return embedding if drop is None else follow(embedding, step(drop), "embed")
+    return embedding if drop is None else follow(embedding, step(drop), second_name="dropout")
 
 
 def after_branch(pair, config, place):

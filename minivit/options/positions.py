@@ -122,9 +122,10 @@ def embedding(embed, config, place):
     """What Eq. 1 does not add by itself: rows and columns, or the table that the first block has for its own."""
     own = "blocks.0." if config.pos_at == "every" else ""
     if config.pos_embed == "learned2d":
-        return follow(embed, _axes(own), "embed")
+        return follow(embed, _axes(own), second_name="position2d")
     if config.pos_embed == "learned" and own:
-        return follow(embed, _table(f"{own}pos_embed", config, registers=0), "embed")  # registers come later
+        table = _table(f"{own}pos_embed", config, registers=0)  # registers come later
+        return follow(embed, table, second_name="position")
     return embed
 
 
@@ -140,9 +141,9 @@ def block(inner, config, place):
         return inner
     shared = "/" if c.pos_at == "shared" else ""
     if c.pos_embed == "learned2d":
-        return follow(_axes(shared), inner, "position2d")
+        return follow(_axes(shared), inner, first_name="position2d")
     if c.pos_embed in ("learned", "sincos2d"):
-        return follow(_table(f"{shared}pos_embed", c, registers=c.registers), inner, "position")
+        return follow(_table(f"{shared}pos_embed", c, registers=c.registers), inner, first_name="position")
     return inner
 
 

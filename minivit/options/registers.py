@@ -86,7 +86,7 @@ def embedding(embed, config, place):
     if not config.registers:
         return embed
     forward = partial(registers_forward, at=config.class_tokens)
-    return follow(embed, step(Pair(forward, registers_backward, ("reg_token",))), "embed")
+    return follow(embed, step(Pair(forward, registers_backward, ("reg_token",))), second_name="registers")
 
 
 OPTION = Option(Settings, check, rows, embedding=embedding)

@@ -7,8 +7,8 @@ from minivit.base.errors import InputError
 from minivit.base.files import write_json
 from minivit.base.words import counted
 from minivit.evaluation.runs import read_object
-from minivit.laboratory.trace import expected_flops
 from minivit.masked import LEVELS, TARGETS
+from minivit.model.costs import expected_flops
 from minivit.paper.context import Result
 from minivit.paper.trainings import (
     claim,

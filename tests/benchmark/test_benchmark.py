@@ -27,8 +27,9 @@ from minivit.benchmark.layers import captured_layers
 from minivit.benchmark.turns import paired_ratio, take_turns
 from minivit.figures import contest as contest_figures
 from minivit.figures import save_contest
-from minivit.laboratory import trace
+from minivit.laboratory.trace import trace_batch
 from minivit.model import ViT
+from minivit.model.costs import attention_flops, expected_flops
 from minivit.training.engines.cpu import Engine
 from minivit.training.engines.cut import available_cores
 
@@ -66,11 +67,14 @@ def test_the_floor_is_every_product_of_a_step(changes):
     config = ViTConfig(**TINY | changes)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8), rng.integers(0, 10, 5)
-    expected, recorded = trace.expected_flops(config, 5), trace.trace_batch(config, images, labels).totals
+    expected, recorded = expected_flops(config, 5), trace_batch(config, images, labels).totals
     forward = sum(p.flops for p in model_products(config, 5, backward=False))
     assert forward == expected.forward == recorded.forward_matmul_flops
     both = sum(p.flops for p in model_products(config, 5))
-    assert both == sum(expected) == recorded.forward_matmul_flops + recorded.backward_matmul_flops
+    unneeded = (
+        expected_flops(config, 5, image_gradient=True).backward - expected.backward
+    )  # the plain functions make it
+    assert both == sum(expected) == recorded.forward_matmul_flops + recorded.backward_matmul_flops - unneeded
 
 
 def test_the_floors_products_fit():
@@ -83,7 +87,7 @@ def test_the_floors_products_fit():
 @pytest.mark.parametrize("task", ["step", "infer"])
 def test_the_floor_covers_the_batch(task, blas_threads):
     """Micro-batches of at most 2 in 2 workers, as many for each, cover 5 images exactly: 1 + 1 + 1 + 2."""
-    wanted = trace.expected_flops(ViTConfig(**TINY), 5)
+    wanted = expected_flops(ViTConfig(**TINY), 5)
     floor = Floor(job(task, engine={"workers": 2, "micro_batch": 2}), blas_threads=blas_threads)
     with floor.pool:
         assert round(1e9 * floor.settings["gflop"]) == (sum(wanted) if task == "step" else wanted.forward)
@@ -470,7 +474,7 @@ def test_the_pipeline_goes_on_for_ever():
 # ---- layers, scaling -------------------------------------------------------------------------------------------------
 
 
-LAYERS_OF_A_BLOCK = ("norm1", "msa.qkv", "msa.attention", "msa.proj", "norm2", "mlp.fc1", "mlp.gelu", "mlp.fc2")
+LAYERS_OF_A_BLOCK = ("norm1", "msa.qkv", "msa.attention", "msa.proj", "norm2", "mlp.fc1", "mlp.activation", "mlp.fc2")
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -479,8 +483,10 @@ def test_every_layer_has_its_floor(pooling):
     _, images, labels = problem(job())
     model = ViT(config)
     layers = {(r.path, r.direction): r for r in captured_layers(model, images, labels, 2)}
-    last = [f"last {name}" for name in LAYERS_OF_A_BLOCK] if pooling == "cls" else []  # its rows are fewer
-    for path in ("patch_embed.proj", *LAYERS_OF_A_BLOCK, *last, "head.norm", "head.head", "loss"):
+    # the rows of the last block are fewer, and its attention stands in one of the first queries
+    inside = {"msa.attention": "msa.attention.attention"}
+    last = [f"last {inside.get(name, name)}" for name in LAYERS_OF_A_BLOCK] if pooling == "cls" else []
+    for path in ("embedding.proj", *LAYERS_OF_A_BLOCK, *last, "head.norm", "head.head", "loss"):
         for direction in ("forward", "backward"):
             layer = layers.pop((path, direction))
             products = path.endswith(("proj", "qkv", "attention", "fc1", "fc2", "head.head"))
@@ -489,12 +495,12 @@ def test_every_layer_has_its_floor(pooling):
             assert len(layer.calls) == len(layer.floors) == 2
             for call in layer.calls + layer.floors:
                 call()
-    assert {layer.path.removeprefix("last ") for layer in layers.values()} == {"msa.attention.softmax"}
+    assert {layer.path.rpartition(".")[2] for layer in layers.values()} == {"softmax"}
     assert all(layer.part for layer in layers.values())  # inside attention, and not counted twice
 
 
 def test_long_attention_has_its_floor(monkeypatch):
-    monkeypatch.setattr("minivit.layers.msa.LONG", 3)
+    monkeypatch.setattr("minivit.options.flash_attention.LONG", 3)
     _, images, labels = problem(job())
     layers = captured_layers(ViT(ViTConfig(**TINY)), images, labels, 1)
     kinds = {(layer.path, layer.direction): layer.kind for layer in layers}
@@ -525,9 +531,9 @@ def test_attention_flops_are_those_that_grow_with_the_square():
     for changes in ({"pooling": "mean"}, {}, {"depth": 1}):
         sizes = [ViTConfig(**TINY | {"image_size": side, "depth": 3} | changes) for side in (16, 32, 64)]
         N = np.array([c.num_tokens for c in sizes], float)
-        whole = np.array([sum(trace.expected_flops(c, 5)) for c in sizes])
+        whole = np.array([sum(expected_flops(c, 5)) for c in sizes])
         square, rest, constant = np.linalg.solve(np.stack([N**2, N, N**0], axis=1), whole)
-        attention = [trace.attention_flops(c, 5) for c in sizes]
+        attention = [attention_flops(c, 5) for c in sizes]
         asking = 3 if changes else 2  # of class token's model, the last block is linear in N
         if changes.get("depth") == 1:
             asking = 0
@@ -586,8 +592,8 @@ def test_scaling(tmp_path, monkeypatch, call):
         for point in panels[panel]["points"]:
             assert point["batch"] == (B or point["x"]) and point["contenders"]["minivit"]["peak_memory"] == 2**20
     point, config = panels["batch"]["points"][0], ViTConfig(**TINY)
-    assert point["flops"] == sum(trace.expected_flops(config, point["batch"]))
-    assert point["attention_share"] == trace.attention_flops(config, point["batch"]) / point["flops"]
+    assert point["flops"] == sum(expected_flops(config, point["batch"]))
+    assert point["attention_share"] == attention_flops(config, point["batch"]) / point["flops"]
     assert panels["batch"]["line"] == pytest.approx({"start": 0.5, "each": 0.1, "off": 0.0}, abs=1e-9)
     assert panels["depth"]["line"]["each"] == pytest.approx(0.5)
     assert panels["tokens"]["power"] == pytest.approx([2.0, 2.0])

@@ -87,7 +87,7 @@ def test_settings_are_overruled(call, digits, tmp_path):
     call("convert", digits, tmp_path / "a", "--to", "hf", "--gelu", "erf", "--layernorm-eps", 1e-5)
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["hidden_act"] == "gelu" and config["layer_norm_eps"] == 1e-5
-    fails(call("convert", tmp_path / "a", tmp_path / "b.npz", "--to", "official"), "--gelu tanh writes")
+    fails(call("convert", tmp_path / "a", tmp_path / "b.npz", "--to", "official"), "--layernorm-eps 1e-06 writes")
     flags = ["--gelu", "tanh", "--layernorm-eps", "1e-6", "--naming", "current"]
     assert call("convert", tmp_path / "a", tmp_path / "b.npz", "--to", "official", *flags).status == 0
     with np.load(tmp_path / "b.npz") as file:

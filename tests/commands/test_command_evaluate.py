@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from minivit.inference import predict_all
 from PIL import Image
 
 from minivit import ViTConfig
 from minivit.data import load, source
+from minivit.evaluation.inference import predict_all
 from minivit.model import ViT
 from minivit.training.folder import LAST, SUMMARY
 from minivit.weights import checkpoint

@@ -68,7 +68,7 @@ def test_all_checks_hold_to_their_limits(main, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"] and set(report["largest"]) == set(report["limits"])
     assert report["limits"] == {
-        "complex": 1e-12, "central": 1e-8, "adjoint": 1e-13, "symmetry": 1e-12, "hessian": 1e-8, "facts": 1e-10
+        "complex": 1e-12, "central": 1e-8, "symmetry": 1e-12, "hessian": 1e-8, "facts": 1e-10
     }  # fmt: skip
     assert all(report["largest"][key] <= limit for key, limit in report["limits"].items())
     assert {row["name"] for row in report["results"]} >= {*gradcheck_cases.LAYERS, *gradcheck_cases.MODELS, *FACTS}
@@ -195,7 +195,7 @@ def test_what_is_too_small_to_tell_is_marked(main, capsys, monkeypatch):
 
 
 def test_the_hunter_can_go_on_checking_with_the_mistake_in_place(main, few, capsys, monkeypatch, tmp_path):
-    typed = ["check attention softmax", "adjoint attention", "facts", "depth attention", "depth vit", "check", "quit"]
+    typed = ["check attention softmax", "along attention", "facts", "depth attention", "depth vit", "check", "quit"]
     printed = hunt(
         main, monkeypatch, capsys, typed, "--seed", hiding("attention-scale-forward"), "--out", str(tmp_path)
     )
@@ -211,10 +211,10 @@ def test_the_hunter_can_go_on_checking_with_the_mistake_in_place(main, few, caps
 def test_a_check_that_breaks_down_does_not_end_the_hunt(main, few, capsys, monkeypatch):
     mistake = BY_NAME["linear-input-abs-weight"]
     printed = hunt(
-        main, monkeypatch, capsys, ["adjoint nonsense", "adjoint linear", "hint", "answer"],
+        main, monkeypatch, capsys, ["along nonsense", "along linear", "hint", "answer"],
         "--seed", hiding(mistake.name),
     )  # fmt: skip
-    assert "adjoint needs the name of one of these" in printed
+    assert "along needs the name of one of these" in printed
     assert mistake.hint in printed and mistake.about in printed
 
 

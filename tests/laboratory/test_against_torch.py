@@ -41,7 +41,7 @@ def test_every_tensor_is_pytorchs(name):
         ("head-mean-factor", "head.norm", "dx"),
         ("mlp-weights-tied", "blocks.1.mlp", "dW2"),
         ("model-position-not-trained", "", "pos_embed"),
-        ("model-first-block-skipped", "patch_embed.proj", "dW"),
+        ("model-first-block-skipped", "embedding.proj", "dW"),
     ],
 )
 def test_the_first_tensor_to_differ_is_that_of_the_mistake(mistake, path, name):
@@ -56,7 +56,7 @@ def test_the_script(call, tmp_path):
     assert ended.status == 0 and ended.out.count("\n") == 3 and (tmp_path / "x.json").exists()
     with planted("gelu-cubic-factor"):
         ended = call("gradcheck", "vit", "--against", "torch")
-    assert ended.status == 1 and "the first to differ: dx of blocks.1.mlp.gelu in the backward pass" in ended.out
+    assert ended.status == 1 and "the first to differ: dx of blocks.1.mlp.activation in the backward pass" in ended.out
 
 
 def test_without_pytorch_it_says_what_to_install(monkeypatch, call):

@@ -11,8 +11,8 @@ from minivit import figures
 from minivit.base.errors import InputError
 from minivit.commands import paper as command
 from minivit.data import load
-from minivit.laboratory.trace import expected_flops
 from minivit.model import ViTConfig
+from minivit.model.costs import expected_flops
 from minivit.paper import analyses, entries, of_a_model, of_trainings, page, trainings
 from minivit.paper.context import Context, Entry, Result
 from minivit.paper.entries import entry_of, sweep_entry
@@ -180,6 +180,7 @@ def test_a_model_of_fewer_epochs_is_kept_and_goes_on_with_its_threads(call, tmp_
     end_epoch = loop.end_epoch
     with monkeypatch.context() as patch:
         patch.setattr(loop, "end_epoch", lambda run, *a: (end_epoch(run, *a), run.stop("test")))
+        patch.setattr(plan, "cut", lambda config, batch_size: (2, 7))
         assert call("paper", *common).status == 130
     monkeypatch.setattr(plan, "cut", lambda config, batch_size: (1, 11))
     ended = call("paper", *common)

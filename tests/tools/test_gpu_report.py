@@ -169,6 +169,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_what_the_sanitizer_sees_reaches_every_kernel(report):
     """Each form of each kernel, by the launches of the same tests on the emulator."""
     chosen = {c[c.index("-k") + 1] for _, *c in report()[1] if "-k" in c}

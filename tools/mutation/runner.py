@@ -4,6 +4,7 @@ The checks of a mutant are the gradient checks, the exact facts and the tests th
 unchanged code, the sharpest and quickest first.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from minivit import InputError
 from mutation.units import Mutant, all_units
 
-# the gradient checks here are the same, and of whole models the adjoint test says as much in a hundredth of the time
+# tests that are the gradient checks over again, or check whole models element by element
 TOO_SLOW = "element_by_element"
 BROKEN = 70  # exit status of a child that could not run its checks
 KINDS = ("gradient", "fact", "test")
@@ -46,15 +47,13 @@ class Outcome(NamedTuple):
 
 
 def gradient_check(name):
-    """Raise if a case of `gradcheck_cases.LAYERS` has a wrong gradient or forward-mode derivative."""
+    """Raise if a case of `minivit.laboratory.cases.LAYERS` has a wrong gradient."""
     from minivit.laboratory import gradcheck
-    from minivit.laboratory.cases import JVPS, LAYERS
+    from minivit.laboratory.cases import LAYERS
 
     forward, backward, args, names = LAYERS[name](np.random.default_rng(0))
     for result in gradcheck.check(forward, backward, args, names=names, method="complex", elementwise=True):
         assert result.passed, result
-    error = gradcheck.adjoint_error(forward, backward, JVPS[name.partition("-")[0]], args)
-    assert error < 1e-13, error
 
 
 def fact_check(name):
@@ -291,7 +290,7 @@ class Plugin:
             signal.alarm(0)
             for unit in units:
                 apply(Mutant(unit, "", unit.line, "", "", unit.source))
-            for check, following in zip(checks, [*checks[1:], None], strict=True):
+            for check, following in itertools.zip_longest(checks, checks[1:]):
                 if problem := self.perform(check, following):
                     return f"{check.kind} {check.name} fails after the others, without any change: {problem}"
             return ""

@@ -62,10 +62,10 @@ def _assigned(statement):
     return None
 
 
-def _is_derivative(name):
-    """Does a function compute derivatives, by its name?"""
-    last = name.rpartition(".")[2]
-    return "backward" in last or "gradient" in last or last.endswith("_jvp") or last == "jvp"
+def _is_derivative(unit):
+    """Does a function compute derivatives, by its name, or make a function that does?"""
+    last = unit.function.rpartition(".")[2]
+    return "backward" in last or "gradient" in last or re.search(r"^ +def \w*backward\(", unit.source, re.MULTILINE)
 
 
 def _with_helpers(units, names):
@@ -104,13 +104,14 @@ def units_of(path, *, root=ROOT):
 # What is mutated, by files of minivit/: the functions that compute derivatives, with their helpers; files as a whole;
 # and single functions. The tokens of options/axial.py only move, forward and back: it has no other backward.
 DERIVATIVES = (
-    "layers/*.py", "options/**/*.py", "model/vit.py", "model/compose.py", "masked/model.py", "kernels/cpu.py",
+    "layers/*.py", "options/**/*.py", "model/vit.py", "kernels/cpu.py",
+    "masked/corrupt.py", "masked/gather.py", "masked/loss.py", "masked/model.py",
 )  # fmt: skip
-WHOLE = ("layers/loss.py", "options/axial.py", "optim/*.py", "training/engines/cpu.py")
-SINGLE = {
-    "base/backend.py": ("matmul", "matmul_rows", "column_sum"),
-    "training/step.py": ("Step.__call__",),
-}
+WHOLE = (
+    "base/pairs.py", "layers/loss.py", "options/axial.py", "optim/*.py",
+    "training/step.py", "training/engines/cpu.py", "training/engines/cut.py",
+)  # fmt: skip
+SINGLE = {"base/backend.py": ("matmul", "matmul_rows", "column_sum")}
 
 
 @functools.cache  # the files are parsed once
@@ -120,7 +121,7 @@ def all_units(root=ROOT):
     for pattern in DERIVATIVES:
         for path in package.glob(pattern):
             units = units_of(path, root=root)
-            chosen[path] = _with_helpers(units, filter(_is_derivative, units))
+            chosen[path] = _with_helpers(units, [name for name, unit in units.items() if _is_derivative(unit)])
     for pattern in WHOLE:
         chosen |= {path: units_of(path, root=root) for path in package.glob(pattern)}
     for file, names in SINGLE.items():

@@ -242,7 +242,7 @@ def attention_backward_products(B, N, num_heads, Dh, times=1, *, queries=None):
 def model_products(config, batch, *, backward=True):
     """Every matrix product of a forward pass (and a backward pass) over a batch, as a list of `Product`.
 
-    The sum of their `Product.flops` is that of `minivit.laboratory.trace.expected_flops`, but for sequences so long
+    The sum of their `Product.flops` is that of `minivit.model.costs.expected_flops`, but for sequences so long
     that the backward makes the attention map again: the floor keeps it.
     """
     c, D, M, L = config, config.width, config.mlp_dim, config.depth

@@ -104,7 +104,7 @@ def stem_step(config):
 
 def embedding(embed, config, place):
     """The embedding of the stem's map."""
-    return follow(stem_step(config), embed, "stem") if config.stem else embed
+    return follow(stem_step(config), embed, first_name="stem") if config.stem else embed
 
 
 OPTION = Option(Settings, check, rows, embedding=embedding)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 
 from minivit.base.errors import InputError
+from minivit.model.costs import expected_flops
 
 MAX_WORKERS = 1024
 # Tokens per micro-batch. Above some 500, steps of 65 to 197 tokens per image and widths of 128 to 384 all take the
 # same time to 3 %, so that a rule does what a measurement would.
 MICRO_BATCH_TOKENS = 1024
-WORKERS = 2  # threads of a run, unless told otherwise
+WORKERS = 2  # threads of a run, unless told otherwise, where the work is enough for two
+# FLOPs of a batch's matrix products for each thread. Below, a second one costs more than it brings: a small model's step
+# is mostly Python, which one thread runs at a time. The digits' batch of 64 has a quarter of it, CIFAR's twenty times.
+SHARE = 1e9
 
 
 def available_cores():
@@ -40,5 +44,7 @@ def cut(config, batch_size):
     """How a run cuts its batches unless told otherwise: (workers, images per micro-batch).
 
     It depends on the model's configuration and the batch size alone, not on the machine: both fix the order of sums.
+    One worker does a batch whose matrix products are less than `SHARE` for each of two.
     """
-    return WORKERS, default_micro_batch(config)
+    workers = WORKERS if sum(expected_flops(config, batch_size)) >= WORKERS * SHARE else 1
+    return workers, default_micro_batch(config)
