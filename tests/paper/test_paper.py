@@ -180,6 +180,7 @@ def test_a_model_of_fewer_epochs_is_kept_and_goes_on_with_its_threads(call, tmp_
     end_epoch = loop.end_epoch
     with monkeypatch.context() as patch:
         patch.setattr(loop, "end_epoch", lambda run, *a: (end_epoch(run, *a), run.stop("test")))
+        patch.setattr(plan, "cut", lambda config, batch_size: (2, 7))
         assert call("paper", *common).status == 130
     monkeypatch.setattr(plan, "cut", lambda config, batch_size: (1, 11))
     ended = call("paper", *common)

@@ -286,6 +286,7 @@ def test_a_stopped_sweep_goes_on_with_its_threads(file, tmp_path, call, no_figur
     end_epoch = loop.end_epoch
     with monkeypatch.context() as patch:
         patch.setattr(loop, "end_epoch", lambda run, *a: (end_epoch(run, *a), run.stop(15)))
+        patch.setattr(plan, "cut", lambda config, batch_size: (2, 7))
         assert call("sweep", file, "--out", tmp_path / "o", *flags).status == 130
     monkeypatch.setattr(plan, "cut", lambda config, batch_size: (1, 11))
     ended = call("sweep", file, "--out", tmp_path / "o", *flags)
