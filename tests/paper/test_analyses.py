@@ -245,7 +245,8 @@ def test_rollout_of_a_model(pooling, registers, monkeypatch):
 def test_maps_that_are_not_of_all_tokens_are_refused(monkeypatch):
     model = model_of()
     seen = intermediates(model, random_images(1))
-    monkeypatch.setattr(type(model), "intermediates", lambda self, x: seen._replace(attention=[maps(3, 2, 3, 3)] * 3))
+    other = seen._replace(attention=[maps(3, 2, 3, 3)] * 3)
+    monkeypatch.setattr(analysis, "intermediates", lambda model, images: other)
     for look in (analysis.rollout_maps, analysis.head_distances):
         with pytest.raises(InputError, match="not every token"):
             look(model, random_images(1))
