@@ -10,8 +10,9 @@ class Pair(NamedTuple):
     """A forward and its backward, chosen once, when a model is made.
 
     ``names`` are those of the parameters that both of them count with, in the order of the forward's arguments;
-    ``about`` says what the pair consists of beside the plain ViT, for kernels that compute many layers at once: one
-    that meets a word that it does not know leaves the work to others.
+    ``about`` says what the pair consists of, for kernels that compute many layers at once: one that misses a word that
+    it needs, or meets one that it does not know, leaves the work to others. A pair that says nothing is therefore never
+    taken for another one.
     """
 
     forward: Callable  # (x, *parameters, **settings) -> y, cache
@@ -55,7 +56,7 @@ def chain(first, second, name):
         dx, *dfirst = gradients(first.backward(du, cache.first))
         return (dx, *dfirst, *dsecond) if dfirst or dsecond else dx
 
-    return Pair(forward, backward, first.names + second.names, first.about | second.about)
+    return Pair(forward, backward, first.names + second.names, first.about | (second.about or {name: "unknown"}))
 
 
 class FollowCache(NamedTuple):

@@ -257,7 +257,7 @@ class MSACache(NamedTuple):
 
 def is_plain(attend):
     """Whether an attention is the book's, of all queries or of the first ones."""
-    return not attend.names and not attend.about.keys() - {"reads"}
+    return attend.about.get("attention") == "plain" and attend.about.keys() <= {"attention", "reads"}
 
 
 def msa_forward(x, Wqkv, bqkv, Wproj, bproj, *own, num_heads, attend=ATTENTION):
@@ -312,7 +312,7 @@ def block_forward(z, params, *, num_heads, reads=None, msa=MSA, mlp=MLP, eps=1e-
 
     With ``reads`` it is that of `minivit.options.first_tokens.first_tokens_forward`.
     """
-    if msa.names != ATTN or msa.about.keys() - {"reads"} or mlp.names != FC or mlp.about or not covers(z):
+    if msa.names != ATTN or not is_plain(msa) or mlp.names != FC or mlp.about != {"gelu": "tanh"} or not covers(z):
         return NotImplemented
     W1, b1, W2, b2 = take(params, FC)
     # Eq. 2

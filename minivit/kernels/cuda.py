@@ -614,13 +614,13 @@ class CudaBlockCache(NamedTuple):
     gelu: Any  # (rows, M) what goes into W2
 
 
-KNOWN = {"gelu", "drop_path", "flash", "reads"}  # what a block may have beside the plain ViT's for these kernels
+KNOWN = {"attention", "gelu", "drop_path", "flash", "reads"}  # what a block may consist of for these kernels
 
 
 def block_forward(z, params, *, num_heads, reads=None, msa=MSA, mlp=MLP, eps=1e-6):
     """Twin of `minivit.layers.block.block_forward`, with stochastic depth and either GELU; no other options."""
     about = msa.about | mlp.about
-    if about.keys() - KNOWN or msa.names + mlp.names != ATTN + FC:
+    if about.keys() - KNOWN or not {"attention", "gelu"} <= about.keys() or msa.names + mlp.names != ATTN + FC:
         return NotImplemented
     params = {name: params[name] for name in BLOCK_PARAMETERS}
     B, N, D = z.shape

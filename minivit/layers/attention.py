@@ -94,4 +94,4 @@ def attention_backward(dy, cache):
     return dq, dk, dv
 
 
-ATTENTION = Pair(attention_forward, attention_backward)
+ATTENTION = Pair(attention_forward, attention_backward, about={"attention": "plain"})

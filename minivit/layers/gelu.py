@@ -80,4 +80,4 @@ def gelu_backward(dy, cache):
     return dx
 
 
-GELU = Pair(gelu_forward, gelu_backward)
+GELU = Pair(gelu_forward, gelu_backward, about={"gelu": "tanh"})

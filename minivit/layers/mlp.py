@@ -68,4 +68,4 @@ def mlp_backward(dy, cache, *, activation=GELU):
     return dx, dW1, db1, dW2, db2
 
 
-MLP = Pair(mlp_forward, mlp_backward, FC)
+MLP = Pair(mlp_forward, mlp_backward, FC, GELU.about)

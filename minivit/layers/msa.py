@@ -90,4 +90,4 @@ def msa_backward(dy, cache, *, attend=ATTENTION):
     return dx, dWqkv, dbqkv, dWproj, dbproj, *down
 
 
-MSA = Pair(msa_forward, msa_backward, ATTN)
+MSA = Pair(msa_forward, msa_backward, ATTN, ATTENTION.about)

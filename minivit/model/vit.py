@@ -7,9 +7,8 @@ Letters, as in the paper, here and in every layer:
 
 Data flows  images (B, H, W, C) -> tokens (B, N, D) -> L blocks -> logits (B, K)  and back the same way.
 
-A model is composed of L + 2 steps, each a forward and a backward that take their parameters by name:
-`minivit.layers.patch_embed` (Eq. 1), L times `minivit.layers.block` (Eq. 2-3), `minivit.layers.head` (Eq. 4).
-`minivit.model.compose` puts the options of the configuration around them.
+A model is L + 2 steps: `minivit.layers.patch_embed` (Eq. 1), L times `minivit.layers.block` (Eq. 2-3),
+`minivit.layers.head` (Eq. 4). `minivit.model.compose` puts the options of the configuration around them.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import numpy as np
 
 from minivit.base import params as parameters
 from minivit.base.backend import array_module
+from minivit.base.pairs import Step
 from minivit.model import compose
 from minivit.model.images import check_images
 from minivit.model.table import parameter_table
@@ -30,9 +30,9 @@ from minivit.options.positions import pooled_to_half
 class Steps(NamedTuple):
     """What a forward pass runs through, and its backward in reverse."""
 
-    embedding: Any
-    blocks: tuple
-    head: Any
+    embedding: Step
+    blocks: tuple[Step, ...]
+    head: Step
 
 
 class ViTCache(NamedTuple):
@@ -47,9 +47,8 @@ class ViTCache(NamedTuple):
 class ViT:
     """A configuration and its parameters; calls leave nothing behind, so threads may share one model.
 
-    ``flat`` is the buffer that holds every parameter (the model's dtype and device are its), ``params`` the named
-    views into it. Give ``flat`` to wrap an existing buffer (an average, a perturbed copy, a GPU array) without copying;
-    otherwise the parameters are initialised from ``seed``.
+    ``flat`` holds every parameter (the model's dtype and device are its), ``params`` are the named views into it. Give
+    ``flat`` to wrap a buffer without copying it; otherwise the parameters are initialised from ``seed``.
     """
 
     def __init__(self, config, *, seed=0, dtype=np.float32, flat=None):
@@ -78,8 +77,7 @@ class ViT:
 
         Math    Eq. 1-4: embed, L blocks, final LayerNorm, head
         Shapes  images (B, H, W, C) uint8, or floats scaled to about [-1, 1]  ->  logits (B, K)
-        Dropout and stochastic depth act only when a Generator is given (training). With ``recompute`` blocks keep their
-        input alone, see `minivit.options.recompute`.
+        Dropout acts only when a Generator is given (training). ``recompute``: see `minivit.options.recompute`.
         Raises  InputError: images of another shape, or with NaN pixels.
         """
         steps = self.steps if rng is None and not recompute else self.compose(rng=rng, recompute=recompute)
@@ -94,8 +92,7 @@ class ViT:
     def backward(self, dlogits, cache, grads):
         """Backward of `forward`: every parameter's gradient is *added* into ``grads`` (see `gradient_buffer`).
 
-        Shapes  dlogits (B, K)  ->  dimages (B, H, W, C) with respect to the scaled pixels; None where images were bytes
-                and a twin saved the work
+        Shapes  dlogits (B, K)  ->  dimages (B, H, W, C) by the scaled pixels, or None where a twin met bytes
         """
         # logits = head(z)                                                                                  (Eq. 4)
         dz = cache.steps.head.backward(dlogits, cache.head, grads)  # (B, N, D)
@@ -124,7 +121,7 @@ class ViT:
     def features(self, images):
         """What the head reads, with no dropout: an image as the model sees it, for other classifiers to start from.
 
-        Math    y of Eq. 4: after the final LayerNorm, the pooling, and the tanh of a pre-logits layer if there is one
+        Math    y of Eq. 4: after the final LayerNorm, the pooling, and the pre-logits layer if there is one
         Shapes  images (B, H, W, C)  ->  (B, R), or (B, D) without a pre-logits layer
         """
         return self.read(images, compose.features(self.config))

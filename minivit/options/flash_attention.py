@@ -40,8 +40,9 @@ import numpy as np
 
 from minivit.base.backend import accelerated, array_module, matmul, row_sum
 from minivit.base.pairs import Pair
-from minivit.layers.attention import ATTENTION
+from minivit.layers.attention import transpose
 from minivit.layers.dropout import dropout_backward, dropout_forward
+from minivit.layers.softmax import softmax_forward
 from minivit.options.attention_dropout import drop_settings
 from minivit.options.option import Option
 
@@ -153,8 +154,8 @@ def attention_map(q, k):
 
     Shapes  q (..., Q, Dh), k (..., N, Dh)  ->  (..., Q, N)
     """
-    _, cache = ATTENTION.forward(q, k, k)
-    return cache.softmax.y
+    attn, _ = softmax_forward(matmul(q, transpose(k)) * q.shape[-1] ** -0.5)
+    return attn
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
 """block, mlp and head: the residual path, the pooling, and that gradients are added, not written."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
-from minivit.layers.block import BLOCK_PARAMETERS, block_backward, block_forward, block_jvp
-from minivit.layers.gelu import gelu_forward
-from minivit.layers.head import head_backward, head_forward
+from minivit.base.backend import plain
+from minivit.layers.block import BLOCK_PARAMETERS, block_backward, block_forward
+from minivit.layers.gelu import GELU
 from minivit.layers.layernorm import layernorm_forward
 from minivit.layers.mlp import mlp_backward, mlp_forward
 from minivit.layers.msa import msa_forward
+from minivit.model import ViTConfig, compose
+from minivit.options.exact_gelu import EXACT_GELU
 
 D, M = 6, 10
 SHAPES = {
@@ -45,11 +49,13 @@ def test_a_dropped_branch_leaves_the_residual_path():
         def random(self, shape, dtype):
             return np.zeros(shape, dtype)
 
-    out, cache = block_forward(z, p, num_heads=2, drop_path=0.5, rng=Never())
+    config = ViTConfig(image_size=4, patch_size=2, width=D, depth=1, num_heads=2, mlp_dim=M, drop_path=0.5)
+    block = compose.block(config, 0, rng=Never())
+    out, cache = block.forward(z, p)
     np.testing.assert_array_equal(out, z)
     grads = {name: np.zeros_like(value) for name, value in p.items()}
     dy = rng.standard_normal(z.shape)
-    np.testing.assert_array_equal(block_backward(dy, cache, grads), dy)
+    np.testing.assert_array_equal(block.backward(dy, cache, grads), dy)
     assert not any(g.any() for g in grads.values())
 
 
@@ -70,47 +76,55 @@ def test_mlp_is_two_linear_maps_around_gelu():
     rng = np.random.default_rng(3)
     x, W1, b1 = rng.standard_normal((2, 3, 4)), rng.standard_normal((4, 5)), rng.standard_normal(5)
     W2, b2 = rng.standard_normal((5, 4)), rng.standard_normal(4)
-    for kind in ("tanh", "erf"):
-        y, cache = mlp_forward(x, W1, b1, W2, b2, gelu=kind)
-        np.testing.assert_allclose(y, gelu_forward(x @ W1 + b1, kind=kind)[0] @ W2 + b2, rtol=1e-12)
-    assert [g.shape for g in mlp_backward(y, cache)] == [x.shape, W1.shape, b1.shape, W2.shape, b2.shape]
+    for pair in (GELU, EXACT_GELU):
+        y, cache = mlp_forward(x, W1, b1, W2, b2, activation=pair)
+        np.testing.assert_allclose(y, pair.forward(x @ W1 + b1)[0] @ W2 + b2, rtol=1e-12)
+    assert [g.shape for g in mlp_backward(y, cache, activation=pair)] == [
+        x.shape,
+        W1.shape,
+        b1.shape,
+        W2.shape,
+        b2.shape,
+    ]
 
 
-def test_normalising_the_class_token_alone_is_normalising_all_and_taking_it():
+def test_heads_are_their_definitions():
+    """The class token alone is normalised, or all patches, before or after their mean."""
     rng = np.random.default_rng(4)
     z = rng.standard_normal((2, 5, D))
     p = {"norm.weight": rng.standard_normal(D), "norm.bias": rng.standard_normal(D)}
     p |= {"head.weight": rng.standard_normal((D, 3)), "head.bias": rng.standard_normal(3)}
     normed, _ = layernorm_forward(z, p["norm.weight"], p["norm.bias"])
-    logits, cache = head_forward(z, p, pooling="cls")
-    np.testing.assert_allclose(logits, normed[:, 0] @ p["head.weight"] + p["head.bias"], rtol=1e-12)
-    mean_logits, _ = head_forward(z, p, pooling="mean")
-    np.testing.assert_allclose(mean_logits, normed.mean(axis=1) @ p["head.weight"] + p["head.bias"], rtol=1e-12)
-    avg_logits, _ = head_forward(z, p, pooling="avg")
-    normed, _ = layernorm_forward(z.mean(axis=1), p["norm.weight"], p["norm.bias"])
-    np.testing.assert_allclose(avg_logits, normed @ p["head.weight"] + p["head.bias"], rtol=1e-12)
-    assert np.abs(avg_logits - mean_logits).max() > 0.01
-    dz = head_backward(np.ones((2, 3)), cache, {name: np.zeros_like(value) for name, value in p.items()})
-    assert not dz[:, 1:].any() and dz[:, 0].any()
+    read = {"cls": normed[:, 0], "mean": normed.mean(axis=1)}
+    read["avg"], _ = layernorm_forward(z.mean(axis=1), p["norm.weight"], p["norm.bias"])
+    for pooling, y in read.items():
+        head = compose.head(ViTConfig(image_size=4, patch_size=2, width=D, num_heads=2, pooling=pooling))
+        logits, cache = head.forward(z, p)
+        np.testing.assert_allclose(logits, y @ p["head.weight"] + p["head.bias"], rtol=1e-12)
+        if pooling == "cls":
+            dz = head.backward(np.ones((2, 3)), cache, {name: np.zeros_like(value) for name, value in p.items()})
+            assert not dz[:, 1:].any() and dz[:, 0].any()
+    assert np.abs(read["avg"] - read["mean"]).max() > 0.01
 
 
-@pytest.mark.parametrize("queries", [1, 3])
-def test_a_block_for_the_first_tokens_alone_is_the_block_of_all_where_only_those_are_read(queries):
-    """Values, every gradient and the forward-mode derivative: those of the whole block with no gradient elsewhere."""
+@pytest.mark.parametrize("kernels", [plain, nullcontext])
+@pytest.mark.parametrize("reads", [1, 3])
+def test_a_block_for_the_first_tokens_alone_is_the_block_of_all_where_only_those_are_read(reads, kernels):
+    """Values and every gradient: those of the whole block with no gradient elsewhere, of the book and of its twin."""
     rng = np.random.default_rng(5)
-    p, pdot = block_params(rng), block_params(rng)
-    z, zdot = rng.standard_normal((2, 2, 5, D))
+    p, z = block_params(rng), rng.standard_normal((2, 5, D))
+    config = ViTConfig(image_size=4, patch_size=2, width=D, depth=1, num_heads=2, mlp_dim=M)
+    first = compose.block(config, 0, reads=reads)
     all_of_it, all_cache = block_forward(z, p, num_heads=2)
-    some, cache = block_forward(z, p, num_heads=2, queries=queries)
-    assert some.shape == (2, queries, D) and cache.mlp.gelu.x.shape == (2, queries, M)
-    np.testing.assert_allclose(some, all_of_it[:, :queries], rtol=1e-12, atol=1e-13)
+    with kernels():
+        some, cache = first.forward(z, p)
+    assert some.shape == (2, reads, D) and (cache.mlp if kernels is plain else cache).fc1.x.shape == (2, reads, D)
+    np.testing.assert_allclose(some, all_of_it[:, :reads], rtol=1e-12, atol=1e-13)
     dz = np.zeros_like(z)
-    dz[:, :queries] = rng.standard_normal(some.shape)
+    dz[:, :reads] = rng.standard_normal(some.shape)
     expected = {name: np.zeros_like(value) for name, value in p.items()}
     found = {name: np.zeros_like(value) for name, value in p.items()}
     dx = block_backward(dz, all_cache, expected)
-    np.testing.assert_allclose(block_backward(dz[:, :queries], cache, found), dx, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(first.backward(dz[:, :reads], cache, found), dx, rtol=1e-11, atol=1e-12)
     for name in p:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-11, atol=1e-12)
-    ydot = block_jvp(zdot, pdot, all_cache)[:, :queries]
-    np.testing.assert_allclose(block_jvp(zdot, pdot, cache), ydot, rtol=1e-11, atol=1e-12)

@@ -2,17 +2,21 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 from minivit import PRESETS, InputError, ViT, ViTConfig, softmax_cross_entropy_backward, softmax_cross_entropy_forward
 from minivit.base import params
+from minivit.base.backend import plain
 from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import MODEL_BATCH, MODELS
-from minivit.layers import msa
+from minivit.layers.head import HEAD
 from minivit.layers.patch_embed import patchify, unpatchify
 from minivit.model import ATTENTIONS, POSITIONS, STEM, intermediates, parameter_table, pixels
+from minivit.options import flash_attention
+from minivit.options.dropping import drop_path_rate
 from minivit.options.pooling import POOLINGS
 
 TINY = MODELS["vit"]
@@ -166,17 +170,25 @@ FIXED_POSITIONS = {**MODELS["vit-dropout"], "pos_embed": "sincos2d"}
 
 
 @pytest.mark.parametrize("settings", [*MODELS.values(), FIXED_POSITIONS], ids=[*MODELS, "fixed positions"])
-def test_backward_is_the_transpose_of_jvp(settings):
+def test_backward_is_the_transpose_of_the_complex_step(settings):
+    """<J v, u> = <v, J^T u>, with J v from a forward pass at x + i h v."""
     model = random_model(**settings)
     images, _ = batch(model)
     logits, cache = model.forward(images, rng=np.random.default_rng(1))
     rng = np.random.default_rng(2)
     imagesdot, flatdot, u = (rng.standard_normal(shape) for shape in (images.shape, model.flat.shape, logits.shape))
-    logitsdot = model.jvp(imagesdot, flatdot, cache)
+    logitsdot = along(model, images, imagesdot, flatdot, 1)
     flat, grads = model.gradient_buffer()
-    dimages = model.backward(u, cache, grads, need_dimages=True)
+    dimages = model.backward(u, cache, grads)
     difference = (u * logitsdot).sum() - (flat @ flatdot + (dimages * imagesdot).sum())
-    assert abs(difference) < 1e-13 * np.linalg.norm(u) * np.linalg.norm(logitsdot)
+    assert abs(difference) < 1e-12 * np.linalg.norm(u) * np.linalg.norm(logitsdot)
+
+
+def along(model, images, imagesdot, flatdot, seed):
+    """How the logits move when images and parameters do, by the complex step."""
+    moved = ViT(model.config, flat=model.flat + 1e-30j * flatdot)
+    logits, _ = moved.forward(images + 1e-30j * imagesdot, rng=np.random.default_rng(seed))
+    return logits.imag / 1e-30
 
 
 def test_a_zero_head_costs_ln_k_and_gives_the_body_no_gradient():
@@ -221,13 +233,20 @@ def test_backward_adds():
     np.testing.assert_allclose(once, 2 * first, rtol=1e-15)
 
 
-def test_the_gradient_of_the_pictures_is_worked_out_only_if_asked_for():
+def test_bytes_have_no_gradient_and_numbers_have():
+    """The twin of the patch embedding saves the work for bytes; the book gives the gradient by the scaled pixels."""
     model = random_model()
     images, _ = batch(model)
-    logits, cache = model.forward(images)
-    _, grads = model.gradient_buffer()
-    assert model.backward(logits, cache, grads) is None
-    assert model.backward(logits, cache, grads, need_dimages=True).shape == images.shape
+    some_bytes = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
+    for inputs, kernels, expected in (
+        (images, nullcontext, True),
+        (some_bytes, nullcontext, False),
+        (some_bytes, plain, True),
+    ):
+        with kernels():
+            logits, cache = model.forward(inputs)
+            dimages = model.backward(logits, cache, model.gradient_buffer()[1])
+        assert (dimages is not None and dimages.shape == images.shape) == expected
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -280,9 +299,9 @@ def test_features_are_what_the_head_reads(pooling, pre_logits):
 @pytest.mark.parametrize("pooling", ["cls", "mean", "avg", "seq"])
 def test_registers_stand_behind_the_class_token_and_have_no_position(pooling, pos_embed):
     model = random_model(pooling=pooling, pos_embed=pos_embed, registers=3)
-    plain = random_model(pooling=pooling, pos_embed=pos_embed)
-    assert model.config.num_tokens == plain.config.num_tokens + 3
-    for name, value in plain.params.items():
+    bare = random_model(pooling=pooling, pos_embed=pos_embed)
+    assert model.config.num_tokens == bare.config.num_tokens + 3
+    for name, value in bare.params.items():
         value[...] = model.params[name]  # of the same shape: the positions are those of the others
     images, _ = batch(model)
     first = int(pooling == "cls")
@@ -290,14 +309,15 @@ def test_registers_stand_behind_the_class_token_and_have_no_position(pooling, po
     expected = np.broadcast_to(model.params["reg_token"], (MODEL_BATCH, 3, 12))
     np.testing.assert_array_equal(tokens[:, first : first + 3], expected)
     others = np.delete(tokens, np.s_[first : first + 3], axis=1)
-    np.testing.assert_array_equal(others, intermediates(plain, images).features[0])
+    np.testing.assert_array_equal(others, intermediates(bare, images).features[0])
     # the head reads none of them, but the other tokens did in the blocks
     changed = tokens.copy()
     changed[:, first : first + 3] += 1.0
-    np.testing.assert_array_equal(model._head(changed)[0], model._head(tokens)[0])
-    assert not np.allclose(model.predict(images), plain.predict(images), rtol=1e-3)
+    head = model.steps.head.forward
+    np.testing.assert_array_equal(head(changed, model.inputs)[0], head(tokens, model.inputs)[0])
+    assert not np.allclose(model.predict(images), bare.predict(images), rtol=1e-3)
     cache = model.forward(images)[1]
-    assert cache.blocks[-1].mlp.gelu.x.shape[1] == (1 if pooling == "cls" else 7)
+    assert cache.blocks[-1].gelu.x.shape[1] == (1 if pooling == "cls" else 7)
 
 
 REFUSED = ("cls", "axial")
@@ -309,7 +329,7 @@ WHOLE = [(pooling, attention) for pooling in POOLINGS for attention in ATTENTION
 @pytest.mark.parametrize(("pooling", "attention"), WHOLE)
 @pytest.mark.parametrize(("pos_embed", "pos_at"), PLACES)
 def test_every_position_with_every_head(pos_embed, pos_at, pooling, attention, pre_logits):
-    """Right gradients, the same bits with recomputation, right forward-mode derivatives, the right logits."""
+    """Right gradients, the same bits with recomputation, the transpose of the complex step, the right logits."""
     changes = {"registers": 2} if pos_embed != "relative" and attention == "full" else {}
     model = random_model(
         pos_embed=pos_embed, pos_at=pos_at, pooling=pooling, pre_logits=pre_logits, attention=attention, depth=3,
@@ -323,13 +343,14 @@ def test_every_position_with_every_head(pos_embed, pos_at, pooling, attention, p
     for recompute in (False, True):
         logits, cache = model.forward(images, rng=np.random.default_rng(5), recompute=recompute)
         flat, grads = model.gradient_buffer()
-        dimages = model.backward(logits, cache, grads, need_dimages=True)
+        dimages = model.backward(logits, cache, grads)
         found.append((logits.tobytes(), flat.tobytes(), dimages.tobytes()))
     assert found[0] == found[1]
     logits, cache = model.forward(images, rng=np.random.default_rng(5))
     rng = np.random.default_rng(2)
     imagesdot, flatdot = rng.standard_normal(images.shape), rng.standard_normal(model.flat.shape)
-    difference = (logits * model.jvp(imagesdot, flatdot, cache)).sum() - (flat @ flatdot + (dimages * imagesdot).sum())
+    moved = along(model, images, imagesdot, flatdot, 5)
+    difference = (logits * moved).sum() - (flat @ flatdot + (dimages * imagesdot).sum())
     assert abs(difference) < 1e-11
     np.testing.assert_array_equal(model.predict(images), model.forward(images)[0])
 
@@ -408,15 +429,16 @@ def test_a_stem_at_half_size_is_the_same_stem():
         assert result.passed, result
 
 
-def test_a_stem_gives_the_pictures_gradient_only_when_asked():
+def test_a_stem_gives_the_gradient_of_images_that_are_numbers():
     model = random_model(**MODELS["vit-stem"])
-    images, labels = batch(model)
-    _, cache = model.forward(images)
+    images, _ = batch(model)
+    some_bytes = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
     flats = []
-    for need in (False, True):
+    for inputs in (some_bytes, pixels(some_bytes, np.float64)):
+        logits, cache = model.forward(inputs)
         flat, grads = model.gradient_buffer()
-        dimages = model.backward(np.ones((len(images), model.config.num_classes)), cache, grads, need_dimages=need)
-        assert (dimages is not None) == need
+        dimages = model.backward(np.ones_like(logits), cache, grads)
+        assert (dimages is None) == (inputs is some_bytes)
         flats.append(flat)
     assert np.array_equal(*flats) and dimages.shape == images.shape
 
@@ -464,7 +486,7 @@ def test_the_last_block_works_for_the_class_token_alone():
     for pooling, tokens in (("cls", 1), ("mean", 4)):
         model = random_model(pooling=pooling)
         cache = model.forward(batch(model)[0])[1]
-        assert [block.mlp.gelu.x.shape[1] for block in cache.blocks] == [model.config.num_tokens, tokens]
+        assert [block.gelu.x.shape[1] for block in cache.blocks] == [model.config.num_tokens, tokens]
         assert [block.msa.attention.q.shape[2] for block in cache.blocks] == [model.config.num_tokens, tokens]
 
 
@@ -473,7 +495,7 @@ def test_long_sequences_change_no_number(monkeypatch):
     images, labels = batch(model)
     loss, flat, _ = gradient(model, images, labels)
     seen = intermediates(model, images)
-    monkeypatch.setattr(msa, "LONG", 5)
+    monkeypatch.setattr(flash_attention, "LONG", 5)
     long_loss, long_flat, _ = gradient(model, images, labels)
     long_seen = intermediates(model, images)
     assert math.isclose(long_loss, loss, rel_tol=1e-12)
@@ -492,12 +514,10 @@ def test_recomputed_blocks_give_the_same_bits(name):
         dlogits = softmax_cross_entropy_backward(1.0, softmax_cross_entropy_forward(logits, labels)[1])
         for _ in range(2):  # a backward leaves the cache as it was
             flat, grads = model.gradient_buffer()
-            dimages = model.backward(dlogits, cache, grads, need_dimages=True)
+            dimages = model.backward(dlogits, cache, grads)
             found.append((logits.tobytes(), flat.tobytes(), dimages.tobytes()))
     assert found[0] == found[1] == found[2] == found[3]
-    assert [type(block).__name__ for block in cache.blocks] == ["BlockInput"] * 2
-    with pytest.raises(ValueError, match="recompute=True holds no intermediate values"):
-        model.jvp(np.zeros_like(images), np.zeros_like(model.flat), cache)
+    assert [type(block).__name__ for block in cache.blocks] == ["RecomputeCache"] * 2
 
 
 def test_dropout_is_drawn_from_the_generator_alone():
@@ -511,8 +531,8 @@ def test_dropout_is_drawn_from_the_generator_alone():
 
 
 def test_drop_path_rises_linearly_with_depth():
-    model = random_model(depth=5, drop_path=0.4)
-    assert [model._block_settings(i)["drop_path"] for i in range(5)] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    config = random_model(depth=5, drop_path=0.4).config
+    assert [drop_path_rate(config, i) for i in range(5)] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
 class Recorder:
@@ -575,15 +595,14 @@ def test_the_layernorm_epsilon_reaches_every_layernorm():
     a, b = intermediates(usual, images), intermediates(large, images)
     for i in (1, 2):
         assert not np.allclose(a.features[i], b.features[i], rtol=1e-3)
-    from minivit.layers.head import head_forward
-
     tokens = a.features[-1]
-    assert np.array_equal(large._head(tokens)[0], head_forward(tokens, large.params, eps=0.5)[0])
-    assert not np.allclose(large._head(tokens)[0], usual._head(tokens)[0], rtol=1e-3)
+    found = large.steps.head.forward(tokens, large.inputs)[0]
+    assert np.array_equal(found, HEAD.forward(tokens, *[large.params[name] for name in HEAD.names], eps=0.5)[0])
+    assert not np.allclose(found, usual.steps.head.forward(tokens, usual.inputs)[0], rtol=1e-3)
 
 
 def test_stochastic_depth_of_a_single_block():
-    assert random_model(depth=1, drop_path=0.4)._block_settings(0)["drop_path"] == 0.4
+    assert drop_path_rate(random_model(depth=1, drop_path=0.4).config, 0) == 0.4
 
 
 def test_without_positions_patches_are_a_set():
@@ -620,7 +639,7 @@ def test_float32_stays_float32():
     assert logits.dtype == np.float32
     flat, grads = model.gradient_buffer()
     dlogits = softmax_cross_entropy_backward(1.0, softmax_cross_entropy_forward(logits, labels)[1])
-    dimages = model.backward(dlogits, cache, grads, need_dimages=True)
+    dimages = model.backward(dlogits, cache, grads)
     assert dlogits.dtype == flat.dtype == dimages.dtype == np.float32
     reference = ViT(model.config, flat=model.flat.astype(np.float64))
     _, expected, _ = gradient(reference, images, labels)
@@ -630,11 +649,11 @@ def test_float32_stays_float32():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((2, 4, 4, 2)), r"takes pictures of shape \(B, 4, 4, 3\), got \(2, 4, 4, 2\)"),
-        (np.zeros((4, 4, 3)), "takes pictures"),
-        (np.full((2, 4, 4, 3), np.nan), "picture 0 .* NaN"),
-        (np.zeros((2, 4, 4, 3), int), "pictures are int64; give them as uint8"),
-        (np.zeros((2, 4, 4, 3), bool), "pictures are bool; give them as uint8"),
+        (np.zeros((2, 4, 4, 2)), r"takes images of shape \(B, 4, 4, 3\), got \(2, 4, 4, 2\)"),
+        (np.zeros((4, 4, 3)), "takes images"),
+        (np.full((2, 4, 4, 3), np.nan), "image 0 .* NaN"),
+        (np.zeros((2, 4, 4, 3), int), "images are int64; give them as uint8"),
+        (np.zeros((2, 4, 4, 3), bool), "images are bool; give them as uint8"),
     ],
 )
 def test_pictures_that_do_not_fit_are_refused(images, message):
@@ -667,12 +686,13 @@ def test_the_model_of_pictures_of_half_the_size(pooling, attention, pos_embed, p
     if pos_embed == "none":
         return
     prefix = pooling == "cls"
-    for own, of_half in zip(model._positions, small._positions, strict=True):
-        assert len(own) == len(of_half) == (own is model._positions[0] or pos_at == "shared")
-        for position, halved in zip(own, of_half, strict=True):
-            full, half = position[0, prefix:].reshape(4, 4, 12), halved[0, prefix:].reshape(2, 2, 12)
-            np.testing.assert_allclose(half[1, 0], full[2:, :2].reshape(4, 12).mean(axis=0), rtol=1e-12)
-            assert not prefix or not halved[0, 0].any()
+    position, halved = model.inputs["pos_embed"], small.inputs["pos_embed"]
+    full, half = position[0, prefix:].reshape(4, 4, 12), halved[0, prefix:].reshape(2, 2, 12)
+    np.testing.assert_allclose(half[1, 0], full[2:, :2].reshape(4, 12).mean(axis=0), rtol=1e-12)
+    assert not prefix or not halved[0, 0].any()
+    with plain():  # the second block has the same array, where all blocks share it
+        cache = small.forward(images)[1].blocks[1]
+    assert (type(cache).__name__ == "FollowCache") == (pos_at == "shared")
 
 
 def test_what_cannot_be_halved_is_refused():

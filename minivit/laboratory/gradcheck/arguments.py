@@ -12,6 +12,7 @@ class CannotTellError(ValueError):
 
 
 def copies(args):
+    """The arguments with their arrays copied, so that no check writes to a caller's."""
     return [a.copy() if isinstance(a, np.ndarray) else a for a in args]
 
 
@@ -26,6 +27,7 @@ def joined(parts):
 
 
 def random_tangents(rng, args):
+    """A random direction for each float argument, None for the others."""
     moving = floats(args)
     return [rng.standard_normal(a.shape) if i in moving else None for i, a in enumerate(args)]
 
@@ -59,12 +61,14 @@ def arguments_of(args, names=None):
 
 
 def require_numbers(what, value):
+    """The value as an array of numbers. Raises TypeError if it is none."""
     if np.asarray(value).dtype.kind not in "iufc":
         raise TypeError(f"the {what} must be an array of numbers, it is {type(value).__name__}")
     return value
 
 
 def pair_of(returned):
+    """The two things that a forward returns. Raises TypeError if it is no pair."""
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise TypeError(f"the forward must return (y, cache), it returned {type(returned).__name__}")
     require_numbers("y that the forward returns", returned[0])
@@ -124,6 +128,7 @@ def gradients_of(backward, dy, cache, args, names, finite=False):
 
 
 def unsummed(shape, x):
+    """Whether a shape would become that of x by a sum over some axes: a broadcast that was not undone."""
     if shape is not None and len(shape) == x.ndim and all(n in (1, m) for n, m in zip(x.shape, shape, strict=True)):
         return ": it was broadcast, so its gradient must be summed over the axes of length 1"
     if shape is not None and len(shape) > x.ndim and shape[len(shape) - x.ndim :] == x.shape:

@@ -99,6 +99,7 @@ def check(forward, backward, args, *, names=None, method="central", step=None, e
 
 
 def check_argument(forward, args, i, name, gradient, dy, method, step, elementwise, rng, sizes, terms):
+    """The `Result` of one argument: its gradient against numerical derivatives."""
     shape, scale = args[i].shape, scale_of(args[i])
     if elementwise:
         elements = list(np.ndindex(shape))
@@ -121,6 +122,7 @@ def check_argument(forward, args, i, name, gradient, dy, method, step, elementwi
 
 
 def rms(gradient):
+    """The root of the mean of squares of a gradient."""
     return float(np.linalg.norm(gradient) / gradient.size**0.5)
 
 

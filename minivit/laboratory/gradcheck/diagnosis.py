@@ -23,6 +23,7 @@ def sizes_of(shapes):
 
 
 def diagnose_factor(factor, sizes):
+    """What a constant factor between two gradients may come from, in words; None if nothing fits."""
     if abs(factor + 1) < 1e-3:
         return "the sign is reversed"
     if abs(factor - 1) < 1e-3:

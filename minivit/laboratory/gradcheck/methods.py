@@ -37,6 +37,7 @@ SECOND_ORDER = "second derivatives are taken by the complex step, so forward and
 
 
 def method_of(name):
+    """The `Method` of a name. Raises ValueError for another name."""
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
     return METHODS[name]
@@ -73,6 +74,7 @@ def scale_of(x):
 
 
 def require_complex(what, value, cure=OTHER_METHOD):
+    """Raises CannotTellError unless a value is complex, as the complex step needs it."""
     if not np.iscomplexobj(value):
         raise CannotTellError(
             f"the {what} gave real numbers for a complex argument: it is not analytic (abs, norm, a cast to float, "

@@ -13,8 +13,7 @@ MAX_WORKERS = 1024
 MICRO_BATCH_TOKENS = 1024
 WORKERS = 2  # threads of a run, unless told otherwise, where the work is enough for two
 # FLOPs of a batch's matrix products for each thread. Below, a second one costs more than it brings: a small model's
-# step is mostly Python, which one thread runs at a time. The digits' batch of 64 has a quarter of it, CIFAR's twenty
-# times.
+# step is mostly Python, which one thread runs at a time. The digits' batch of 64 has a quarter of it.
 SHARE = 1e9
 
 
