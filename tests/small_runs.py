@@ -11,7 +11,7 @@ from minivit.data import load
 from minivit.figures.runs import draw_classification
 from minivit.laboratory.diagnosis import diagnose
 from minivit.training.config import FREE_ON_RESUME, TrainConfig
-from minivit.training.folder import BEST, LAST, METRICS, SUMMARY, stored_run
+from minivit.training.folder import BEST, LAST, METRICS, SUMMARY, last_checkpoint
 from minivit.training.trainer import Trainer
 from minivit.weights import checkpoint
 
@@ -50,7 +50,7 @@ def trainer(out, config=HARD, *, model=MODEL, data=FEW, **keywords):
 
 def resumed(out, config=HARD, **keywords):
     """A small run where it stopped."""
-    return trainer(out, config, resume=stored_run(out), **keywords)
+    return trainer(out, config, resume=last_checkpoint(out), **keywords)
 
 
 def before_step(run, step, action):

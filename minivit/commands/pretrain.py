@@ -90,8 +90,8 @@ def start(arguments):
 
 def resume(arguments):
     """A `Trainer` where the run in --out stopped; settings asked for again must be those of the run."""
-    stored, dataset, describe = stopped_run(arguments)
-    _, record = stored
+    last, dataset, describe = stopped_run(arguments)
+    _, record = last
     masked, config = masked_of(record), train_config_of(record)
     task = given(arguments, MaskedConfig)
     if arguments.preset or arguments.config:
@@ -101,7 +101,7 @@ def resume(arguments):
     )
     return Trainer(
         dataset, replace(record.config, **model), replace(config, **train), arguments.out,
-        task=partial(MaskedPrediction, masked=replace(masked, **task)), describe=describe, resume=stored,
+        task=partial(MaskedPrediction, masked=replace(masked, **task)), describe=describe, resume=last,
         progress=not arguments.quiet, **HELP | {"draw": draw_masked},
     )  # fmt: skip
 

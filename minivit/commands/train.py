@@ -64,8 +64,8 @@ def start(arguments):
 
 def resume(arguments):
     """A `Trainer` where the run in --out stopped; settings asked for again must be those of the run."""
-    stored, dataset, describe = stopped_run(arguments)
-    _, record = stored
+    last, dataset, describe = stopped_run(arguments)
+    _, record = last
     config = train_config_of(record)
     _, model, train, begins = resume_recipe(arguments, describe, record.path)
     for key, value in begins.items():
@@ -75,7 +75,7 @@ def resume(arguments):
             )
     return Trainer(
         dataset, replace(record.config, **model), replace(config, **train), arguments.out, describe=describe,
-        start=Start(None, record.start) if record.start else None, resume=stored, progress=not arguments.quiet, **HELP,
+        start=Start(None, record.start) if record.start else None, resume=last, progress=not arguments.quiet, **HELP,
     )  # fmt: skip
 
 

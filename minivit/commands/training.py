@@ -139,11 +139,11 @@ def stopped_run(arguments):
         raise InputError("--budget is for a new run; one that stopped goes on to the end that it was given")
     if not arguments.out:
         raise InputError("--resume needs --out, the folder of the run to go on with")
-    stored = checkpoint.read(Path(arguments.out) / LAST)
-    dataset = dataset_of(stored[1], data_dir=arguments.data_dir)
-    describe = {key: stored[1].data.get(key) for key in DATA_KEYS}
+    last = checkpoint.read(Path(arguments.out) / LAST)
+    dataset = dataset_of(last[1], data_dir=arguments.data_dir)
+    describe = {key: last[1].data.get(key) for key in DATA_KEYS}
     describe["data_dir"] = arguments.data_dir or describe["data_dir"]
-    return stored, dataset, describe
+    return last, dataset, describe
 
 
 def resume_recipe(arguments, describe, path, recipe_of=recipe_of_flags):
@@ -159,14 +159,14 @@ def resume_recipe(arguments, describe, path, recipe_of=recipe_of_flags):
     return recipe
 
 
-def _check_same_data(arguments, asked, describe, path):
-    classes, stored = arguments.classes or asked.get("classes"), describe["classes"]
-    if classes not in (None, stored):
-        raise InputError(f"{path} was trained on {f'the classes {stored}' if stored else 'all classes'}, not {classes}")
-    share, stored = arguments.train_share or asked.get("train_share"), describe["train_share"]
-    if share not in (None, stored):
-        raise InputError(f"{path} was trained on a share of {stored or 1} of the training images, not of {share}")
-    name = arguments.data or asked.get("data", describe["data"])
+def _check_same_data(arguments, data, describe, path):
+    classes, own = arguments.classes or data.get("classes"), describe["classes"]
+    if classes not in (None, own):
+        raise InputError(f"{path} was trained on {f'the classes {own}' if own else 'all classes'}, not {classes}")
+    share, own = arguments.train_share or data.get("train_share"), describe["train_share"]
+    if share not in (None, own):
+        raise InputError(f"{path} was trained on a share of {own or 1} of the training images, not of {share}")
+    name = arguments.data or data.get("data", describe["data"])
     if name != describe["data"]:
         raise InputError(f"{path} was trained on {describe['data']}, not on {name}")
 

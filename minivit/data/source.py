@@ -33,17 +33,17 @@ def dataset_of(record, *, name=None, data_dir=None):
     Folders are read at the size of the model where the record says no other.
     Raises  InputError: it does not say, or the data are missing, damaged or of other classes than the checkpoint's.
     """
-    stored = record.data
-    check_data(stored, record.path)
-    name = name or stored.get("data")
+    data = record.data
+    check_data(data, record.path)
+    name = name or data.get("data")
     if name is None:
         raise InputError(f"{record.path} does not say which data set it was trained on; name one with --data")
-    keys = ("image_size", "classes", "train_share") if name == stored.get("data") else ()
-    same = {key: stored.get(key) for key in keys}
+    keys = ("image_size", "classes", "train_share") if name == data.get("data") else ()
+    same = {key: data.get(key) for key in keys}
     if name in FOLDERS and not same.get("image_size"):
         same["image_size"] = record.config.image_size
     try:
-        dataset = load(name, data_dir or stored.get("data_dir", "data"), **same)
+        dataset = load(name, data_dir or data.get("data_dir", "data"), **same)
     except InputError as error:
         raise InputError(f"{error}; if the data lie elsewhere now, name the place with --data-dir") from None
     if list(dataset.class_names) != record.class_names:

@@ -30,7 +30,7 @@ from minivit.data import Dataset, check_dataset
 from minivit.data.folder import load_folder, pillow_modules
 from minivit.evaluation.transfer import PENALTIES, accuracy, choose, least_squares, logistic
 from minivit.training.config import TrainConfig
-from minivit.training.folder import stored_run
+from minivit.training.folder import last_checkpoint
 from minivit.training.trainer import Trainer
 from minivit.weights.start import Start, begin
 
@@ -154,9 +154,12 @@ def fine_tune(
         steps=steps, warmup_steps=round(WARMUP / STEPS * steps), evaluate_every=steps, seed=seed, workers=workers,
         device=device, **settings,
     )  # fmt: skip
-    made = replace(model.config, num_classes=len(dataset.class_names), pre_logits=0)
-    start = Start(begin(model, made), {"crc": zlib.crc32(to_host(model.flat))})
-    return Trainer(dataset, made, config, out, start=start, resume=stored_run(out), progress=progress, draw=draw).run()
+    model_config = replace(model.config, num_classes=len(dataset.class_names), pre_logits=0)
+    start = Start(begin(model, model_config), {"crc": zlib.crc32(to_host(model.flat))})
+    run = Trainer(
+        dataset, model_config, config, out, start=start, resume=last_checkpoint(out), progress=progress, draw=draw
+    )  # fmt: skip
+    return run.run()
 
 
 def summary_of(scores):

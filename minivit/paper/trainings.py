@@ -24,7 +24,7 @@ from minivit.masked import MaskedConfig
 from minivit.masked.pretrain import MaskedPrediction
 from minivit.training.budget import time_of_epochs, within
 from minivit.training.config import train_config_of
-from minivit.training.folder import stored_run
+from minivit.training.folder import last_checkpoint
 from minivit.training.recipes import CONFIGS, TABLES, find_config, prepare, read_recipe
 from minivit.training.sweep import carry_out, going_on, read_sweep, results_of, runs_of, write_table
 from minivit.training.task import Classification
@@ -97,11 +97,11 @@ def run_of(context, folder, recipe, seconds, *, masked=None, capped=False):
     if summary := summary_of(folder):
         return summary
     task = Classification if masked is None else partial(MaskedPrediction, masked=masked)
-    stored = stored_run(folder)
-    recipe = going_on(recipe._replace(train=recipe.train | {"device": context.device}), stored)
+    last = last_checkpoint(folder)
+    recipe = going_on(recipe._replace(train=recipe.train | {"device": context.device}), last)
     dataset, model, config, begins = prepare(recipe)
-    if stored:
-        length = train_config_of(stored[1])
+    if last:
+        length = train_config_of(last[1])
     else:
         length, each = within(seconds, dataset, model, config, task=task)
         if capped:
@@ -110,7 +110,7 @@ def run_of(context, folder, recipe, seconds, *, masked=None, capped=False):
         print(f"training {words} in {folder}: an epoch takes about {each:.3g} s", flush=True)
     config = replace(config, epochs=length.epochs, steps=length.steps)
     run = Trainer(
-        dataset, model, config, folder, task=task, resume=stored, progress=context.progress,
+        dataset, model, config, folder, task=task, resume=last, progress=context.progress,
         draw=runs.draw_classification if masked is None else runs.draw_masked, diagnose=diagnose, **begins,
     )  # fmt: skip
     if run.run() is None:

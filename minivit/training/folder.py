@@ -36,7 +36,7 @@ def refuse_used(folder):
             raise InputError(f"{folder} already holds a run's {name}; {other} another --out")
 
 
-def stored_run(folder):
+def last_checkpoint(folder):
     """The last checkpoint in a run's folder, as `checkpoint.read` gives it, or None where there is none.
 
     Raises  InputError: it is damaged.
@@ -46,7 +46,7 @@ def stored_run(folder):
 
 
 @contextmanager
-def locked(folder):
+def lock(folder):
     """While active, no other process trains into the folder; the lock ends with the process, however that ends.
 
     Raises  InputError: another process holds it.

@@ -135,9 +135,9 @@ def prepare(recipe, load_data=None):
     data, model, train, start = recipe
     config, start = TrainConfig(**train), StartConfig(**start)
     image_size = model.get("image_size") or data["image_size"]
-    loaded = load_start(start.checkpoint) if start.checkpoint else None
-    if loaded and not image_size and data["data"] in FOLDERS:  # whose images have no size of their own
-        image_size = loaded[0].config.image_size
+    source = load_start(start.checkpoint) if start.checkpoint else None
+    if source and not image_size and data["data"] in FOLDERS:  # whose images have no size of their own
+        image_size = source[0].config.image_size
     kept = {key: data[key] for key in ("classes", "train_share")}
     dataset = (load_data or load)(data["data"], data["data_dir"], image_size=image_size, **kept)
     _, size, _, channels = dataset.train_images.shape
@@ -145,8 +145,8 @@ def prepare(recipe, load_data=None):
     describe = {**data, "data_dir": str(data["data_dir"]), "image_size": image_size}
     if not start.checkpoint:
         return dataset, ViTConfig(**fields), config, {"describe": describe, "start": None}
-    fitted, begins = prepare_start(start, fields, dataset.class_names, loaded)
-    if not image_size and size != (before := loaded[0].config.image_size):
+    fitted, begins = prepare_start(start, fields, dataset.class_names, source)
+    if not image_size and size != (before := source[0].config.image_size):
         print(
             f"note: the model goes on at the size of the data, {size}x{size} pixels; {start.checkpoint} is of "
             f"{before}x{before}, to which --image-size {before} scales the data",

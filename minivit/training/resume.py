@@ -16,13 +16,13 @@ def check_same_run(record, plan, task, origin, fingerprint):
     path = record.path
     if record.config != plan.model:
         raise InputError(f"{path} holds another model: {_difference(asdict(record.config), asdict(plan.model))}")
-    stored, own = record.pretraining, task.settings.get("pretraining")
-    if (stored is None) != (own is None):
+    there, own = record.pretraining, task.settings.get("pretraining")
+    if (there is None) != (own is None):
         raise InputError(
-            f"{path} is of another kind of run; go on with minivit {'train' if stored is None else 'pretrain'} --resume"
+            f"{path} is of another kind of run; go on with minivit {'train' if there is None else 'pretrain'} --resume"
         )
-    if stored != own:
-        raise InputError(f"{path} was trained for another task: {_difference(stored, own)}")
+    if there != own:
+        raise InputError(f"{path} was trained for another task: {_difference(there, own)}")
     settings = asdict(train_config_of(record))
     if difference := _difference(settings, asdict(plan.config), FREE_ON_RESUME + MAY_MOVE):
         raise InputError(f"{path} was trained with other settings: {difference}; start a new run with another --out")
@@ -33,11 +33,11 @@ def check_same_run(record, plan, task, origin, fingerprint):
         raise InputError(f"{path} was trained on other images than those found now")
 
 
-def _difference(stored, asked, free=()):
+def _difference(there, own, free=()):
     """The first few settings that differ, in words; empty if none does."""
     parts = [
-        f"{name} {stored.get(name)} there, {asked.get(name)} asked for"
-        for name in dict.fromkeys([*stored, *asked])
-        if name not in free and stored.get(name) != asked.get(name)
+        f"{name} {there.get(name)} there, {own.get(name)} asked for"
+        for name in dict.fromkeys([*there, *own])
+        if name not in free and there.get(name) != own.get(name)
     ]
     return ", ".join(parts[:3]) + (", ..." if len(parts) > 3 else "")

@@ -37,7 +37,7 @@ from minivit.data import FOLDERS, load
 from minivit.data.source import DATA_KEYS
 from minivit.model import ViTConfig
 from minivit.training.config import FREE_ON_RESUME, TrainConfig, train_config_of, without_removed
-from minivit.training.folder import SETTINGS, SUMMARY, stored_run
+from minivit.training.folder import SETTINGS, SUMMARY, last_checkpoint
 from minivit.training.plan import plan_of
 from minivit.training.recipes import SECTIONS, TABLES, Recipe, find_config, in_sections, prepare, read_recipe
 from minivit.training.task import Classification
@@ -152,14 +152,14 @@ def recipe_of(run):
     return recipe._replace(train=recipe.train | {"seed": run.seed}, start=start)
 
 
-def going_on(recipe, stored):
+def going_on(recipe, last):
     """The recipe, with the threads and the micro-batch that a run chose which stopped.
 
-    ``stored`` is its checkpoint, as `stored_run` gives it; without one the recipe stays as it is.
+    ``last`` is its checkpoint, as `last_checkpoint` gives it; without one the recipe stays as it is.
     """
-    if stored is None:
+    if last is None:
         return recipe
-    config = train_config_of(stored[1])
+    config = train_config_of(last[1])
     chosen = {key: getattr(config, key) for key in CHOSEN if not recipe.train.get(key)}
     return recipe._replace(train=recipe.train | chosen)
 
@@ -328,14 +328,14 @@ def carry_out(runs, after, *, device=None, progress=True, **keywords):
     Raises  InputError: one has impossible settings: all rows, and all that they start from, are looked at before the
             first begins.
     """
-    ready = prepared(runs, device)
+    ready = prepare_all(runs, device)
     for number, each in enumerate(runs, start=1):
         print(f"\n{number} of {len(runs)}: {each.row.name}, seed {each.seed}", flush=True)
         dataset, model, config, begins = ready[_kind_of(each)]
-        stored, recipe = stored_run(each.folder), recipe_of(each)
-        recipe = going_on(recipe, stored)
+        last, recipe = last_checkpoint(each.folder), recipe_of(each)
+        recipe = going_on(recipe, last)
         config = replace(config, seed=each.seed, **{key: recipe.train.get(key, 0) for key in CHOSEN})
-        trainer = Trainer(dataset, model, config, each.folder, resume=stored, progress=progress, **begins, **keywords)
+        trainer = Trainer(dataset, model, config, each.folder, resume=last, progress=progress, **begins, **keywords)
         started_at = time.monotonic()
         try:
             summary = trainer.run()
@@ -357,7 +357,7 @@ def _kind_of(run):
     return run.row.name, recipe_of(run).start.get("checkpoint")
 
 
-def prepared(runs, device=None):
+def prepare_all(runs, device=None):
     """What `prepare` says of each kind of run, see `_kind_of`, the same data loaded once: a dict.
 
     Raises  InputError: one has impossible settings.

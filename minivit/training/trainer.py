@@ -24,7 +24,7 @@ from minivit.data.source import fingerprint
 from minivit.optim import EMA, Muon
 from minivit.training import loop
 from minivit.training.engines.cut import available_cores
-from minivit.training.folder import LAST, SETTINGS, SUMMARY, locked, refuse_used, trim_metrics
+from minivit.training.folder import LAST, SETTINGS, SUMMARY, lock, refuse_used, trim_metrics
 from minivit.training.parts import dataset_on_device, engine_of, first_parameters, optimizer_of
 from minivit.training.plan import plan_of
 from minivit.training.resume import check_same_run
@@ -165,7 +165,7 @@ class Trainer:
         Raises  InputError: the folder holds another run, another process trains into it, or the run diverges.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        with locked(self.out), StopOnSignals(self), quiet_overflow(), diverging(self):
+        with lock(self.out), StopOnSignals(self), quiet_overflow(), diverging(self):
             if self.resumed:
                 trim_metrics(self.out, self.state.step, self.state.epoch)
             else:

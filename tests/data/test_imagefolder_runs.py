@@ -23,7 +23,7 @@ from minivit.training.budget import seconds_of_training
 from minivit.training.config import TrainConfig
 from minivit.training.engines.cpu import Engine
 from minivit.training.engines.gpu import CudaEngine
-from minivit.training.folder import LAST, RECONSTRUCTIONS, stored_run
+from minivit.training.folder import LAST, RECONSTRUCTIONS, last_checkpoint
 from minivit.training.recipes import read_recipe, trainer_of
 from minivit.training.trainer import Trainer
 from minivit.weights.checkpoint import load as load_checkpoint
@@ -56,7 +56,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(shared, tmp_path, no_figures):
     assert broken.run() is None and broken.state.step == 5 and broken.state.batch == 2
     data = load("imagefolder", shared, image_size=8)
     again = Trainer(
-        data, MODEL, TRAIN, tmp_path / "broken", resume=stored_run(tmp_path / "broken"), progress=False
+        data, MODEL, TRAIN, tmp_path / "broken", resume=last_checkpoint(tmp_path / "broken"), progress=False
     )  # fmt: skip
     assert again.run()
     (one, meta), (other, same) = (load_checkpoint(tmp_path / name / LAST) for name in ("whole", "broken"))

@@ -35,7 +35,7 @@ from minivit.training.budget import seconds_of_training
 from minivit.training.config import TrainConfig
 from minivit.training.engines.cpu import Engine
 from minivit.training.engines.gpu import CudaEngine
-from minivit.training.folder import BEST, LAST, METRICS, SETTINGS, SUMMARY, read_metrics, stored_run
+from minivit.training.folder import BEST, LAST, METRICS, SETTINGS, SUMMARY, last_checkpoint, read_metrics
 from minivit.training.parts import first_parameters
 from minivit.training.step import Batch
 from minivit.training.step_gpu import CudaStep
@@ -80,7 +80,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, task):
     run = trainer(tmp_path / "parts", task)
     stop_at(run, 3)
     assert run.run() is None
-    again = trainer(tmp_path / "parts", task, resume=stored_run(tmp_path / "parts"))
+    again = trainer(tmp_path / "parts", task, resume=last_checkpoint(tmp_path / "parts"))
     assert again.state.step == 3
     resumed = again.run()
     for name in (LAST, BEST):
@@ -207,15 +207,15 @@ def test_runs_of_another_kind_are_not_gone_on_with(tmp_path):
         stop_at(run, 1)
         run.run()
     with pytest.raises(InputError, match="trained for another task: ratio 0.75 there, 0.5 asked for|method mae there"):
-        trainer(tmp_path / "mae", "mpp", resume=stored_run(tmp_path / "mae"))
+        trainer(tmp_path / "mae", "mpp", resume=last_checkpoint(tmp_path / "mae"))
     config = replace(HARD)
     with pytest.raises(InputError, match="another kind of run; go on with minivit pretrain --resume"):
-        Trainer(FEW, MODEL, config, tmp_path / "mpp", resume=stored_run(tmp_path / "mpp"))
+        Trainer(FEW, MODEL, config, tmp_path / "mpp", resume=last_checkpoint(tmp_path / "mpp"))
     run = Trainer(FEW, MODEL, config, tmp_path / "classes", describe={"data": "digits"}, progress=False)
     stop_at(run, 1)
     run.run()
     with pytest.raises(InputError, match="another kind of run; go on with minivit train --resume"):
-        trainer(tmp_path / "classes", "mpp", resume=stored_run(tmp_path / "classes"))
+        trainer(tmp_path / "classes", "mpp", resume=last_checkpoint(tmp_path / "classes"))
     with pytest.raises(InputError, match="is not of pre-training; minivit pretrain makes such"):
         load_masked(tmp_path / "classes" / LAST)
 

@@ -23,7 +23,7 @@ from minivit.optim import OPTIMIZERS
 from minivit.training import budget
 from minivit.training.config import TrainConfig
 from minivit.training.engines.cpu import Engine
-from minivit.training.folder import LAST, METRICS, SUMMARY, read_metrics, stored_run
+from minivit.training.folder import LAST, METRICS, SUMMARY, last_checkpoint, read_metrics
 from minivit.training.step import Batch
 from minivit.training.trainer import Trainer
 from minivit.weights import checkpoint
@@ -222,10 +222,10 @@ def test_a_run_of_steps_resumes_exactly(tmp_path, stop):
     config = replace(CONFIG, steps=7, half_size=0.0)
     trainer(tmp_path / "whole", config).run()
     assert stopping(trainer(tmp_path / "broken", config), stop).run() is None
-    again = trainer(tmp_path / "broken", config, resume=stored_run(tmp_path / "broken"))
+    again = trainer(tmp_path / "broken", config, resume=last_checkpoint(tmp_path / "broken"))
     assert again.state.step == stop and again.run()["steps"] == 7
     assert_same(arrays_of(tmp_path / "whole", ""), arrays_of(tmp_path / "broken", ""))
-    finished = trainer(tmp_path / "broken", config, resume=stored_run(tmp_path / "broken"))
+    finished = trainer(tmp_path / "broken", config, resume=last_checkpoint(tmp_path / "broken"))
     assert finished.finished and finished.run()["steps"] == 7
 
 
@@ -244,7 +244,7 @@ def test_a_checkpoint_that_counts_more_steps_than_the_run_has(tmp_path):
     for changes in ({"step": 8}, {"step": 7}, {"epoch": 1}):
         checkpoint.save(tmp_path / LAST, arrays, meta | {"progress": meta["progress"] | changes})
         with pytest.raises(InputError, match="contradict each other|another number of steps"):
-            trainer(tmp_path, config, resume=stored_run(tmp_path))
+            trainer(tmp_path, config, resume=last_checkpoint(tmp_path))
 
 
 def test_the_whole_command_may_be_given_again(tmp_path, call):

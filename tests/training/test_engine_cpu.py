@@ -317,3 +317,15 @@ def test_what_makes_no_sense_is_refused(data):
             Engine(model_of(), **settings)
     with Engine(model_of(), workers=2) as engine, pytest.raises(ValueError, match="the batch has no image"):
         engine.gradient(data[0][:0], data[1][:0])
+
+
+def test_there_are_no_more_threads_than_cores_and_the_bits_are_those_of_many(data, monkeypatch):
+    model, gradients = model_of(np.float32, dropout=0.2), []
+    for cores, threads in ((1, 1), (2, 2), (8, 3)):
+        monkeypatch.setattr(cpu, "available_cores", lambda cores=cores: cores)
+        with Engine(model, workers=3, micro_batch=4) as engine:
+            for _ in range(5):
+                engine.gradient(*data)
+            assert len([t for t in threading.enumerate() if t.name.startswith("minivit")]) <= threads
+            gradients.append(engine.grad.tobytes())
+    assert gradients[0] == gradients[1] == gradients[2]

@@ -16,7 +16,7 @@ from minivit.data import load
 from minivit.model import ViT
 from minivit.options.positions import sincos2d
 from minivit.training.config import TrainConfig
-from minivit.training.folder import LAST, SETTINGS, SUMMARY, stored_run
+from minivit.training.folder import LAST, SETTINGS, SUMMARY, last_checkpoint
 from minivit.training.trainer import Trainer
 from minivit.weights import checkpoint
 from minivit.weights.resize import resize_patch_embedding, resize_positions, resize_table
@@ -299,7 +299,7 @@ def test_it_resumes_exactly_also_when_the_start_is_gone(tmp_path, run_copy, call
     # another start, or none, is another run
     for other in (Start(start.flat, start.origin | {"crc": 1}), None):
         with pytest.raises(InputError, match="began with other parameters"):
-            Trainer(data, model, config, tmp_path / "broken", start=other, resume=stored_run(tmp_path / "broken"))
+            Trainer(data, model, config, tmp_path / "broken", start=other, resume=last_checkpoint(tmp_path / "broken"))
 
 
 BAD = {
