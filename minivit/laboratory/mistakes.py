@@ -310,10 +310,10 @@ MISTAKES = (
         "two published NumPy ViTs share this line; their test inputs were too small to notice",
     ),
     _dropout(
-        "dropout-no-scale", "dx *= scale", "pass", "the backward forgets 1 / (1 - rate)", "is the map still linear?",
+        "dropout-no-scale", "return dy * mask * scale", "return dy * mask", "the backward forgets 1 / (1 - rate)", "is the map still linear?",
     ),
     _dropout(
-        "dropout-no-mask", "dx = dy * mask", "dx = dy * 1.0", "the backward lets dropped entries through",
+        "dropout-no-mask", "return dy * mask * scale", "return dy * scale", "the backward lets dropped entries through",
         "which entries reached y?",
     ),
     _dropout(
@@ -714,16 +714,16 @@ MISTAKES = (
         "the gradient passes by the first ReLU", "count the three of them",
     ),
     _loss(
-        "loss-mean-twice", "dlogits *= dloss / denominator", "dlogits *= dloss / denominator / len(dlogits)",
+        "loss-mean-twice", "(dloss / denominator)", "(dloss / denominator / len(targets))",
         "the gradient is divided by the batch size twice", "who divides by B?",
     ),
     _loss(
-        "loss-sum-not-mean", "dlogits *= dloss / denominator", "dlogits *= dloss",
+        "loss-sum-not-mean", "(dloss / denominator)", "dloss",
         "the forward is a mean, the backward that of a sum", "what does the forward return?",
         "three published NumPy losses disagree with their own gradient in this way",
     ),
     _loss(
-        "loss-upstream-ignored", "dlogits *= dloss / denominator", "dlogits *= 1.0 / denominator",
+        "loss-upstream-ignored", "(dloss / denominator)", "(1.0 / denominator)",
         "dloss is ignored", "what if the loss is scaled?",
     ),
     _loss(

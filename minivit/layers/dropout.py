@@ -3,11 +3,19 @@ r"""Dropout (Srivastava et al. 2014), in the inverted form that needs no change 
 Forward
     Each entry is kept with probability 1 - rate and scaled so that its expectation stays what it was:
 
-        y = x m / (1 - rate),      m_i in {0, 1},  P(m_i = 1) = 1 - rate.
+        y = x * m / (1 - rate),      m_i in {0, 1},  P(m_i = 1) = 1 - rate.
 
 Backward
-    The mask is a constant, so the map is linear and its own transpose: dx = dy m / (1 - rate). It must be the
-    same mask, hence it is in the cache.
+    The mask is a constant, so the map is linear and its own transpose: dx = dy * m / (1 - rate). It must be the same
+    mask, hence it is in the cache.
+
+Example
+    >>> import numpy as np
+    >>> y, cache = dropout_forward(np.array([1.0, 2.0]), rate=0.5, mask=np.array([True, False]))
+    >>> y.tolist()
+    [2.0, 0.0]
+    >>> dropout_backward(np.array([3.0, 4.0]), cache).tolist()
+    [6.0, 0.0]
 """
 
 from typing import Any, NamedTuple
@@ -39,7 +47,7 @@ def dropout_mask(shape, rate, rng, xp=np):
 def dropout_forward(x, *, rate=0.0, rng=None, mask=None):
     """Zero entries at random while training.
 
-    Math    y = x m / (1 - rate)
+    Math    y = x * m / (1 - rate)
     Shapes  x (...), mask (...) or broadcastable to it  ->  y (...)
     Cache   mask (bool), scale
     Give a Generator to draw the mask or the mask itself; with neither, or at rate 0, y is x (evaluation).
@@ -49,8 +57,7 @@ def dropout_forward(x, *, rate=0.0, rng=None, mask=None):
             return x, DropoutCache(None, 1.0)
         mask = dropout_mask(x.shape, rate, rng, array_module(x))
     scale = 1.0 / (1.0 - rate)
-    y = x * mask
-    y *= scale
+    y = x * mask * scale
     return y, DropoutCache(mask, scale)
 
 
@@ -58,13 +65,11 @@ def dropout_forward(x, *, rate=0.0, rng=None, mask=None):
 def dropout_backward(dy, cache):
     """Backward of `dropout_forward`.
 
-    Math    dx = dy m / (1 - rate)
+    Math    dx = dy * m / (1 - rate)
     Shapes  dy (...)  ->  dx (...)
     """
     mask, scale = cache
     if mask is None:
         return dy
-    # y = x m scale
-    dx = dy * mask
-    dx *= scale
-    return dx
+    # y = x * mask * scale
+    return dy * mask * scale
