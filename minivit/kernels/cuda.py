@@ -226,7 +226,7 @@ def _add_partials(partial, outs, cols):
 
 
 def _add_column_sum(x, out, path=None, tokens=1, *, copy=False):
-    """out += the sum over the rows of x (rows, cols), each times its picture's factor; x, or its copy for products."""
+    """out += the sum over the rows of x (rows, cols), each times its image's factor; x, or its copy for products."""
     xp, (rows, cols) = array_module(x), x.shape
     partial = xp.empty((_chunks(rows, _blocks(cols, 32)), cols), np.float32)
     grid, block = (_blocks(cols, 32), len(partial)), (32, 8)

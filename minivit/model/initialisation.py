@@ -34,7 +34,7 @@ from minivit.model.inside import feature_map
 INITS = ("official", "mimetic")
 QUERY_KEY, VALUE_PROJECTION = (0.7, 0.7), (0.4, -0.4)  # of the noise and of the identity
 WHITENING_PICTURES = 2048
-WHITENING_PART = 1 << 23  # numbers of as many pictures as are taken at a time: 64 MB
+WHITENING_PART = 1 << 23  # numbers of as many images as are taken at a time: 64 MB
 WHITENING_EPS = 1e-2  # of the mean eigenvalue: directions of less variance than that are not blown up further
 
 
@@ -82,9 +82,9 @@ def moments(parts):
 
 
 def whitening_rows(labels, classes):
-    """The numbers of the pictures that whitening looks at: the first 2,048 of them.
+    """The numbers of the images that whitening looks at: the first 2,048 of them.
 
-    Where pictures come class by class, as those of folders do, as many evenly spaced ones.
+    Where images come class by class, as those of folders do, as many evenly spaced ones.
     """
     n = min(len(labels), WHITENING_PICTURES)
     by_class = 0 < np.count_nonzero(np.diff(labels)) < classes
@@ -92,7 +92,7 @@ def whitening_rows(labels, classes):
 
 
 def whiten(model, images, labels, *, seed=0):
-    """Write the whitening patch embedding of the pictures (n, H, W, C) into a model on the host.
+    """Write the whitening patch embedding of the images (n, H, W, C) into a model on the host.
 
     Some of them count, see `whitening_rows`; behind a stem, the patches are those of its maps. Where the width is below
     the P P C numbers of a patch, the directions of the largest variance are kept.

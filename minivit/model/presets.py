@@ -10,7 +10,7 @@ PAPER_SIZES = {
     "L": (1024, 24, 16, 4096),
     "H": (1280, 32, 16, 5120),
 }
-# The same four numbers for 32 x 32 pictures.
+# The same four numbers for 32 x 32 images.
 SMALL_SIZES = {
     "Nano": (64, 4, 4, 128),
     "Micro": (128, 6, 4, 256),
