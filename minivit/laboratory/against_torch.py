@@ -182,6 +182,8 @@ def compare(config, flat, images, labels, *, label_smoothing=0.0):
 
 def _is_apart(path, name, config, paths):
     """Is it a tensor that the model in PyTorch does not have, since it is cut into other parts?"""
+    if path.endswith(".attention.dropout"):  # relative attention calls it at any rate: at 0 it hands its input on
+        return True
     if path == "head":  # only the plain head is one there too
         return name == "y" and (config.pooling != "cls" or config.pre_logits > 0)
     if path == "embedding":

@@ -40,8 +40,8 @@ def test_every_tensor_is_pytorchs(name):
         ("block-residual-dropped", "blocks.1.msa.proj", "dx"),
         ("head-mean-factor", "head.norm", "dx"),
         ("mlp-weights-tied", "blocks.1.mlp", "dW2"),
-        ("model-position-not-trained", "", "pos_embed"),
-        ("model-first-block-skipped", "embedding.proj", "dW"),
+        ("model-position-not-trained", "embedding", "dpos_embed"),
+        ("model-first-block-skipped", "embedding.proj", "dx"),
     ],
 )
 def test_the_first_tensor_to_differ_is_that_of_the_mistake(mistake, path, name):
