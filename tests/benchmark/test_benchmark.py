@@ -326,7 +326,9 @@ def test_a_contest_of_processes():
     assert list(report["contenders"]) == ["minivit", "plain", "floor-threads", "floor-workers"]
     assert plain["settings"]["kernels"] == "plain" != mine["settings"]["kernels"]
     assert (mine["settings"]["workers"], mine["settings"]["micro_batch"]) == (2, 2)
-    assert plain["loss"] == mine["loss"] != mine["updated_loss"] == plain["updated_loss"]
+    for loss in ("loss", "updated_loss"):  # of the book and of the twins: the same but for rounding
+        assert plain[loss] == pytest.approx(mine[loss], rel=1e-5)
+    assert abs(mine["loss"] - mine["updated_loss"]) > 1e-3 * mine["loss"]
     assert plain["largest_error"] < 1e-5
     assert len(mine["seconds"]) == len(plain["seconds"]) == len(report["others"]) == 2
     assert report["ratio_to_plain"] > 0 and 0 < report["floor_fraction"] and report["floor"] in contest.FLOORS
