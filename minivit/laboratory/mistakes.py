@@ -310,7 +310,8 @@ MISTAKES = (
         "two published NumPy ViTs share this line; their test inputs were too small to notice",
     ),
     _dropout(
-        "dropout-no-scale", "return dy * mask * scale", "return dy * mask", "the backward forgets 1 / (1 - rate)", "is the map still linear?",
+        "dropout-no-scale", "return dy * mask * scale", "return dy * mask",
+        "the backward forgets 1 / (1 - rate)", "is the map still linear?",
     ),
     _dropout(
         "dropout-no-mask", "return dy * mask * scale", "return dy * scale", "the backward lets dropped entries through",
