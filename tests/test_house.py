@@ -26,7 +26,6 @@ PACKAGE = ROOT / "minivit"
 KNOWN = {
     "files": {
         "kernels/cuda.py",
-        "laboratory/cases.py",
         "laboratory/facts.py",
     },
 }

@@ -1,6 +1,6 @@
 """Every check there is, of a layer or model by its name, and what they say when a mistake is planted.
 
-The names are those of `gradcheck_cases`; `minivit gradcheck` prints what is found here.
+The names are those of `minivit.laboratory.cases`; `minivit gradcheck` prints what the checks say.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from minivit.laboratory.cases import LAYERS, MODEL_BATCH, MODELS
 from minivit.laboratory.facts import FACTS, TOLERANCE
 from minivit.laboratory.mistakes import BY_NAME, MISTAKES, find, planted, source_of
 
-# What exposes each mistake. "case: gradients" means that in this case of `gradcheck_cases` exactly these gradients are
-# wrong and all others are right; "fact: name", that this fact does not hold.
+# What exposes each mistake. "case: gradients" means that in this case of `minivit.laboratory.cases` exactly these
+# gradients are wrong and all others are right; "fact: name", that this fact does not hold.
 EXPOSED_BY = {
     "linear: db": "linear-bias-mean linear-bias-axis linear-bias-first-row",
     "linear: dW": "linear-weight-batch-mean linear-weight-last-token",
@@ -47,7 +47,7 @@ EXPOSED_BY = {
     "msa: dx dWqkv dbqkv": "msa-heads-not-transposed msa-value-gradient-first-head",
     "msa: dx dWqkv": "msa-key-gradient-dropped",  # the keys' bias has none
     "msa-qk_norm: dx dWqkv dbqkv": "msa-key-norm-skipped",
-    "msa-qk_norm: dx dWqkv dbqkv dc": "msa-query-norm-of-keys",
+    "msa-qk_norm: dx dWqkv dbqkv dwk": "msa-query-norm-of-keys",
     "mlp: dx dW1 db1": "mlp-gelu-skipped",
     "mlp-dropout: dx dW1 db1": "mlp-dropout-skipped",
     "mlp: dW2": "mlp-weights-tied",
@@ -87,8 +87,8 @@ EXPOSED_BY = {
     "relu: dx": "relu-of-the-gradient",
     "max_pool: dx": "max-pool-windows-overwrite max-pool-shared-out",
     "bottleneck: dconv?.weight": "conv-kernel-not-standardised",
-    "bottleneck: dx": "bottleneck-shortcut-dropped bottleneck-shortcut-past-relu",
-    "bottleneck: dx dconv1.* dnorm1.*": "bottleneck-relu-skipped",
+    "bottleneck: dz": "bottleneck-shortcut-dropped bottleneck-shortcut-past-relu",
+    "bottleneck: dz dconv1.* dnorm1.*": "bottleneck-relu-skipped",
     "vit-stem: dpatch_embed.backbone.*": "model-stem-not-trained",
     "fact: convolution_and_pooling_are_their_definitions": "conv-padding-before max-pool-zero-border",
     "fact: of_equal_numbers_the_first_is_pooled": "max-pool-last-tie",

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minivit import layers
-from minivit.base.backend import plain
+import minivit
+from minivit import layers, options
 from minivit.laboratory.cases import LAYERS
 
 CASES = sorted(LAYERS)
@@ -99,41 +99,16 @@ def test_every_layer_file_has_a_case():
     assert files <= {name.partition("-")[0] for name in CASES}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("-twin")])
-@pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 3e-6), (np.float64, 1e-14)])
-def test_a_twin_gives_the_numbers_of_the_book(name, dtype, limit):
-    """Forward and every gradient, to rounding."""
-    book, twin = build(name.removesuffix("-twin")), build(name)
-    args = [a.astype(dtype) for a in book[2]]
-    (y, cache), (expected, book_cache) = twin[0](*args), book[0](*args)
-    caches = [getattr(c[0] if type(c) is tuple and len(c) == 3 else c, "__module__", "") for c in (cache, book_cache)]
-    assert "minivit.kernels" not in caches[1]
-    dy = np.random.default_rng(1).standard_normal(np.shape(y)).astype(dtype)
-    found = [y, *call_backward(twin[1], dy, cache)]
-    wanted = [expected, *call_backward(book[1], dy, book_cache)]
-    largest = max(np.abs(b).max() for b in wanted)
-    for a, b in zip(found, wanted, strict=True):
-        assert a.dtype == dtype and np.abs(a - b).max() <= limit * max(np.abs(b).max(), 0.1 * largest) * 10
+EXAMPLES = sorted(
+    path
+    for package in (layers, options)
+    for path in Path(package.__file__).parent.rglob("*.py")
+    if ">>>" in path.read_text("utf-8")
+)
 
 
-@pytest.mark.parametrize("name", ["linear", "layernorm", "gelu", "softmax", "attention", "msa", "block"])
-def test_twins_stand_in_for_arrays_of_the_processor(name):
-    """Unless they are switched off: what `test_a_twin_gives_the_numbers_of_the_book` compares is two things."""
-    forward, _, args, _ = build(f"{name}-twin")
-    cache = forward(*args)[1]
-    cache = cache[1] if name == "block" else cache  # the step and the shapes stand around it
-    assert type(cache).__module__ == "minivit.kernels.cpu"
-    with plain():
-        cache = forward(*args)[1]
-    cache = cache[1] if name == "block" else cache
-    assert type(cache).__module__ == f"minivit.layers.{name}"
-
-
-def modules_with_examples():
-    return sorted(path for path in Path(layers.__file__).parent.glob("*.py") if ">>>" in path.read_text("utf-8"))
-
-
-@pytest.mark.parametrize("path", modules_with_examples(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_worked_examples_are_right(path):
-    result = doctest.testmod(importlib.import_module(f"minivit.layers.{path.stem}"))
+    name = ".".join(path.relative_to(Path(minivit.__file__).parent).with_suffix("").parts)
+    result = doctest.testmod(importlib.import_module(f"minivit.{name}"))
     assert result.attempted >= 3 and not result.failed

@@ -1,15 +1,20 @@
 """Options compose: what a pair does not say of itself, no kernel takes for granted."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from minivit.base.backend import plain
 from minivit.base.pairs import Pair, chain
+from minivit.laboratory.cases import MODELS
 from minivit.layers.attention import ATTENTION, attention_backward, attention_forward
 from minivit.layers.gelu import GELU
 from minivit.layers.mlp import mlp_forward
 from minivit.layers.msa import msa_forward
-from minivit.model import ViT, ViTConfig, compose, parameter_table
+from minivit.model import POSITIONS, ViT, ViTConfig, compose, parameter_table
 from minivit.options.option import Option
 
 SMALL = {
@@ -73,19 +78,25 @@ def test_an_option_is_its_own_file_and_one_line_of_compose(monkeypatch):
     assert np.abs(after - before).max() > 0.01
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {}, {"pooling": "mean"}, {"pooling": "seq", "pre_logits": 5}, {"qk_norm": True, "layer_scale": 0.1},
-        {"pos_embed": "relative", "pos_at": "shared"}, {"pos_embed": "relative", "pos_at": "every"},
-        {"pos_embed": "learned2d", "pos_at": "every", "registers": 2}, {"pos_at": "shared"}, {"mlp": "swiglu"},
-        {"attention": "axial", "pooling": "avg"}, {"stem": "1", "stem_width": 4, "stem_groups": 2, "image_size": 8,
-                                                   "patch_size": 1},
-    ],
-)  # fmt: skip
-def test_the_table_and_the_steps_name_the_same_parameters(changes):
-    config = ViTConfig(**SMALL | changes)
+EXPECTED = Path(__file__).parents[1] / "data" / "first_version" / "expected" / "models.json"
+SWEEP = [case["config"] for case in json.loads(EXPECTED.read_text())]  # every pooling, position and attention
+LATER = [{"mlp": "swiglu"}, {"mlp": "swiglu", "qk_norm": True, "layer_scale": 0.1, "registers": 2}]  # since then
+
+
+@pytest.mark.parametrize("fields", [SMALL, *SWEEP, *(SMALL | changes for changes in LATER)])
+def test_the_table_and_the_steps_name_the_same_parameters(fields):
+    config = ViTConfig(**fields)
     steps = ViT(config).steps
-    named = {*steps.embedding.names, *steps.head.names}
-    named |= {compose.full_name(i, name) for i, block in enumerate(steps.blocks) for name in block.names}
-    assert named - {*compose.constants(config)} == {row.name for row in parameter_table(config)}
+    names = [*steps.embedding.names, *steps.head.names]
+    names += [compose.full_name(i, name) for i, block in enumerate(steps.blocks) for name in block.names]
+    assert {*names} - {*compose.constants(config)} == {row.name for row in parameter_table(config)}
+
+
+def test_every_option_is_on_in_some_model_that_is_checked():
+    """A new option needs a line in `minivit.laboratory.cases.MODELS`."""
+    chosen = {field for fields in MODELS.values() for field, value in fields.items()}
+    for option in compose.OPTIONS:
+        fields = {field.name for field in dataclasses.fields(option.settings)}
+        assert fields <= chosen or not fields, fields - chosen
+    values = {fields.get("pos_embed") for fields in MODELS.values()} - {None} | {"learned"}
+    assert values == set(POSITIONS)
