@@ -44,12 +44,12 @@ def joined(*parts):
 
 def places(cache, path=""):
     """Where each part of a cache is kept: {id of the part: path}, that of the first place where it is."""
-    found = {id(cache): path}
+    where = {id(cache): path}
     for name, part in parts_of(cache):
         if is_unique(part):
             for key, place in places(part, joined(path, name)).items():
-                found.setdefault(key, place)
-    return found
+                where.setdefault(key, place)
+    return where
 
 
 @functools.cache

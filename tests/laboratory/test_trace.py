@@ -587,10 +587,10 @@ def planted(monkeypatch, module, name, value, call=1, output=0):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_planted_value_is_found(monkeypatch, module, name, call, output, tensor, made_by, value):
     planted(monkeypatch, module, name, value, call, output)
-    found = trace.first_non_finite(traced())
-    assert (found.tensor, found.made_by, found.inputs_finite) == (tensor, made_by, True)
-    assert found.direction == ("forward" if "forward" in name else "backward")
-    assert tensor in found.message and made_by in found.message and found.direction in found.message
+    culprit = trace.first_non_finite(traced())
+    assert (culprit.tensor, culprit.made_by, culprit.inputs_finite) == (tensor, made_by, True)
+    assert culprit.direction == ("forward" if "forward" in name else "backward")
+    assert tensor in culprit.message and made_by in culprit.message and culprit.direction in culprit.message
 
 
 def test_a_line_between_two_calls_is_found():
@@ -600,9 +600,9 @@ def test_a_line_between_two_calls_is_found():
     params.views(flat, parameter_table(config))["blocks.1.attn.qkv.weight"][...] *= 1e20
     t = trace.trace_batch(config, *batch(config), flat=flat)
     assert not any(r.alarms for r in t.records if r.function == "linear_forward")
-    found = trace.first_non_finite(t)
-    assert (found.tensor, found.made_by) == ("x", "blocks.1.msa.attention.attention (attention_forward)")
-    assert "softmax_forward" in found.message and found.inputs_finite
+    culprit = trace.first_non_finite(t)
+    assert (culprit.tensor, culprit.made_by) == ("x", "blocks.1.msa.attention.attention (attention_forward)")
+    assert "softmax_forward" in culprit.message and culprit.inputs_finite
 
 
 def test_an_overflow_that_leaves_no_trace_is_found():
@@ -611,8 +611,8 @@ def test_an_overflow_that_leaves_no_trace_is_found():
     with recording() as notes:
         y, _ = layernorm.layernorm_forward(x, x[0] * 0 + 1, x[0] * 0)
     assert np.isfinite(y).all() and notes.records[0].alarms == "overflow"
-    found = trace.first_non_finite(notes)
-    assert found.made_by == "layernorm (layernorm_forward)" and "overflow" in found.message
+    culprit = trace.first_non_finite(notes)
+    assert culprit.made_by == "layernorm (layernorm_forward)" and "overflow" in culprit.message
 
 
 def test_a_backward_that_overflows_is_found():
@@ -624,9 +624,9 @@ def test_a_backward_that_overflows_is_found():
     named["norm.weight"][...] = named["norm.bias"][...] = named["head.bias"][...] = 0.0
     named["head.weight"][...] = 3e38 * np.array([-1, 1, 1, 1, 1])
     t = trace.trace_batch(config, images, np.array([0]), flat=flat)
-    found = trace.first_non_finite(t)
+    culprit = trace.first_non_finite(t)
     assert t.loss == pytest.approx(np.log(5)) and not np.isfinite(t.gradient).all()
-    assert (found.tensor, found.direction, found.made_by) == ("dx", "backward", "head.head (linear_backward)")
+    assert (culprit.tensor, culprit.direction, culprit.made_by) == ("dx", "backward", "head.head (linear_backward)")
 
 
 @pytest.mark.parametrize("name", ["patch_embed.proj.bias", "blocks.1.attn.proj.weight", "norm.bias"])
@@ -634,9 +634,9 @@ def test_a_bad_parameter_is_found(name):
     config = ViTConfig(**SMALL)
     flat = weights(config)
     params.views(flat, parameter_table(config))[name].flat[1] = np.nan
-    found = trace.first_non_finite(trace.trace_batch(config, *batch(config), flat=flat))
-    assert found.tensor == (name.removeprefix("blocks.1.") if name.startswith("blocks") else "b")
-    assert not found.inputs_finite and found.made_by == ""
+    culprit = trace.first_non_finite(trace.trace_batch(config, *batch(config), flat=flat))
+    assert culprit.tensor == (name.removeprefix("blocks.1.") if name.startswith("blocks") else "b")
+    assert not culprit.inputs_finite and culprit.made_by == ""
 
 
 def test_a_bad_cache_is_found():
