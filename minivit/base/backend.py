@@ -1,13 +1,13 @@
 """Which array library an array belongs to, devices, and the switch between plain functions and accelerated twins.
 
-Every layer starts with ``xp = array_module(x)`` and then uses ``xp.exp``, ``xp.matmul``, ...: the arrays
-decide where the work is done, and importing minivit never imports CuPy.
+The arrays decide where the work is done: ``a @ b`` and ``a * b`` run on their own device, and a layer that needs a
+function takes it from their library, ``array_module(x).exp``. Importing minivit never imports CuPy.
 
 A function marked ``@accelerated`` is the specification; a function of the same name and signature in
 `minivit.kernels.cpu` (NumPy arrays) or `minivit.kernels.cuda` (CuPy arrays), its *twin*, may stand in for it. A twin
-returns NotImplemented for what it does not cover (float64, complex numbers, odd sizes), and the plain body runs then.
-A backward goes the way its forward went: to the twin where the cache is the twin's own, else to the plain body.
-``with plain():`` or the environment variable ``MINIVIT_KERNELS=plain`` switch all twins off.
+returns NotImplemented for what it does not cover (complex numbers, unusual sizes), and the plain body runs then. A
+backward goes the way its forward went: to the twin where the cache is the twin's own, else to the plain body. Inside
+``with plain():``, or with the environment variable ``MINIVIT_KERNELS=plain``, every forward runs its plain body.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def array_module(*arrays):
 def accelerated(function):
     """Let the twin of a layer's function, where there is one, stand in for its plain body.
 
-    The function is told by its name: ``X_forward`` chooses by its first argument, ``X_backward`` by its cache, the
-    second. The plain body is ``function.__wrapped__``; what is put there instead runs instead, which is how a mistake
-    is planted. All calls go through `watching`'s watcher while there is one.
+    The name says which argument chooses: of ``X_forward`` the first, of ``X_backward`` the second, its cache. The plain
+    body is ``function.__wrapped__``; another function put there runs in its place. While there is a watcher (see
+    `watching`), all calls go through it.
     """
     name = function.__name__
     backward = name.endswith("_backward")
@@ -136,7 +136,7 @@ def kernels_wanted():
 
 @contextmanager
 def plain():
-    """While active, every function runs its plain body, in all threads."""
+    """While active, every forward runs its plain body, in all threads; a backward goes the way its forward went."""
     global _plain
     with _plain_lock:
         _plain += 1

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 class Pair(NamedTuple):
     """A forward and its backward, chosen once, when a model is made.
 
-    ``names`` are those of the parameters that both of them count with, in the order of the forward's arguments;
-    ``about`` says what the pair consists of, for kernels that compute many layers at once: one that misses a word that
-    it needs, or meets one that it does not know, leaves the work to others. A pair that says nothing is therefore never
-    taken for another one.
+    ``names`` are the names of its parameters in the model, in the order of the forward's arguments.
+
+    ``about`` says what the pair computes, for twins that compute many layers at once: {"attention": "plain"} is the
+    attention of the paper, {"gelu": "tanh"} its GELU. A twin takes a pair only if it knows every entry and finds all
+    that it needs; so a pair that says nothing is never replaced.
     """
 
-    forward: Callable  # (x, *parameters, **settings) -> y, cache
+    forward: Callable  # (x, *parameters, **settings) -> y, cache;  (q, k, v, *parameters) of an attention
     backward: Callable  # (dy, cache) -> dx, *dparameters;  dx alone where there are no parameters
     names: tuple[str, ...] = ()
     about: dict = {}  # noqa: RUF012  nobody writes to it
@@ -34,13 +35,13 @@ class ChainCache(NamedTuple):
 
     first: Any
     second: Any
-    name: str  # what the second pair is called
+    name: str  # what traces call the second pair
 
 
 def chain(first, second, name):
-    """One pair after another: y = second(first(x)). Settings go to the first.
+    """Two pairs as one: y = second(first(x)). Settings go to the first; ``name`` is what traces call the second.
 
-    Math    dx = J_first^T J_second^T dy
+    Math    u = first(x), y = second(u);  du = second's backward of dy, dx = first's backward of du
     """
     count = len(first.names)
 
@@ -60,7 +61,7 @@ def chain(first, second, name):
 
 
 class FollowCache(NamedTuple):
-    """What the backward of `follow` reads: the caches of both steps."""
+    """What the backward of `chain_parts` reads: the caches of both parts."""
 
     first: Any
     second: Any
@@ -68,16 +69,16 @@ class FollowCache(NamedTuple):
     second_name: str
 
 
-class Step(NamedTuple):
-    """A part of a model that takes its parameters by name: the embedding, a block, the head."""
+class Part(NamedTuple):
+    """A part of a model, which takes its parameters by name: the embedding, a block, the head."""
 
     forward: Callable  # (x, params) -> y, cache
     backward: Callable  # (dy, cache, grads) -> dx; the gradients of the parameters are added into ``grads``
     names: tuple[str, ...]
 
 
-def step(pair):
-    """A pair as a `Step`: parameters come from a mapping, gradients are added into one.
+def as_part(pair):
+    """A pair as a `Part`: parameters are read from a mapping, gradients are added into one.
 
     What ``grads`` does not hold, such as a position that is fixed, gets no gradient.
     """
@@ -90,7 +91,7 @@ def step(pair):
         add_gradients(grads, pair.names, dparameters)
         return dx
 
-    return Step(forward, backward, pair.names)
+    return Part(forward, backward, pair.names)
 
 
 def add_gradients(grads, names, dparameters):
@@ -100,8 +101,11 @@ def add_gradients(grads, names, dparameters):
             grads[name] += gradient
 
 
-def follow(first, second, *, first_name="", second_name=""):
-    """One step after another: y = second(first(x)); a name is given to the one that is added to the other."""
+def chain_parts(first, second, *, first_name="", second_name=""):
+    """Two parts as one: y = second(first(x)).
+
+    An option that adds a part gives it a name, for traces; the other one goes by the name that it had.
+    """
 
     def forward(x, params):
         u, first_cache = first.forward(x, params)
@@ -114,4 +118,4 @@ def follow(first, second, *, first_name="", second_name=""):
         # u = first(x)
         return first.backward(du, cache.first, grads)
 
-    return Step(forward, backward, first.names + second.names)
+    return Part(forward, backward, first.names + second.names)

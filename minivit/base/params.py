@@ -70,9 +70,9 @@ def lecun_normal(fan_in):
 
 
 class Named(dict):
-    """Arrays by name; `part` gives some of them by other names, and makes that mapping once."""
+    """Arrays by name; `renamed` gives some of them by other names, and makes that mapping once."""
 
-    def part(self, key, names):
+    def renamed(self, key, names):
         """{short: self[full]} for each ``short: full`` of the names; the same mapping whenever the key is the same."""
         parts = self.__dict__
         if key not in parts:

@@ -24,8 +24,8 @@ from minivit.layers.gelu import A, C
 from minivit.layers.linear import linear_backward as any_linear_backward
 from minivit.layers.linear import linear_forward as any_linear_forward
 from minivit.layers.linear import rows
-from minivit.layers.mlp import FC, MLP
-from minivit.layers.msa import ATTN, MSA, split_heads
+from minivit.layers.mlp import MLP, MLP_NAMES
+from minivit.layers.msa import MSA, MSA_NAMES, split_heads
 from minivit.layers.patch_embed import patchify, scale_pixels
 
 
@@ -260,7 +260,7 @@ def is_plain(attend):
     return attend.about.get("attention") == "plain" and attend.about.keys() <= {"attention", "reads"}
 
 
-def msa_forward(x, Wqkv, bqkv, Wproj, bproj, *own, num_heads, attend=ATTENTION):
+def msa_forward(x, Wqkv, bqkv, Wproj, bproj, *extra, num_heads, attend=ATTENTION):
     """Twin of `minivit.layers.msa.msa_forward` with the book's attention, of all queries or of the first ones.
 
     The attention writes its result as (B, Q, h, Dh), so that joining the heads is a reshape.
@@ -312,12 +312,13 @@ def block_forward(z, params, *, num_heads, reads=None, msa=MSA, mlp=MLP, eps=1e-
 
     With ``reads`` it is that of `minivit.options.first_tokens.first_tokens_forward`.
     """
-    if msa.names != ATTN or not is_plain(msa) or mlp.names != FC or mlp.about != {"gelu": "tanh"} or not covers(z):
+    plain = is_plain(msa) and mlp.about == {"gelu": "tanh"} and msa.names + mlp.names == MSA_NAMES + MLP_NAMES
+    if not plain or not covers(z):
         return NotImplemented
-    W1, b1, W2, b2 = take(params, FC)
+    W1, b1, W2, b2 = take(params, MLP_NAMES)
     # Eq. 2
     y, norm1 = layernorm_forward(z, *take(params, NORM1), eps=eps)  # (B, N, D)
-    z1, msa_cache = msa.forward(y, *take(params, ATTN), num_heads=num_heads)  # (B, Q, D)
+    z1, msa_cache = msa.forward(y, *take(params, MSA_NAMES), num_heads=num_heads)  # (B, Q, D)
     z1 += z[:, :reads]
     # Eq. 3
     y1, norm2 = layernorm_forward(z1, *take(params, NORM2), eps=eps)  # (B, Q, D)
@@ -337,15 +338,15 @@ def block_backward(dz2, cache, grads, *, msa=MSA, mlp=MLP):
 
     # z2 = MLP(LN(z1)) + z1
     dactive, *dfc2 = linear_backward(dz2, cache.fc2)  # (B, Q, M)
-    add(FC[2:], dfc2)
+    add(MLP_NAMES[2:], dfc2)
     dy1, *dfc1 = linear_backward(gelu_backward(dactive, cache.gelu), cache.fc1)  # (B, Q, D)
-    add(FC[:2], dfc1)
+    add(MLP_NAMES[:2], dfc1)
     dz1, *dnorm2 = layernorm_backward(dy1, cache.norm2)  # (B, Q, D)
     add(NORM2, dnorm2)
     dz1 += dz2
     # z1 = MSA(LN(z)) + z
     dy, *dmsa = msa.backward(dz1, cache.msa)  # (B, N, D)
-    add(ATTN, dmsa)
+    add(MSA_NAMES, dmsa)
     dz, *dnorm1 = layernorm_backward(dy, cache.norm1)  # (B, N, D)
     add(NORM1, dnorm1)
     dz[:, : dz1.shape[1]] += dz1

@@ -43,8 +43,8 @@ from minivit.kernels.cublas import WORKSPACE, ArrayProducts, Cublas
 from minivit.layers.block import BLOCK_PARAMETERS, NORM1, NORM2
 from minivit.layers.dropout import DropoutCache, dropout_mask
 from minivit.layers.loss import soft_targets
-from minivit.layers.mlp import FC, MLP
-from minivit.layers.msa import ATTN, MSA
+from minivit.layers.mlp import MLP, MLP_NAMES
+from minivit.layers.msa import MSA, MSA_NAMES
 from minivit.layers.patch_embed import unpatchify
 from minivit.optim import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS
 
@@ -619,8 +619,8 @@ KNOWN = {"attention", "gelu", "drop_path", "flash", "reads"}  # what a block may
 
 def block_forward(z, params, *, num_heads, reads=None, msa=MSA, mlp=MLP, eps=1e-6):
     """Twin of `minivit.layers.block.block_forward`, with stochastic depth and either GELU; no other options."""
-    about = msa.about | mlp.about
-    if about.keys() - KNOWN or not {"attention", "gelu"} <= about.keys() or msa.names + mlp.names != ATTN + FC:
+    about, names = msa.about | mlp.about, msa.names + mlp.names
+    if about.keys() - KNOWN or not {"attention", "gelu"} <= about.keys() or names != MSA_NAMES + MLP_NAMES:
         return NotImplemented
     params = {name: params[name] for name in BLOCK_PARAMETERS}
     B, N, D = z.shape
@@ -638,9 +638,9 @@ def block_forward(z, params, *, num_heads, reads=None, msa=MSA, mlp=MLP, eps=1e-
             rng = Draws(xp.asarray(Draws.draw(rng, [rate], B)[0]))
         path1, path2 = rng.next(), rng.next()
     wn1, bn1 = (params[name] for name in NORM1)
-    wqkv, bqkv, wproj, bproj = (params[name] for name in ATTN)
+    wqkv, bqkv, wproj, bproj = (params[name] for name in MSA_NAMES)
     wn2, bn2 = (params[name] for name in NORM2)
-    w1, b1, w2, b2 = (params[name] for name in FC)
+    w1, b1, w2, b2 = (params[name] for name in MLP_NAMES)
     rows, real = z.reshape(B * N, D), _real()
     # Eq. 2
     y1, _, norm1 = _layernorm(rows, wn1, bn1, eps, real)

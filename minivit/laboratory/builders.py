@@ -1,4 +1,4 @@
-"""Builders of cases: of functions of arrays, of steps that take parameters by name, of parts of a model, of a model.
+"""Builders of cases: of functions of arrays, of parts of a model, which take parameters by name, of a model.
 
 A case is a function of a Generator that gives (forward, backward, args, argument names).
 """
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.base.backend import array_module, plain
-from minivit.base.pairs import Step
+from minivit.base.pairs import Part
 from minivit.masked import MaskedViT, draw_plan, masked_table
 from minivit.model import ViT, ViTConfig, compose
 
@@ -30,30 +30,30 @@ def drawn(forward, **settings):
     return lambda *args: forward(*args, rng=np.random.default_rng(1), **settings)
 
 
-class StepCache(NamedTuple):
-    """The cache of a step, the step itself, and the shapes of the parameters that it was given."""
+class PartCache(NamedTuple):
+    """The cache of a part, the part itself, and the shapes of the parameters that it was given."""
 
     cache: Any
-    step: Step
+    part: Part
     shapes: tuple
 
 
-def of_step(make, x, shapes, *, weights=SMALL):
-    """A case of a `Step`, which takes and fills mappings; ``make()`` makes it anew, and what it draws, at each call.
+def of_part(make, x, shapes, *, weights=SMALL):
+    """A case of a `Part`, which takes and fills mappings; ``make()`` makes it anew, and what it draws, at each call.
 
     ``x`` is the shape of the input, ``shapes`` maps names of parameters to theirs.
     """
     names = tuple(shapes)
 
     def forward(z, *values):
-        step = make()
-        y, cache = step.forward(z, dict(zip(names, values, strict=True)))
-        return y, StepCache(cache, step, tuple(value.shape for value in values))
+        part = make()
+        y, cache = part.forward(z, dict(zip(names, values, strict=True)))
+        return y, PartCache(cache, part, tuple(value.shape for value in values))
 
     def backward(dy, cache):
         xp = array_module(dy)
         grads = {name: xp.zeros(shape, dy.dtype) for name, shape in zip(names, cache.shapes, strict=True)}
-        dz = cache.step.backward(dy, cache.cache, grads)
+        dz = cache.part.backward(dy, cache.cache, grads)
         return (dz, *grads.values())
 
     def case(rng):
@@ -83,19 +83,19 @@ def composed(fields, part, **settings):
         shapes = {name: model.inputs[inputs].shape for name, inputs in full.items()}
         shapes = {name: shape for name, shape in shapes.items() if 0 not in shape}
         missing = {name: np.zeros(model.inputs[full[name]].shape) for name in full if name not in shapes}
-        return of_step(lambda: with_constants(make(), missing), x, shapes)(rng)
+        return of_part(lambda: with_constants(make(), missing), x, shapes)(rng)
 
     return case
 
 
 def with_constants(inner, fixed):
-    """A step that is given some of its parameters: those that are empty."""
+    """A part that is given some of its parameters: those that are empty."""
 
     def forward(x, params):
         xp, dtype = array_module(x), next(iter(params.values())).dtype
         return inner.forward(x, params | {name: xp.asarray(a, dtype=dtype) for name, a in fixed.items()})
 
-    return Step(forward, inner.backward, inner.names)
+    return Part(forward, inner.backward, inner.names)
 
 
 def masked_model(config, masked):

@@ -12,8 +12,8 @@ from functools import partial
 import numpy as np
 
 from minivit.base.backend import array_module
-from minivit.base.pairs import Pair, Step, chain
-from minivit.laboratory.builders import SMALL, by_the_book, composed, drawn, layer, masked_model, of_step
+from minivit.base.pairs import Pair, Part, chain
+from minivit.laboratory.builders import SMALL, by_the_book, composed, drawn, layer, masked_model, of_part
 from minivit.layers.attention import ATTENTION, attention_backward, attention_forward
 from minivit.layers.drop_path import drop_path_backward, drop_path_forward
 from minivit.layers.dropout import dropout_backward, dropout_forward
@@ -95,8 +95,8 @@ def bottleneck(channels, stride, downsample):
     if downsample:
         kernels, names = [*kernels, (1, 1, channels, 4 * narrow)], names + DOWNSAMPLE
     shapes = [shape for kernel in kernels for shape in (kernel, kernel[3:], kernel[3:])]
-    unit = Step(partial(bottleneck_forward, stride=stride, groups=2), bottleneck_backward, names)
-    return of_step(lambda: unit, (B, 5, 3, channels), dict(zip(names, shapes, strict=True)))
+    unit = Part(partial(bottleneck_forward, stride=stride, groups=2), bottleneck_backward, names)
+    return of_part(lambda: unit, (B, 5, 3, channels), dict(zip(names, shapes, strict=True)))
 
 
 def resnet(units):
@@ -106,7 +106,7 @@ def resnet(units):
         name: shape for c in layers for name, shape in zip(c.names, (c.kernel, c.kernel[3:], c.kernel[3:]), strict=True)
     }
     forward, backward = partial(resnet_forward, units=units, groups=1), partial(resnet_backward, need_dimages=True)
-    return of_step(lambda: Step(forward, backward, tuple(shapes)), (B, 9, 11, 1), shapes)
+    return of_part(lambda: Part(forward, backward, tuple(shapes)), (B, 9, 11, 1), shapes)
 
 
 def bytes_embedded(rng):

@@ -90,12 +90,12 @@ _exact_gelu = _in("options.exact_gelu", "exact_gelu_backward")
 _dropped_attention = _in("options.attention_dropout", "dropped_attention_backward")
 _qk_norm = _in("options.qk_norm", "normed_attention_backward")
 _chain = _in("base.pairs", "chain")
-_follow = _in("base.pairs", "follow")
+_chain_parts = _in("base.pairs", "chain_parts")
 _add_gradients = _in("base.pairs", "add_gradients")
 _drop_path = _in("layers.drop_path", "drop_path_backward")
 _mean = _in("options.pooling", "mean_backward")
 _tanh = _in("options.pooling", "tanh_backward")
-_stem = _in("options.stem.option", "stem_step")
+_stem = _in("options.stem.option", "stem_part")
 _axial_block = _in("options.axial", "block")
 _gated_mlp = _in("options.gated_mlp", "gated_mlp_backward")
 _first_queries = _in("options.first_tokens", "first_queries_backward")
@@ -744,7 +744,7 @@ MISTAKES = (
         "squared-error-half", "2.0 * dloss", "dloss",
         "the derivative of a square without its factor 2", "differentiate d^2",
     ),
-    _follow(
+    _chain_parts(
         'model-embedding-dropout-skipped',
         'du = second.backward(dy, cache.second, grads)',
         'second.backward(dy, cache.second, grads)\n        du = dy',

@@ -1,6 +1,6 @@
-"""One file per layer: the derivation in the module docstring, X_forward and X_backward on one screen.
+"""The book: the layers of the paper, the derivation in a module's docstring, X_forward and X_backward on one screen.
 
-Reading order: linear, layernorm, gelu, softmax, attention, flash_attention, msa, mlp, dropout, drop_path,
-layer_scale, block, patch_embed, registers, sequence_pool, head; of the hybrids conv2d, weight_standardization,
-groupnorm, relu, max_pool, resnet.
+Reading order: linear (also says how every layer is written), layernorm, gelu, softmax, attention, msa, mlp, block,
+patch_embed, head, loss, and, for training, dropout and drop_path. `minivit.model.vit` calls them, and
+`minivit.training.task` joins forward, loss and backward. What later models added stands in `minivit.options`.
 """

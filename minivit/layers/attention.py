@@ -1,31 +1,42 @@
 r"""Scaled dot-product attention of one or many heads (Vaswani et al. 2017; Eq. 6-7 of the ViT paper).
 
-Forward, for one head (the leading axes, images and heads, only repeat it)
+Forward, for one head; q has a row for each of Q queries, k and v one for each of N keys (Q = N in the paper)
 
-        scores = q @ k^T / sqrt(Dh)       (N, N)    how much query i wants of key j
-        attn   = softmax(scores)          (N, N)    each row sums to 1                                   (Eq. 6)
-        y      = attn @ v                 (N, Dh)   each token's mixture of values                       (Eq. 7)
+        scores = q @ k^T / sqrt(Dh)       (Q, N)    row i: how well each key fits query i
+        attn   = softmax(scores)          (Q, N)    of each row, which then sums to 1                    (Eq. 6)
+        y      = attn @ v                 (Q, Dh)   row i: the mean of all values, weighted by row i     (Eq. 7)
 
-    Dividing by sqrt(Dh) keeps the variance of the scores at 1 where the entries of q and k are independent, of mean 0
-    and variance 1.
+    If the entries of q and k are independent, of mean 0 and variance 1, an entry of q @ k^T is a sum of Dh products of
+    variance 1 and has variance Dh; divided by sqrt(Dh) it has variance 1 again, whatever the size of a head.
 
-Backward, the same lines from the last to the first; dy (N, Dh) is given
-    Both matrix products are of the form Y = A @ B, for which (see `minivit.layers.linear`) dA = dY @ B^T and
-    dB = A^T @ dY. So
+    Images and heads are leading axes, which only repeat all this.
 
-        y = attn @ v                   =>   dattn = dy @ v^T                    dv = attn^T @ dy
+Backward, the same lines from the last to the first; dy (Q, Dh) is given
+    Two of the lines are matrix products. Y = A @ B has dA = dY @ B^T and dB = A^T @ dY (see `minivit.layers.linear`).
 
-        attn = softmax(scores)         =>   dscores = attn * (dattn - row_sum(dattn * attn))
+    1.  y = attn @ v, so A = attn and B = v:
 
-    Row i of attn depends on row i of scores alone, and the line above is softmax's backward for each row: attn_ij
-    changes with scores_im at the rate [j = m] * attn_ij - attn_ij * attn_im (see `minivit.layers.softmax`), hence
+            dattn = dy @ v^T            (Q, N)
+            dv    = attn^T @ dy         (N, Dh)
 
-        dscores_im = sum_j dattn_ij * ([j = m] * attn_ij - attn_ij * attn_im)
-                   = attn_im * (dattn_im - sum_j dattn_ij * attn_ij)
+    2.  attn = softmax(scores). Row i of attn depends on row i of scores alone. As in `minivit.layers.softmax`, the
+        derivative of attn_ij by scores_im is [j = m] * attn_ij - attn_ij * attn_im, so
 
-    All products in it are elementwise, and row_sum gives one number for each query.
+            dscores_im = sum_j dattn_ij * ([j = m] * attn_ij - attn_ij * attn_im)
+                       = attn_im * (dattn_im - sum_j dattn_ij * attn_ij)
 
-        scores = q @ k^T / sqrt(Dh)    =>   dq = dscores @ k / sqrt(Dh)         dk = dscores^T @ q / sqrt(Dh)
+        or, for the whole matrix,
+
+            dscores = attn * (dattn - row_sum(dattn * attn))            (Q, N)
+
+        where both products are elementwise, and row_sum gives one number for each query.
+
+    3.  scores = q @ k^T / sqrt(Dh), so A = q, B = k^T and B^T = k. A^T @ dY is the gradient of k^T, and its transpose
+        that of k; the constant factor goes along:
+
+            dq     = dscores @ k / sqrt(Dh)                             (Q, Dh)
+            d(k^T) = q^T @ dscores / sqrt(Dh)                           (Dh, N)
+            dk     = dscores^T @ q / sqrt(Dh)                           (N, Dh)
 
 Example: one query, two keys that it likes equally (q @ k^T = 0), Dh = 1
     >>> import numpy as np
@@ -34,8 +45,10 @@ Example: one query, two keys that it likes equally (q @ k^T = 0), Dh = 1
     >>> y.tolist()                                        # the mean of both values
     [[3.0]]
     >>> dq, dk, dv = attention_backward(np.array([[1.0]]), cache)
-    >>> dq.tolist(), dv.tolist()                          # a larger q looks more at the first, smaller value
+    >>> dq.tolist(), dv.tolist()                          # a larger q looks more at the first value, the smaller one
     ([[-1.0]], [[0.5], [0.5]])
+    >>> dk.tolist()                                       # q = 0: the keys do not matter
+    [[0.0], [0.0]]
 """
 
 from typing import Any, NamedTuple
@@ -48,10 +61,10 @@ from minivit.layers.softmax import SoftmaxCache, softmax_backward, softmax_forwa
 class AttentionCache(NamedTuple):
     """What `attention_backward` reads; ``softmax.y`` is the attention map."""
 
-    q: Any  # (..., N, Dh)
+    q: Any  # (..., Q, Dh)
     k: Any  # (..., N, Dh)
     v: Any  # (..., N, Dh)
-    softmax: SoftmaxCache  # (..., N, N)
+    softmax: SoftmaxCache  # softmax.y is (..., Q, N)
 
 
 def transpose(x):
@@ -64,7 +77,7 @@ def attention_forward(q, k, v):
     """Mix the values by the softmax of the scaled scores.
 
     Math    y = softmax(q @ k^T / sqrt(Dh)) @ v                                                         (Eq. 6-7)
-    Shapes  q (..., Q, Dh), k, v (..., N, Dh)  ->  y (..., Q, Dh);  Q = N but where only some tokens have a query
+    Shapes  q (..., Q, Dh), k, v (..., N, Dh)  ->  y (..., Q, Dh);  Q = N, except where only some tokens ask
     Cache   q, k, v, the attention map (..., Q, N)
     """
     scores = q @ transpose(k) * q.shape[-1] ** -0.5  # (..., Q, N)
@@ -86,7 +99,7 @@ def attention_backward(dy, cache):
     # y = attn @ v
     dattn = dy @ transpose(v)  # (..., Q, N)
     dv = transpose(attn) @ dy  # (..., N, Dh)
-    # attn = softmax(scores): dscores = attn * (dattn - row_sum(dattn * attn))
+    # attn = softmax(scores), so dscores = attn * (dattn - row_sum(dattn * attn))
     dscores = softmax_backward(dattn, softmax_cache)  # (..., Q, N)
     # scores = q @ k^T / sqrt(Dh)
     dq = dscores @ k * q.shape[-1] ** -0.5  # (..., Q, Dh)

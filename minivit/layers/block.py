@@ -1,19 +1,19 @@
 r"""The transformer encoder block, pre-norm (Eq. 2-3 of the ViT paper).
 
 Forward
-        z'  = MSA(LN(z)) + z          (Eq. 2)
-        z'' = MLP(LN(z')) + z'        (Eq. 3)
+        z1 = MSA(LN(z)) + z           (Eq. 2; z' in the paper)
+        z2 = MLP(LN(z1)) + z1         (Eq. 3)
 
 Backward
-    A sum hands its gradient to both of its terms. With f for the branch, z' = f(z) + z gives
+    A sum passes its gradient to both of its terms. z1 = f(z) + z, where f = MSA(LN(.)) is the *branch*, gives
 
-        dz = J_f^T @ dz' + dz',
+        dz = (the branch's backward of dz1) + dz1
 
-    where the product with the transposed Jacobian of f is the branch's own backward, from its last step to its first.
-    The second term carries dz' past the branch unchanged: that is why gradients survive many blocks.
+    and the same holds for z2. The branch's backward is that of MSA and then that of LN. The second term takes dz1 past
+    the branch unchanged: that is why gradients survive many blocks.
 
-    The file is glue: a block takes its parameters by name from a mapping, and its backward *adds* each gradient into a
-    mapping of the same names (the layers themselves only return gradients).
+    A block takes its parameters by name from a mapping, and its backward *adds* each gradient into a mapping of the
+    same names (the layers themselves only return gradients).
 
 Example: with all parameters 0 both branches give 0, and a block passes everything on
     >>> import numpy as np
@@ -42,7 +42,7 @@ BLOCK_PARAMETERS = NORM1 + MSA.names + NORM2 + MLP.names
 
 
 class BlockCache(NamedTuple):
-    """What `block_backward` reads: the caches of its steps, in the order of the forward."""
+    """What `block_backward` reads: the caches of its layers, in the order of the forward."""
 
     norm1: LayerNormCache
     msa: Any  # by default an `MSACache`
@@ -51,7 +51,7 @@ class BlockCache(NamedTuple):
 
 
 def take(params, names):
-    """The parameters of these names, in their order."""
+    """The parameters of these names, in the order of the names."""
     return [params[name] for name in names]
 
 
@@ -59,19 +59,19 @@ def take(params, names):
 def block_forward(z, params, *, num_heads, msa=MSA, mlp=MLP, eps=1e-6):
     """One encoder block.
 
-    Math    z' = MSA(LN(z)) + z;  z'' = MLP(LN(z')) + z'                                               (Eq. 2-3)
-    Shapes  z (B, N, D)  ->  z'' (B, N, D);  params maps BLOCK_PARAMETERS to arrays
-    Cache   of each step
-    ``msa`` and ``mlp`` are the two branches.
+    Math    z1 = MSA(LN(z)) + z;  z2 = MLP(LN(z1)) + z1                                                (Eq. 2-3)
+    Shapes  z (B, N, D)  ->  z2 (B, N, D);  params maps BLOCK_PARAMETERS to arrays
+    Cache   of each layer
+    ``msa`` and ``mlp`` are the Pairs after the LayerNorms.
     """
     # Eq. 2
     y, norm1_cache = layernorm_forward(z, *take(params, NORM1), eps=eps)  # (B, N, D)
     u, msa_cache = msa.forward(y, *take(params, msa.names), num_heads=num_heads)  # (B, N, D)
-    z1 = u + z  # z'
+    z1 = u + z  # (B, N, D)
     # Eq. 3
     y1, norm2_cache = layernorm_forward(z1, *take(params, NORM2), eps=eps)  # (B, N, D)
     u1, mlp_cache = mlp.forward(y1, *take(params, mlp.names))  # (B, N, D)
-    z2 = u1 + z1  # z''
+    z2 = u1 + z1  # (B, N, D)
     return z2, BlockCache(norm1_cache, msa_cache, norm2_cache, mlp_cache)
 
 
@@ -79,17 +79,17 @@ def block_forward(z, params, *, num_heads, msa=MSA, mlp=MLP, eps=1e-6):
 def block_backward(dz2, cache, grads, *, msa=MSA, mlp=MLP):
     """Backward of `block_forward`.
 
-    Math    dz' = J_MLP.LN^T @ dz'' + dz'';  dz = J_MSA.LN^T @ dz' + dz'
-    Shapes  dz'' (B, N, D)  ->  dz (B, N, D);  the gradients of the parameters are added into ``grads``
+    Math    dz1 = LN's backward of MLP's backward of dz2, + dz2;  dz = LN's backward of MSA's backward of dz1, + dz1
+    Shapes  dz2 (B, N, D)  ->  dz (B, N, D);  the gradients of the parameters are added into ``grads``
     """
     # z2 = MLP(LN(z1)) + z1                                                                        (Eq. 3)
     dy1, *dmlp = mlp.backward(dz2, cache.mlp)  # (B, N, D)
-    dz1, *dnorm2 = layernorm_backward(dy1, cache.norm2)  # (B, N, D)
-    dz1 = dz1 + dz2
+    dbranch, *dnorm2 = layernorm_backward(dy1, cache.norm2)  # (B, N, D)
+    dz1 = dbranch + dz2
     # z1 = MSA(LN(z)) + z                                                                          (Eq. 2)
     dy, *dmsa = msa.backward(dz1, cache.msa)  # (B, N, D)
-    dz, *dnorm1 = layernorm_backward(dy, cache.norm1)  # (B, N, D)
-    dz = dz + dz1
+    dbranch, *dnorm1 = layernorm_backward(dy, cache.norm1)  # (B, N, D)
+    dz = dbranch + dz1
     for names, dparameters in ((NORM1, dnorm1), (msa.names, dmsa), (NORM2, dnorm2), (mlp.names, dmlp)):
         add_gradients(grads, names, dparameters)
     return dz

@@ -5,11 +5,10 @@ Forward
     skips the branch; otherwise the branch is scaled to keep its expectation, so that nothing changes at test
     time (the paper scales there instead):
 
-        y_b = f_b * m_b / (1 - rate),      m_b in {0, 1} one number per image b.
+        y_b = f_b * m_b / (1 - rate),      m_b in {0, 1}, one number for each image b.
 
 Backward
-    Linear in f: df_b = dy_b * m_b / (1 - rate). It is `dropout` with a mask of shape (B, 1, ..., 1), and is
-    computed as such.
+    y is linear in f: df_b = dy_b * m_b / (1 - rate). It is dropout with a mask of shape (B, 1, ..., 1).
 
 Example: the branch of the second image is dropped
     >>> import numpy as np

@@ -6,8 +6,8 @@ Forward
         y = x * m / (1 - rate),      m_i in {0, 1},  P(m_i = 1) = 1 - rate.
 
 Backward
-    The mask is a constant, so the map is linear and its own transpose: dx = dy * m / (1 - rate). It must be the same
-    mask, hence it is in the cache.
+    The mask is a constant, so the derivative of y_i by x_i is m_i / (1 - rate), and dx = dy * m / (1 - rate). It must
+    be the same mask: that is why it is in the cache.
 
 Example
     >>> import numpy as np

@@ -1,25 +1,24 @@
-r"""GELU, the Gaussian error linear unit (Hendrycks & Gimpel 2016, arXiv:1606.08415), in the form of the official code.
+r"""GELU, the Gaussian error linear unit, in its tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415).
 
 Forward
-    GELU is x * Phi(x), where Phi(x) is the probability that a normal number is below x: large x pass, very negative x
-    are stopped, and in between the gate opens smoothly. The official ViT code takes an approximation of Phi:
+    GELU is x * Phi(x), where Phi(x) is the probability that a standard normal random number is below x: a factor that
+    goes smoothly from 0 for very negative x to 1 for large x. The official ViT code approximates it:
 
-        u = c * (x + a * x^3),      c = sqrt(2/pi), a = 0.044715
+        u = C * (x + A * x^3),      C = sqrt(2/pi), A = 0.044715
         t = tanh(u)
         y = x * (1 + t) / 2
 
-    It differs from the exact form (`minivit.options.exact_gelu`, timm's) by up to 4.7e-4, at |x| = 2.7: little, but a
-    model that was trained with one is not evaluated with the other.
+    It differs from the exact form (`minivit.options.exact_gelu`, timm's) by up to 4.7e-4, at |x| = 2.7. That is little,
+    but a model that was trained with one form should be evaluated with the same.
 
-Backward, entry by entry, from the last line to the first
-    y depends on x directly and through t:
+Backward, entry by entry, from the last line to the first; every product is elementwise
+    y depends on x directly and through t, so dx is a sum of two parts:
 
-        dt            = dy * x / 2
-        dx (directly) = dy * (1 + t) / 2
-        du            = dt * (1 - t^2)                  since tanh' = 1 - tanh^2
-        dx (through u) = du * c * (1 + 3 * a * x^2)     the derivative of c * (x + a * x^3)
-
-    dx is the sum of both.
+        dt             = dy * x / 2                        the derivative of y by t, x fixed
+        dx (direct)    = dy * (1 + t) / 2                  the derivative of y by x, t fixed
+        du             = dt * (1 - t^2)                    since tanh' = 1 - tanh^2
+        dx (through u) = du * C * (1 + 3 * A * x^2)        the derivative of C * (x + A * x^3)
+        dx             = dx (direct) + dx (through u)
 
 Example
     >>> import numpy as np
@@ -41,7 +40,7 @@ A = 0.044715
 
 
 class GeluCache(NamedTuple):
-    """What `gelu_backward` reads: tanh is the dear part of the forward and is kept, the polynomials are cheap."""
+    """What `gelu_backward` reads: tanh is the expensive part of the forward, so it is kept."""
 
     x: Any  # (...)
     t: Any  # (...)  tanh(u)
@@ -72,11 +71,11 @@ def gelu_backward(dy, cache):
     x, t = cache
     # y = x * (1 + t) / 2
     dt = dy * x / 2.0
-    dx = dy * (1.0 + t) / 2.0
+    dx_direct = dy * (1.0 + t) / 2.0
     # t = tanh(u)
     du = dt * (1.0 - t * t)
-    # u = C * (x + A * x^3)
-    dx = dx + du * C * (1.0 + 3.0 * A * x * x)
+    # u = C * (x + A * x * x * x)
+    dx = dx_direct + du * C * (1.0 + 3.0 * A * x * x)
     return dx
 
 

@@ -1,36 +1,37 @@
 r"""From tokens to class scores: the final LayerNorm and the linear head, read from the class token (Eq. 4).
 
 Forward
-        y      = LN(z_L^0)                 (D,)     the class token is row 0 of each image                (Eq. 4)
-        logits = y @ W + b                 (K,)     one score for each class
+        y      = LN(z[0])                  (D,)     z after the last block; its row 0 is the class token  (Eq. 4)
+        logits = y @ W + bias              (K,)     one score for each class
 
-    LayerNorm works token by token, so that only the token that is read is normalised: the same numbers for 1/N of the
-    work.
+    LayerNorm works token by token, so only the token that is read is normalised: the same numbers for 1/N of the work.
+    W starts at zero (as in the official code), so all logits of a new model are 0, and in the very first step only W
+    and bias have a gradient: dy = dlogits @ W^T = 0.
 
 Backward
-        logits = y @ W + b     =>   dy, dW, db are the linear map's
-        y = LN(z[:, 0])        =>   dz is LayerNorm's in row 0, and zero in all other rows: nothing was read there
+        logits = y @ W + bias     =>   dy, dW, dbias as in `minivit.layers.linear`
+        y = LN(z[0])              =>   row 0 of dz is LayerNorm's dx; all other rows are zero, they were not read
 
-Example: two tokens of D = 2; LayerNorm of two numbers gives -1 and 1
+Example: one image of two tokens, D = 4; the head reads entries 1 and 2 of the normalised class token
     >>> import numpy as np
-    >>> z = np.array([[[0.0, 2.0], [5.0, 7.0]]])
-    >>> logits, cache = head_forward(z, np.ones(2), np.zeros(2), np.eye(2), np.zeros(2), eps=0.0)
-    >>> logits.tolist()
-    [[-1.0, 1.0]]
-    >>> dz, *_ = head_backward(np.array([[1.0, 1.0]]), cache)
-    >>> dz.shape, bool(dz.any())                          # a common shift of the token has no effect
-    ((1, 2, 2), False)
+    >>> z = np.array([[[1.0, 5.0, 3.0, 3.0], [9.0, 7.0, 5.0, 0.0]]])
+    >>> logits, cache = head_forward(z, np.ones(4), np.zeros(4), np.eye(4)[:, :2], np.zeros(2), eps=0.0)
+    >>> (logits * 2**0.5).round(9).tolist()               # times sqrt(2), the token's standard deviation
+    [[-2.0, 2.0]]
+    >>> dz, *_ = head_backward(np.array([[1.0, 0.0]]), cache)
+    >>> (dz * 2**0.5).round(9).tolist()                   # the first row as in `minivit.layers.layernorm`
+    [[[0.25, 0.25, -0.25, -0.25], [0.0, 0.0, 0.0, 0.0]]]
 """
 
 from typing import NamedTuple
 
 from minivit.base.backend import accelerated, array_module
-from minivit.base.pairs import Pair
 from minivit.layers.layernorm import LayerNormCache, layernorm_backward, layernorm_forward
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward
 
 NORM = ("norm.weight", "norm.bias")
 HEAD_LINEAR = ("head.weight", "head.bias")
+HEAD_NAMES = NORM + HEAD_LINEAR
 
 
 class HeadCache(NamedTuple):
@@ -47,7 +48,7 @@ def head_forward(z, w, b, W, bias, *, eps=1e-6):
 
     Math    logits = LN(z[:, 0]) @ W + bias                                                               (Eq. 4)
     Shapes  z (B, N, D), w (D,), b (D,) of the LayerNorm, W (D, K), bias (K,)  ->  logits (B, K)
-    Cache   of both steps, N
+    Cache   of both lines, N
     """
     y, norm_cache = layernorm_forward(z[:, 0], w, b, eps=eps)  # (B, D)
     logits, head_cache = linear_forward(y, W, bias)  # (B, K)
@@ -69,6 +70,3 @@ def head_backward(dlogits, cache):
     dz = array_module(dy).zeros((B, cache.num_tokens, D), dy.dtype)  # (B, N, D)
     dz[:, 0] = dfirst
     return dz, dw, db, dW, dbias
-
-
-HEAD = Pair(head_forward, head_backward, NORM + HEAD_LINEAR)

@@ -6,14 +6,22 @@ Forward
         y[i, k] = sum_j x[i, j] * W[j, k] + b[k].
 
 Backward
-    Let dy[i, k] be the derivative of the loss with respect to y[i, k]; it is given. An entry of x, W or b reaches the
-    loss only through y, so by the chain rule
+    Let dy[i, k] be the derivative of the loss with respect to y[i, k]; it is given. By the chain rule the gradient of
+    an entry of x, W or b is a sum over all entries of y that depend on it:
 
-        dx[i, j] = sum_k dy[i, k] * W[j, k]        y[i, k] changes by W[j, k] with x[i, j],    so    dx = dy @ W^T
-        dW[j, k] = sum_i dy[i, k] * x[i, j]        y[i, k] changes by x[i, j] with W[j, k],    so    dW = x^T @ dy
-        db[k]    = sum_i dy[i, k]                  y[i, k] changes by 1 with b[k], in every row i
+        the derivative of y[i, k] by x[i, j] is W[j, k], for every k:    dx[i, j] = sum_k dy[i, k] * W[j, k]
+        the derivative of y[i, k] by W[j, k] is x[i, j], for every i:    dW[j, k] = sum_i x[i, j] * dy[i, k]
+        the derivative of y[i, k] by b[k] is 1, for every i:             db[k]    = sum_i dy[i, k]
 
-    A batch of images and a row of tokens only add leading axes: they are more rows.
+    and these sums are matrix products:
+
+        dx = dy @ W^T          dW = x^T @ dy          db = sum of the rows of dy
+
+    This holds for any product of two matrices: Y = A @ B has dA = dY @ B^T and dB = A^T @ dY. Where x is also used
+    elsewhere, its gradient is the sum of what all uses give; dx here is the part that comes through y.
+
+    With more leading axes, as (images, tokens, d), all of them together count as rows. dy @ W^T keeps them as they are;
+    dW and db are sums over all rows, so the axes are made one first.
 
 Example
     >>> import numpy as np
@@ -26,15 +34,22 @@ Example
     ([[1.0, -7.0]], [[1.0, 10.0], [2.0, 20.0]], [1.0, 10.0])
 
 How every layer is written
-    ``y, cache = X_forward(x, *parameters)`` and ``dx, *dparameters = X_backward(dy, cache)``. The cache is a tuple of
-    exactly what the backward reads. The backward goes through the forward's statements from the last to the first,
-    each of them quoted in a comment, and multiplies what comes in by the derivative of that statement.
+    ``y, cache = X_forward(x, *parameters)`` and ``dx, dW, ... = X_backward(dy, cache)``: dx, then the gradient of each
+    parameter in the forward's order (dx alone, not a tuple, where there is no parameter). ``dx`` is always the
+    gradient of the loss with respect to ``x``, of the same shape. The cache is a tuple of exactly what the backward
+    reads. The backward goes through the forward's statements from the last to the first, quotes in a comment the one
+    (or the few) that the next lines belong to, and multiplies what comes in by their derivative.
 
-    ``@accelerated`` says that a quicker function of the same name in `minivit.kernels` may do the work, its *twin*. The
-    body here is the definition: twins are tested against it, and ``with plain():`` switches them all off.
+    In derivations ``*`` is elementwise, ``@`` is the matrix product, [a, b] stands side by side, [a; b] one above the
+    other. In Math, Shapes and code a leading "..." is any number of axes.
 
-    The functions take complex numbers too, and are analytic in them: no ``abs``, no ``max`` of values. So a derivative
-    can be had without any rounding from a difference, by the *complex step*: for f analytic and real on real numbers,
+    ``@accelerated`` says that a quicker function of the same name in `minivit.kernels` may do the work, its *twin*: in
+    float32 and float64 it usually does. The body here is the definition: twins are tested against it, and a forward
+    inside ``with plain():`` runs the body, and so does its backward.
+
+    The functions take complex numbers too, and are analytic in them (``abs`` and ``max`` are not: what is compared is
+    the real part). So a derivative can be had without the rounding error of a difference, by the *complex step*: for f
+    analytic, and real on real numbers,
 
         f(x + i h) = f(x) + i h f'(x) - h^2 f''(x) / 2 - ...        hence        f'(x) = Im f(x + i h) / h + O(h^2),
 
@@ -47,7 +62,7 @@ from minivit.base.backend import accelerated
 
 
 class LinearCache(NamedTuple):
-    """What `linear_backward` reads: the input and the weight, both by reference."""
+    """What `linear_backward` reads: the input and the weight, not copied."""
 
     x: Any  # (..., d)
     W: Any  # (d, m)
@@ -62,7 +77,7 @@ def rows(x):
 def linear_forward(x, W, b):
     """Affine map of the last axis.
 
-    Math    y = x @ W + b                                         (the dense layers of Eq. 1, 5, 8 and of the MLP)
+    Math    y = x @ W + b                                         (Eq. 1, 5, 8, the MLP, the head)
     Shapes  x (..., d), W (d, m), b (m,)  ->  y (..., m)
     Cache   x, W
     """

@@ -1,26 +1,30 @@
-r"""Softmax cross-entropy, from logits, as one pair; and the mean squared error, for regression.
+r"""Softmax and cross-entropy as one function of the logits; and the mean squared error, for regression.
 
 Forward
-    For logits x (B, K), p = softmax(x) and targets t (B, K), usually probabilities, with row sums w_i = sum_k t_ik,
+    x (B, K) are the logits, p = softmax(x), and t (B, K) the targets, usually probabilities. The loss is
 
-        loss = -1/n sum_i sum_k t_ik log p_ik = 1/n sum_i (w_i logsumexp(x_i) - sum_k t_ik x_ik),
+        loss = -(1/n) * sum_i sum_k t_ik * log(p_ik),          n = B unless another number is given
 
-    with n = B unless told otherwise. A class index is the target that is 1 at that class. Label smoothing
-    mixes every target with the uniform one: t <- (1 - s) t + s/K (Szegedy et al. 2016). The logarithm of a
-    softmax is never taken: the second form is exact for logits of any size once the row's maximum is
-    subtracted.
+    With logsumexp(x_i) = log(sum_j exp(x_ij)) it is log(p_ik) = x_ik - logsumexp(x_i), and with the row sums
+    w_i = sum_k t_ik (1 for probabilities)
+
+        loss = (1/n) * sum_i (w_i * logsumexp(x_i) - sum_k t_ik * x_ik)
+
+    This form takes no logarithm of a number that may have rounded to 0, and once the row's maximum is subtracted, as in
+    `minivit.layers.softmax`, it overflows for no logits. A class index is the target that is 1 at that class. Label
+    smoothing mixes every target with the uniform one: t <- (1 - s) * t + s / K (Szegedy et al. 2016).
 
 Backward
-    logsumexp(x_i) = log sum_j exp(x_ij) grows with x_ik at the rate exp(x_ik) / sum_j exp(x_ij) = p_ik, and the second
-    term is linear, so
+    dloss is the gradient of the loss itself: 1, or a factor that the loss is multiplied by afterwards. The derivative
+    of logsumexp(x_i) by x_ik is exp(x_ik) / sum_j exp(x_ij) = p_ik, and the second term is linear, so
 
-        dx_ik = dloss * (w_i * p_ik - t_ik) / n,    for probabilities, w_i = 1, simply dloss * (p_ik - t_ik) / n.
+        dx_ik = dloss * (w_i * p_ik - t_ik) / n            and for probabilities dloss * (p_ik - t_ik) / n
 
-    That p - t comes out so simply is the reason for making softmax and cross-entropy one function; taken apart, 1/p
-    would have to cancel against p.
+    That p - t is so simple is the reason for making softmax and cross-entropy one function. Taken apart, the gradient
+    of p_ik would be -t_ik / p_ik, huge for a small p_ik, and softmax's backward would multiply it by p_ik again.
 
 Squared error
-    loss = 1/(n m) sum_ij (y_ij - t_ij)^2 grows with y_ij at the rate 2 (y_ij - t_ij) / (n m).
+    loss = (1 / (n * m)) * sum_ij (y_ij - t_ij)^2, whose derivative by y_ij is 2 * (y_ij - t_ij) / (n * m).
 
 Example: two classes with equal scores, the first is right
     >>> import numpy as np
@@ -81,8 +85,8 @@ def soft_targets(labels, num_classes, label_smoothing, dtype, xp=np):
 def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denominator=None):
     """Mean cross-entropy of softmax(logits) against the labels.
 
-    Math    loss = 1/n sum_i (w_i logsumexp(x_i) - sum_k t_ik x_ik), in nats; n = ``denominator`` or B
-    Shapes  logits (B, K), labels (B,) integers or (B, K) probabilities  ->  loss ()
+    Math    loss = (1/n) * sum_i (w_i * logsumexp(x_i) - sum_k t_ik * x_ik), in nats; n = ``denominator`` or B
+    Shapes  logits x (B, K), labels (B,) integers or t (B, K) probabilities  ->  loss (), one number
     Cache   softmax(logits), the targets and their row sums, n
     Raises  ValueError: labels of the wrong shape, kind or range.
     A batch cut into micro-batches passes the whole batch's size as denominator, so that the parts' losses and
@@ -99,7 +103,7 @@ def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denomi
     total = exponentials.sum(axis=1, keepdims=True)  # (B, 1)
     probabilities = exponentials / total  # (B, K)
     weights = targets.sum(axis=1, keepdims=True)  # (B, 1)
-    # the shift drops out: w (log total + max) - sum t (shifted + max) has no max left
+    # the maximum cancels: w * (log(total) + max) - sum(t * (shifted + max)) = w * log(total) - sum(t * shifted)
     loss = ((weights * xp.log(total)).sum() - (targets * shifted).sum()) / denominator
     return loss, CrossEntropyCache(probabilities, targets, weights, denominator)
 
@@ -108,11 +112,11 @@ def softmax_cross_entropy_forward(logits, labels, *, label_smoothing=0.0, denomi
 def softmax_cross_entropy_backward(dloss, cache):
     """Backward of `softmax_cross_entropy_forward`.
 
-    Math    dlogits = dloss (w p - t) / n
-    Shapes  dloss () -> dlogits (B, K)
+    Math    dlogits = dloss * (w * p - t) / n
+    Shapes  dloss ()  ->  dlogits (B, K)
     """
     probabilities, targets, weights, denominator = cache
-    # loss = sum_i (w_i logsumexp(x_i) - sum_k t_ik x_ik) / n
+    # loss = sum_i (w_i * logsumexp(x_i) - sum_k t_ik * x_ik) / n
     return (weights * probabilities - targets) * (dloss / denominator)  # (B, K)
 
 
@@ -127,7 +131,7 @@ class SquaredErrorCache(NamedTuple):
 def squared_error_forward(y, targets, *, denominator=None):
     """Mean squared error over all entries.
 
-    Math    loss = 1/(n m) sum_ij (y_ij - t_ij)^2; n = ``denominator`` or the number of rows
+    Math    loss = (1 / (n * m)) * sum_ij (y_ij - t_ij)^2; n = ``denominator`` or the number of rows
     Shapes  y, targets (n, m)  ->  loss ()
     Cache   y - targets, n m
     Raises  ValueError: two different shapes.
@@ -144,8 +148,8 @@ def squared_error_forward(y, targets, *, denominator=None):
 def squared_error_backward(dloss, cache):
     """Backward of `squared_error_forward`.
 
-    Math    dy = dloss 2 (y - t) / (n m)
-    Shapes  dloss () -> dy (n, m)
+    Math    dy = dloss * 2 * (y - t) / (n * m)
+    Shapes  dloss ()  ->  dy (n, m)
     """
-    # loss = sum_ij (y_ij - t_ij)^2 / (n m)
+    # loss = sum_ij (y_ij - t_ij)^2 / (n * m)
     return cache.difference * (2.0 * dloss / cache.denominator)

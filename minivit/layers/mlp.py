@@ -6,8 +6,8 @@ Forward
         y      = active @ W2 + b2     (N, D)
 
 Backward
-    The chain rule through the same three lines in reverse order. Nothing mixes tokens, so nothing is summed over them
-    but the gradients of the weights, which all tokens share.
+    The chain rule through the same three lines in reverse order. Each token goes alone; only the gradients of the
+    weights and biases, which all tokens share, are sums over the tokens.
 
 Example: one token, D = M = 1
     >>> import numpy as np
@@ -27,11 +27,11 @@ from minivit.base.pairs import Pair
 from minivit.layers.gelu import GELU
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward
 
-FC = ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
+MLP_NAMES = ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
 
 
 class MLPCache(NamedTuple):
-    """What `mlp_backward` reads: the caches of its three steps."""
+    """What `mlp_backward` reads: the caches of its three lines."""
 
     fc1: LinearCache
     activation: Any  # by default a `GeluCache`
@@ -44,7 +44,7 @@ def mlp_forward(x, W1, b1, W2, b2, *, activation=GELU):
 
     Math    y = gelu(x @ W1 + b1) @ W2 + b2                                             (the MLP of Eq. 3)
     Shapes  x (..., D), W1 (D, M), b1 (M,), W2 (M, D), b2 (D,)  ->  y (..., D)
-    Cache   of its three steps
+    Cache   of its three lines
     """
     hidden, fc1_cache = linear_forward(x, W1, b1)  # (..., M)
     active, activation_cache = activation.forward(hidden)  # (..., M)
@@ -68,4 +68,4 @@ def mlp_backward(dy, cache, *, activation=GELU):
     return dx, dW1, db1, dW2, db2
 
 
-MLP = Pair(mlp_forward, mlp_backward, FC, GELU.about)
+MLP = Pair(mlp_forward, mlp_backward, MLP_NAMES, GELU.about)

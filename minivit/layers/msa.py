@@ -8,12 +8,13 @@ Forward
         SA_i      = softmax(q_i @ k_i^T / sqrt(Dh)) @ v_i      (N, Dh) for each head i                     (Eq. 6-7)
         y         = [SA_1, ..., SA_h] @ U_msa + b_msa          (N, D)                                      (Eq. 8)
 
-    The paper writes no biases, its code has them. The bias of the keys never matters: it adds the same number to a
-    whole row of scores, which softmax ignores, so that its gradient is exactly zero.
+    In the code U_qkv and U_msa are Wqkv and Wproj. The paper writes no biases, its code has them. The bias of the keys
+    never matters: q_i @ (k_j + b)^T = q_i @ k_j^T + q_i @ b^T, and the second term is the same for all keys j, a
+    constant in a row of scores, which softmax ignores. So its gradient is zero (in floats, but for rounding).
 
 Backward
-    The three steps in reverse order, each by its own backward. Splitting and joining heads only moves numbers to other
-    places, so that their backward moves the gradients back.
+    The three lines in reverse order, each by its own backward. Splitting and joining heads only moves numbers to other
+    places, so their backward moves the gradients back.
 
 Example: the heads of one token, D = 4 and h = 2, are entries 1-2 and 3-4 of q, of k and of v
     >>> import numpy as np
@@ -31,11 +32,11 @@ from minivit.base.pairs import Pair
 from minivit.layers.attention import ATTENTION
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward
 
-ATTN = ("attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias")
+MSA_NAMES = ("attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias")
 
 
 class MSACache(NamedTuple):
-    """What `msa_backward` reads: the caches of its three steps."""
+    """What `msa_backward` reads: the caches of its three lines, and h."""
 
     qkv: LinearCache
     attention: Any  # that of the attention, by default an `AttentionCache`
@@ -44,29 +45,32 @@ class MSACache(NamedTuple):
 
 
 def split_heads(x, num_heads, parts=3):
-    """Views (B, h, N, Dh) of an array (B, N, parts * D) whose columns are ordered (parts, h, Dh): q, k and v."""
-    B, N, width = x.shape
+    """Columns ordered (parts, h, Dh) as one array for each part and head, a view: q, k, v = split_heads(qkv, h).
+
+    Shapes  x (B, N, parts * D)  ->  (parts, B, h, N, Dh)
+    """
+    B, N, width = x.shape  # below: (B, N, parts, h, Dh) -> (parts, B, h, N, Dh)
     return x.reshape(B, N, parts, num_heads, width // (parts * num_heads)).transpose(2, 0, 3, 1, 4)
 
 
-def merge_heads(*heads):
+def merge_heads(*parts):
     """The inverse of `split_heads`: arrays (B, h, N, Dh) side by side as (B, N, parts * D)."""
-    B, _, N, _ = heads[0].shape
-    return array_module(*heads).stack(heads).transpose(1, 3, 0, 2, 4).reshape(B, N, -1)
+    B, _, N, _ = parts[0].shape  # below: (parts, B, h, N, Dh) -> (B, N, parts, h, Dh)
+    return array_module(*parts).stack(parts).transpose(1, 3, 0, 2, 4).reshape(B, N, -1)
 
 
 @accelerated
-def msa_forward(x, Wqkv, bqkv, Wproj, bproj, *own, num_heads, attend=ATTENTION):
+def msa_forward(x, Wqkv, bqkv, Wproj, bproj, *extra, num_heads, attend=ATTENTION):
     """Multi-head self-attention over the tokens of each image.
 
     Math    [q, k, v] = x @ Wqkv + bqkv;  y = [SA_1, ..., SA_h] @ Wproj + bproj                           (Eq. 5-8)
     Shapes  x (B, N, D), Wqkv (D, 3D), bqkv (3D,), Wproj (D, D), bproj (D,)  ->  y (B, N, D)
     Cache   of the two linear maps and of the attention
-    ``attend`` is the attention of the heads, and ``own`` the parameters that it has: none in the paper.
+    ``attend`` is the attention of the heads, and ``extra`` its parameters: the paper's has none.
     """
     qkv, qkv_cache = linear_forward(x, Wqkv, bqkv)  # (B, N, 3D)
     q, k, v = split_heads(qkv, num_heads)  # (B, h, N, Dh) each
-    heads, attention_cache = attend.forward(q, k, v, *own)  # (B, h, N, Dh)
+    heads, attention_cache = attend.forward(q, k, v, *extra)  # (B, h, N, Dh)
     y, proj_cache = linear_forward(merge_heads(heads), Wproj, bproj)  # (B, N, D)
     return y, MSACache(qkv_cache, attention_cache, proj_cache, num_heads)
 
@@ -76,18 +80,18 @@ def msa_backward(dy, cache, *, attend=ATTENTION):
     """Backward of `msa_forward`.
 
     Math    Eq. 8, then Eq. 7-6 for each head, then Eq. 5, each by its own backward
-    Shapes  dy (B, N, D)  ->  dx (B, N, D), dWqkv (D, 3D), dbqkv (3D,), dWproj (D, D), dbproj (D,), *down
+    Shapes  dy (B, N, D)  ->  dx (B, N, D), dWqkv (D, 3D), dbqkv (3D,), dWproj (D, D), dbproj (D,), *dextra
     """
     # y = merge_heads(heads) @ Wproj + bproj
     dmerged, dWproj, dbproj = linear_backward(dy, cache.proj)  # (B, N, D)
     (dheads,) = split_heads(dmerged, cache.num_heads, parts=1)  # (B, h, N, Dh)
     # heads = attend(q, k, v)
-    dq, dk, dv, *down = attend.backward(dheads, cache.attention)  # (B, h, N, Dh) each
+    dq, dk, dv, *dextra = attend.backward(dheads, cache.attention)  # (B, h, N, Dh) each
     # q, k, v = split_heads(qkv)
     dqkv = merge_heads(dq, dk, dv)  # (B, N, 3D)
     # qkv = x @ Wqkv + bqkv
     dx, dWqkv, dbqkv = linear_backward(dqkv, cache.qkv)  # (B, N, D)
-    return dx, dWqkv, dbqkv, dWproj, dbproj, *down
+    return dx, dWqkv, dbqkv, dWproj, dbproj, *dextra
 
 
-MSA = Pair(msa_forward, msa_backward, ATTN, ATTENTION.about)
+MSA = Pair(msa_forward, msa_backward, MSA_NAMES, ATTENTION.about)

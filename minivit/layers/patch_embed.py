@@ -1,19 +1,20 @@
 r"""Patch embedding, class token and position embedding (Eq. 1 of the ViT paper).
 
 Forward
-    An image of H x W pixels and C channels is cut into n = H W / P^2 square patches, read row by row. Each patch,
+    An image of H x W pixels and C channels is cut into n = H * W / P^2 square patches, read row by row. Each patch,
     flattened in the order (row, column, channel), is mapped to the model's width by one matrix; a learned token is put
     in front; and a vector that tells the position is added:
 
-        z_0 = [x_class; x_p^1 @ E; x_p^2 @ E; ...; x_p^n @ E] + E_pos,      E in R^(P^2 C x D)              (Eq. 1)
+        z_0 = [x_class; x_1 @ E; x_2 @ E; ...; x_n @ E] + E_pos,      E in R^(P^2 C x D)                    (Eq. 1)
 
-    The official code writes the same map as a convolution with kernel and stride P. Pixels come as bytes, which are
-    scaled to -1..1, or as numbers that are so already.
+    where x_i is patch i as a row (x_p^i in the paper). The official code writes the same map as a convolution with
+    kernel and stride P. In the code E is ``W``, with a bias ``b``. Pixels come as bytes 0..255, which are scaled to
+    -1..1, or as numbers that are scaled already.
 
 Backward
-    E_pos and the class token serve every image of the batch, so that their gradients are sums over it. The class token
-    is row 0 of each image, the patches are the rest. Cutting into patches moves every pixel to exactly one place, so
-    its backward moves each gradient back.
+    E_pos and the class token serve every image of the batch, so their gradients are sums over the images. The class
+    token is row 0 of each image, the patches are the other rows. Cutting into patches moves every pixel to exactly one
+    place, so its backward moves each gradient back.
 
 Example: 2 x 4 pixels are two patches of 2 x 2
     >>> import numpy as np
@@ -29,10 +30,9 @@ from typing import NamedTuple
 import numpy as np
 
 from minivit.base.backend import accelerated, array_module
-from minivit.base.pairs import Pair
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward
 
-EMBED = ("patch_embed.proj.weight", "patch_embed.proj.bias", "cls_token", "pos_embed")
+EMBED_NAMES = ("patch_embed.proj.weight", "patch_embed.proj.bias", "cls_token", "pos_embed")
 
 
 class PatchEmbedCache(NamedTuple):
@@ -62,7 +62,7 @@ def unpatchify(patches, image_shape, patch_size):
     Shapes  patches (B, n, P*P*C)  ->  images (B, H, W, C) = image_shape
     """
     B, H, W, C = image_shape
-    P = patch_size
+    P = patch_size  # the same exchange of axes 2 and 3 undoes that of `patchify`
     images = patches.reshape(B, H // P, W // P, P, P, C).transpose(0, 1, 3, 2, 4, 5)  # (B, H/P, P, W/P, P, C)
     return images.reshape(image_shape)
 
@@ -81,8 +81,8 @@ def patch_embed_forward(images, W, b, cls_token, pos_embed, *, patch_size):
     """Images to tokens.
 
     Math    z_0 = [x_class; patches @ W + b] + E_pos                                                      (Eq. 1)
-    Shapes  images (B, H, W, C), bytes or in -1..1, W (P*P*C, D), b (D,), cls_token (1, 1, D), pos_embed (1, N, D)
-            ->  z (B, N, D), N = 1 + H/P * W/P
+    Shapes  images (B, height, width, C), bytes or in -1..1, W (P*P*C, D), b (D,), cls_token (1, 1, D),
+            pos_embed (1, N, D)  ->  z (B, N, D), N = 1 + n
     Cache   the patches, W, and the shapes
     A model that has no class token has a cls_token of shape (1, 0, D).
     """
@@ -100,7 +100,7 @@ def patch_embed_backward(dz, cache):
 
     Math    dE_pos = sum_B dz;  dx_class = sum_B dz[:, 0];  dW, db from the rows of the patches
     Shapes  dz (B, N, D)  ->  dimages (B, H, W, C), dW (P*P*C, D), db (D,), dcls_token (1, 1, D), dpos_embed (1, N, D)
-    dimages is by the scaled pixels, also where bytes came in.
+    dimages is the gradient with respect to the scaled pixels, also where bytes came in.
     """
     # z = concatenate([first, tokens]) + pos_embed
     dpos_embed = dz.sum(axis=0, keepdims=True)  # (1, N, D)
@@ -109,9 +109,6 @@ def patch_embed_backward(dz, cache):
     dcls_token = dfirst.sum(axis=0, keepdims=True)  # (1, 1, D)
     # tokens = patches @ W + b
     dpatches, dW, db = linear_backward(dtokens, cache.proj)  # (B, n, P*P*C)
-    # patches = patchify(images)
+    # patches = scale_pixels(patchify(images)), and the gradient is that of the scaled pixels
     dimages = unpatchify(dpatches, cache.image_shape, cache.patch_size)  # (B, H, W, C)
     return dimages, dW, db, dcls_token, dpos_embed
-
-
-PATCH_EMBED = Pair(patch_embed_forward, patch_embed_backward, EMBED)

@@ -3,23 +3,27 @@ r"""Softmax over the last axis.
 Forward
     e_j = exp(x_j - max(x)),    y_j = e_j / sum_i e_i.
 
-    Adding a constant to a whole row changes nothing, as its exponential cancels. So the row's maximum is taken off
-    first: the largest exponential is then exp(0) = 1, and nothing overflows.
+    Subtracting any number c from a whole row changes nothing: exp(x_j - c) = exp(x_j) * exp(-c), and exp(-c) cancels.
+    With c = max(x) the largest exponential is exp(0) = 1, and nothing overflows. And since y does not depend on c,
+    the backward may take it for a constant.
 
 Backward
-    With s = sum_i e_i it is y_i = e_i / s. Where x_k grows, e_k grows by e_k and so does s. By the quotient rule y_i
-    changes with x_k at the rate ([i = k] is 1 for i = k and 0 else)
+    Let s = sum_i e_i, so that y_i = e_i / s. With [i = k] for 1 where i = k and 0 otherwise, the derivatives by x_k are
 
-        [i = k] * e_i / s - e_i * e_k / s^2  =  [i = k] * y_i - y_i * y_k
+        de_i / dx_k = [i = k] * e_i                 ds / dx_k = e_k
 
-    and by the chain rule, summed over all y_i that x_k moves,
+    and by the quotient rule
+
+        dy_i / dx_k = [i = k] * e_i / s - e_i * e_k / s^2  =  [i = k] * y_i - y_i * y_k
+
+    From here on dy and dx are gradients of the loss again. Every y_i of the row depends on x_k, so
 
         dx_k = sum_i dy_i * ([i = k] * y_i - y_i * y_k)
              = dy_k * y_k - y_k * sum_i dy_i * y_i
              = y_k * (dy_k - sum_i dy_i * y_i)
 
-    The (n, n) matrix of derivatives is never made: one sum for each row replaces it. Each row of dx sums to 0, for the
-    same reason as the maximum drops out: a common shift of the row changes nothing.
+    The (n, n) matrix of derivatives is never made: one sum for each row replaces it. Each row of dx sums to 0,
+    because adding the same number to a whole row of x changes nothing.
 
 Example
     >>> import numpy as np
@@ -68,6 +72,6 @@ def softmax_backward(dy, cache):
     Shapes  dy (..., n)  ->  dx (..., n)
     """
     (y,) = cache
-    # y = e / sum(e), e = exp(x - max(x))
+    # y = e / row_sum(e), e = exp(x - highest)
     dx = y * (dy - row_sum(dy * y))
     return dx

@@ -121,9 +121,9 @@ class DecoderCache(NamedTuple):
 
 
 class BlocksCache(NamedTuple):
-    """Of the blocks of the encoder or of the decoder: the steps, where their parameters are, and their caches."""
+    """Of the blocks of the encoder or of the decoder: the parts, where their parameters are, and their caches."""
 
-    steps: tuple
+    parts: tuple
     prefix: str
     caches: tuple
 
@@ -195,13 +195,13 @@ class MaskedViT:
         else:
             config, prefix, last = decoder_config(self.config, self.masked), "decoder_blocks", self.predicted
         L, caches = config.depth, []
-        steps = tuple(
+        parts = tuple(
             compose.block(config, i, rng=rng, reads=last if i == L - 1 else None, recompute=recompute) for i in range(L)
         )
-        for i, block in enumerate(steps):
+        for i, block in enumerate(parts):
             z, cache = block.forward(z, _of_block(self.params, block, prefix, i))
             caches.append(cache)
-        return z, BlocksCache(steps, prefix, tuple(caches))
+        return z, BlocksCache(parts, prefix, tuple(caches))
 
     def forward(self, images, plan, *, rng=None, recompute=False):
         """Predictions for the n patches that the plan names first, and the cache for `backward`.
@@ -300,13 +300,13 @@ def _add(grads, name, dparameters):
 
 def _of_block(named, block, prefix, i):
     """A block's own, by their names within it."""
-    return named.part((prefix, i), {name: f"{prefix}.{i}.{name}" for name in block.names})
+    return named.renamed((prefix, i), {name: f"{prefix}.{i}.{name}" for name in block.names})
 
 
 def _blocks_backward(dz, cache, grads):
     """Backward of the blocks: their gradients are added into ``grads``."""
     # z = block(z), for each block
-    for i in reversed(range(len(cache.steps))):
-        block = cache.steps[i]
+    for i in reversed(range(len(cache.parts))):
+        block = cache.parts[i]
         dz = block.backward(dz, cache.caches[i], _of_block(grads, block, cache.prefix, i))
     return dz

@@ -1,19 +1,20 @@
 """What a model consists of: the pairs of the plain Vision Transformer, wrapped by the options that are set.
 
-The list below is the only place that knows which options there are. Each wraps, in this order, what stands before it;
-an option that is off returns it as it was, so that the plain ViT is composed of the pairs of `minivit.layers` alone.
+`OPTIONS` lists them all. Each takes, in this order, what the one before it returned; one that is off returns it
+unchanged. So the plain ViT consists of the pairs of `minivit.layers`, and of `minivit.options.first_tokens`, which
+computes of the last block only what the head reads.
 """
 
 from functools import partial
 
-from minivit.base.pairs import Pair, Step, step
+from minivit.base.pairs import Pair, Part, as_part
 from minivit.layers.attention import ATTENTION
 from minivit.layers.block import NORM1, NORM2, block_backward, block_forward
 from minivit.layers.gelu import GELU
-from minivit.layers.head import HEAD, head_backward, head_forward
+from minivit.layers.head import HEAD_NAMES, head_backward, head_forward
 from minivit.layers.mlp import MLP, mlp_backward, mlp_forward
 from minivit.layers.msa import MSA, msa_backward, msa_forward
-from minivit.layers.patch_embed import EMBED, patch_embed_backward, patch_embed_forward
+from minivit.layers.patch_embed import EMBED_NAMES, patch_embed_backward, patch_embed_forward
 from minivit.options import (
     attention_dropout,
     axial,
@@ -52,7 +53,7 @@ OPTIONS = (
 
 
 def wrapped(part, what, config, place):
-    """The part, a Pair or a Step, in the wraps of all options for ``what``: "attend", "branch", "block", ..."""
+    """The part, a Pair or a Part, in the wraps of all options for ``what``: "attend", "branch", "block", ..."""
     for option in OPTIONS:
         if wrap := getattr(option, what):
             part = wrap(part, config, place)
@@ -60,26 +61,26 @@ def wrapped(part, what, config, place):
 
 
 def embedding(config, rng=None):
-    """Images to tokens, as a Step (Eq. 1)."""
+    """Images to tokens, as a Part (Eq. 1)."""
     forward = partial(patch_embed_forward, patch_size=config.patch_size)
-    return wrapped(step(Pair(forward, patch_embed_backward, EMBED)), "embedding", config, Place(rng=rng))
+    return wrapped(as_part(Pair(forward, patch_embed_backward, EMBED_NAMES)), "embedding", config, Place(rng=rng))
 
 
 def head(config):
-    """Tokens to logits, as a Step (Eq. 4)."""
+    """Tokens to logits, as a Part (Eq. 4)."""
     forward = partial(head_forward, eps=config.layernorm_eps)
-    return wrapped(step(Pair(forward, head_backward, HEAD.names)), "head", config, Place())
+    return wrapped(as_part(Pair(forward, head_backward, HEAD_NAMES)), "head", config, Place())
 
 
 def features(config):
-    """Tokens to what the last linear map of the head reads, as a Step."""
-    return step(pooling.features(config))
+    """Tokens to what the last linear map of the head reads, as a Part."""
+    return as_part(pooling.features(config))
 
 
 def block(config, i, *, rng=None, reads=None, recompute=False):
-    """Block i as a Step (Eq. 2-3), with parameters by the names that they have within it.
+    """Block i as a Part (Eq. 2-3), with parameters by the names that they have within it.
 
-    With ``reads`` only so many tokens of the result are worked out, from the first on.
+    With ``reads``, only that many tokens of the result, the first ones, are computed.
     """
     if recompute:
         return recomputed(lambda rng: block(config, i, rng=rng, reads=reads), rng)
@@ -108,7 +109,7 @@ def block(config, i, *, rng=None, reads=None, recompute=False):
         forward = partial(first_tokens_forward, reads=reads, **settings)
         backward = partial(first_tokens_backward, **branches)
     names = NORM1 + branches["msa"].names + NORM2 + branches["mlp"].names
-    return wrapped(Step(forward, backward, names), "block", c, place)
+    return wrapped(Part(forward, backward, names), "block", c, place)
 
 
 def full_name(i, name):
@@ -117,7 +118,7 @@ def full_name(i, name):
 
 
 def constants(config):
-    """What steps take by name and nothing learns: {name: float64 array}."""
+    """What parts take by name and nothing learns: {name: float64 array}."""
     return {name: a for option in OPTIONS if option.constants for name, a in option.constants(config).items()}
 
 

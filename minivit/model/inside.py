@@ -9,7 +9,7 @@ from minivit.options.axial import axial_map, is_column_block
 from minivit.options.flash_attention import FlashAttentionCache
 from minivit.options.flash_attention import attention_map as map_again
 from minivit.options.position2d import position2d_forward
-from minivit.options.stem.option import stem_step
+from minivit.options.stem.option import stem_part
 
 
 class Intermediates(NamedTuple):
@@ -50,8 +50,8 @@ def intermediates(model, images):
             maps.append(seen)
 
     with plain():  # kernels keep no attention maps
-        steps = model.compose(every_token=True)
-        logits = model.read(images, steps.head, steps=steps, visit=visit)
+        parts = model.compose(every_token=True)
+        logits = model.read(images, parts.head, parts=parts, visit=visit)
     return Intermediates(logits, tuple(maps), tuple(tokens))
 
 
@@ -73,4 +73,4 @@ def feature_map(model, images):
     Shapes  images (B, H, W, C)  ->  (B, H / stride, W / stride, C'), with ``stem_stride`` and ``patch_channels``
     """
     images = checked_images(images, model.flat.dtype)
-    return stem_step(model.config).forward(images, model.params)[0] if model.config.stem else images
+    return stem_part(model.config).forward(images, model.params)[0] if model.config.stem else images

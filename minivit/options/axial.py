@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from minivit.base.backend import array_module
 from minivit.base.errors import InputError
-from minivit.base.pairs import Step
+from minivit.base.pairs import Part
 from minivit.base.settings import check_choice, setting
 from minivit.options.option import Option
 
@@ -109,7 +109,7 @@ def block(inner, config, place):
         dy = inner.backward(to_axis(dz, g, columns=columns), cache, grads)
         return from_axis(dy, g, columns=columns)
 
-    return Step(forward, backward, inner.names)
+    return Part(forward, backward, inner.names)
 
 
 OPTION = Option(Settings, check, block=block)

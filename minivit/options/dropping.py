@@ -9,7 +9,7 @@ from 0 in the first block to the setting in the last.
 from dataclasses import dataclass
 from functools import partial
 
-from minivit.base.pairs import Pair, chain, follow, step
+from minivit.base.pairs import Pair, as_part, chain, chain_parts
 from minivit.base.settings import check_range, setting
 from minivit.layers.drop_path import drop_path_backward, drop_path_forward
 from minivit.layers.dropout import dropout_backward, dropout_forward
@@ -62,7 +62,7 @@ def after(pair, config, place):
 def after_embedding(embedding, config, place):
     """Dropout of the tokens."""
     drop = _dropout(config, place)
-    return embedding if drop is None else follow(embedding, step(drop), second_name="dropout")
+    return embedding if drop is None else chain_parts(embedding, as_part(drop), second_name="dropout")
 
 
 def after_branch(pair, config, place):

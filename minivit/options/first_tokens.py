@@ -35,14 +35,14 @@ class FirstQueriesCache(NamedTuple):
 
 
 @accelerated
-def first_queries_forward(q, k, v, *own, reads, attend=ATTENTION):
+def first_queries_forward(q, k, v, *extra, reads, attend=ATTENTION):
     """Attention of the first queries alone.
 
     Math    y = attend(q[:Q], k, v)
     Shapes  q, k, v (..., N, Dh)  ->  y (..., Q, Dh), Q = ``reads``
     Cache   of the attention
     """
-    y, cache = attend.forward(q[..., :reads, :], k, v, *own)  # (..., Q, Dh)
+    y, cache = attend.forward(q[..., :reads, :], k, v, *extra)  # (..., Q, Dh)
     return y, FirstQueriesCache(cache, q.shape[-2])
 
 
@@ -51,14 +51,14 @@ def first_queries_backward(dy, cache, *, attend=ATTENTION):
     """Backward of `first_queries_forward`.
 
     Math    dq = [the attention's dq; zeros]
-    Shapes  dy (..., Q, Dh)  ->  dq, dk, dv (..., N, Dh), *down
+    Shapes  dy (..., Q, Dh)  ->  dq, dk, dv (..., N, Dh), *dextra
     """
     # y = attend(q[:Q], k, v)
-    dfirst, dk, dv, *down = attend.backward(dy, cache.attention)  # (..., Q, Dh), (..., N, Dh) each
+    dfirst, dk, dv, *dextra = attend.backward(dy, cache.attention)  # (..., Q, Dh), (..., N, Dh) each
     *outer, Q, Dh = dfirst.shape
     dq = array_module(dy).zeros((*outer, cache.num_tokens, Dh), dy.dtype)  # (..., N, Dh)
     dq[..., :Q, :] = dfirst
-    return dq, dk, dv, *down
+    return dq, dk, dv, *dextra
 
 
 def with_first_queries(attend, reads):

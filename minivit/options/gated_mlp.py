@@ -40,7 +40,7 @@ from minivit.base.pairs import Pair
 from minivit.base.params import ParameterSpec, normal, xavier_uniform
 from minivit.base.settings import check_choice, setting
 from minivit.layers.linear import LinearCache, linear_backward, linear_forward
-from minivit.layers.mlp import FC
+from minivit.layers.mlp import MLP_NAMES
 from minivit.options.option import Option
 
 MLPS = ("gelu", "swiglu")
@@ -118,14 +118,14 @@ def rows(config):
     return {
         "mlp": [
             ParameterSpec(name, shape, init, len(shape) == 2)
-            for name, shape, init in zip(FC, shapes, inits, strict=True)
+            for name, shape, init in zip(MLP_NAMES, shapes, inits, strict=True)
         ]
     }
 
 
 def mlp(pair, config, place):
     """The gated MLP in the plain one's place."""
-    return Pair(gated_mlp_forward, gated_mlp_backward, FC, {"mlp": "swiglu"}) if config.mlp == "swiglu" else pair
+    return Pair(gated_mlp_forward, gated_mlp_backward, MLP_NAMES, {"mlp": "swiglu"}) if config.mlp == "swiglu" else pair
 
 
 OPTION = Option(Settings, check, rows, mlp=mlp)

@@ -18,7 +18,6 @@ class Place(NamedTuple):
     branch: int = 0  # of the block: 1 the attention, 2 the MLP
     rng: Any = None  # what training draws from; None where nothing is dropped
     reads: int | None = None  # how many tokens of the block's result are read, from the first on; None for all
-    recompute: bool = False  # keep of a block its input alone, and run it again in the backward pass
 
 
 def no_check(config):
@@ -45,8 +44,8 @@ class Option(NamedTuple):
     activation: Callable | None = None  # ... the GELU of the MLP, a Pair
     mlp: Callable | None = None  # ... the MLP, a Pair
     branch: Callable | None = None  # ... each branch of a block, a Pair
-    block: Callable | None = None  # ... a block, a Step
-    embedding: Callable | None = None  # ... images to tokens, a Step
-    head: Callable | None = None  # ... tokens to logits, a Step
-    constants: Callable | None = None  # (config) -> {name: array}: what steps take by name and nothing learns
+    block: Callable | None = None  # ... a block, a Part
+    embedding: Callable | None = None  # ... images to tokens, a Part
+    head: Callable | None = None  # ... tokens to logits, a Part
+    constants: Callable | None = None  # (config) -> {name: array}: what parts take by name and nothing learns
     positions: dict = {}  # noqa: RUF012  values of ``pos_embed`` that it adds, and where each can be

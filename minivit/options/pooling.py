@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from minivit.base.backend import accelerated, array_module
-from minivit.base.pairs import Pair, chain, step
+from minivit.base.pairs import Pair, as_part, chain
 from minivit.base.params import ParameterSpec, lecun_normal, normal, zeros
 from minivit.base.settings import check_choice, check_range, setting
 from minivit.layers.head import HEAD_LINEAR, NORM
@@ -208,7 +208,7 @@ def head(pair, config, place):
     """The head behind another pooling, or behind a pre-logits layer."""
     if config.pooling == "cls" and not config.pre_logits:
         return pair
-    return step(chain(features(config), Pair(linear_forward, linear_backward, HEAD_LINEAR), "head"))
+    return as_part(chain(features(config), Pair(linear_forward, linear_backward, HEAD_LINEAR), "head"))
 
 
 OPTION = Option(Settings, check, rows, head=head)

@@ -22,7 +22,7 @@ import numpy as np
 
 from minivit.base.backend import array_module
 from minivit.base.errors import InputError
-from minivit.base.pairs import Pair, follow, step
+from minivit.base.pairs import Pair, as_part, chain_parts
 from minivit.base.params import ParameterSpec, normal
 from minivit.base.settings import check_choice, setting
 from minivit.options.option import Option
@@ -115,23 +115,23 @@ def pooled_to_half(config, table):
 
 
 def _axes(prefix):
-    return step(Pair(position2d_forward, position2d_backward, tuple(prefix + name for name in AXES)))
+    return as_part(Pair(position2d_forward, position2d_backward, tuple(prefix + name for name in AXES)))
 
 
 def embedding(embed, config, place):
     """What Eq. 1 does not add by itself: rows and columns, or the table that the first block has for its own."""
     own = "blocks.0." if config.pos_at == "every" else ""
     if config.pos_embed == "learned2d":
-        return follow(embed, _axes(own), second_name="position2d")
+        return chain_parts(embed, _axes(own), second_name="position2d")
     if config.pos_embed == "learned" and own:
         table = _table(f"{own}pos_embed", config, registers=0)  # registers come later
-        return follow(embed, table, second_name="position")
+        return chain_parts(embed, table, second_name="position")
     return embed
 
 
 def _table(name, config, *, registers):
     forward = partial(position_forward, at=config.class_tokens, registers=registers)
-    return step(Pair(forward, position_backward, (name,)))
+    return as_part(Pair(forward, position_backward, (name,)))
 
 
 def block(inner, config, place):
@@ -141,9 +141,9 @@ def block(inner, config, place):
         return inner
     shared = "/" if c.pos_at == "shared" else ""
     if c.pos_embed == "learned2d":
-        return follow(_axes(shared), inner, first_name="position2d")
+        return chain_parts(_axes(shared), inner, first_name="position2d")
     if c.pos_embed in ("learned", "sincos2d"):
-        return follow(_table(f"{shared}pos_embed", c, registers=c.registers), inner, first_name="position")
+        return chain_parts(_table(f"{shared}pos_embed", c, registers=c.registers), inner, first_name="position")
     return inner
 
 

@@ -39,7 +39,7 @@ class NormedAttentionCache(NamedTuple):
 
 
 @accelerated
-def normed_attention_forward(q, k, v, wq, bq, wk, bk, *own, eps=1e-6, attend=ATTENTION):
+def normed_attention_forward(q, k, v, wq, bq, wk, bk, *extra, eps=1e-6, attend=ATTENTION):
     """Attention of normalised queries and keys.
 
     Math    y = attend(LN(q; wq, bq), LN(k; wk, bk), v)
@@ -48,7 +48,7 @@ def normed_attention_forward(q, k, v, wq, bq, wk, bk, *own, eps=1e-6, attend=ATT
     """
     qn, q_norm_cache = layernorm_forward(q, wq, bq, eps=eps)  # (..., Q, Dh)
     kn, k_norm_cache = layernorm_forward(k, wk, bk, eps=eps)  # (..., N, Dh)
-    y, attention_cache = attend.forward(qn, kn, v, *own)  # (..., Q, Dh)
+    y, attention_cache = attend.forward(qn, kn, v, *extra)  # (..., Q, Dh)
     return y, NormedAttentionCache(q_norm_cache, k_norm_cache, attention_cache)
 
 
@@ -57,15 +57,15 @@ def normed_attention_backward(dy, cache, *, attend=ATTENTION):
     """Backward of `normed_attention_forward`.
 
     Math    the attention's, then LayerNorm's of q and of k
-    Shapes  dy (..., Q, Dh)  ->  dq (..., Q, Dh), dk, dv (..., N, Dh), dwq, dbq, dwk, dbk (Dh,), *down
+    Shapes  dy (..., Q, Dh)  ->  dq (..., Q, Dh), dk, dv (..., N, Dh), dwq, dbq, dwk, dbk (Dh,), *dextra
     """
     # y = attend(qn, kn, v)
-    dqn, dkn, dv, *down = attend.backward(dy, cache.attention)
+    dqn, dkn, dv, *dextra = attend.backward(dy, cache.attention)
     # kn = LN(k)
     dk, dwk, dbk = layernorm_backward(dkn, cache.k_norm)
     # qn = LN(q)
     dq, dwq, dbq = layernorm_backward(dqn, cache.q_norm)
-    return dq, dk, dv, dwq, dbq, dwk, dbk, *down
+    return dq, dk, dv, dwq, dbq, dwk, dbk, *dextra
 
 
 @dataclass(frozen=True)

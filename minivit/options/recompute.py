@@ -11,7 +11,7 @@ Backward
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-from minivit.base.pairs import Step
+from minivit.base.pairs import Part
 
 
 class RecomputeCache(NamedTuple):
@@ -23,7 +23,7 @@ class RecomputeCache(NamedTuple):
 
 
 def recomputed(make, rng):
-    """The Step that ``make(rng)`` gives, as one that keeps its input alone."""
+    """The Part that ``make(rng)`` gives, as one that keeps its input alone."""
     inner = make(rng)
 
     def forward(z, params):
@@ -36,4 +36,4 @@ def recomputed(make, rng):
         _, inner_cache = again.forward(cache.z, cache.params)
         return again.backward(dz, inner_cache, grads)
 
-    return Step(forward, backward, inner.names)
+    return Part(forward, backward, inner.names)

@@ -20,7 +20,7 @@ from functools import partial
 from typing import NamedTuple
 
 from minivit.base.backend import accelerated, array_module
-from minivit.base.pairs import Pair, follow, step
+from minivit.base.pairs import Pair, as_part, chain_parts
 from minivit.base.params import ParameterSpec, normal
 from minivit.base.settings import check_range, setting
 from minivit.options.option import Option
@@ -86,7 +86,7 @@ def embedding(embed, config, place):
     if not config.registers:
         return embed
     forward = partial(registers_forward, at=config.class_tokens)
-    return follow(embed, step(Pair(forward, registers_backward, ("reg_token",))), second_name="registers")
+    return chain_parts(embed, as_part(Pair(forward, registers_backward, ("reg_token",))), second_name="registers")
 
 
 OPTION = Option(Settings, check, rows, embedding=embedding)

@@ -283,7 +283,7 @@ def test_the_autoencoder_with_all_tokens_in_their_places():
     model, images, plan = problem(replace(TINY, registers=2), MAE)
     p, n, B, N, D = model.params, model.predicted, 3, 9, 8
     encoder = ViT(model.config, flat=model.encoder.flat)
-    z, _ = encoder.steps.embedding.forward(images, encoder.inputs)
+    z, _ = encoder.parts.embedding.forward(images, encoder.inputs)
     seen = np.concatenate([np.tile([0, 1, 2], (B, 1)), plan[:, 0, n:] + 3], axis=1)
     z = np.take_along_axis(z, seen[..., None], axis=1)
     for i in range(2):

@@ -12,7 +12,7 @@ from minivit.base import params
 from minivit.base.backend import plain
 from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import MODEL_BATCH, MODELS
-from minivit.layers.head import HEAD
+from minivit.layers.head import HEAD_NAMES, head_forward
 from minivit.layers.patch_embed import patchify, unpatchify
 from minivit.model import ATTENTIONS, POSITIONS, STEM, intermediates, parameter_table, pixels
 from minivit.options import flash_attention
@@ -313,7 +313,7 @@ def test_registers_stand_behind_the_class_token_and_have_no_position(pooling, po
     # the head reads none of them, but the other tokens did in the blocks
     changed = tokens.copy()
     changed[:, first : first + 3] += 1.0
-    head = model.steps.head.forward
+    head = model.parts.head.forward
     np.testing.assert_array_equal(head(changed, model.inputs)[0], head(tokens, model.inputs)[0])
     assert not np.allclose(model.predict(images), bare.predict(images), rtol=1e-3)
     cache = model.forward(images)[1]
@@ -596,9 +596,9 @@ def test_the_layernorm_epsilon_reaches_every_layernorm():
     for i in (1, 2):
         assert not np.allclose(a.features[i], b.features[i], rtol=1e-3)
     tokens = a.features[-1]
-    found = large.steps.head.forward(tokens, large.inputs)[0]
-    assert np.array_equal(found, HEAD.forward(tokens, *[large.params[name] for name in HEAD.names], eps=0.5)[0])
-    assert not np.allclose(found, usual.steps.head.forward(tokens, usual.inputs)[0], rtol=1e-3)
+    found = large.parts.head.forward(tokens, large.inputs)[0]
+    assert np.array_equal(found, head_forward(tokens, *[large.params[name] for name in HEAD_NAMES], eps=0.5)[0])
+    assert not np.allclose(found, usual.parts.head.forward(tokens, usual.inputs)[0], rtol=1e-3)
 
 
 def test_stochastic_depth_of_a_single_block():

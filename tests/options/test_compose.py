@@ -86,7 +86,7 @@ LATER = [{"mlp": "swiglu"}, {"mlp": "swiglu", "qk_norm": True, "layer_scale": 0.
 @pytest.mark.parametrize("fields", [SMALL, *SWEEP, *(SMALL | changes for changes in LATER)])
 def test_the_table_and_the_steps_name_the_same_parameters(fields):
     config = ViTConfig(**fields)
-    steps = ViT(config).steps
+    steps = ViT(config).parts
     names = [*steps.embedding.names, *steps.head.names]
     names += [compose.full_name(i, name) for i, block in enumerate(steps.blocks) for name in block.names]
     assert {*names} - {*compose.constants(config)} == {row.name for row in parameter_table(config)}

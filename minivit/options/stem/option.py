@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minivit.base.errors import InputError
-from minivit.base.pairs import Step, follow
+from minivit.base.pairs import Part, chain_parts
 from minivit.base.params import ParameterSpec, lecun_normal, ones, zeros
 from minivit.base.settings import check_range, setting
 from minivit.layers.patch_embed import scale_pixels
@@ -85,8 +85,8 @@ def _own(named):
     return {name.removeprefix(STEM): value for name, value in named.items() if name.startswith(STEM)}
 
 
-def stem_step(config):
-    """Images to the map that patches are cut from, as a Step."""
+def stem_part(config):
+    """Images to the map that patches are cut from, as a Part."""
     units, groups = config.stem_units, config.stem_groups
 
     def forward(images, params):
@@ -99,12 +99,12 @@ def stem_step(config):
         # y = resnet(scale_pixels(images))
         return resnet_backward(dy, cache.resnet, _own(grads), need_dimages=not cache.bytes)
 
-    return Step(forward, backward, tuple(row.name for row in rows(config)["stem"]))
+    return Part(forward, backward, tuple(row.name for row in rows(config)["stem"]))
 
 
 def embedding(embed, config, place):
     """The embedding of the stem's map."""
-    return follow(stem_step(config), embed, first_name="stem") if config.stem else embed
+    return chain_parts(stem_part(config), embed, first_name="stem") if config.stem else embed
 
 
 OPTION = Option(Settings, check, rows, embedding=embedding)
