@@ -5,8 +5,8 @@ Forward
     in its attention nor pass through its MLP. They still answer: keys and values are those of all N tokens. With Q
     tokens read, and MSA_Q for the attention whose queries are those of the first Q tokens alone,
 
-        z'  = MSA_Q(LN(z)) + z[:Q]          (Eq. 2)
-        z'' = MLP(LN(z')) + z'              (Eq. 3)
+        z1 = MSA_Q(LN(z)) + z[:Q]           (Eq. 2)
+        z2 = MLP(LN(z1)) + z1               (Eq. 3)
 
     are the first Q rows of what `minivit.layers.block` gives, number for number, for much less work.
 
@@ -75,18 +75,18 @@ def with_first_queries(attend, reads):
 def first_tokens_forward(z, params, *, num_heads, reads, msa=MSA, mlp=MLP, eps=1e-6):
     """One encoder block, for the first tokens alone; the attention of ``msa`` is one `with_first_queries`.
 
-    Math    z' = MSA_Q(LN(z)) + z[:Q];  z'' = MLP(LN(z')) + z'                                         (Eq. 2-3)
-    Shapes  z (B, N, D)  ->  z'' (B, Q, D), Q = ``reads``
+    Math    z1 = MSA_Q(LN(z)) + z[:Q];  z2 = MLP(LN(z1)) + z1                                          (Eq. 2-3)
+    Shapes  z (B, N, D)  ->  z2 (B, Q, D), Q = ``reads``
     Cache   as `block_forward`
     """
     # Eq. 2
     y, norm1_cache = layernorm_forward(z, *take(params, NORM1), eps=eps)  # (B, N, D)
     u, msa_cache = msa.forward(y, *take(params, msa.names), num_heads=num_heads)  # (B, Q, D)
-    z1 = u + z[:, :reads]  # z'
+    z1 = u + z[:, :reads]  # (B, Q, D)
     # Eq. 3
     y1, norm2_cache = layernorm_forward(z1, *take(params, NORM2), eps=eps)  # (B, Q, D)
     u1, mlp_cache = mlp.forward(y1, *take(params, mlp.names))  # (B, Q, D)
-    z2 = u1 + z1  # z''
+    z2 = u1 + z1  # (B, Q, D)
     return z2, BlockCache(norm1_cache, msa_cache, norm2_cache, mlp_cache)
 
 
@@ -95,12 +95,12 @@ def first_tokens_backward(dz2, cache, grads, *, msa=MSA, mlp=MLP):
     """Backward of `first_tokens_forward`.
 
     Math    as `block_backward`, with zeros for the tokens that were not read
-    Shapes  dz'' (B, Q, D)  ->  dz (B, N, D);  the gradients of the parameters are added into ``grads``
+    Shapes  dz2 (B, Q, D)  ->  dz (B, N, D);  the gradients of the parameters are added into ``grads``
     """
     # z2 = MLP(LN(z1)) + z1                                                                        (Eq. 3)
     dy1, *dmlp = mlp.backward(dz2, cache.mlp)  # (B, Q, D)
-    dz1, *dnorm2 = layernorm_backward(dy1, cache.norm2)  # (B, Q, D)
-    dz1 = dz1 + dz2
+    dbranch, *dnorm2 = layernorm_backward(dy1, cache.norm2)  # (B, Q, D)
+    dz1 = dbranch + dz2
     # z1 = MSA_Q(LN(z)) + z[:Q]                                                                    (Eq. 2)
     dy, *dmsa = msa.backward(dz1, cache.msa)  # (B, N, D)
     dz, *dnorm1 = layernorm_backward(dy, cache.norm1)  # (B, N, D)

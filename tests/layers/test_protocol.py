@@ -9,6 +9,7 @@ import pytest
 
 import minivit
 from minivit import layers, options
+from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import LAYERS
 
 CASES = sorted(LAYERS)
@@ -28,6 +29,14 @@ def arrays_in(thing):
 def call_backward(backward, dy, cache):
     gradients = backward(dy, cache)
     return list(gradients) if isinstance(gradients, tuple) else [gradients]
+
+
+@pytest.mark.parametrize("method", ["central", "complex"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_gradient_element_by_element(name, method):
+    forward, backward, args, names = build(name)
+    for result in gradcheck.check(forward, backward, args, names=names, method=method, elementwise=True):
+        assert result.passed, result
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,6 +12,18 @@ from minivit.options import flash_attention
 from minivit.options.flash_attention import FlashAttentionCache, flash_attention_backward, flash_attention_forward
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_scores_of_any_size_do_not_overflow(order):
+    """The maximum rises, or falls, by thousands from block to block."""
+    k = np.linspace(-3000.0, 3000.0, 7)[::order, None]
+    q, v = np.array([[1.0], [-1.0], [0.0]]), np.arange(7.0)[:, None]
+    with np.errstate(all="raise", under="ignore"):
+        y, cache = flash_attention_forward(q, k, v, keys=2)
+        gradients = flash_attention_backward(np.ones_like(y), cache)
+    np.testing.assert_array_equal(y[:2, 0], [6.0, 0.0][::order])
+    assert y[2] == pytest.approx(3.0) and all(np.isfinite(g).all() for g in gradients)
+
+
 def test_each_block_has_a_mask_of_its_own_which_is_that_of_the_backward():
     q, k = np.zeros((2, 1, 1, 600, 4))
     v = np.eye(600)[None, None]  # y is the dropped map itself

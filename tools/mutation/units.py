@@ -104,11 +104,11 @@ def units_of(path, *, root=ROOT):
 # What is mutated, by files of minivit/: the functions that compute derivatives, with their helpers; files as a whole;
 # and single functions. The tokens of options/axial.py only move, forward and back: it has no other backward.
 DERIVATIVES = (
-    "layers/*.py", "options/**/*.py", "model/vit.py", "kernels/cpu.py",
+    "layers/*.py", "options/**/*.py", "model/vit.py",
     "masked/corrupt.py", "masked/gather.py", "masked/loss.py", "masked/model.py",
 )  # fmt: skip
 WHOLE = (
-    "base/pairs.py", "layers/loss.py", "options/axial.py", "optim/*.py",
+    "base/pairs.py", "layers/loss.py", "kernels/cpu.py", "options/axial.py", "optim/*.py",
     "training/step.py", "training/engines/cpu.py", "training/engines/cut.py",
 )  # fmt: skip
 SINGLE = {"base/backend.py": ("matmul", "matmul_rows", "column_sum")}
