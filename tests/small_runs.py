@@ -100,6 +100,7 @@ _WHOLE = {}
 def whole(config=HARD):
     """The folder of an uninterrupted run with given settings, each run once; to be read."""
     if config not in _WHOLE:
-        _WHOLE[config] = Path(_FOLDER.name) / str(len(_WHOLE))
-        assert trainer(_WHOLE[config], config).run()["steps"] == STEPS
+        folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))  # processes that were forked share _FOLDER
+        assert trainer(folder, config).run()["steps"] == STEPS
+        _WHOLE[config] = folder
     return _WHOLE[config]
