@@ -2,22 +2,43 @@ r"""Axial attention: rows and columns of the grid of patches as sequences of the
 Ho et al. 2019, arXiv:1912.12180).
 
 Forward
-    Attention of N = g g patches makes N^2 scores. If a patch attends only to those in its own row, and in the next
-    block to those in its own column, two blocks let each see all, for 2 N g scores. No new layer is needed: a block
+    Attention of N = g * g patches makes N^2 scores. If a patch attends only to those in its own row, and in the next
+    block to those in its own column, two blocks let each see all, for 2 * N * g scores. No new layer is needed: a block
     takes a batch of sequences and does not ask what they stand for. With the patches in rows a and columns b,
 
-        a block of rows       takes (B, a, b, D) as B g sequences of g tokens: a reshape
-        a block of columns    takes (B, b, a, D), the transpose, as B g sequences of g tokens
+        a block of rows       takes (B, a, b, D) as B * g sequences of g tokens: a reshape
+        a block of columns    takes (B, b, a, D), the transpose, as B * g sequences of g tokens
 
-    and its result goes back the same way. The MLP and LayerNorm work token by token and do not notice; stochastic depth
-    drops a branch for a row or column at a time, where it would for an image.
+    and its result goes back the same way:
+
+        s  = to_axis(z)           (B * g, g, D)
+        t  = block(s)             (B * g, g, D)
+        z' = from_axis(t)         (B, g * g, D)
+
+    The MLP and LayerNorm work token by token and do not notice; stochastic depth drops a branch for a row or column at
+    a time, where it would for an image.
 
     The paper's axial layer is two of these blocks: attention along rows and an MLP, attention along columns and an MLP.
 
-Backward
-    Every number moves to one place and back, so the map is a permutation, whose transpose is its inverse:
+Backward, the same lines from the last to the first; dz' is given
+    to_axis moves every number to one place. As a matrix it is s = P @ z, with a single 1 in each row and each column of
+    P: a permutation, for which P^T @ P = 1. The backward of a product with P is the product with P^T (see
+    `minivit.layers.linear`), hence its inverse, which moves every number back. from_axis is P^T, with the backward P:
 
-        s = to_axis(z)     =>   dz = from_axis(ds),        z = from_axis(s)     =>   ds = to_axis(dz).
+        z' = from_axis(t)     =>   dt = to_axis(dz')
+        t  = block(s)         =>   ds is the block's own backward
+        s  = to_axis(z)       =>   dz = from_axis(ds)
+
+Example: a grid of 2 x 2 patches, one number each
+    >>> import numpy as np
+    >>> z = np.array([[[1.0], [2.0], [3.0], [4.0]]])      # the rows are [1, 2] and [3, 4]
+    >>> to_axis(z, 2, columns=False)[..., 0].tolist()
+    [[1.0, 2.0], [3.0, 4.0]]
+    >>> columns = to_axis(z, 2, columns=True)
+    >>> columns[..., 0].tolist()
+    [[1.0, 3.0], [2.0, 4.0]]
+    >>> from_axis(columns, 2, columns=True)[..., 0].tolist()
+    [[1.0, 2.0, 3.0, 4.0]]
 """
 
 from dataclasses import dataclass
@@ -34,7 +55,7 @@ ATTENTIONS = ("full", "axial")
 def to_axis(z, grid_size, *, columns):
     """The tokens of each row of the grid, or of each column, as a sequence.
 
-    Shapes  z (B, g g, D)  ->  (B g, g, D), contiguous; the sequences of an image follow each other
+    Shapes  z (B, g * g, D)  ->  (B * g, g, D), contiguous; the sequences of an image follow each other
     """
     g, D = grid_size, z.shape[-1]
     grid = z.reshape(-1, g, g, D)  # (B, rows, columns, D)
@@ -46,7 +67,7 @@ def to_axis(z, grid_size, *, columns):
 def from_axis(sequences, grid_size, *, columns):
     """The sequences of `to_axis` as tokens again: its inverse, and its backward.
 
-    Shapes  sequences (B g, g, D)  ->  (B, g g, D)
+    Shapes  sequences (B * g, g, D)  ->  (B, g * g, D)
     """
     g, D = grid_size, sequences.shape[-1]
     grid = sequences.reshape(-1, g, g, D)
@@ -58,7 +79,7 @@ def from_axis(sequences, grid_size, *, columns):
 def axial_map(maps, grid_size, *, columns):
     """The attention maps of all sequences as one map per image; nothing is attended to outside one's row or column.
 
-    Shapes  maps (B g, h, g, g)  ->  (B, h, g g, g g), zero between tokens of different sequences
+    Shapes  maps (B * g, h, g, g)  ->  (B, h, g * g, g * g), zero between tokens of different sequences
     """
     g, h = grid_size, maps.shape[1]
     maps = maps.reshape(-1, g, h, g, g)
@@ -105,7 +126,7 @@ def block(inner, config, place):
         return from_axis(y, g, columns=columns), cache
 
     def backward(dz, cache, grads):
-        # y = from_axis(inner(to_axis(z)))
+        # z' = from_axis(t), t = inner(s), s = to_axis(z)
         dy = inner.backward(to_axis(dz, g, columns=columns), cache, grads)
         return from_axis(dy, g, columns=columns)
 

@@ -1,18 +1,35 @@
 r"""Blocks of which only the first tokens are read: the last block of a model that classifies by its class token.
 
 Forward
-    Nothing after the last block reads any token but the first (`minivit.layers.head`). So the others need neither ask
-    in its attention nor pass through its MLP. They still answer: keys and values are those of all N tokens. With Q
-    tokens read, and MSA_Q for the attention whose queries are those of the first Q tokens alone,
+    Nothing after the last block reads any token but the first (`minivit.layers.head`). So the others need no query in
+    its attention, and need not pass through its MLP. Their keys and values still count: the queries that are left meet
+    all N tokens. With Q tokens read, and MSA_Q for the attention whose queries are those of the first Q tokens alone,
 
-        z1 = MSA_Q(LN(z)) + z[:Q]           (Eq. 2)
-        z2 = MLP(LN(z1)) + z1               (Eq. 3)
+        heads = attend(q[:Q], k, v)         (Q, Dh)   for each head
+        z1    = MSA_Q(LN(z)) + z[:Q]        (Q, D)    (Eq. 2)
+        z2    = MLP(LN(z1)) + z1            (Q, D)    (Eq. 3)
 
-    are the first Q rows of what `minivit.layers.block` gives, number for number, for much less work.
+    are the first Q rows of what `minivit.layers.block` gives, number for number, for much less work: the other lines
+    work on each token alone, and row i of the attention depends on q in its row i alone.
 
-Backward
-    That of the block. A query that was not asked gets no gradient, and a token beyond the first Q gets none past the
-    branch: zeros in both places.
+Backward, the same lines from the last to the first; dz2 (Q, D) is given
+    As in `minivit.layers.block`, a sum passes its gradient to both of its terms:
+
+        z2    = MLP(LN(z1)) + z1          =>   dz1 = (the branch's backward of dz2) + dz2           (Q, D)
+        z1    = MSA_Q(LN(z)) + z[:Q]      =>   dz  = (the branch's backward of dz1) + [dz1; 0]      (N, D)
+        heads = attend(q[:Q], k, v)       =>   dq  = [the attention's dq; 0],  dk and dv are the attention's
+
+    The zeros are the rows of what was not read: a query beyond the first Q, and a token beyond them in the sum.
+
+Example: of two tokens the first is read; its query is 0 and likes both keys equally
+    >>> import numpy as np
+    >>> q, k, v = np.array([[0.0], [5.0]]), np.array([[1.0], [-1.0]]), np.array([[2.0], [4.0]])
+    >>> y, cache = first_queries_forward(q, k, v, reads=1)
+    >>> y.tolist()                                        # the mean of both values
+    [[3.0]]
+    >>> dq, dk, dv = first_queries_backward(np.array([[1.0]]), cache)
+    >>> dq.tolist(), dv.tolist()                          # the second query was not asked, its value was read
+    ([[-1.0], [0.0]], [[0.5], [0.5]])
 """
 
 from functools import partial
@@ -50,7 +67,7 @@ def first_queries_forward(q, k, v, *extra, reads, attend=ATTENTION):
 def first_queries_backward(dy, cache, *, attend=ATTENTION):
     """Backward of `first_queries_forward`.
 
-    Math    dq = [the attention's dq; zeros]
+    Math    dq = [the attention's dq; 0];  dk, dv are the attention's
     Shapes  dy (..., Q, Dh)  ->  dq, dk, dv (..., N, Dh), *dextra
     """
     # y = attend(q[:Q], k, v)
@@ -94,7 +111,7 @@ def first_tokens_forward(z, params, *, num_heads, reads, msa=MSA, mlp=MLP, eps=1
 def first_tokens_backward(dz2, cache, grads, *, msa=MSA, mlp=MLP):
     """Backward of `first_tokens_forward`.
 
-    Math    as `block_backward`, with zeros for the tokens that were not read
+    Math    as `minivit.layers.block.block_backward`, with zeros for the tokens that were not read
     Shapes  dz2 (B, Q, D)  ->  dz (B, N, D);  the gradients of the parameters are added into ``grads``
     """
     # z2 = MLP(LN(z1)) + z1                                                                        (Eq. 3)

@@ -1,35 +1,67 @@
 r"""Attention whose memory grows linearly with the number of tokens (Rabe & Staats 2021, arXiv:2112.05682; Dao et al.
-2022, arXiv:2205.14135): what `attention` computes, without ever holding the (N, N) map.
+2022, arXiv:2205.14135): what `minivit.layers.attention` computes, without ever holding the (N, N) map.
 
-Forward
-    The keys are taken in blocks. With s_ij = q_i k_j^T / sqrt(Dh), a softmax over all keys
+Forward, for one head
+    The keys are taken in blocks. With scores = q @ k^T / sqrt(Dh), and v_j and y_i for rows of v and y, a softmax over
+    all keys
 
-        y_i = sum_j exp(s_ij - m_i) v_j / l_i,      m_i = max_j s_ij,      l_i = sum_j exp(s_ij - m_i)
+        y_i = sum_j exp(scores_ij - m_i) * v_j / l_i,      m_i = max_j scores_ij,      l_i = sum_j exp(scores_ij - m_i)
 
-    can be summed block by block although m_i is known only at the end: for any two shifts,
-    exp(s - m') = exp(s - m) exp(m - m'). So each query carries the maximum so far, m, the sum so far, l, and the
-    mixture so far, y; where a block raises the maximum to m', l and y are first multiplied by exp(m - m') <= 1:
+    can be summed block by block although m_i is known only at the end, since for any two shifts m and m'
 
-        l <- exp(m - m') l + sum_{j in block} exp(s_ij - m')
-        y <- exp(m - m') y + sum_{j in block} exp(s_ij - m') v_j,      and in the end y <- y / l.
+        exp(s - m') = exp(s - m) * exp(m - m')
 
-    All that the backward needs of the map is one number per query, logsum_i = m_i + log l_i, since
+    So each query carries the maximum so far, m (at first -infinity), the sum so far, l, and the mixture so far, y (both
+    at first 0). For each block of keys,
 
-        attn_ij = exp(s_ij) / sum_j exp(s_ij) = exp(s_ij - logsum_i).
+        m' = max(m, max_{j in block} scores_ij)
+        l <- exp(m - m') * l + sum_{j in block} exp(scores_ij - m')
+        y <- exp(m - m') * y + sum_{j in block} exp(scores_ij - m') * v_j
+        m <- m'
 
-Backward
-    The lines are those of `attention`, block by block, with the map made again:
+    and in the end y <- y / l. All that the backward needs of the map is one number for each query,
+    logsum_i = m_i + log(l_i), since
 
-        attn = exp(scores - logsum);   dv = attn^T dy;   dattn = dy v^T;   dscores = attn (dattn - rowsum(dattn attn))
+        attn_ij = exp(scores_ij - m_i) / l_i = exp(scores_ij - m_i - log(l_i)) = exp(scores_ij - logsum_i)
 
-    The row sum runs over all keys, and one block does not know the others. But it is known beforehand:
+Backward, for one head; dy (N, Dh) is given
+    The lines are those of `minivit.layers.attention`, for one block of keys after the other; k, v, dk and dv are here
+    the rows, scores and attn the columns that belong to the block. Its part of the map is made again:
 
-        sum_j dattn_ij attn_ij = sum_j (dy_i v_j^T) attn_ij = dy_i (sum_j attn_ij v_j)^T = dy_i y_i^T.
+        attn    = exp(q @ k^T / sqrt(Dh) - logsum)
 
-    One more product than `attention` (the scores, again) for N^2 numbers less.
+        y += attn @ v                  =>   dattn = dy @ v^T                    dv = attn^T @ dy
+        attn = softmax(scores)         =>   dscores = attn * (dattn - row_sum(dattn * attn))
+        scores = q @ k^T / sqrt(Dh)    =>   dq += dscores @ k / sqrt(Dh)        dk = dscores^T @ q / sqrt(Dh)
 
-    With dropout, y = dropout(attn) v, and dattn attn = (dy v^T) dropout(attn), so the identity holds as it stands. The
-    mask is not kept either: each block draws it from a generator of its own, seeded by a number in the cache.
+    The row sum runs over all keys, and one block does not know the others. But it is known beforehand. With
+    dattn_ij = sum_c dy_ic * v_jc, and the order of the two sums exchanged,
+
+        sum_j dattn_ij * attn_ij = sum_j sum_c dy_ic * v_jc * attn_ij
+                                 = sum_c dy_ic * (sum_j attn_ij * v_jc)
+                                 = sum_c dy_ic * y_ic
+
+    hence row_sum(dattn * attn) = row_sum(dy * y). It costs one more product than `minivit.layers.attention` (the
+    scores, again) and keeps N^2 numbers less.
+
+    With dropout, dropped = attn * mask / (1 - rate) and y = dropped @ v. Then dattn = (dy @ v^T) * mask / (1 - rate),
+    hence dattn * attn = (dy @ v^T) * dropped, and the same sums, with dropped_ij in the place of attn_ij, give the same
+    row_sum(dy * y). The mask is not kept either: each block draws it from a generator of its own, seeded by a number in
+    the cache.
+
+Example: one query, and keys one at a time, with scores 0 and log 3
+    >>> import numpy as np
+    >>> q, k, v = np.array([[1.0]]), np.array([[0.0], [np.log(3.0)]]), np.array([[2.0], [6.0]])
+    >>> y, cache = flash_attention_forward(q, k, v, keys=1)
+
+    After the first key m = 0, l = 1 and y = 2. The second one raises m to log 3: l = 1/3 * 1 + 1 = 4/3 and
+    y = 1/3 * 2 + 6 = 20/3. In the end y / l = 5, and logsum = log 3 + log 4/3 = log 4.
+
+    >>> y.round(9).tolist(), np.exp(cache.logsum).round(9).tolist()
+    ([[5.0]], [[4.0]])
+    >>> dq, dk, dv = flash_attention_backward(np.array([[1.0]]), cache)
+    >>> dk.round(9).tolist(), dv.round(9).tolist()        # dscores = [1/4 * (2 - 5), 3/4 * (6 - 5)], times q = 1
+    ([[-0.75], [0.75]], [[0.25], [0.75]])
 """
 
 from dataclasses import dataclass
@@ -69,7 +101,7 @@ class FlashAttentionCache(NamedTuple):
 def flash_attention_forward(q, k, v, *, rate=0.0, rng=None, keys=KEYS):
     """Mix the values by the softmax of the scaled scores, a block of keys at a time.
 
-    Math    y = dropout(softmax(q k^T / sqrt(Dh))) v                                                   (Eq. 6-7)
+    Math    y = dropout(softmax(q @ k^T / sqrt(Dh))) @ v                                               (Eq. 6-7)
     Shapes  q, k, v (..., N, Dh)  ->  y (..., N, Dh)
     Cache   q, k, v, y, the logarithm of each row's sum of exponentials, the seed of the dropout masks
     q, k and v may be strided views as long as their last axis is contiguous.
@@ -83,11 +115,14 @@ def flash_attention_forward(q, k, v, *, rate=0.0, rng=None, keys=KEYS):
     for block in blocks(k.shape[-2], keys):
         weights = matmul(q_scaled, k[..., block, :].swapaxes(-1, -2))  # (..., N, keys), the scores
         raised = xp.maximum(highest, weights.real.max(axis=-1, keepdims=True))  # m'; .real: see `softmax`
+        # weights = exp(scores - m')
         weights -= raised
         xp.exp(weights, out=weights)
+        # l <- exp(m - m') * l + row_sum(weights)
         shrink = xp.exp(highest - raised)
         total *= shrink
         total += row_sum(weights)
+        # y <- exp(m - m') * y + dropout(weights) @ v
         dropped, _ = dropout_forward(weights, rate=rate, rng=generator(seed, block))
         y *= shrink
         y += matmul(dropped, v[..., block, :])
@@ -100,8 +135,9 @@ def flash_attention_forward(q, k, v, *, rate=0.0, rng=None, keys=KEYS):
 def flash_attention_backward(dy, cache):
     """Backward of `flash_attention_forward`.
 
-    Math    per block of keys: attn = exp(q k^T / sqrt(Dh) - logsum);  dv = attn^T dy;
-            dscores = attn (dy v^T - rowsum(dy y));  dq += dscores k / sqrt(Dh);  dk = dscores^T q / sqrt(Dh)
+    Math    for each block of keys: attn = exp(q @ k^T / sqrt(Dh) - logsum);  dv = attn^T @ dy;
+            dscores = attn * (dy @ v^T - row_sum(dy * y));  dq += dscores @ k / sqrt(Dh);
+            dk = dscores^T @ q / sqrt(Dh)
     Shapes  dy (..., N, Dh)  ->  dq, dk, dv (..., N, Dh)
     """
     q, k, v, y, logsum, rate, seed, keys = cache
@@ -109,19 +145,19 @@ def flash_attention_backward(dy, cache):
     dq, dk, dv = xp.zeros(q.shape, dy.dtype), xp.empty(k.shape, dy.dtype), xp.empty(v.shape, dy.dtype)
     scale = q.shape[-1] ** -0.5
     q_scaled = q * scale
-    along = row_sum(dy * y)  # (..., N, 1) = rowsum(dattn attn)
+    along = row_sum(dy * y)  # (..., N, 1) = row_sum(dattn * attn)
     for block in blocks(k.shape[-2], keys):
         attn = attention_block(q_scaled, k[..., block, :], logsum)  # (..., N, keys)
         dropped, dropout_cache = dropout_forward(attn, rate=rate, rng=generator(seed, block))
-        # y = sum over blocks of dropped v
+        # y += dropped @ v, with the map already divided by l
         matmul(dropped.swapaxes(-1, -2), dy, out=dv[..., block, :])
         ddropped = matmul(dy, v[..., block, :].swapaxes(-1, -2))  # (..., N, keys)
         # dropped = dropout(attn)
         dscores = dropout_backward(ddropped, dropout_cache)
-        # attn = softmax(scores)
+        # attn = softmax(scores): dscores = attn * (dattn - row_sum(dattn * attn))
         dscores -= along
         dscores *= attn
-        # scores = q_scaled k^T
+        # scores = q_scaled @ k^T
         dq += matmul(dscores, k[..., block, :])
         matmul(dscores.swapaxes(-1, -2), q_scaled, out=dk[..., block, :])
     # q_scaled = q / sqrt(Dh)

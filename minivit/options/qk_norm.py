@@ -1,17 +1,41 @@
 r"""QK-norm: LayerNorm of each head's queries and keys (Henry et al. 2020, arXiv:2010.04245; as here: Dehghani et al.
 2023, arXiv:2302.05442).
 
-Forward
+Forward, for one head
     Where the scores grow, softmax saturates and training diverges. LayerNorm of each query and each key over its Dh
     entries, with a weight and a bias of their own that all heads share, bounds them:
 
-        SA_i = softmax(LN(q_i) @ LN(k_i)^T / sqrt(Dh)) @ v_i,      |LN(q)| = |LN(k)| = sqrt(Dh) at w = 1, b = 0.
+        qn = LN(q; wq, bq)                         (N, Dh)
+        kn = LN(k; wk, bk)                         (N, Dh)
+        y  = softmax(qn @ kn^T / sqrt(Dh)) @ v     (N, Dh)
 
-    A common factor of the columns of U_qkv that make q_i, or k_i, then changes nothing (but for eps). The bias that
-    never matters is now that of the keys' LayerNorm.
+    At w = 1 and b = 0 the rows of qn and of kn have the length sqrt(Dh) (but for eps), and a product of two rows is at
+    most that of their lengths: no score is larger than Dh / sqrt(Dh) = sqrt(Dh).
 
-Backward
-    The attention's, and then LayerNorm's for queries and for keys; values pass by.
+    A common positive factor of all that makes q, or k (columns of U_qkv and entries of b_qkv), then changes nothing
+    (but for eps). The bias that never matters (see `minivit.layers.msa`) is now bk, that of the keys' LayerNorm: it
+    adds the same number, qn_i @ bk, to a whole row of scores.
+
+Backward, the same lines from the last to the first; dy (N, Dh) is given
+
+        y  = attend(qn, kn, v)     =>   dqn, dkn and dv are the attention's (`minivit.layers.attention`)
+        kn = LN(k; wk, bk)         =>   dk, dwk, dbk are LayerNorm's (`minivit.layers.layernorm`) with dkn for its dy
+        qn = LN(q; wq, bq)         =>   dq, dwq, dbq likewise, with dqn
+
+    All heads, tokens and images share the weights and biases: LayerNorm's sums over rows are sums over all of them.
+
+Example: LayerNorm of two numbers gives -1 and 1, so the scores are 2 / sqrt(2) and -2 / sqrt(2)
+    >>> import numpy as np
+    >>> q, k, v = np.array([[0.0, 2.0]]), np.array([[0.0, 2.0], [2.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> one, zero = np.ones(2), np.zeros(2)
+    >>> y, cache = normed_attention_forward(q, k, v, one, zero, one, zero)
+    >>> y.round(4).tolist()                               # 1 / (1 + exp(-2 * sqrt(2))), and the rest
+    [[0.9442, 0.0558]]
+    >>> normed_attention_forward(100 * q, k, v, one, zero, one, zero)[0].round(4).tolist()
+    [[0.9442, 0.0558]]
+    >>> *_, dwk, dbk = normed_attention_backward(np.array([[1.0, 0.0]]), cache)
+    >>> dwk.round(4).tolist(), bool(abs(dbk).max() < 1e-12)       # longer keys sharpen the choice
+    ([0.0745, 0.0745], True)
 """
 
 from dataclasses import dataclass
@@ -42,7 +66,7 @@ class NormedAttentionCache(NamedTuple):
 def normed_attention_forward(q, k, v, wq, bq, wk, bk, *extra, eps=1e-6, attend=ATTENTION):
     """Attention of normalised queries and keys.
 
-    Math    y = attend(LN(q; wq, bq), LN(k; wk, bk), v)
+    Math    qn = LN(q; wq, bq);  kn = LN(k; wk, bk);  y = attend(qn, kn, v)
     Shapes  q (..., Q, Dh), k, v (..., N, Dh), wq, bq, wk, bk (Dh,)  ->  y (..., Q, Dh)
     Cache   of each step
     """
@@ -56,14 +80,14 @@ def normed_attention_forward(q, k, v, wq, bq, wk, bk, *extra, eps=1e-6, attend=A
 def normed_attention_backward(dy, cache, *, attend=ATTENTION):
     """Backward of `normed_attention_forward`.
 
-    Math    the attention's, then LayerNorm's of q and of k
+    Math    dqn, dkn, dv are the attention's;  dk, dwk, dbk are LayerNorm's for dkn;  dq, dwq, dbq for dqn
     Shapes  dy (..., Q, Dh)  ->  dq (..., Q, Dh), dk, dv (..., N, Dh), dwq, dbq, dwk, dbk (Dh,), *dextra
     """
     # y = attend(qn, kn, v)
     dqn, dkn, dv, *dextra = attend.backward(dy, cache.attention)
-    # kn = LN(k)
+    # kn = LN(k; wk, bk)
     dk, dwk, dbk = layernorm_backward(dkn, cache.k_norm)
-    # qn = LN(q)
+    # qn = LN(q; wq, bq)
     dq, dwq, dbq = layernorm_backward(dqn, cache.q_norm)
     return dq, dk, dv, dwq, dbq, dwk, dbk, *dextra
 
