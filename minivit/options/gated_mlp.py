@@ -4,21 +4,26 @@ Forward
     One linear map makes gate and value side by side, each M numbers; the gate goes through SiLU and multiplies:
 
         hidden  = x @ W1 + b1             (N, 2M)   read as [gate, value]
-        opening = silu(gate)              silu(g) = g * s(g),  s(g) = 1 / (1 + exp(-g))
-        y       = (opening * value) @ W2 + b2       (N, D)
+        opening = silu(gate)              (N, M)    silu(g) = g * s(g),  s(g) = 1 / (1 + exp(-g))
+        p       = opening * value         (N, M)
+        y       = p @ W2 + b2             (N, D)
 
-    With M' = 2/3 M it has as many weights as the plain MLP (whose M is then 3/2 of the gated one's).
+    It has 3 * D * M weights; a plain MLP of M' hidden numbers has 2 * D * M', as many where M' = 3/2 * M.
 
-Backward
-    With p = opening * value, dp = dy @ W2^T, the product hands each factor the other one,
+Backward, the same lines from the last to the first; dy (N, D) is given
 
-        dvalue = dp * opening             dopening = dp * value
+        y = p @ W2 + b2             =>   dp = dy @ W2^T        dW2 = p^T @ dy        db2 = column_sum(dy)
 
-    and the derivative of silu is, by the product rule and s' = s * (1 - s),
+        p = opening * value         =>   dopening = dp * value                dvalue = dp * opening
 
-        silu'(g) = s + g * s * (1 - s)    hence    dgate = dopening * (s + g * s * (1 - s)).
+    s(g) = 1 / (1 + exp(-g)) has the derivative exp(-g) / (1 + exp(-g))^2 = s * (1 - s), since
+    exp(-g) / (1 + exp(-g)) = 1 - s. By the product rule silu'(g) = s + g * s * (1 - s), so
 
-    [dgate, dvalue] is dhidden.
+        opening = silu(gate)        =>   dgate = dopening * (s + gate * s * (1 - s))
+
+        hidden = [gate, value]      =>   dhidden = [dgate, dvalue]
+
+        hidden = x @ W1 + b1        =>   dx = dhidden @ W1^T   dW1 = x^T @ dhidden   db1 = column_sum(dhidden)
 
 Example
     >>> import numpy as np
@@ -78,17 +83,19 @@ def gated_mlp_forward(x, W1, b1, W2, b2):
 def gated_mlp_backward(dy, cache):
     """Backward of `gated_mlp_forward`.
 
-    Math    dvalue = dp * opening;  dgate = dp * value * (s + gate * s * (1 - s)),  dp = dy @ W2^T
+    Math    dp = dy @ W2^T;  dvalue = dp * opening;  dgate = dp * value * (s + gate * s * (1 - s));
+            dW2, db2 and dx, dW1, db1 are those of the linear maps
     Shapes  dy (..., D)  ->  dx (..., D), dW1 (D, 2M), db1 (2M,), dW2 (M, D), db2 (D,)
     """
     gate, value, s = cache.gate, cache.value, cache.s
-    # y = (opening * value) @ W2 + b2
+    # y = p @ W2 + b2
     dp, dW2, db2 = linear_backward(dy, cache.fc2)  # (..., M)
+    # p = opening * value, opening = gate * s
     dvalue = dp * (gate * s)
     dopening = dp * value
-    # opening = gate * s, s = 1 / (1 + exp(-gate))
+    # opening = gate * s, s = 1 / (1 + exp(-gate)), whose derivative is s * (1 - s)
     dgate = dopening * (s + gate * s * (1.0 - s))
-    # [gate, value] = x @ W1 + b1
+    # hidden = x @ W1 + b1, hidden = [gate, value]
     dhidden = array_module(dy).concatenate([dgate, dvalue], axis=-1)  # (..., 2M)
     dx, dW1, db1 = linear_backward(dhidden, cache.fc1)  # (..., D)
     return dx, dW1, db1, dW2, db2

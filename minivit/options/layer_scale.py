@@ -1,17 +1,29 @@
 r"""LayerScale: a learned factor for each entry of a residual branch (Touvron et al. 2021, arXiv:2103.17239).
 
 Forward
-    With f the branch, each of its D entries is multiplied by a number of its own, the same for all tokens:
+    With x = f(z) the result of a branch, each of its D entries is multiplied by a number of its own, the same for all
+    tokens, before it is added:
 
-        z' = z + y,      y_j = gamma_j f_j(z).
+        y_j = x_j * gamma_j
+        z'  = z + y
 
     gamma starts at a small number (0.1 for up to 18 blocks, 1e-5 to 24, 1e-6 beyond), so that each block starts near
     the identity and takes part as far as training wants it to: deep models train that do not otherwise.
 
-Backward
-    y = diag(gamma) x is linear in each of its two factors:
+Backward, for the first line; dy is given
+    y_j is linear in each of its two factors: it changes with x_j at the rate gamma_j, and with gamma_j at the rate x_j.
+    gamma is shared by all rows, so that its gradient is a sum over them:
 
-        dx_j = gamma_j dy_j,      dgamma_j = sum_rows x_j dy_j      (gamma is shared by all rows: a sum over them).
+        dx_j = dy_j * gamma_j                  dgamma_j = sum_rows dy_j * x_j
+
+Example: two tokens of D = 2
+    >>> import numpy as np
+    >>> y, cache = layer_scale_forward(np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([0.5, 0.25]))
+    >>> y.tolist()
+    [[0.5, 0.5], [1.5, 1.0]]
+    >>> dx, dgamma = layer_scale_backward(np.array([[1.0, 1.0], [10.0, 0.0]]), cache)
+    >>> dx.tolist(), dgamma.tolist()                      # dgamma = [1 * 1 + 10 * 3, 1 * 2 + 0 * 4]
+    ([[0.5, 0.25], [5.0, 0.0]], [31.0, 2.0])
 """
 
 from dataclasses import dataclass
@@ -35,7 +47,7 @@ class LayerScaleCache(NamedTuple):
 def layer_scale_forward(x, gamma):
     """Scale each entry of the rows.
 
-    Math    y_j = gamma_j x_j
+    Math    y_j = x_j * gamma_j
     Shapes  x (..., D), gamma (D,)  ->  y (..., D)
     Cache   x, gamma
     Source  arXiv:2103.17239
@@ -47,12 +59,12 @@ def layer_scale_forward(x, gamma):
 def layer_scale_backward(dy, cache):
     """Backward of `layer_scale_forward`.
 
-    Math    dx = gamma dy,  dgamma = sum x dy
+    Math    dx = dy * gamma;  dgamma = sum_rows dy * x
     Shapes  dy (..., D)  ->  dx (..., D), dgamma (D,)
     """
     x, gamma = cache
-    product = (dy * x).reshape(-1, len(gamma))  # (rows, D)
     # y = x * gamma
+    product = (dy * x).reshape(-1, len(gamma))  # (rows, D)
     dgamma = column_sum(product)
     return dy * gamma, dgamma
 

@@ -5,16 +5,40 @@ Forward, of the n patches z_1, ..., z_n after the last block
         y = mean_n LN(z)            pooling "mean"     the average over patches (appendix D.3 of the paper)
         y = LN(mean_n z)            pooling "avg"      the same two the other way round (timm)
         y = pool(LN(z))             pooling "seq"      a learned weighted mean (`minivit.options.sequence_pool`)
-        y = tanh(y @ W + b)         with ``pre_logits``, after any pooling (the paper's head for pre-training)
+        y = tanh(u), u = y @ W + b  with ``pre_logits``, after any pooling (the paper's head for pre-training)
 
-    Mean and LayerNorm do not commute: the norms of the tokens count with "avg", and do not with "mean".
+    Mean and LayerNorm do not commute: with "avg" a token of large numbers counts for more, with "mean" all count alike.
 
-Backward
-        y = mean_n x         =>   dx_i = dy / n for each of the n tokens
-        y = tanh(u)          =>   du = dy * (1 - y^2)
-        x = z[:, first:]     =>   dz = dx in the rows that were read, zero in those before them
+Backward, each line by itself
+
+        y = tanh(u)             =>   du = dy * (1 - y^2)
+
+    since tanh = sinh / cosh has by the quotient rule the derivative (cosh^2 - sinh^2) / cosh^2 = 1 - tanh^2.
+
+        y = 1/n * sum_i x_i     =>   dx_i = dy / n
+
+    Each of the n tokens moves y at the rate 1/n and gets the same gradient.
+
+        x = z[:, first:]        =>   dz = [0; dx],   zero in the rows before ``first``, which were not read
+        x = z[:, 0]             =>   dz = [dx; 0]
 
     The rest is that of LayerNorm and of linear maps.
+
+Example: one image, three tokens of D = 2, of which the last one has large numbers
+    >>> import numpy as np
+    >>> x = np.array([[[0.0, 2.0], [0.0, 2.0], [8.0, 0.0]]])
+    >>> y, cache = mean_forward(x)
+    >>> mean_backward(np.array([[3.0, 6.0]]), cache).tolist()
+    [[[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]]
+
+    LayerNorm of two numbers gives -1 and 1. Before the mean ("mean"), all tokens count alike, two against one; after it
+    ("avg"), the token of large numbers decides:
+
+    >>> normed = layernorm_forward(x, np.ones(2), np.zeros(2))[0]
+    >>> mean_forward(normed)[0].round(4).tolist()
+    [[-0.3333, 0.3333]]
+    >>> layernorm_forward(y, np.ones(2), np.zeros(2))[0].round(4).tolist()
+    [[1.0, -1.0]]
 """
 
 from dataclasses import dataclass
@@ -97,7 +121,7 @@ class MeanCache(NamedTuple):
 def mean_forward(x):
     """The mean of the tokens of each image.
 
-    Math    y = 1/n sum_i x_i
+    Math    y = 1/n * sum_i x_i
     Shapes  x (B, n, D)  ->  y (B, D)
     """
     return x.mean(axis=1), MeanCache(x.shape)
@@ -110,7 +134,7 @@ def mean_backward(dy, cache):
     Math    dx_i = dy / n
     Shapes  dy (B, D)  ->  dx (B, n, D)
     """
-    # y = 1/n sum_i x_i
+    # y = 1/n * sum_i x_i
     dx = array_module(dy).empty(cache.shape, dy.dtype)
     dx[...] = dy[:, None] / cache.shape[1]
     return dx
@@ -139,7 +163,7 @@ def tanh_backward(dy, cache):
     Math    dx = dy * (1 - y^2)
     Shapes  dy (...)  ->  dx (...)
     """
-    # y = tanh(x)
+    # y = tanh(x), whose derivative is 1 - y^2
     return dy * (1.0 - cache.y * cache.y)
 
 
