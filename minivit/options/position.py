@@ -1,14 +1,29 @@
 r"""A position embedding that is added to the tokens before a block (appendix D.4 of the ViT paper).
 
 Forward
-    `patch_embed` adds E_pos once, to what enters the first block. The paper also tried to add one at the beginning of
-    each block, its own or the same for all of them; registers, which have no position, are left out:
+    `minivit.layers.patch_embed` adds E_pos once, to what enters the first block. The paper also tried to add one at the
+    beginning of each block, its own or the same for all of them. With e_i for its rows, one for each token, every image
+    b of the batch gets the same ones:
 
-        z' = z + [e_class; 0; ...; 0; e_1; ...; e_N],      a row of zeros for each register.
+        z'_bi = z_bi + e_i          and z'_bi = z_bi for a register i, which has no position
 
-Backward
-    E_pos is broadcast over the batch, hence its gradient is a sum over it; z' = z + ... passes dz on unchanged. Where
-    several blocks share one embedding its gradient is the sum of theirs, which the model adds up.
+Backward, dz' is given
+    A sum hands its gradient to both of its terms. z passes it on unchanged; e_i was added in every image, hence its
+    gradient is a sum over them:
+
+        dz_bi = dz'_bi              de_i = sum_b dz'_bi
+
+    Where several blocks share one embedding, its gradient is the sum of theirs, which the model adds up.
+
+Example: two images of a class token, a register and a patch, D = 1
+    >>> import numpy as np
+    >>> z, E_pos = np.array([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]]), np.array([[[10.0], [20.0]]])
+    >>> y, cache = position_forward(z, E_pos, at=1, registers=1)
+    >>> y[..., 0].tolist()
+    [[11.0, 2.0, 23.0], [14.0, 5.0, 26.0]]
+    >>> dz, dE_pos = position_backward(z, cache)
+    >>> dE_pos[..., 0].tolist()                           # 1 + 4, 3 + 6
+    [[5.0, 9.0]]
 """
 
 from typing import NamedTuple
@@ -45,7 +60,7 @@ def position_forward(z, pos_embed, *, at, registers):
 def position_backward(dz, cache):
     """Backward of `position_forward`.
 
-    Math    dE_pos = sum_B dz, without the rows of the registers
+    Math    dz = dz';  dE_pos = sum_b dz'_b, without the rows of the registers
     Shapes  dz (B, N, D)  ->  dz (B, N, D), itself, dpos_embed (1, N - registers, D)
     """
     # z' = z + E_pos, the embedding broadcast over the batch

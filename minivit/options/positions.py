@@ -13,6 +13,25 @@ r"""Where a token is: other position embeddings than the paper's learned table (
     shared       added to the input of every block, to all the same; its gradient is the sum of theirs
 
 In every case Eq. 1 adds a table: where nothing is added, it is zero and nothing learns it.
+
+Sines and cosines
+    The token in row r and column c gets, for D/4 frequencies w_i from 1 down to 1/10000,
+
+        e_rc = [sin(c * w), cos(c * w), sin(r * w), cos(r * w)]
+
+    Nothing of it is learned, so that it has no backward. Why sines and cosines: by
+    cos(a - b) = cos(a) * cos(b) + sin(a) * sin(b) the product of two tokens' embeddings
+
+        e_rc @ e_r'c'^T = sum_i cos((c - c') * w_i) + sum_i cos((r - r') * w_i)
+
+    depends on how far apart they are, and not on where they are.
+
+Example: a grid of 2 x 2 tokens, D = 4, so that there is one frequency, 1
+    >>> table = sincos2d(2, 4)[0]
+    >>> table.round(4).tolist()
+    [[0.0, 1.0, 0.0, 1.0], [0.8415, 0.5403, 0.0, 1.0], [0.0, 1.0, 0.8415, 0.5403], [0.8415, 0.5403, 0.8415, 0.5403]]
+    >>> (table @ table[0]).round(4).tolist()              # 2, 1 + cos(1) for both neighbours, 2 * cos(1)
+    [2.0, 1.5403, 1.5403, 1.0806]
 """
 
 from dataclasses import dataclass
@@ -37,7 +56,7 @@ def sincos2d(grid_size, width, *, prefix_tokens=0, temperature=10000.0):
     """The fixed two-dimensional sine-cosine position embedding.
 
     Math    for the token in row r and column c, and D/4 frequencies w_i = temperature^(-i / (D/4 - 1)):
-            [sin(c w), cos(c w), sin(r w), cos(r w)]; prefix tokens (the class token) get zeros
+            [sin(c * w), cos(c * w), sin(r * w), cos(r * w)]; prefix tokens (the class token) get zeros
     Shapes  ->  (1, prefix_tokens + grid_size^2, width), float64
     Source  Beyer, Zhai & Kolesnikov 2022, arXiv:2205.01580.
     Raises  ValueError: width is not a multiple of 4.

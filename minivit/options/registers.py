@@ -1,18 +1,29 @@
 r"""Registers: learned tokens that stand for no part of the image (Darcet et al. 2023, arXiv:2309.16588).
 
 Forward
-    Trained transformers use tokens of dull patches as scratch paper, which spoils their features. R tokens of their
-    own, the same for every image and with no position, are put behind the class token (or, without one, in front):
+    Trained transformers store numbers of their own in the tokens of patches that show little, such as plain background,
+    which spoils the features of these patches. R tokens, the same for every image and with no position, are given to
+    them for it. They are put behind the class token (or, without one, in front):
 
-        z_0 = [x_class; r_1; ...; r_R; x_p^1; ...; x_p^N],      each patch and x_class with its position already.
+        z_0 = [x_class; r_1; ...; r_R; x_p^1; ...; x_p^N],      each patch and x_class with its position already
 
-    They ask and answer in every block like the others; the head reads none of them.
+    They have queries, keys and values in every block like the others; the head reads none of them.
 
-Backward
-    Each row of the result is a row of z or a register, so that gradients move back to where the rows came from. The
-    registers were broadcast over the batch, hence their gradient is a sum over it:
+Backward, dz_0 is given
+    Each row of the result is a row of z or a register, so that its gradient goes back to where the row came from. Every
+    image has the same registers, hence their gradient is a sum over the images b:
 
-        dz = [dz_0 without the rows of the registers],      dr = sum_B (dz_0 in these rows).
+        dz = [dz_0 without the rows of the registers]           dr_i = sum_b (dz_0 in the row of r_i)
+
+Example: two images of a class token and a patch, D = 1; one register
+    >>> import numpy as np
+    >>> z, register = np.array([[[1.0], [2.0]], [[3.0], [4.0]]]), np.array([[[9.0]]])
+    >>> y, cache = registers_forward(z, register, at=1)
+    >>> y[..., 0].tolist()
+    [[1.0, 9.0, 2.0], [3.0, 9.0, 4.0]]
+    >>> dz, dregister = registers_backward(np.array([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]]), cache)
+    >>> dz[..., 0].tolist(), dregister.tolist()           # 2 + 5
+    ([[1.0, 3.0], [4.0, 6.0]], [[[7.0]]])
 """
 
 from dataclasses import dataclass
@@ -52,11 +63,11 @@ def registers_forward(z, reg_token, *, at):
 def registers_backward(dz, cache):
     """Backward of `registers_forward`.
 
-    Math    dreg_token = sum_B dz[:, at : at + R];  dz the other rows
+    Math    dreg_token = sum_b dz'_b in the rows at, ..., at + R - 1;  dz = dz' in the other rows
     Shapes  dz (B, N + R, D)  ->  dz (B, N, D), dreg_token (1, R, D)
     """
     at, end = cache.at, cache.at + cache.count
-    # z = concatenate([z[:, :at], registers, z[:, at:]]), the registers broadcast over the batch
+    # z' = concatenate([z[:, :at], registers, z[:, at:]]), the registers broadcast over the batch
     dreg_token = dz[:, at:end].sum(axis=0, keepdims=True)  # (1, R, D)
     dz = array_module(dz).concatenate([dz[:, :at], dz[:, end:]], axis=1)  # (B, N, D)
     return dz, dreg_token
