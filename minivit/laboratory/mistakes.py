@@ -157,7 +157,7 @@ MISTAKES = (
         'dy @ W.T',
         'dy @ abs(W).T',
         'the input gradient goes back through |W|',
-        'what does dx = dy W^T say of signs?',
+        'what does dx = dy @ W^T say of signs?',
     ),
     _layernorm(
         'layernorm-dropped-mean',
@@ -193,7 +193,7 @@ MISTAKES = (
         'dxhat = dy * w  #',
         'dxhat = dy * 1.0  #',
         'dy is not multiplied by w on its way to xhat',
-        'y = xhat w + b: what is dxhat?',
+        'y = xhat * w + b: what is dxhat?',
     ),
     _layernorm(
         'layernorm-weight-order',
@@ -230,7 +230,7 @@ MISTAKES = (
     ),
     _layer_scale(
         "layer-scale-of-the-scaled", "(dy * x).reshape", "(dy * gamma * x).reshape",
-        "gamma's gradient is made of the scaled branch", "y = gamma x: what multiplies gamma?",
+        "gamma's gradient is made of the scaled branch", "y = x * gamma: what multiplies gamma?",
     ),
     _layer_scale(
         "layer-scale-not-undone", "return dy * gamma, dgamma", "return dy * 1.0, dgamma",
@@ -277,7 +277,7 @@ MISTAKES = (
         'gelu-erf-no-density',
         '(phi + x * density)',
         '(phi + 0.0 * density)',
-        'the term x phi(x) is missing: Phi is treated as a constant',
+        'the term x * density(x) is missing: Phi is treated as a constant',
         'does Phi(x) depend on x?',
     ),
     _softmax(
@@ -345,14 +345,14 @@ MISTAKES = (
         'attention-dk-transpose',
         'transpose(dscores) @ q',
         'dscores @ q',
-        'dk = dscores q: the transpose is missing',
+        'dk = dscores @ q: the transpose is missing',
         'which index of dscores counts keys?',
     ),
     _attention(
         'attention-dv-transpose',
         'transpose(attn) @ dy',
         'attn @ dy',
-        'dv = attn dy: the transpose is missing',
+        'dv = attn @ dy: the transpose is missing',
         'which index of attn counts keys?',
     ),
     _attention(
@@ -360,7 +360,7 @@ MISTAKES = (
         'dscores @ k * q',
         'dscores @ q * q',
         'dq is built from q instead of k',
-        'scores = q k^T: what multiplies dscores?',
+        'scores = q @ k^T: what multiplies dscores?',
     ),
     _attention(
         'attention-no-softmax',
@@ -608,7 +608,7 @@ MISTAKES = (
     ),
     _sequence_pool(
         "sequence-pool-mean", "attn.swapaxes(1, 2), dy", "(0 * attn + 1 / attn.shape[2]).swapaxes(1, 2), dy",
-        "each token's share of the gradient is 1/N instead of its weight", "y = attn x: what is each token's weight?",
+        "each token's share of the gradient is 1/N instead of its weight", "y = attn @ x: what is each token's weight?",
     ),
     _mean(
         'head-mean-factor',
@@ -675,8 +675,8 @@ MISTAKES = (
         "the variance term is averaged over each channel alone", "over what was the variance taken?",
     ),
     _groupnorm(
-        "groupnorm-no-weight", "dxhat = dy * w", "dxhat = dy * 1.0",
-        "dy is not multiplied by w on its way to xhat", "y = xhat w + b: what is dxhat?",
+        "groupnorm-no-weight", "dxhat = dy * w  #", "dxhat = dy * 1.0  #",
+        "dy is not multiplied by w on its way to xhat", "y = xhat * w + b: what is dxhat?",
     ),
     _relu(
         "relu-of-the-gradient", "(cache.y.real > 0)", "(dy.real > 0)",

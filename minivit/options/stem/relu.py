@@ -1,15 +1,23 @@
 r"""The rectifier (Nair & Hinton 2010).
 
-Forward
-        y = x where x > 0, else 0
+Forward, entry by entry, with [x > 0] = 1 where x > 0 and 0 elsewhere
+        y = x * [x > 0]
 
-Backward
+Backward, entry by entry; dy is given
     The slope is 1 where x > 0 and 0 where x < 0. At x = 0 there is none; 0 is taken, as PyTorch and JAX do. y is
     positive exactly where x is, so that y, which the next layer keeps anyway, tells the slope:
 
-        dx = dy [y > 0].
+        dx = dy * [x > 0] = dy * [y > 0]
 
     Complex numbers (the complex step of `minivit.laboratory.gradcheck`) are told apart by their real parts.
+
+Example
+    >>> import numpy as np
+    >>> y, cache = relu_forward(np.array([-2.0, 0.0, 3.0]))
+    >>> y.tolist() == [0.0, 0.0, 3.0]
+    True
+    >>> relu_backward(np.array([10.0, 10.0, 10.0]), cache).tolist()
+    [0.0, 0.0, 10.0]
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +35,7 @@ class ReLUCache(NamedTuple):
 def relu_forward(x):
     """Set the negative entries to zero.
 
-    Math    y = x [x > 0]
+    Math    y = x * [x > 0]
     Shapes  x (...)  ->  y (...)
     Cache   y
     """
@@ -39,8 +47,8 @@ def relu_forward(x):
 def relu_backward(dy, cache):
     """Backward of `relu_forward`.
 
-    Math    dx = dy [y > 0]
+    Math    dx = dy * [y > 0]
     Shapes  dy (...)  ->  dx (...)
     """
-    # y = x [x > 0]
+    # y = x * [x > 0]
     return dy * (cache.y.real > 0)

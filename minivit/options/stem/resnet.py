@@ -3,16 +3,16 @@ r"""The ResNet that the hybrid models cut their patches from (ViT paper, Section
 Forward
     Every convolution has its kernel standardised and is followed by GroupNorm:
 
-        conv(x) = GN(x * WS(kernel))                              * is the convolution of `minivit.options.stem.conv2d`
+        conv(x) = GN(conv2d(x, WS(kernel)))
 
     root         y = max_pool(relu(conv_7x7/2(images)))           a quarter of the height, ``width`` channels
-    bottleneck   y = relu(shortcut(x) + f(x)),   f = conv3_1x1 . relu . conv2_3x3/stride . relu . conv1_1x1
+    bottleneck   y = relu(shortcut(x) + f(x)),   f(x) = conv3_1x1(relu(conv2_3x3/stride(relu(conv1_1x1(x)))))
     stage        bottlenecks in a row
 
-    f narrows the map to ``width`` channels, looks around, and widens it to four times as many. The shortcut is x where
-    shapes allow (the identity), else conv_1x1/stride ("downsample"), in the first unit of each stage. The first stage
-    keeps the size of the map; each later one halves height and width and doubles the channels. conv2 has the stride,
-    not conv1.
+    f narrows the map to ``width`` channels (in the first stage), looks around, and widens it to four times as many. The
+    shortcut is x where shapes allow (the identity), else conv_1x1/stride ("downsample"), in the first unit of each
+    stage. The first stage keeps the size of the map; each later one halves height and width and doubles the channels.
+    conv2 has the stride, not conv1.
 
     The scale of the last GroupNorm in f starts from zero, so that at first a unit passes on its shortcut.
 
@@ -22,14 +22,35 @@ Forward
     3,4,6,3   256 ... 2048   L/32
     2,2,2,2   256 ... 2048   S/32
 
-Backward
-    conv: GroupNorm's backward, the convolution's, and for its kernel that of the standardisation. bottleneck: a sum
-    hands its gradient to both terms, so with s = shortcut(x) + f(x)
+Backward, each line from its last step to its first; dy is given
 
-        ds = relu' dy,      dx = J_shortcut^T ds + J_f^T ds.
+        y = GN(u)                       =>   du, dw, db are GroupNorm's
+        u = conv2d(x, standard)         =>   dx and dstandard are the convolution's
+        standard = WS(kernel)           =>   dkernel is that of the standardisation
+
+    bottleneck: relu passes on what is positive. A sum hands its gradient to both of its terms, and x enters both:
+
+        y = relu(s)                     =>   ds = dy * [y > 0]
+        s = shortcut(x) + f(x)          =>   dx = J_shortcut^T @ ds + J_f^T @ ds
+
+    The product with the transposed Jacobian of f is the backward of its five steps, from conv3 to conv1; that of the
+    identity is ds itself.
 
 This file is glue, as `minivit.layers.block` is: root, bottleneck, stage and resnet take parameters by timm's names from
 a mapping, and *add* each gradient into a mapping of the same names.
+
+Example: one pixel, and f = 0 because the scale of its last GroupNorm is 0: the unit is relu of its shortcut
+    >>> import numpy as np
+    >>> params = {name: np.ones((1, 1, 2, 2)) for name in ("conv1.weight", "conv2.weight", "conv3.weight")}
+    >>> params |= {name: np.zeros(2) for names in (CONV1, CONV2, CONV3) for name in names[1:]}
+    >>> y, cache = bottleneck_forward(np.array([[[[3.0, -4.0]]]]), params, groups=1)
+    >>> (y == [3, 0]).all().item()
+    True
+    >>> grads = {name: np.zeros_like(value) for name, value in params.items()}
+    >>> bottleneck_backward(np.ones((1, 1, 1, 2)), cache, grads).tolist()
+    [[[[1.0, 0.0]]]]
+    >>> output_of(64, (3, 4, 9))                          # the map has 1/16 of the image's height and 1,024 channels
+    (16, 1024)
 """
 
 from typing import NamedTuple
@@ -134,7 +155,7 @@ class ConvNormCache(NamedTuple):
 def conv_norm_forward(x, kernel, w, b, *, stride=1, groups=32):
     """A convolution with a standardised kernel, and GroupNorm.
 
-    Math    y = GN(x * WS(kernel))
+    Math    y = GN(conv2d(x, WS(kernel)); w, b)
     Shapes  x (B, H, W, I), kernel (kh, kw, I, O), w (O,), b (O,)  ->  y (B, ceil(H / stride), ceil(W / stride), O)
     Cache   of each step
     """
@@ -148,11 +169,14 @@ def conv_norm_forward(x, kernel, w, b, *, stride=1, groups=32):
 def conv_norm_backward(dy, cache, *, need_dx=True):
     """Backward of `conv_norm_forward`.
 
-    Math    dy through GN, then to x and to WS(kernel), and on to the kernel
+    Math    du, dw, db are those of GN;  dx, dstandard those of conv2d;  dkernel that of WS
     Shapes  dy (B, H', W', O)  ->  dx (B, H, W, I) or None, dkernel (kh, kw, I, O), dw (O,), db (O,)
     """
+    # y = GN(u; w, b)
     dy, dw, db = groupnorm_backward(dy, cache.norm)
+    # u = conv2d(x, standard)
     dx, dkernel = conv2d_backward(dy, cache.conv, need_dx=need_dx)
+    # standard = WS(kernel)
     dkernel = weight_standardization_backward(dkernel, cache.standardization)
     return dx, dkernel, dw, db
 
@@ -237,16 +261,17 @@ def bottleneck_forward(x, params, *, stride=1, groups=32):
 def bottleneck_backward(dy, cache, grads):
     """Backward of `bottleneck_forward`: the parameters' gradients are added into ``grads``.
 
-    Math    ds = relu' dy;  dx = J_shortcut^T ds + J_f^T ds
+    Math    ds = dy * [y > 0];  dx = J_shortcut^T @ ds + J_f^T @ ds
     Shapes  dy (B, H', W', O)  ->  dx (B, H, W, I)
     """
-    # y = relu(shortcut(x) + conv3(...))
+    # y = relu(s)
     ds = relu_backward(dy, cache.relu3)
+    # s = shortcut(x) + f(x)
     dshortcut = ds
     if cache.downsample is not None:
         dshortcut, *ddownsample = conv_norm_backward(ds, cache.downsample)
         _add(grads, DOWNSAMPLE, ddownsample)
-    # conv3(relu(conv2(relu(conv1(x)))))
+    # f(x) = conv3(relu(conv2(relu(conv1(x)))))
     dx, *dconv3 = conv_norm_backward(ds, cache.conv3)
     _add(grads, CONV3, dconv3)
     dx = relu_backward(dx, cache.relu2)
