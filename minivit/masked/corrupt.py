@@ -7,14 +7,24 @@ Forward
 
         y_i = e_{s_i}
 
-    As a matrix, y = S [e; e_mask] with S_ij = 1 for j = s_i and 0 elsewhere: one 1 in each row.
+    As a matrix product, y = S @ [e; e_mask] with S_ij = 1 for j = s_i and 0 elsewhere: one 1 in each row.
 
-Backward
-    The map is linear, hence [de; de_mask] = S^T dy: a column of S says where an embedding is shown, and its gradient is
-    the sum over these places,
+Backward, dy is given
+    Of a product it is [de; de_mask] = S^T @ dy (see `minivit.layers.linear`): a column of S says where an embedding is
+    shown, and its gradient is the sum over these places,
 
-        de_j    = sum_{i: s_i = j} dy_i      (itself, unless corrupted, and every place that copied it; perhaps none)
+        de_j    = sum_{i: s_i = j} dy_i      itself, unless corrupted, and every place that copied it; perhaps none
         de_mask = sum_{i: s_i = N} dy_i      summed over the images too: they share it
+
+Example: one image of two patches, D = 1; place 0 is masked, place 1 shows patch 0
+    >>> import numpy as np
+    >>> e, mask, source = np.array([[[1.0], [2.0]]]), np.array([[[9.0]]]), np.array([[2, 0]])
+    >>> y, cache = corrupt_forward(e, mask, source)
+    >>> y.tolist()
+    [[[9.0], [1.0]]]
+    >>> de, dmask = corrupt_backward(np.array([[[10.0], [20.0]]]), cache)
+    >>> de.tolist(), dmask.tolist()                       # patch 1 is shown nowhere
+    ([[[20.0], [0.0]]], [[[10.0]]])
 """
 
 from typing import Any, NamedTuple
@@ -48,12 +58,12 @@ def corrupt_forward(e, mask_token, source):
 def corrupt_backward(dy, cache):
     """Backward of `corrupt_forward`.
 
-    Math    [de; de_mask] = S^T dy, S_ij = [j = s_i];  dmask_token = sum_B de_mask
+    Math    [de; de_mask] = S^T @ dy, S_ij = [j = s_i];  dmask_token = sum_b de_mask
     Shapes  dy (B, N, D)  ->  de (B, N, D), dmask_token (1, 1, D)
     """
     xp = array_module(dy)
     N = dy.shape[1]
-    # y = S [e; mask]: a product, because several places may add to one patch
+    # y = S @ [e; mask]: a product, because several places may add to one patch
     S = (cache.source[:, :, None] == xp.arange(N + 1)).astype(dy.dtype)  # (B, N, N + 1)
     dshown = matmul(S.swapaxes(1, 2), dy)  # (B, N + 1, D)
     # shown = [e; mask], the mask broadcast over the batch

@@ -5,13 +5,22 @@ Forward
 
         y_bi = z_{b, k_bi}
 
-    A masked autoencoder's encoder sees a quarter of the patches so (He et al. 2021, arXiv:2111.06377). Attention does
-    not know of an order: what tells a token's place was added to it before.
+    The encoder of a masked autoencoder sees a quarter of the patches in this way (He et al. 2021, arXiv:2111.06377).
+    Attention does not know of an order: what tells a token's place was added to it before.
 
-Backward
-    Every row goes back to where it came from (a scatter); what was not taken reached nothing:
+Backward, dy is given
+    Every row goes back to where it came from (a scatter). Since no token was taken twice, no two rows meet; what was
+    not taken reached nothing:
 
         dz_{b, k_bi} = dy_bi,      zero elsewhere
+
+Example: of three tokens the last and the first, D = 1
+    >>> import numpy as np
+    >>> y, cache = gather_forward(np.array([[[1.0], [2.0], [3.0]]]), np.array([[2, 0]]))
+    >>> y.tolist()
+    [[[3.0], [1.0]]]
+    >>> gather_backward(np.array([[[10.0], [20.0]]]), cache).tolist()
+    [[[20.0], [0.0], [10.0]]]
 """
 
 from typing import Any, NamedTuple
@@ -48,6 +57,6 @@ def gather_backward(dy, cache):
     xp = array_module(dy)
     B, _, D = dy.shape
     dz = xp.zeros((B, cache.count, D), dy.dtype)
-    # y = z[rows, index]
+    # y = z[rows, index], that is y_bi = z_{b, k_bi}
     dz[xp.arange(B)[:, None], cache.index] = dy
     return dz

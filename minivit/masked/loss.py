@@ -44,8 +44,10 @@ def patch_loss(prediction, targets, num_classes=0, *, denominator=None):
 def patch_loss_gradient(dloss, cache):
     """Backward of `patch_loss`.
 
+    Math    that of softmax cross-entropy, or of the squared error
     Shapes  dloss ()  ->  dprediction (B, n, outputs)
     """
+    # loss = softmax_cross_entropy(prediction.reshape(-1, num_classes)), or squared_error(prediction.reshape(B * n, -1))
     squared = hasattr(cache.loss, "difference")
     dy = (squared_error_backward if squared else softmax_cross_entropy_backward)(dloss, cache.loss)
     return dy.reshape(cache.shape)

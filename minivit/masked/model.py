@@ -10,13 +10,15 @@ Masked patch prediction, ``method="mpp"`` (Dosovitskiy et al. 2020, section 4.6 
         pixels       all of its pixels, by regression with the squared error
 
     The paper does not say from which image the random other patch comes. Here it is the same one: then images do
-    not depend on which others are in their batch. Half means half: round(ratio N) patches of every image.
+    not depend on which others are in their batch. Half means half: round(ratio * N) patches of every image.
 
 Masked autoencoder, ``method="mae"`` (He et al. 2021, arXiv:2111.06377)
     Three quarters of the patches are left out, and the encoder sees the others alone. A small decoder of the same
     blocks gets what the encoder made of them, a learned mask token for each place left out, and sine-cosine positions:
 
-        u = LN(z_L) W_enter + b;    decoder([mask, ..., mask; u] + E_pos);    pixels = LN(.) W_pred + b
+        u      = LN(z_L) @ W_enter + b_enter
+        z      = decoder([mask; ...; mask; u] + E_pos)
+        pixels = LN(z) @ W_pred + b_pred
 
     The squared error of the pixels counts at the masked patches alone. With target "normalised" a patch's pixels have
     their mean taken off and are divided by their standard deviation, sqrt(var + 1e-6), var with n - 1 as in the

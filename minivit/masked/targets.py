@@ -29,7 +29,7 @@ def draw_plan(config, masked, count, rng):
 def colour_classes(colours):
     """Colours as classes: 3 bits per channel, the first channel the highest.
 
-    Math    sum_c floor(v_c / 32) 8^(C - 1 - c)
+    Math    sum_c floor(v_c / 32) * 8^(C - 1 - c)
     Shapes  colours (..., C) from 0 to 255  ->  (...,) int64
     """
     xp = array_module(colours)
@@ -53,7 +53,7 @@ def patch_targets(images, config, masked, dtype=np.float32):
     """What is to be predicted of every patch.
 
     Shapes  images (B, H, W, C) uint8, or floats scaled to -1..1  ->  (B, N) classes, (B, N, 16) classes with target
-            "downsized", or (B, N, P P C) numbers for regression
+            "downsized", or (B, N, P * P * C) numbers for regression
     """
     P, C = config.patch_size, config.channels
     x = pixels(images, dtype)
@@ -83,7 +83,7 @@ def shown(images, plan, config, masked):
 
     Shapes  images (B, H, W, C) uint8, plan (B, 2, N), on the host  ->  (B, H, W, C) uint8
     """
-    patches = patchify(images, config.patch_size)  # (B, N, P P C)
+    patches = patchify(images, config.patch_size)  # (B, N, P * P * C)
     grey = np.full_like(patches[:, :1], 127)
     source = plan[:, 1].copy()
     if masked.method == "mae":
@@ -102,7 +102,7 @@ def painted(images, plan, values, config, masked):
     """
     P, C, n = config.patch_size, config.channels, predicted_count(config, masked)
     chosen = plan[:, 0, :n, None]
-    patches = patchify(images, P)  # (B, N, P P C)
+    patches = patchify(images, P)  # (B, N, P * P * C)
     B = len(images)
     if K := classes(config, masked):
         labels = values if values.dtype.kind == "i" else values.reshape(B, n, -1, K).argmax(axis=-1)
