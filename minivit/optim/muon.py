@@ -2,22 +2,26 @@ r"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum whose
 
 For each matrix (n, k) of the blocks; everything else (embedding, head, biases, norms) is AdamW's:
 
-    m     <- mu m + g
-    G     <- g + mu m                            Nesterov's momentum: the step after this one, foreseen
-    G = U @ S @ V^T                              the singular value decomposition, of which S is left out:
-    theta <- theta - eta (0.2 sqrt(max(n, k)) U @ V^T + lambda mask * theta)
+    m     <- mu * m + g
+    G     <- g + mu * m                          Nesterov's momentum: the step after this one, foreseen
+    G      = U @ S @ V^T                         the singular value decomposition, of which S is left out:
+    theta <- theta - eta * (0.2 * sqrt(max(n, k)) * U @ V^T + lambda * mask * theta)
 
 Gradients of a matrix are nearly of low rank: a few directions hold nearly all of their length. With all singular
-values at 1, rare directions are learned as quickly as frequent ones. The factor 0.2 sqrt(max(n, k)) makes an entry move
-about as far as under AdamW, so that both can share a learning rate (Liu et al. 2025, arXiv:2502.16982).
+values at 1, rare directions are learned as quickly as frequent ones. The factor 0.2 * sqrt(max(n, k)) makes an entry
+move about as far as under AdamW, so that both can share a learning rate (Liu et al. 2025, arXiv:2502.16982).
 
 U @ V^T without the decomposition (Newton and Schulz): for X = U @ S @ V^T
 
-    A = X @ X^T = U @ S @ V^T @ V @ S @ U^T = U @ S^2 @ U^T,           since V^T @ V = 1,
-    a X + (b A + c A @ A) @ X = U @ (a S + b S^3 + c S^5) @ V^T,       since U^T @ U = 1
+    A         = X @ X^T = U @ S @ V^T @ V @ S @ U^T = U @ S^2 @ U^T,        since V^T @ V = 1,
+    A @ X     = U @ S^2 @ U^T @ U @ S @ V^T = U @ S^3 @ V^T,              since U^T @ U = 1,
+    A @ A @ X = U @ S^2 @ U^T @ U @ S^3 @ V^T = U @ S^5 @ V^T,    hence
 
-Products of matrices apply the polynomial p(s) = a s + b s^3 + c s^5 to each singular value s and leave U and V alone.
-After a division by the matrix's length, all singular values lie in [0, 1]; p, applied five times, takes them near 1:
+    a * X + (b * A + c * A @ A) @ X = U @ (a * S + b * S^3 + c * S^5) @ V^T
+
+Products of matrices apply the polynomial p(s) = a * s + b * s^3 + c * s^5 to each singular value s and leave U and V
+alone. After a division by the matrix's length, all singular values lie in [0, 1]; p, applied five times, takes them
+near 1:
 
     0.01 -> 0.034 -> 0.118 -> 0.400 -> 1.093 -> 0.699
     0.5  -> 1.189 -> 0.896 -> 0.824 -> 0.938 -> 0.765
@@ -26,6 +30,17 @@ That is near enough. Small values grow by the factor a at each step; a polynomia
 one.
 
 The letters are explained in `minivit.optim.optimizer`.
+
+Example: a matrix that stretches by 3 and by 4; its singular values become p(p(p(p(p(3/5))))) and p(p(p(p(p(4/5)))))
+    >>> import numpy as np
+    >>> orthogonalise(np.array([[0.0, 3.0], [4.0, 0.0]])).round(2).tolist()
+    [[0.0, 0.72], [1.12, 0.0]]
+    >>> a, b, c = NEWTON_SCHULZ
+    >>> s = np.array([3.0, 4.0]) / 5
+    >>> for _ in range(NEWTON_SCHULZ_STEPS):
+    ...     s = a * s + b * s**3 + c * s**5
+    >>> s.round(2).tolist()
+    [0.72, 1.12]
 """
 
 from __future__ import annotations
@@ -46,7 +61,7 @@ NEWTON_SCHULZ_STEPS = 5
 def orthogonalise(matrices):
     """The nearest matrices with orthonormal rows or columns, roughly: U @ V^T where M = U @ S @ V^T.
 
-    Math    X = M / |M|;  five times  A = X @ X^T,  X <- a X + (b A + c A @ A) @ X
+    Math    X = M / |M|;  five times  A = X @ X^T,  X <- a * X + (b * A + c * A @ A) @ X
     Shapes  (..., n, k)  ->  (..., n, k), with singular values between about 0.7 and 1.2
     """
     xp = array_module(matrices)
@@ -58,11 +73,11 @@ def orthogonalise(matrices):
     for _ in range(NEWTON_SCHULZ_STEPS):
         # A = X @ X^T
         gram = x @ x.swapaxes(-1, -2)
-        # b A + c A @ A
+        # b * A + c * A @ A
         polynomial = gram @ gram
         polynomial *= c
         polynomial += b * gram
-        # X <- a X + (b A + c A @ A) @ X
+        # X <- a * X + (b * A + c * A @ A) @ X
         x = a * x + polynomial @ x
     return x.swapaxes(-1, -2) if tall else x
 
@@ -154,14 +169,14 @@ class Muon(AdamW):
             return vector[blocks].reshape(self.depth, -1)[rows, columns]
 
         theta, g, m = of(flat), of(grad), of(self.state["m"])
-        # m <- mu m + g
+        # m <- mu * m + g
         m *= self.momentum
         m += g
-        # G <- g + mu m
+        # G <- g + mu * m
         G = (g + self.momentum * m).reshape(-1, n, count, k).swapaxes(1, 2)  # (blocks, count, n, k)
         # U @ V^T, where G = U @ S @ V^T
         change = orthogonalise(G).swapaxes(1, 2).reshape(theta.shape)
-        # theta <- theta - eta (0.2 sqrt(max(n, k)) U @ V^T + lambda mask * theta)
+        # theta <- theta - eta * (0.2 * sqrt(max(n, k)) * U @ V^T + lambda * mask * theta)
         rate = lr if self.scale is None else lr * of(self.scale)
         if self.weight_decay:
             theta -= rate * self.weight_decay * (of(self.decay_mask) * theta)

@@ -3,16 +3,22 @@ r"""Learning rates over a run.
 Of ``total`` steps, counted from 0, the first ``warmup`` rise, so that the optimiser's averages settle before the rate
 is high:
 
-    lr (step + 1) / (warmup + 1)
+    lr * (step + 1) / (warmup + 1)
 
 After them, with p = (step - warmup) / (total - warmup) in [0, 1) as the share of the rest that is done:
 
     constant     lr
-    linear       lr + (final - lr) p
-    cosine       final + (lr - final) (1 + cos(pi p)) / 2           (Loshchilov & Hutter 2016, arXiv:1608.03983)
+    linear       lr + (final - lr) * p
+    cosine       final + (lr - final) * (1 + cos(pi * p)) / 2       (Loshchilov & Hutter 2016, arXiv:1608.03983)
     trapezoid    lr, and over the last ``cooldown`` of all steps linear to final
 
-Example: a cosine from lr = 1 to final = 0 is 1 at p = 0, 0.854 at 1/4, 0.5 at 1/2, and 0.146 at 3/4.
+Example: four steps, without a warm-up and with one of a step
+    >>> [round(learning_rate(step, 4, lr=1.0), 3) for step in range(4)]      # p = 0, 1/4, 1/2, 3/4
+    [1.0, 0.854, 0.5, 0.146]
+    >>> [round(learning_rate(step, 4, lr=1.0, schedule="linear"), 3) for step in range(4)]
+    [1.0, 0.75, 0.5, 0.25]
+    >>> [round(learning_rate(step, 4, lr=1.0, warmup_steps=1), 3) for step in range(4)]
+    [0.5, 1.0, 0.75, 0.25]
 """
 
 from __future__ import annotations
