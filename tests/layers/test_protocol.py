@@ -2,13 +2,14 @@
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import minivit
-from minivit import layers, options
+from minivit import layers, masked, optim, options
 from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import LAYERS
 
@@ -108,12 +109,15 @@ def test_every_layer_file_has_a_case():
     assert files <= {name.partition("-")[0] for name in CASES}
 
 
-EXAMPLES = sorted(
-    path
-    for package in (layers, options)
-    for path in Path(package.__file__).parent.rglob("*.py")
-    if ">>>" in path.read_text("utf-8")
-)
+FOLDERS = [Path(package.__file__).parent for package in (layers, options, masked, optim)]
+SOURCES = sorted(path for folder in FOLDERS for path in folder.rglob("*.py"))
+EXAMPLES = [path for path in SOURCES if ">>>" in path.read_text("utf-8")]
+
+
+def test_every_file_with_a_derivation_has_a_worked_example():
+    backward = re.compile(r"^def [a-z]\w*_backward\(", re.MULTILINE)
+    derived = [path for path in SOURCES if backward.search(path.read_text("utf-8"))]
+    assert len(derived) > 30 and not set(derived) - set(EXAMPLES)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
