@@ -1,6 +1,6 @@
 // The hot steps of a Vision Transformer as CUDA kernels, each headed by the equation it computes.
 //
-// Arrays are row-major. A "row" is one token of one picture: rows = B N. Nothing is summed with atomics: every
+// Arrays are row-major. A "row" is one token of one image: rows = B N. Nothing is summed with atomics: every
 // sum has a fixed order, so the same inputs give the same bits. Sums over rows (gradients of biases and of LayerNorm's
 // parameters) are made in two steps: each block writes the sums over its own rows, `add_partials` adds those up.
 //
@@ -12,7 +12,7 @@
 // Activations are stored as `real`: float, or with BF16 defined bfloat16, the upper half of a float. Arithmetic is
 // always that of float; parameters, their gradients, the residual stream z and its gradient dz are always stored so.
 //
-// "path" is stochastic depth's factor of each picture, m / (1 - rate), or null where nothing is dropped. As
+// "path" is stochastic depth's factor of each image, m / (1 - rate), or null where nothing is dropped. As
 // path (g W + b) = (path g) W + path b, it scales the input of a branch's last product, which can then add its
 // result straight onto the residual stream.
 
@@ -311,7 +311,7 @@ extern "C" __global__ void bias_gelu_backward(const real* __restrict__ h, const 
 }
 
 // Softmax of each row of n scores, rows `stride` apart, one warp per row; p may be the scores. Stochastic depth's factor, constant over the
-// `group` rows of a picture, is put in here: path (p v) = (path p) v.
+// `group` rows of an image, is put in here: path (p v) = (path p) v.
 //     p = path exp(s - max s) / sum exp(s - max s)
 extern "C" __global__ void softmax_forward(const float* scores, real* p, const float* __restrict__ path, int rows, int n,
                                            int stride, int group) {
@@ -364,7 +364,7 @@ extern "C" __global__ void cross_entropy_forward(const float* __restrict__ x, co
   if (lane == 0) weight[row] = w, loss[row] = w * logf(sum) - dot;
 }
 
-// Its backward: dx = factor (w p - t), with factor the loss's gradient over the number of pictures.
+// Its backward: dx = factor (w p - t), with factor the loss's gradient over the number of images.
 extern "C" __global__ void cross_entropy_backward(const float* __restrict__ p, const float* __restrict__ t,
                                                   const float* __restrict__ weight, float* __restrict__ dx,
                                                   float factor, int size, int K) {
@@ -409,16 +409,16 @@ extern "C" __global__ void matrix_addresses(size_t a, size_t b, size_t c, int a0
                                             int heads, int count, size_t* __restrict__ out) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
-  const size_t picture = i / heads, head = i % heads;
-  out[i] = a + picture * a0 + head * a1;
-  out[count + i] = b + picture * b0 + head * b1;
-  out[2 * (size_t)count + i] = c + picture * c0 + head * c1;
+  const size_t image = i / heads, head = i % heads;
+  out[i] = a + image * a0 + head * a1;
+  out[count + i] = b + image * b0 + head * b1;
+  out[2 * (size_t)count + i] = c + image * c0 + head * c1;
 }
 
 __device__ __forceinline__ float scaled(float pixel) { return pixel; }
 __device__ __forceinline__ float scaled(unsigned char pixel) { return ((float)pixel - 127.5f) / 127.5f; }
 
-// Patches of pictures, with rows of zeros for the class token so that products over all tokens can be taken; bytes are
+// Patches of images, with rows of zeros for the class token so that products over all tokens can be taken; bytes are
 // scaled to (x - 127.5) / 127.5.
 //     images (B, H, W, C)  ->  patches (B, prefix + H/P W/P, P P C), entries in the order (row, column, channel)
 template <typename Pixel>
@@ -427,9 +427,9 @@ __device__ __forceinline__ void cut_patches(const Pixel* __restrict__ images, re
   const int width = P * P * C, tokens = prefix + (H / P) * (W / P);
   const size_t size = (size_t)B * tokens * width;
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < size; i += (size_t)gridDim.x * blockDim.x) {
-    const int e = i % width, token = i / width % tokens - prefix, picture = i / width / tokens;
+    const int e = i % width, token = i / width % tokens - prefix, image = i / width / tokens;
     const int y = token / (W / P) * P + e / (P * C), x = token % (W / P) * P + e / C % P;
-    store1(patches, i, token < 0 ? 0.f : scaled(images[(((size_t)picture * H + y) * W + x) * C + e % C]));
+    store1(patches, i, token < 0 ? 0.f : scaled(images[(((size_t)image * H + y) * W + x) * C + e % C]));
   }
 }
 
@@ -498,7 +498,7 @@ extern "C" __global__ void adam(float* __restrict__ theta, const float* __restri
   }
 }
 
-// Training pictures of a batch, gathered from the whole set in uint8, moved by a random crop and mirrored:
+// Training images of a batch, gathered from the whole set in uint8, moved by a random crop and mirrored:
 //     out[b, y, x] = images[index_b, y + down_b - padding, x' + right_b - padding],  x' = mirrored_b ? W - 1 - x : x
 // where what lies outside is 0.
 extern "C" __global__ void crop_flip(const unsigned char* __restrict__ images, const int* __restrict__ index,
@@ -518,7 +518,7 @@ extern "C" __global__ void crop_flip(const unsigned char* __restrict__ images, c
 #endif  // ROWS
 
 #if defined(TOKENS) && !defined(TENSOR)
-// Attention of one head of one picture, in one block: everything between the products with U_qkv and U_msa stays in
+// Attention of one head of one image, in one block: everything between the products with U_qkv and U_msa stays in
 // shared memory. qkv (B, N, 3, h, Dh) is the product without its bias.
 //     q, k, v = qkv + bqkv;   p = softmax(q k^T / sqrt(Dh));   y = path p v
 // Threads own tiles of 4 x 4 results; operands lie in rows padded by four, so that neighbouring rows are in other banks.
@@ -631,8 +631,8 @@ extern "C" __global__ void attention_forward(const real* __restrict__ qkv, const
                                              const float* __restrict__ path, real* __restrict__ y, int heads) {
   extern __shared__ float shared[];
   float *q = shared, *k = q + PADDED * ROW, *v = k + PADDED * ROW, *s = v + PADDED * ROW;
-  const int picture = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD;
-  const real* x = qkv + (size_t)picture * TOKENS * 3 * D + head * HEAD;
+  const int image = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD;
+  const real* x = qkv + (size_t)image * TOKENS * 3 * D + head * HEAD;
   const float* b = bias + head * HEAD;
   load_head(x, b, 1.f, 3 * D, q);
   load_head(x + D, b + D, 1.f, 3 * D, k);
@@ -642,7 +642,7 @@ extern "C" __global__ void attention_forward(const real* __restrict__ qkv, const
   __syncthreads();
   softmax_rows(s);
   __syncthreads();
-  scores_times_rows(s, v, path ? path[picture] : 1.f, y + (size_t)picture * TOKENS * D + head * HEAD, D);
+  scores_times_rows(s, v, path ? path[image] : 1.f, y + (size_t)image * TOKENS * D + head * HEAD, D);
 }
 
 // Backward of the whole of it; p is made again from q and k.
@@ -653,13 +653,13 @@ extern "C" __global__ void attention_backward(const real* __restrict__ qkv, cons
   extern __shared__ float shared[];
   float *q = shared, *k = q + PADDED * ROW, *v = k + PADDED * ROW, *d = v + PADDED * ROW, *p = d + PADDED * ROW,
         *ds = p + PADDED * KEYS;
-  const int picture = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD, lane = threadIdx.x % 32;
-  const size_t at = (size_t)picture * TOKENS * 3 * D + head * HEAD;
+  const int image = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD, lane = threadIdx.x % 32;
+  const size_t at = (size_t)image * TOKENS * 3 * D + head * HEAD;
   const float* b = bias + head * HEAD;
   load_head(qkv + at, b, 1.f, 3 * D, q);
   load_head(qkv + at + D, b + D, 1.f, 3 * D, k);
   load_head(qkv + at + 2 * D, b + 2 * D, 1.f, 3 * D, v);
-  load_head(dy + (size_t)picture * TOKENS * D + head * HEAD, nullptr, path ? path[picture] : 1.f, D, d);
+  load_head(dy + (size_t)image * TOKENS * D + head * HEAD, nullptr, path ? path[image] : 1.f, D, d);
   __syncthreads();
   rows_times_rows(q, k, rsqrtf((float)HEAD), p);
   rows_times_rows(d, v, 1.f, ds);  // dp
@@ -680,7 +680,7 @@ extern "C" __global__ void attention_backward(const real* __restrict__ qkv, cons
 #endif  // TOKENS without TENSOR
 
 #ifdef TENSOR
-// Attention of one head of one picture, in one block, on tensor cores. A warp multiplies tiles
+// Attention of one head of one image, in one block, on tensor cores. A warp multiplies tiles
 //     c (16 x 8) += a (16 x 8) b (8 x 8)
 // that its lanes hold together: with g = lane / 4 and t = lane % 4, a lane has a[g][t], a[g + 8][t], a[g][t + 4],
 // a[g + 8][t + 4]; b[t][g], b[t + 4][g]; c[g][2t], c[g][2t + 1], c[g + 8][2t], c[g + 8][2t + 1].
@@ -787,8 +787,8 @@ attention_forward(const real* __restrict__ qkv, const float* __restrict__ bias, 
                   real* __restrict__ y, float* __restrict__ logsum, int heads) {
   extern __shared__ float shared[];
   float *k = shared, *v = k + ROWS16 * STRIDE;
-  const int picture = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD;
-  const real* x = qkv + (size_t)picture * TOKENS * 3 * D + head * HEAD;
+  const int image = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD;
+  const real* x = qkv + (size_t)image * TOKENS * 3 * D + head * HEAD;
   const float* b = bias + head * HEAD;
   load_rows(k, x + D, b + D, 1.f, 3 * D);
   load_rows(v, x + 2 * D, b + 2 * D, 1.f, 3 * D);
@@ -852,9 +852,9 @@ attention_forward(const real* __restrict__ qkv, const float* __restrict__ bias, 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int i = i0 + g + 8 * r;
-    const float sum = quad_sum(l[r]), factor = (path ? path[picture] : 1.f) / sum;
+    const float sum = quad_sum(l[r]), factor = (path ? path[image] : 1.f) / sum;
     if (i >= TOKENS) continue;
-    real* out = y + ((size_t)picture * TOKENS + i) * D + head * HEAD;
+    real* out = y + ((size_t)image * TOKENS + i) * D + head * HEAD;
 #pragma unroll
     for (int d = 0; d < DTILES; ++d) store2(out, 4 * d + t, factor * o[d][2 * r], factor * o[d][2 * r + 1]);
     if (t == 0) logsum[(size_t)blockIdx.x * TOKENS + i] = m[r] + log2f(sum);
@@ -873,16 +873,16 @@ attention_backward(const real* __restrict__ qkv, const float* __restrict__ bias,
   extern __shared__ float shared[];
   constexpr int SIZE = ROWS16 * STRIDE;
   float *q = shared, *k = q + SIZE, *v = k + SIZE, *d_y = v + SIZE, *delta = d_y + SIZE, *log_sum = delta + ROWS16;
-  const int picture = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD;
+  const int image = blockIdx.x / heads, head = blockIdx.x % heads, D = heads * HEAD;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const size_t packed = (size_t)picture * TOKENS * 3 * D + head * HEAD;
-  const size_t plain = (size_t)picture * TOKENS * D + head * HEAD;
+  const size_t packed = (size_t)image * TOKENS * 3 * D + head * HEAD;
+  const size_t plain = (size_t)image * TOKENS * D + head * HEAD;
   const float* b = bias + head * HEAD;
   const float scale = rsqrtf((float)HEAD);
   load_rows(q, qkv + packed, b, 1.f, 3 * D);
   load_rows(k, qkv + packed + D, b + D, 1.f, 3 * D);
   load_rows(v, qkv + packed + 2 * D, b + 2 * D, 1.f, 3 * D);
-  load_rows(d_y, dy + plain, nullptr, path ? path[picture] : 1.f, D, y + plain, delta);
+  load_rows(d_y, dy + plain, nullptr, path ? path[image] : 1.f, D, y + plain, delta);
   for (int i = threadIdx.x; i < ROWS16; i += THREADS)
     log_sum[i] = i < TOKENS ? logsum[(size_t)blockIdx.x * TOKENS + i] : -LOWEST;  // p = 0
   __syncthreads();
