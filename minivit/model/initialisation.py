@@ -33,7 +33,7 @@ from minivit.model.inside import feature_map
 
 INITS = ("official", "mimetic")
 QUERY_KEY, VALUE_PROJECTION = (0.7, 0.7), (0.4, -0.4)  # of the noise and of the identity
-WHITENING_PICTURES = 2048
+WHITENING_IMAGES = 2048
 WHITENING_PART = 1 << 23  # numbers of as many images as are taken at a time: 64 MB
 WHITENING_EPS = 1e-2  # of the mean eigenvalue: directions of less variance than that are not blown up further
 
@@ -86,7 +86,7 @@ def whitening_rows(labels, classes):
 
     Where images come class by class, as those of folders do, as many evenly spaced ones.
     """
-    n = min(len(labels), WHITENING_PICTURES)
+    n = min(len(labels), WHITENING_IMAGES)
     by_class = 0 < np.count_nonzero(np.diff(labels)) < classes
     return np.arange(n) * len(labels) // n if by_class else np.arange(n)
 

@@ -89,7 +89,7 @@ def test_the_moments_of_parts_are_those_of_the_whole():
 W_AND_B = {"patch_embed.proj.weight", "patch_embed.proj.bias"}
 
 
-def test_pictures_are_taken_a_part_at_a_time(monkeypatch):
+def test_images_are_taken_a_part_at_a_time(monkeypatch):
     """Of a size that depends on theirs; a part and the whole give the same patch embedding."""
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
     made, seen, real = [], [], initialisation.pixels
@@ -109,8 +109,8 @@ def test_pictures_are_taken_a_part_at_a_time(monkeypatch):
     assert 2048 * 32 * 32 * 3 < 1 << 23  # CIFAR's are taken together
 
 
-def test_pictures_that_come_class_by_class_are_whitened_as_if_they_were_shuffled(monkeypatch):
-    monkeypatch.setattr(initialisation, "WHITENING_PICTURES", 100)
+def test_images_that_come_class_by_class_are_whitened_as_if_they_were_shuffled(monkeypatch):
+    monkeypatch.setattr(initialisation, "WHITENING_IMAGES", 100)
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(10), 60)
     images = (10 * labels[:, None, None, None] + rng.integers(0, 120, (600, 8, 8, 3))).astype(np.uint8)
@@ -127,7 +127,7 @@ def test_pictures_that_come_class_by_class_are_whitened_as_if_they_were_shuffled
     np.testing.assert_allclose(by_class, shuffled, rtol=0.25)
 
 
-def test_which_pictures_are_whitened():
+def test_which_images_are_whitened():
     """The first ones, unless classes follow one another in any order."""
     rows, labels = initialisation.whitening_rows, np.repeat([3, 0, 2, 1], 1500)
     np.testing.assert_array_equal(rows(labels, 4), np.arange(2048) * 6000 // 2048)
