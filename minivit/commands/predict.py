@@ -180,7 +180,7 @@ def main(argv=None):
         figures.save_attention(
             figure, for_display(image), attention, probabilities, names, title=title, truth=truth, what=what
         )
-        result = {"picture": name, "figure": str(figure)} | ({} if truth is None else {"truth": names[truth]})
+        result = {"image": name, "figure": str(figure)} | ({} if truth is None else {"truth": names[truth]})
         result["top"] = [{"name": names[k], "probability": float(probabilities[k])} for k in order]
         results.append(result)
         top = "  ".join(f"{names[k]} {probabilities[k]:.1%}" for k in order)

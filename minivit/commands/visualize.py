@@ -148,7 +148,7 @@ def draw_curvature(arguments):
     report = {
         "checkpoint": str(path),
         "settings": dataclasses.asdict(settings),
-        "pictures": len(images),
+        "images": len(images),
         "records": records,
         "ends_at_checkpoint": same,
         "at_end": spectrum_facts(spectrum) | {"products": spectrum.products},

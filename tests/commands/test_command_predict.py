@@ -18,7 +18,7 @@ DATA = load("digits")
 
 
 def probabilities(run, image):
-    """Of the picture alone, in the form that the script writes: all classes, the likeliest first."""
+    """Of the image alone, in the form that the script writes: all classes, the likeliest first."""
     p = softmax_forward(checkpoint.load_model(run / LAST)[0].predict(image[None]))[0][0]
     return [{"name": str(k), "probability": float(p[k])} for k in np.argsort(-p, kind="stable")]
 
@@ -29,13 +29,13 @@ def predictions(call, run, out, *arguments):
     assert ended.status == 0 and ended.err == "", ended.err
     facts = json.loads((out / "p.json").read_text())["predictions"]
     for each in facts:
-        assert Path(each["figure"]).read_bytes().startswith(b"\x89PNG") and f"{each['picture']}" in ended.out
+        assert Path(each["figure"]).read_bytes().startswith(b"\x89PNG") and f"{each['image']}" in ended.out
     return facts
 
 
 def test_images_of_the_test_set(trained, tmp_path, call):
     facts = predictions(call, trained, tmp_path, "--test", 0, 359)
-    assert [each["picture"] for each in facts] == ["test-0", "test-359"]
+    assert [each["image"] for each in facts] == ["test-0", "test-359"]
     for each, index in zip(facts, (0, 359), strict=True):
         assert_same_guesses(each["top"], probabilities(trained, DATA.test_images[index])[:5])
         assert each["truth"] == str(DATA.test_labels[index])
