@@ -45,7 +45,7 @@ def close_calls(logits, within=1e-4):
 def assert_same_guesses(found, expected, rtol=1e-5):
     """Two ``"top"`` of scripts/predict.py name the same classes with the same probabilities, but for rounding.
 
-    A picture's logits differ in their last bits where it stands in another row of a batch, or in another batch.
+    An image's logits differ in their last bits where it stands in another row of a batch, or in another batch.
     Two classes that are as likely as each other may change places; one may be the last that is named, or the next.
     """
     found, expected = ({top["name"]: top["probability"] for top in each} for each in (found, expected))

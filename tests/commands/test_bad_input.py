@@ -37,7 +37,7 @@ def place(trained, tmp_path_factory):
     png = (run / "curves.png").read_bytes()
     inside = last.index(b"head.weight.npy") + 250  # of the array: nobody reads a few bytes between arrays
     files = {
-        "empty.npz": b"", "cut.npz": last[: len(last) // 2], "text.npz": b"hello\n", "picture.npz": png,
+        "empty.npz": b"", "cut.npz": last[: len(last) // 2], "text.npz": b"hello\n", "image.npz": png,
         "flipped.npz": last[:inside] + bytes([last[inside] ^ 8]) + last[inside + 1 :],
         "cut.png": png[:2000], "empty.png": b"", "text.png": b"hello", "eps.png": b"%!PS-Adobe-3.0 EPSF-3.0\n",
         "cut.npy": b"\x93NUMPY\x01\x00v\x00{'descr'", "text.npy": b"hello", "zip.npy": last,
@@ -83,9 +83,9 @@ def place(trained, tmp_path_factory):
     }.items():  # fmt: skip
         np.save(folder / f"{name}-array.npy", array, allow_pickle=True)
     for split in ("train", "test"):
-        (folder / "pictures" / split / "cat").mkdir(parents=True)
-    (folder / "pictures/train/cat/1.png").write_bytes(png[:2000])
-    (folder / "pictures/test/cat/1.png").write_bytes(png)
+        (folder / "images" / split / "cat").mkdir(parents=True)
+    (folder / "images/train/cat/1.png").write_bytes(png[:2000])
+    (folder / "images/test/cat/1.png").write_bytes(png)
     records = np.zeros((5, 3073), np.uint8)
     for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
         for root, label in (("cifar", 0), ("badlabels", 11)):
@@ -133,7 +133,7 @@ CASES = {
             "cut.npz": "cut.npz is not a minivit checkpoint",
             "flipped.npz": "flipped.npz is not a minivit checkpoint",
             "text.npz": "not a minivit checkpoint",
-            "picture.npz": "not a minivit checkpoint",
+            "image.npz": "not a minivit checkpoint",
             "bomb.npz": "not a minivit checkpoint, or it is truncated or altered (it is compressed)",
             "good-array.npy": "not a minivit checkpoint",
             "nan.npz": "ema/head.bias holds values that are not finite numbers",
@@ -187,9 +187,9 @@ CASES = {
         }.items()
     },
     # predict
-    "predict: no picture": ("predict run/last.npz", "no image is named; name files, or --test 0"),
+    "predict: no image": ("predict run/last.npz", "no image is named; name files, or --test 0"),
     "predict: nothing": ("predict", "the following arguments are required: CHECKPOINT"),
-    "predict: no such picture": ("predict run/last.npz cat.png", "there is no image cat.png"),
+    "predict: no such image": ("predict run/last.npz cat.png", "there is no image cat.png"),
     "predict: folder": ("predict run/last.npz run", "run is a folder; name the images in it"),
     "predict: index": ("predict run/last.npz --test 360", "there is no test image 360; digits has 0 to 359"),
     "predict: negative": ("predict run/last.npz --test -1", "there is no test image -1"),
@@ -301,9 +301,9 @@ CASES = {
     "train: cut data": ("train --data cifar10 --data-dir cutcifar --quiet --out new", "cifar-10-batches-bin"),
     "train: labels": ("train --data cifar10 --data-dir badlabels --quiet --out new", "label"),
     "train: unknown data": ("train --data mnist", "invalid choice: 'mnist'"),
-    "train: broken picture": ("train --data folder --data-dir pictures --out new", "1.png cannot be read as an image"),
-    "train: no pictures": ("train --data folder --data-dir run --out new", "there is no folder run/train"),
-    "train: picture size": ("train --data folder --data-dir pictures --image-size 99999 --out new", "out of range"),
+    "train: broken image": ("train --data folder --data-dir images --out new", "1.png cannot be read as an image"),
+    "train: no images": ("train --data folder --data-dir run --out new", "there is no folder run/train"),
+    "train: image size": ("train --data folder --data-dir images --image-size 99999 --out new", "out of range"),
     # train: the folder
     "train: used": (TRAIN.replace("new", "run"), "run already holds a run's last.npz; go on with --resume, or choose"),
     "train: used, told before the data are read": (

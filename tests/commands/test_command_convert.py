@@ -168,5 +168,5 @@ def test_predict_and_evaluate_take_them(call, digits, tmp_path, no_figures):
     fails(call("evaluate", digits, "--data", "digits"), "other classes .* class 0, class 1, .*--class-names FILE")
     ended = call("predict", tmp_path / "c.npz", "--test", 0, "--data", "digits", "--out", tmp_path / "o")
     assert ended.status == 0 and "test-0: truly 5" in ended.out
-    ended = call("visualize", "journey", tmp_path / "c.npz", "--data", "digits", "--picture", 360)
+    ended = call("visualize", "journey", tmp_path / "c.npz", "--data", "digits", "--image", 360)
     fails(ended, "there is no test image 360; digits has 0 to 359")

@@ -17,7 +17,7 @@ DATA = load("digits")
 
 
 def features(model):
-    """Of all pictures, in the script's cuts: a penalty is chosen by counts of guesses, which a rounding may decide."""
+    """Of all images, in the script's cuts: a penalty is chosen by counts of guesses, which a rounding may decide."""
     found = [predict_all(model, images, workers=1, features=True) for images in (DATA.train_images, DATA.test_images)]
     np.testing.assert_allclose(found[1], model.features(DATA.test_images), rtol=1e-4, atol=1e-5)
     return found

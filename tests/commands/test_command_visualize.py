@@ -16,7 +16,7 @@ from minivit.training.folder import METRICS, SETTINGS, read_metrics
 
 def test_curvature_of_a_run(call, trained, tmp_path):
     ended = call(
-        "visualize", "curvature", trained / "last.npz", "--every", 2, "--pictures", 16, "--points", 5, "--out", tmp_path
+        "visualize", "curvature", trained / "last.npz", "--every", 2, "--images", 16, "--points", 5, "--out", tmp_path
     )
     assert ended.status == 0, ended.err
     assert (tmp_path / "curvature.png").read_bytes()[:4] == b"\x89PNG"
@@ -41,7 +41,7 @@ def undrawn(monkeypatch):
 
 
 def test_another_optimizer(call, trained, tmp_path, undrawn):
-    few = ["--pictures", 8, "--points", 2, "--epochs", 1, "--out", tmp_path, "--json", tmp_path / "x.json"]
+    few = ["--images", 8, "--points", 2, "--epochs", 1, "--out", tmp_path, "--json", tmp_path / "x.json"]
     ended = call("visualize", "curvature", trained / "last.npz", "--optimizer", "sgd", "--lr", 0.1, *few)
     assert ended.status == 0, ended.err
     report = json.loads((tmp_path / "x.json").read_text())
@@ -53,7 +53,7 @@ def test_another_optimizer(call, trained, tmp_path, undrawn):
 
 
 def test_an_eigenvalue_that_is_not_found_is_marked(call, trained, tmp_path, undrawn):
-    few = ["--pictures", 8, "--points", 2, "--epochs", 1, "--steps", 2, "--out", tmp_path]
+    few = ["--images", 8, "--points", 2, "--epochs", 1, "--steps", 2, "--out", tmp_path]
     more = call("visualize", "curvature", trained / "last.npz", *few, "--count", 3)
     assert more.status == 0 and "of the 3 eigenvalues asked for only 2 were found: --steps 2 products" in more.out
     ended = call("visualize", "curvature", trained / "last.npz", *few)
@@ -65,8 +65,11 @@ def test_an_eigenvalue_that_is_not_found_is_marked(call, trained, tmp_path, undr
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--every", 0], ["--pictures", 0], ["--count", -1], ["--optimizer", "lbfgs"], ["--lr", -1], ["--epochs", "x"]],
-)
+    [
+        ["--every", 0], ["--images", 0], ["--pictures", 0], ["--count", -1], ["--optimizer", "lbfgs"], ["--lr", -1],
+        ["--epochs", "x"],
+    ],
+)  # fmt: skip
 def test_bad_settings(call, trained, tmp_path, arguments):
     ended = call("visualize", "curvature", trained / "last.npz", "--out", tmp_path, *arguments)
     assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1

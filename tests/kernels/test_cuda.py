@@ -656,9 +656,9 @@ def test_augmentation_is_the_plain_one(xp):
         found = list(
             batches(xp.asarray(images), xp.asarray(labels), order, 16, seed=1, epoch=2, prefetch=0, **settings)
         )
-        for (i, pictures, classes), (j, *others) in zip(found, expected, strict=True):
+        for (i, shown, classes), (j, *others) in zip(found, expected, strict=True):
             assert i == j
-            np.testing.assert_array_equal(to_host(pictures), others[0])
+            np.testing.assert_array_equal(to_host(shown), others[0])
             np.testing.assert_array_equal(to_host(classes), others[1])
 
 

@@ -627,9 +627,9 @@ def test_curvature_is_the_same_on_a_device(cupy):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_pictures_of_a_run_are_drawn_on_a_device(cupy, trained, tmp_path, call, monkeypatch):
+def test_images_of_a_run_are_drawn_on_a_device(cupy, trained, tmp_path, call, monkeypatch):
     monkeypatch.setattr(film, "save_film", lambda path, found, progress: path.write_bytes(b""))
-    few = ["--pictures", 4, "--points", 2, "--epochs", 1, "--count", 1, "--steps", 2]
+    few = ["--images", 4, "--points", 2, "--epochs", 1, "--count", 1, "--steps", 2]
     for arguments in (["journey", trained / "last.npz"], ["curvature", trained / "last.npz", *few]):
         launches.clear()
         with cuda.using(Emulator()), plain():

@@ -32,7 +32,7 @@ def test_nothing_happens_without_a_generator_or_at_rate_zero(forward):
     assert dropout_backward(x, cache) is x
 
 
-def test_drop_path_drops_whole_pictures():
+def test_drop_path_drops_whole_images():
     x = np.random.default_rng(0).standard_normal((400, 3, 2))
     y, cache = drop_path_forward(x, rate=0.5, rng=np.random.default_rng(1))
     dropped = (y == 0).all(axis=(1, 2))

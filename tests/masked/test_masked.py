@@ -44,7 +44,7 @@ CASES = {
 
 
 def problem(config, masked, *, count=3, seed=0):
-    """A model in float64 away from its initial zeros, pictures and their plan."""
+    """A model in float64 away from its initial zeros, images and their plan."""
     rng = np.random.default_rng(seed)
     model = MaskedViT(config, masked, seed=seed, dtype=np.float64)
     model.flat += 0.3 * rng.standard_normal(model.flat.shape)
@@ -158,7 +158,7 @@ def hand_made():
     return image
 
 
-def test_targets_of_a_picture_made_by_hand():
+def test_targets_of_an_image_made_by_hand():
     config = ViTConfig(image_size=8, patch_size=4)
     image = hand_made()
     found = patch_targets(image, config, MPP)
@@ -203,7 +203,7 @@ def test_only_masked_patches_count_and_none_of_them_is_seen(name):
     assert not np.array_equal(model.targets(under, plan), model.targets(images, plan))
 
 
-def test_pictures_of_what_is_seen_and_predicted():
+def test_images_of_what_is_seen_and_predicted():
     config, image = ViTConfig(image_size=8, patch_size=4), hand_made()
     plan = np.array([[[1, 0, 2, 3], [2, 4, 2, 3]]])  # patches 1 and 0: masked, and exchanged for patch 2
     seen = shown(image, plan, config, MPP)
@@ -379,7 +379,7 @@ def test_a_right_guess_is_counted():
     assert halves[1] == 4
 
 
-def test_pictures_of_another_shape_are_refused():
+def test_images_of_another_shape_are_refused():
     model, images, plan = problem(TINY, MPP)
     with pytest.raises(InputError, match=r"takes images of shape \(B, 6, 6, 3\), got \(3, 4, 6, 3\)"):
         model.forward(images[:, :4], plan)

@@ -94,7 +94,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, task):
     assert losses[0] == losses[1] and len(losses[0]) == 8 + 2
 
 
-def test_masks_depend_neither_on_threads_nor_on_micro_batches_nor_on_the_other_pictures(tmp_path):
+def test_masks_depend_neither_on_threads_nor_on_micro_batches_nor_on_the_other_images(tmp_path):
     config = replace(HARD, epochs=1, accumulate=1)
     model = replace(MODEL, dropout=0.0, drop_path=0.0)
     losses = []
@@ -220,7 +220,7 @@ def test_runs_of_another_kind_are_not_gone_on_with(tmp_path):
         load_masked(tmp_path / "classes" / LAST)
 
 
-def test_rows_of_pictures():
+def test_rows_of_images():
     for task, rows in (("mpp", 4), ("mae", 3), ("mpp-pixels", 3)):
         model = MaskedViT(MODEL, TASKS[task])
         found = reconstructions(model, FEW.test_images[:5], plan_of_test(MODEL, TASKS[task], 5))

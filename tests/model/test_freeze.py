@@ -32,7 +32,7 @@ from minivit.weights.start import Start
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 DIGITS = load("digits")
-# 60 pictures in batches of 8, two batches a step: 8 batches, 4 steps an epoch, the last of both smaller than the others
+# 60 images in batches of 8, two batches a step: 8 batches, 4 steps an epoch, the last of both smaller than the others
 FEW = DIGITS._replace(
     train_images=DIGITS.train_images[:60], train_labels=DIGITS.train_labels[:60],
     test_images=DIGITS.test_images[:20], test_labels=DIGITS.test_labels[:20],

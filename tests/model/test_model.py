@@ -614,7 +614,7 @@ def test_without_positions_patches_are_a_set():
     assert not np.allclose(with_positions.predict(shuffled), with_positions.predict(images), rtol=1e-3)
 
 
-def test_a_batch_is_its_pictures():
+def test_a_batch_is_its_images():
     model = random_model()
     images, labels = batch(model, count=5)
     loss, flat, _ = gradient(model, images, labels)
@@ -656,7 +656,7 @@ def test_float32_stays_float32():
         (np.zeros((2, 4, 4, 3), bool), "images are bool; give them as uint8"),
     ],
 )
-def test_pictures_that_do_not_fit_are_refused(images, message):
+def test_images_that_do_not_fit_are_refused(images, message):
     with pytest.raises(InputError, match=message):
         random_model().forward(images)
 
@@ -672,7 +672,7 @@ def test_the_model_wraps_a_buffer_without_copying():
 
 @pytest.mark.parametrize(("pooling", "attention"), [("cls", "full"), ("mean", "full"), ("mean", "axial")])
 @pytest.mark.parametrize(("pos_embed", "pos_at"), [("sincos2d", "input"), ("sincos2d", "shared"), ("none", "input")])
-def test_the_model_of_pictures_of_half_the_size(pooling, attention, pos_embed, pos_at):
+def test_the_model_of_images_of_half_the_size(pooling, attention, pos_embed, pos_at):
     config = ViTConfig(image_size=16, patch_size=4, width=12, depth=2, num_heads=3, mlp_dim=20, pooling=pooling,
                        pos_embed=pos_embed, pos_at=pos_at, attention=attention)  # fmt: skip
     model = ViT(config, dtype=np.float64)

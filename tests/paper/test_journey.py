@@ -143,7 +143,7 @@ def test_the_script(call, trained, tmp_path, monkeypatch):
     assert "test image 7 of " in ended.out and sorted(p.name for p in (tmp_path / "new").iterdir()) == [
         "journey.gif", "journey.png"
     ]  # fmt: skip
-    for wrong in (["--picture", 360], ["--picture", -1], ["--data-dir", tmp_path, "--weights", "no"]):
+    for wrong in (["--image", 360], ["--picture", -1], ["--data-dir", tmp_path, "--weights", "no"]):
         ended = call("visualize", "journey", trained / "last.npz", *wrong, "--out", tmp_path / "bad")
         assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1
         assert not (tmp_path / "bad").exists()

@@ -158,6 +158,6 @@ def test_transformers_takes_what_is_written(tmp_path, changes):
     assert model.config.id2label[4] == "e"
     with torch.no_grad():
         close(logits, model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).logits.numpy())
-    picture = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-    given = np.asarray(ViTImageProcessor.from_pretrained(path)(picture, return_tensors="np")["pixel_values"])
-    np.testing.assert_allclose(given[0].transpose(1, 2, 0), (picture - 127.5) / 127.5, atol=1e-6)
+    image = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    given = np.asarray(ViTImageProcessor.from_pretrained(path)(image, return_tensors="np")["pixel_values"])
+    np.testing.assert_allclose(given[0].transpose(1, 2, 0), (image - 127.5) / 127.5, atol=1e-6)

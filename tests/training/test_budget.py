@@ -122,8 +122,8 @@ def test_the_most_epochs_that_fit_are_found_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [250, 200, 70])
-def test_few_pictures_are_taken_for_several_epochs(monkeypatch, count):
-    """Batches of 100, the smaller last one of 250 pictures left out; of 70 they are smaller; one test, of a picture."""
+def test_few_images_are_taken_for_several_epochs(monkeypatch, count):
+    """Batches of 100, the smaller last one of 250 images left out; of 70 they are smaller; one test, of an image."""
     few = DIGITS._replace(train_images=DIGITS.train_images[:count], train_labels=DIGITS.train_labels[:count])
     seen, tests = [], []
 

@@ -135,7 +135,7 @@ def test_frozen_parameters_have_no_gradient_and_the_others_the_same(data, worker
     assert 0 < np.count_nonzero(grads[1]) < np.count_nonzero(grads[0])
 
 
-def test_predict_streams_every_picture(data):
+def test_predict_streams_every_image(data):
     model = model_of()
     expected = model.predict(data[0])
     other = model_of()

@@ -44,8 +44,8 @@ def test_epochs_that_are_asked_for_win_over_the_steps_of_a_file(tmp_path):
     assert read_recipe(file, train={"epochs": 3, "steps": 7}).train == {"epochs": 3, "steps": 7, "lr": 1.0}
 
 
-def test_a_share_of_the_training_pictures(tmp_path):
-    """The shares are nested and keep their labels; the test pictures stay; impossible ones are refused in a line."""
+def test_a_share_of_the_training_images(tmp_path):
+    """The shares are nested and keep their labels; the test images stay; impossible ones are refused in a line."""
     whole = load("digits")
     known = {image.tobytes(): int(k) for image, k in zip(whole.train_images, whole.train_labels, strict=True)}
     kept = []
@@ -162,7 +162,7 @@ def test_the_tables_of_the_paper_are_whole():
 def test_pre_training_as_in_the_paper(name):
     data, model, train, _ = read_recipe(find_config(f"paper-pretrain-{name}"))
     config = TrainConfig(**train)
-    assert data["data"] == "imagefolder" and config.crop_area == 0.05  # no memory holds so many pictures
+    assert data["data"] == "imagefolder" and config.crop_area == 0.05  # no memory holds so many images
     made = ViTConfig(**model, image_size=data["image_size"], num_classes=1000)
     found = (config.epochs, config.lr, config.schedule, config.weight_decay, made.dropout)
     *expected, count = PRE_TRAINING[name]

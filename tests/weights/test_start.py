@@ -225,9 +225,9 @@ def test_another_size_of_the_data_is_told(tmp_path, trained, call):
     assert ended.status == 0 and ended.err == ""
     for split in ("train", "test"):
         for name in "01":
-            (tmp_path / "pictures" / split / name).mkdir(parents=True)
-            Image.new("L", (9, 9), 99).save(tmp_path / "pictures" / split / name / "x.png")
-    folder = [*quick, "--data", "folder", "--data-dir", tmp_path / "pictures"]
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            Image.new("L", (9, 9), 99).save(tmp_path / "images" / split / name / "x.png")
+    folder = [*quick, "--data", "folder", "--data-dir", tmp_path / "images"]
     assert call("train", *folder, "--image-size", 12, "--out", tmp_path / "d").status == 0
     ended = call("train", *folder, "--from", tmp_path / "d" / LAST, "--out", tmp_path / "e")
     assert ended.status == 0 and ended.err == "" and " of 12x12x3" in ended.out
