@@ -69,6 +69,19 @@ def lecun_normal(fan_in):
     return init
 
 
+def layernorm(name, size):
+    """The rows of a LayerNorm: weight and bias."""
+    return [ParameterSpec(f"{name}.weight", (size,), ones, False), ParameterSpec(f"{name}.bias", (size,), zeros, False)]
+
+
+def dense(name, n_in, n_out, init, bias_init=zeros):
+    """The rows of a linear map: weight and bias; the weight decays."""
+    return [
+        ParameterSpec(f"{name}.weight", (n_in, n_out), init, True),
+        ParameterSpec(f"{name}.bias", (n_out,), bias_init, False),
+    ]
+
+
 class Named(dict):
     """Arrays by name; `renamed` gives some of them by other names, and makes that mapping once."""
 

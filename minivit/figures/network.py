@@ -144,7 +144,10 @@ class _Drawing:
 
     def block_row(self, y, source, target, steps):
         """One of the two branches of the first block, which is added to what goes around it; see ``ROWS``."""
-        steps = [step for step in steps if self.of_block(step[2][:1])]  # another MLP may have other parts
+        if steps[0][0] == "norm2" and not all(self.of_block(parts[:1]) for _, _, parts in steps):
+            steps = [steps[0], ("mlp", "mlp", ["mlp"])]  # an option's MLP of other parts, which may not form a line
+        kind = self.trace.config.mlp  # of the activation
+        steps = [(kind, kind, parts) if name == "gelu" else (name, tensor, parts) for name, tensor, parts in steps]
         xs, plus, half, tokens = [2.75, 5.95, 9.15, 12.35], 14.55, WIDE / 2, self.shape_of("blocks.0")
         xs = xs[: len(steps) - 1] + xs[-1:]
         branch = "msa" if steps[0][0] == "norm1" else "mlp"

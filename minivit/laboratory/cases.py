@@ -40,7 +40,7 @@ from minivit.options.axial import from_axis, to_axis
 from minivit.options.exact_gelu import EXACT_GELU
 from minivit.options.first_tokens import first_queries_backward, first_queries_forward, with_first_queries
 from minivit.options.flash_attention import flash_attention_backward, flash_attention_forward
-from minivit.options.gated_mlp import gated_mlp_backward, gated_mlp_forward
+from minivit.options.gated_mlp import swiglu_backward, swiglu_forward
 from minivit.options.layer_scale import layer_scale_backward, layer_scale_forward
 from minivit.options.pooling import (
     first_token_backward,
@@ -309,7 +309,7 @@ BOOK = {
     "mlp-erf": layer(
         partial(mlp_forward, activation=EXACT_GELU), partial(mlp_backward, activation=EXACT_GELU), **_MLP
     ),
-    "gated_mlp": layer(gated_mlp_forward, gated_mlp_backward, **{**_MLP, "W1": (D, 2 * M), "b1": (2 * M,)}),
+    "gated_mlp": layer(swiglu_forward, swiglu_backward, hidden=(B, N, 2 * M)),
     "block": composed(_TINY, "block"),
     "block-first": composed(_TINY, "block", reads=2),
     "block-dropout": composed({**_TINY, "dropout": 0.3, "attention_dropout": 0.3, "drop_path": 0.3}, "block"),

@@ -97,7 +97,7 @@ _mean = _in("options.pooling", "mean_backward")
 _tanh = _in("options.pooling", "tanh_backward")
 _stem = _in("options.stem.option", "stem_part")
 _axial_block = _in("options.axial", "block")
-_gated_mlp = _in("options.gated_mlp", "gated_mlp_backward")
+_gated_mlp = _in("options.gated_mlp", "swiglu_backward")
 _first_queries = _in("options.first_tokens", "first_queries_backward")
 _first_tokens = _in("options.first_tokens", "first_tokens_backward")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from minivit.model.table import mlp_matrices
 from minivit.options.flash_attention import LONG
 from minivit.options.stem.resnet import convolutions
 
@@ -51,7 +52,7 @@ def expected_flops(config, batch, *, every_token=False, image_gradient=False):
             the last term without a pre-logits layer, and 4 n D for sequence pooling; n patches, N tokens, of which Q
             have a query: 1 in the last block if the head reads the class token alone, else N; ``every_token`` counts N,
             as published figures do
-            a gated MLP: 3 Q D M in place of 4 Q D M
+            an option's MLP: 2 Q d m for each of its matrices (d, m), in place of 4 Q D M
             axial attention: 4 Q g D in place of 4 Q N D, for g patches in a row; relative positions, with S tokens in a
             sequence (N, or g): 2 Q (S + Q - 1) D more in each block, 2 N (2 g - 1) D with axial attention
             a stem adds 2 H' W' kh kw I O for each convolution; C is then the channels of its map
@@ -60,12 +61,12 @@ def expected_flops(config, batch, *, every_token=False, image_gradient=False):
             attention map again
     Returns  ExpectedFLOPs
     """
-    c, D, M = config, config.width, config.mlp_dim
+    c, D = config, config.width
     embed = 2 * c.grid_size**2 * c.patch_size**2 * c.patch_channels * D
     stem = _stem_products(c)
     N, (queries, again) = c.num_tokens, _queries(c, every_token)
     S = c.sequence_length
-    mlp = 3 * D * M if c.mlp == "swiglu" else 4 * D * M
+    mlp = sum(2 * d * m for d, m in mlp_matrices(c))
     blocks = c.depth * 6 * N * D**2 + queries * (4 * S * D + 2 * D**2 + mlp)
     if c.pos_embed == "relative":
         last = queries - (c.depth - 1) * N  # in the last block

@@ -1,32 +1,27 @@
 """The parameters of a model: one row for each, in the order of the forward pass."""
 
-from minivit.base.params import ParameterSpec, lecun_normal, normal, ones, xavier_uniform, zeros
+from minivit.base.params import ParameterSpec, dense, layernorm, lecun_normal, normal, xavier_uniform, zeros
 from minivit.model.compose import extra_rows
 from minivit.options.stem.option import STEM
 
-__all__ = ["STEM", "dense", "layernorm", "parameter_table"]
+__all__ = ["STEM", "mlp_matrices", "parameter_table"]
 
 
-def layernorm(name, size):
-    """Weight and bias of a LayerNorm."""
-    return [ParameterSpec(f"{name}.weight", (size,), ones, False), ParameterSpec(f"{name}.bias", (size,), zeros, False)]
+def mlp_rows(config):
+    """The parameters of a block's MLP: the plain one's, or those of the option in its place."""
+    D, M = config.width, config.mlp_dim
+    plain = dense("mlp.fc1", D, M, xavier_uniform(D, M), normal(1e-6))
+    return extra_rows(config, "mlp") or plain + dense("mlp.fc2", M, D, xavier_uniform(M, D), normal(1e-6))
 
 
-def dense(name, n_in, n_out, init, bias_init=zeros):
-    """Weight and bias of a linear map; the weight decays."""
-    return [
-        ParameterSpec(f"{name}.weight", (n_in, n_out), init, True),
-        ParameterSpec(f"{name}.bias", (n_out,), bias_init, False),
-    ]
+def mlp_matrices(config):
+    """The shapes (d, m) of the matrices of a block's MLP; every token that passes through it is multiplied by each."""
+    return [row.shape for row in mlp_rows(config) if len(row.shape) == 2]
 
 
 def block_table(config):
     """The parameters of one block, by their names within it."""
-    c, D, M = config, config.width, config.mlp_dim
-    mlp = [
-        *dense("mlp.fc1", D, M, xavier_uniform(D, M), normal(1e-6)),
-        *dense("mlp.fc2", M, D, xavier_uniform(M, D), normal(1e-6)),
-    ]
+    c, D = config, config.width
     return [
         *extra_rows(c, "block"),
         *layernorm("norm1", D),
@@ -36,7 +31,7 @@ def block_table(config):
         *dense("attn.proj", D, D, xavier_uniform(D, D)),
         *extra_rows(c, "branch1"),
         *layernorm("norm2", D),
-        *(extra_rows(c, "mlp") or mlp),
+        *mlp_rows(c),
         *extra_rows(c, "branch2"),
     ]
 

@@ -60,7 +60,8 @@ def hurry(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"pooling": "mean"}, {"pre_logits": 7}, {"mlp_dim": 9}, {"pooling": "seq", "registers": 2}]
+    "changes",
+    [{}, {"pooling": "mean"}, {"pre_logits": 7}, {"mlp_dim": 9}, {"pooling": "seq", "registers": 2}, {"mlp": "swiglu"}],
 )
 def test_the_floor_is_every_product_of_a_step(changes):
     """Its FLOPs are those of the closed form, and of the products that a step really makes."""

@@ -9,11 +9,15 @@ from conftest import load_script
 
 from minivit import ViT, ViTConfig, figures
 from minivit.base import params
+from minivit.base.pairs import Pair
+from minivit.base.params import dense, ones
 from minivit.data import load
 from minivit.figures import network
 from minivit.laboratory import trace
-from minivit.model import parameter_table
+from minivit.layers.linear import linear_backward, linear_forward
+from minivit.model import compose, parameter_table
 from minivit.model.costs import expected_flops
+from minivit.options.option import Option
 from minivit.training.folder import LAST
 from minivit.weights import checkpoint
 
@@ -185,6 +189,27 @@ def test_the_figure_overlaps_nowhere(tmp_path, monkeypatch, changes):
         assert f"dz_0\nnorm {back['blocks.0'].norms['dz']:.2g}" in written
     assert "cached" in written and f"{config.depth} block" in written
     assert f"{params.count(parameter_table(config)):,} parameters" in written
+
+
+def test_an_mlp_of_other_parts_is_one_box(tmp_path, monkeypatch):
+    """What an option puts in the place of the MLP may not be a line of boxes."""
+
+    def rows(config):
+        return {"mlp": dense("mlp.only", config.width, config.width, ones)}
+
+    def mlp(pair, config, place):
+        return Pair(linear_forward, linear_backward, ("mlp.only.weight", "mlp.only.bias"))
+
+    drawn = []
+    monkeypatch.setattr(network, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(compose, "OPTIONS", (*compose.OPTIONS, Option(type("Nothing", (), {}), rows=rows, mlp=mlp)))
+    config = ViTConfig(image_size=8, patch_size=4, width=12, num_heads=3, depth=1)
+    figures.save_trace(
+        tmp_path / "t.png", trace.trace_batch(config, np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, int))
+    )
+    written = [text.get_text() for text in drawn[0].axes[0].texts]
+    assert written.count("mlp") == 1 and "norm2" in written and not {"fc1", "gelu", "fc2"} & set(written)
+    assert "v\n2×1×12" in written and "mlp\n2×1×12" in written
 
 
 def test_a_stem_is_traced(tmp_path, call, no_figures):

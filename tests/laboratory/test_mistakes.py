@@ -30,6 +30,7 @@ EXPOSED_BY = {
     "layer_scale: dgamma": "layer-scale-batch-mean layer-scale-of-the-scaled",
     "layer_scale: dx": "layer-scale-not-undone",
     "gelu: dx": "gelu-other-form gelu-cubic-factor gelu-sech gelu-no-product-rule",
+    "gated_mlp: dhidden": "gated-mlp-sigmoid-constant",
     "gelu-erf: dx": "gelu-erf-density gelu-erf-no-density",
     "softmax: dx": "softmax-no-jacobian softmax-sum-axis softmax-dy-sum softmax-square",
     "dropout: dx": "dropout-no-scale dropout-no-mask",
@@ -115,7 +116,6 @@ EXPOSED_BY = {
         block-gradient-overwritten engine-workers-not-summed engine-gradient-not-cleared engine-micro-batch-mean""",
 }
 TWINS_EXPOSED_BY = {
-    "gated_mlp: dx dW1 db1": "gated-mlp-sigmoid-constant",
     "attention-first: dq": "first-queries-last",
     "block-first: dz": "first-tokens-residual-last",
     "linear-twin: db": "twin-linear-bias-first-row",

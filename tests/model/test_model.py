@@ -125,6 +125,9 @@ def test_every_preset_is_a_model():
             {"stem": "2,2,2,2", "patch_size": 2},
             "32 is not a multiple of 64: stem '2,2,2,2' makes maps of 1/32 the size",
         ),
+        ({"mlp": "swiglu", "mlp_dim": 9}, "halves mlp_dim, which must be even, got 9"),
+        ({"mlp": "swiglu", "mlp_dim": 8, "gelu": "erf"}, 'has no GELU, so gelu "erf" would do nothing'),
+        ({"mlp": "gated"}, "mlp must be one of"),
     ],
 )
 def test_impossible_settings_are_named(changes, message):

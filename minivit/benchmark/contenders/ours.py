@@ -28,6 +28,7 @@ from minivit.benchmark.contenders import BETAS, EPS, LR, WEIGHT_DECAY, problem
 from minivit.data import batches, epoch_order
 from minivit.layers.msa import split_heads
 from minivit.model import ViT
+from minivit.model.table import mlp_matrices
 from minivit.optim import AdamW
 from minivit.training.engines.cpu import Engine
 from minivit.training.engines.cut import available_cores, default_micro_batch
@@ -245,15 +246,15 @@ def model_products(config, batch, *, backward=True):
     The sum of their `Product.flops` is that of `minivit.model.costs.expected_flops`, but for sequences so long
     that the backward makes the attention map again: the floor keeps it.
     """
-    c, D, M, L = config, config.width, config.mlp_dim, config.depth
+    c, D, L = config, config.width, config.depth
     N, patches = c.num_tokens, batch * c.grid_size**2
     # in the last block, only the tokens that the head reads ask and pass through the MLP
     blocks = [(L - 1, N), (1, 1)] if c.pooling == "cls" else [(L, N)]  # how many, and the tokens of each that ask
     blocks = [(times, Q) for times, Q in blocks if times]
-    # (rows, d, m, times): qkv, proj, fc1, fc2 of each block; scores of sequence pooling; head
+    # (rows, d, m, times): qkv, proj and the MLP of each block; scores of sequence pooling; head
     linears = [(batch * N, D, 3 * D, L)]
     for times, Q in blocks:
-        linears += [(batch * Q, D, D, times), (batch * Q, D, M, times), (batch * Q, M, D, times)]
+        linears += [(batch * Q, d, m, times) for d, m in ((D, D), *mlp_matrices(c))]
     linears += [(patches, D, 1, 1)] if c.pooling == "seq" else []
     linears += [(batch, D, c.pre_logits, 1)] if c.pre_logits else []
     linears += [(batch, c.pre_logits or D, c.num_classes, 1)]
