@@ -12,6 +12,7 @@ from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import MODELS
 from minivit.layers.layernorm import layernorm_backward, layernorm_forward
 from minivit.layers.linear import linear_backward, linear_forward
+from minivit.layers.softmax import softmax_forward
 
 
 def cube_forward(x):
@@ -729,3 +730,71 @@ def test_a_gradient_that_is_nearly_right_is_called_so():
 def test_a_sum_over_an_axis_of_length_one_is_asked_for():
     with pytest.raises(ValueError, match="summed over the axes of length 1"):
         gradcheck.check(lambda x, b: (x + b, None), lambda dy, c: (dy, dy), [X, X[:1]])
+
+
+# ---- kinks -----------------------------------------------------------------------------------------------------------
+
+
+def relu_forward(x):
+    return np.maximum(x, 0.0), x
+
+
+def relu_backward(dy, x):
+    return dy * (x > 0)
+
+
+@pytest.mark.parametrize("near", [0.0, 3e-9, -3e-9, 7e-7, 3e-6, -5e-6])
+@pytest.mark.parametrize("method", ["forward", "central", "five-point"])
+def test_a_right_backward_is_not_called_wrong_on_a_kink(method, near):
+    """At 0, or beside it by less than a step, the backward is one of the one-sided derivatives; the rest is checked."""
+    x = np.array([[near, 1.0], [-1.0, 2.0]])
+    (result,) = gradcheck.check(relu_forward, relu_backward, [x], method=method, elementwise=True)
+    assert result.passed and result.verdict in ("ok", "on a kink")
+    if method != "forward" or near == 0.0:  # whose step is short, and to the right
+        assert (result.verdict, result.kinks) == ("on a kink", 1) and result.element != (0, 0)
+        assert "at (0, 0) x lies on a kink" in result.diagnosis and "move x away from the kink" in str(result)
+        (along,) = gradcheck.check(relu_forward, relu_backward, [np.full((1, 1), near)], method=method)
+        assert along.passed and (method == "forward" or "along this direction x lies on a kink" in along.diagnosis)
+
+
+def test_a_tie_of_a_maximum_is_a_kink():
+    def backward(dy, x):
+        return dy[:, None] * (x == x.max(axis=1, keepdims=True))
+
+    (result,) = gradcheck.check(lambda x: (x.max(axis=1), x), backward, [np.ones((2, 3))], elementwise=True)
+    assert (result.verdict, result.kinks, result.checked) == ("on a kink", 6, 6)
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda dy, x: 2.0 * dy * (x > 0), lambda dy, x: -dy * (x > 0), lambda dy, x: dy, lambda dy, x: 0.0 * dy,
+])  # fmt: skip
+def test_a_kink_excuses_no_wrong_gradient(wrong):
+    """Neither beside it, where another element is wrong, nor on it, where the value is none of the subgradients."""
+    x = np.array([[0.0, 1.0], [-1.0, 2.0]])
+    (result,) = gradcheck.check(relu_forward, wrong, [x], elementwise=True)
+    assert result.verdict == "WRONG" and result.element != (0, 0)
+    (result,) = gradcheck.check(relu_forward, lambda dy, x: 1.5 * dy, [np.zeros((1, 1))], elementwise=True)
+    assert result.verdict == "WRONG" and result.kinks == 0
+
+
+@pytest.mark.parametrize("steep", [1e2, 1e4, 1e5])
+def test_a_strong_curvature_is_no_kink(steep):
+    """The derivative of tanh(steep x), off by one in a thousand, where it bends the most."""
+    x = np.array([0.66, -0.3, 0.1]) / steep
+
+    def backward(dy, x):
+        return 1.001 * dy * steep / np.cosh(steep * x) ** 2
+
+    (result,) = gradcheck.check(lambda x: (np.tanh(steep * x), x), backward, [x], elementwise=True)
+    assert result.verdict == "WRONG" and result.kinks == 0
+
+
+def test_a_wrong_element_can_be_worked_out_by_hand():
+    """x, and each dy with the derivative of its y: their products add up to the numerical value."""
+    x = np.array([[0.1, 0.2, 0.3], [1.0, 2.0, 3.0]])
+    (result,) = gradcheck.check(softmax_forward, lambda dy, cache: dy * cache.y, [x], elementwise=True)
+    i, j = result.element
+    assert result.x == x[i, j] and {place for place, _, _ in result.terms} == {(i, 0), (i, 1), (i, 2)}
+    assert sum(dy * rate for _, dy, rate in result.terms) == pytest.approx(result.numerical, rel=1e-7)
+    assert abs(result.terms[0][1] * result.terms[0][2]) == max(abs(dy * rate) for _, dy, rate in result.terms)
+    assert f"there x = {x[i, j]:.10g}, and the sum of dy * (derivative of y by x) over y[{i}, " in str(result)

@@ -9,10 +9,19 @@ from itertools import permutations
 import numpy as np
 
 from minivit.base.backend import to_device, to_host
-from minivit.laboratory.gradcheck.arguments import arguments_of, gradients_of, pair_of, random_tangents, value_and_cache
+from minivit.laboratory.gradcheck.arguments import (
+    arguments_of,
+    copies,
+    gradients_of,
+    pair_of,
+    random_tangents,
+    value_and_cache,
+)  # fmt: skip
 from minivit.laboratory.gradcheck.diagnosis import diagnose, sizes_of
+from minivit.laboratory.gradcheck.kinks import kink_at
 from minivit.laboratory.gradcheck.methods import (
     COTANGENT_STREAM,
+    LARGE,
     METHODS,
     method_of,
     numerical_derivative,
@@ -20,6 +29,8 @@ from minivit.laboratory.gradcheck.methods import (
     scale_of,
 )
 from minivit.layers.loss import softmax_cross_entropy_backward, softmax_cross_entropy_forward
+
+SHOWN = 6  # terms of a sum that are written out
 
 
 @dataclass(frozen=True)
@@ -39,11 +50,27 @@ class Result:
     diagnosis: str = ""  # what kind of mistake the pattern of the errors suggests
     rounding: float = 0.0  # what the rounding of sum(dy * y) alone may add to ``numerical``
     too_small: bool = False  # passed, but all values lie below atol and are not all 0: a missing gradient passes too
+    kinks: int = 0  # at how many of the numbers x lies on or beside a kink, so that nothing can be told there
+    x: float | None = None  # at a wrong element: the number that moved,
+    terms: tuple = ()  # and (index in y, dy there, derivative of y there by x), the largest products first
 
     @property
     def verdict(self):
         """In words."""
-        return "WRONG" if not self.passed else "too small to tell" if self.too_small else "ok"
+        if not self.passed:
+            return "WRONG"
+        return "on a kink" if self.kinks else "too small to tell" if self.too_small else "ok"
+
+    @property
+    def by_hand(self):
+        """What a reader needs to work a wrong element out with a pencil; "" where there is none."""
+        if self.x is None:
+            return ""
+        sums = " + ".join(f"({dy:.6g}) * ({rate:.6g})" for _, dy, rate in self.terms[:SHOWN])
+        more = f" + {len(self.terms) - SHOWN} more" if len(self.terms) > SHOWN else ""
+        places = ", ".join(f"y[{', '.join(map(str, place))}]" for place, _, _ in self.terms[:SHOWN])
+        text = f"there x = {self.x:.10g}"
+        return text + (f", and the sum of dy * (derivative of y by x) over {places} is {sums}{more}" if sums else "")
 
     def __str__(self):
         where = "" if self.element is None else f" at {self.element}"
@@ -52,7 +79,7 @@ class Result:
             f"analytic {self.analytic:.10g}, numerical {self.numerical:.10g}, "
             f"relative error {self.max_relative_error:.1e}, step {self.step:.0e}"
         )
-        return text + (f"; {self.diagnosis}" if self.diagnosis else "")
+        return text + "".join(f"; {more}" for more in (self.diagnosis, self.by_hand) if more)
 
 
 def check(forward, backward, args, *, names=None, method="central", step=None, elementwise=False, seed=0):
@@ -118,7 +145,44 @@ def check_argument(forward, args, i, name, gradient, dy, method, step, elementwi
         analytic = np.array([(gradient * direction).sum()])
         numerical = np.array([numerical_derivative(forward, args, i, direction, dy, method, step)])
     shape, size = shape if elementwise else None, rms(gradient * scale)
-    return compare(name, analytic, numerical, method, elements, size, step=step, shape=shape, sizes=sizes, terms=terms)
+
+    def along(j):
+        if not elementwise:
+            return direction
+        only = np.zeros(args[i].shape)
+        only[elements[j]] = 1.0
+        return only
+
+    def kink(j):
+        length = float(np.abs(along(j) * scale).max()) if elementwise else 1.0
+        found = kink_at(forward, args, i, along(j) * length, dy, analytic[j] * length, method, step)
+        return found and [side / length for side in found]
+
+    result = compare(
+        name, analytic, numerical, method, elements, size, step=step, shape=shape, sizes=sizes, terms=terms, kink=kink
+    )
+    if result.passed or not elementwise:
+        return result
+    only = np.zeros(args[i].shape)
+    only[result.element] = 1.0
+    return replace(result, x=float(args[i][result.element]), terms=terms_of(forward, args, i, only, dy))
+
+
+def terms_of(forward, args, i, direction, dy):
+    """The terms of sum(dy * dy/dx): (index in y, dy, derivative of y by x), the largest products first, zeros left out.
+
+    Empty where y is one number: there is no sum.
+    """
+    if not np.ndim(dy):
+        return ()
+    h = METHODS["central"].step * max(1.0, float(np.abs(args[i] * direction).max()) / LARGE)
+    moved = [[*args[:i], args[i] + sign * h * direction, *args[i + 1 :]] for sign in (1.0, -1.0)]
+    rates = np.subtract(*(forward(*copies(each))[0] for each in moved)) / (2.0 * h)
+    products = np.abs(dy * rates)
+    order = np.argsort(-products, axis=None, kind="stable")
+    kept = order[products.reshape(-1)[order] > 1e-6 * products.max()]
+    places = [tuple(int(k) for k in np.unravel_index(place, dy.shape)) for place in kept]
+    return tuple((place, float(dy[place]), float(rates[place])) for place in places)
 
 
 def rms(gradient):
@@ -126,12 +190,15 @@ def rms(gradient):
     return float(np.linalg.norm(gradient) / gradient.size**0.5)
 
 
-def compare(name, analytic, numerical, method, elements, size, *, step=None, shape=None, sizes=None, terms=0.0):
+def compare(
+    name, analytic, numerical, method, elements, size, *, step=None, shape=None, sizes=None, terms=0.0, kink=None
+):  # fmt: skip
     """The `Result` of analytic against numerical values, (n,) each, at the given elements.
 
     ``size`` is the root mean square of the whole gradient. With ``shape``, that of the whole gradient, a wrong one is
     diagnosed; ``sizes`` names lengths of axes, as in `diagnose`; ``terms`` is sum |dy y|, the size of what is
-    subtracted, over how much longer the step was: a number, or (n,).
+    subtracted, over how much longer the step was: a number, or (n,). ``kink(j)`` gives the one-sided differences of
+    value j if x lies on a kink there, else None; it is asked about wrong values, the worst first, until one is not.
     """
     _, rtol, atol, _ = METHODS[method]
     step = METHODS[method].step if step is None else step
@@ -140,9 +207,15 @@ def compare(name, analytic, numerical, method, elements, size, *, step=None, sha
     atol, larger = np.maximum(atol, rounding), np.maximum(np.abs(analytic), np.abs(numerical))
     error = np.abs(analytic - numerical) / (atol / rtol + larger)
     error[~np.isfinite(error)] = np.inf  # a NaN must not pass for small
-    worst = int(error.argmax())
-    passed = bool(error[worst] <= rtol)
-    diagnosis = ""
+    order = np.argsort(-error, kind="stable")
+    kinks, on_kink = 0, ""
+    while kink and kinks < len(order) and error[order[kinks]] > rtol and (sides := kink(order[kinks])):
+        if not kinks:
+            on_kink = kink_words(elements[order[0]], sides, analytic[order[0]], METHODS[method].step)
+        kinks += 1
+    worst = int(order[min(kinks, len(order) - 1)])
+    passed = bool(kinks == len(order) or error[worst] <= rtol)
+    diagnosis = on_kink
     if not passed:
         diagnosis = "check element by element for a diagnosis"
         if shape is not None:
@@ -163,6 +236,17 @@ def compare(name, analytic, numerical, method, elements, size, *, step=None, sha
         diagnosis,
         float(np.broadcast_to(rounding, error.shape)[worst]),
         passed and bool((larger <= atol).all() and larger.any()),
+        kinks,
+    )
+
+
+def kink_words(element, sides, analytic, step):
+    """What to say of a kink, and what to do."""
+    where = "along this direction" if element is None else f"at {element}"
+    return (
+        f"{where} x lies on a kink or less than a step beside it: one-sided differences give {sides[0]:.6g} "
+        f"and {sides[1]:.6g}, the backward {analytic + 0.0:.6g}, which is right too; to check it, move x "
+        f"away from the kink by more than {10 * max(step, METHODS['central'].step):.0e}"
     )
 
 
