@@ -2,10 +2,8 @@
 
 import dataclasses
 import difflib
-import math
 import random
 import sys
-import time
 from pathlib import Path
 
 from minivit import InputError
@@ -13,10 +11,12 @@ from minivit.base.backend import find_device, use_device
 from minivit.base.files import write_json
 from minivit.base.finite import quiet_overflow
 from minivit.commands.cli import Parser, output_file
+from minivit.commands.gradient_tables import depth, table_of_elements, table_of_everything
 from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import LAYERS, MODELS
-from minivit.laboratory.checks import LIMITS, available, every_check, expose, model_problem, results_of, v_curves
+from minivit.laboratory.checks import LIMITS, available, expose, model_problem
 from minivit.laboratory.facts import FACTS
+from minivit.laboratory.hunt import LEVELS, changed_lines, hidden_at, level_of, names_file, names_function, names_line
 from minivit.laboratory.mistakes import BY_NAME, find, planted, source_of
 
 EXAMPLES = """
@@ -30,107 +30,10 @@ examples:
   minivit gradcheck --plant list           the zoo of mistakes
   minivit gradcheck --plant softmax-square what exposes this one
   minivit gradcheck --plant random         hides one: find it with the checks, hints and guesses it takes
+  minivit gradcheck --plant random --level 1   one of the easier ones
 
 The exit status is 0 if every gradient agrees (for --plant: if the mistake was exposed), 1 if not, 2 for bad input.
 """
-
-
-WIDTH = max(map(len, [*LAYERS, *MODELS])) + 2  # of the column of names
-
-
-def table_of_elements(names, methods, seed, device="cpu"):
-    """Check each element of each gradient; prints a table; returns (rows, the largest error of each method)."""
-    rows, started = [], time.perf_counter()
-    print(f"{'':{WIDTH}}{'argument':30}{'numbers':>8}  {'method':10}{'max relative error':>19}")
-    for method in methods:
-        for name in names:
-            for i, r in enumerate(results_of(name, method, seed, device=device)):
-                label, verdict = "" if i else name, "" if r.verdict == "ok" else f"  {r.verdict}"
-                print(
-                    f"{label:{WIDTH}}{r.argument:30}{r.checked:8d}  {method:10}{r.max_relative_error:19.1e}{verdict}",
-                    flush=True,
-                )
-                rows.append({"name": name, **vars(r)})
-    largest = {m: max(row["max_relative_error"] for row in rows if row["method"] == m) for m in methods}
-    print(
-        f"{sum(row['checked'] for row in rows):,} derivatives in {time.perf_counter() - started:.1f} s; "
-        "largest relative error "
-        + ", ".join(f"{error:.1e} ({m}, allowed {gradcheck.METHODS[m].rtol:.0e})" for m, error in largest.items())
-    )
-    for row in rows:
-        if not row["passed"]:
-            print(
-                f"WRONG: {row['name']} d{row['argument']} at {row['element']}: analytic {row['analytic']:.10g}, "
-                f"{row['method']} {row['numerical']:.10g}; {row['diagnosis']}"
-            )
-    return rows, largest
-
-
-def table_of_everything(names, facts, seed):
-    """Every check there is, along random directions; prints a table; returns (rows, the largest of each column)."""
-    rows, started = [], time.perf_counter()
-    columns = [kind for kind in LIMITS if kind != "facts"]
-    if names:
-        print(f"{'':{WIDTH}}{'argument':30}" + "".join(f"{kind:>10}" for kind in columns))
-    for name in names:
-        for i, row in enumerate(every_check(name, seed)):
-            rows.append(row)
-            figures = "".join(f"{row[kind]:10.1e}" for kind in columns if kind in row)
-            print(f"{'' if i else name:{WIDTH}}{row['argument']:30}{figures}", flush=True)
-    for name in facts:
-        rows.append({"name": name, "facts": FACTS[name]()})
-        print(f"{name.replace('_', ' '):{WIDTH + 30}}{rows[-1]['facts']:10.1e}")
-    largest = {
-        kind: max(row[kind] for row in rows if kind in row) for kind in LIMITS if any(kind in row for row in rows)
-    }
-    print(f"{time.perf_counter() - started:.1f} s; the largest:")
-    for kind, value in largest.items():
-        print(f"  {kind:10}{value:10.1e}  allowed {LIMITS[kind]:.0e}{'' if value <= LIMITS[kind] else '  EXCEEDED'}")
-    return rows, largest
-
-
-THEORY = """
-How to read it. A numerical derivative subtracts two values of the function that lie h apart and divides by h.
-  Truncation, on the right: the curve between the two points is not straight. The error is C h^order, a line of slope
-    1 (forward), 2 (central), 4 (five-point) in these logarithmic axes. Predictions take C = 1.
-  Rounding, on the left: each value carries an error of about eps (2.2e-16 in float64, 1.2e-7 in float32), and the
-    division by h turns it into R eps / h, a line of slope -1. R is the size of the values, |dy * y|, over that of the
-    derivative.
-  The knee, where the two meet, is predicted at h = (R eps)^(1 / (order + 1)), with an error of
-    (R eps)^(order / (order + 1)). That is why gradients are not checked in float32: eps is 2^29 times as large, so the
-    best error is 2e4 (forward), 7e5 (central) and 1e7 (five-point) times that of float64: many wrong gradients pass.
-    Right of a knee in float32 there is hardly room to measure a slope.
-  At the far left h is too small for x to move at all: x + h = x, the difference is 0 and the error 1.
-  The complex step subtracts nothing: below h = 1e-8 its truncation h^2 is less than eps, and it stays flat for ever.
-  A function that is linear in an argument has no truncation at all: there, the larger h, the better.
-"""
-
-
-def depth(name, seed, out):
-    """The V-curves of one layer: prints them in numbers, draws them; returns a JSON-ready dict."""
-    from minivit import figures  # matplotlib is slow to import
-
-    print(f"{name}: error of each numerical derivative along a random direction, over 82 steps from 1e-14 to 0.3")
-    heads = ("best step", "predicted", "best error", "predicted", "slope", "theory")
-    print(f"{'argument':20}{'method':12}{'dtype':9}" + "".join(f"{head:>12}" for head in heads))
-    panels, report = v_curves(name, seed), {}
-    for argument, curves in panels.items():
-        report[argument] = []
-        for (method, kind), (_, knee) in curves.items():
-            predicted = f"{knee.predicted_step:.0e}", f"{knee.predicted_error:.1e}"
-            predicted = ("any", "-") if method == "complex" else predicted if knee.predicted_error else ("large", "-")
-            slope = "-" if math.isnan(knee.slope) else f"{knee.slope:.2f}"
-            numbers = (f"{knee.step:.0e}", predicted[0], f"{knee.error:.1e}", predicted[1], slope)
-            order = gradcheck.METHODS[method].order
-            print(f"{argument:20}{method:12}{kind:9}" + "".join(f"{number:>12}" for number in (*numbers, order)))
-            finite = {key: value if math.isfinite(value) else None for key, value in knee._asdict().items()}
-            report[argument].append({"method": method, "dtype": kind, **finite})
-    print(THEORY)
-    out.mkdir(parents=True, exist_ok=True)
-    figure = out / f"v-curve-{name}.png"
-    figures.save_v_curves(figure, panels, title=f"{name}: how exact a numerical derivative can be")
-    print(f"drawn in {figure}")
-    return report
 
 
 def show(findings, limit=12):
@@ -156,8 +59,11 @@ def plant(name, seed):
     """List the mistakes, or show what exposes one; returns the exit status."""
     if name == "list":
         for mistake in BY_NAME.values():
-            print(f"{mistake.name:34}{mistake.module.removeprefix('minivit.')}.{mistake.function}")
+            where = f"{mistake.module.removeprefix('minivit.')}.{mistake.function}"
+            print(f"{mistake.name:34}level {level_of(mistake)}  {where}")
         print(f"{len(BY_NAME)} mistakes; --plant NAME shows what exposes one, --plant random hides one")
+        for level, what in LEVELS.items():
+            print(f"  --level {level}: {what}")
         return 0
     mistake = find(name)
     answer(mistake)
@@ -167,7 +73,7 @@ def plant(name, seed):
     return 0 if findings else 1
 
 
-HUNT = """In which function is it? Type its name, or
+HUNT = """In which file, in which function, in which line? Type one after the other, or the function at once, or
   check NAME     the gradients of a layer or model, element by element
   along NAME     its gradients along random directions, and the second derivatives
   depth NAME     the V-curves of a layer's forward
@@ -198,36 +104,65 @@ def investigate(words, seed, out):
     return True
 
 
-def hunt(choice, seed, out):
+def hunt(choice, seed, out, level=None):
     """Hide the mistake that the number ``choice`` draws and answer the reader's checks and guesses from stdin.
 
-    The answer is shown after the right guess and where it is asked for. Returns the exit status.
+    The answer is shown after the right line and where it is asked for. Returns the exit status.
     """
-    mistake = random.Random(choice).choice(list(BY_NAME.values()))
+    mistake = random.Random(choice).choice(hidden_at(level))
     findings = expose(mistake, seed)
-    print(f"One mistake is in the code (--seed {choice} hides the same again). This is what the checks say of it:")
-    show(findings)
+    again = f"--plant random{f' --level {level}' if level else ''} --seed {choice}"
+    print(f"One mistake is in the code ({again} hides the same again).")
+    if level:
+        print(f"Level {level}: {LEVELS[level]}.")
+    if level in (None, 1):
+        print("This is what the checks say of it:")
+        show(findings)
+    elif level == 2:
+        cases = dict.fromkeys(line.split()[0] for line in findings)
+        print(f"Checks fail in {', '.join(list(cases)[:12])}{', ...' if len(cases) > 12 else ''}.")
     print(HUNT)
-    solved = False
+    tally = dict.fromkeys(("guesses", "checks", "hints"), 0)
+    changed = changed_lines(mistake)  # before it is planted: the source of what is planted is in no file
     with planted(mistake.name), quiet_overflow():
-        for line in sys.stdin:
-            guess = line.strip().lower()
-            if guess in ("quit", "answer"):
-                solved = guess == "answer"
-                break
-            if guess == "hint":
-                print(mistake.hint)
-            elif guess in (mistake.function.lower(), mistake.function.rpartition(".")[2].lower(), mistake.name):
-                print("Yes.")
-                solved = True
-                break
-            elif guess and not investigate(guess.split(), seed, out):
-                print(f"Not in {guess}.")
-    if solved:
+        ended = follow(mistake, changed, sys.stdin, tally, seed, out)
+    if ended == "found":
+        print("Found; " + ", ".join(f"{what}: {count}" for what, count in tally.items()) + ".")
+    if ended in ("found", "answer"):
         answer(mistake)
     else:
-        print(f"Not found. --plant random --seed {choice} hides the same again; there, type answer to see it.")
+        print(f"Not found. {again} hides the same again; there, type answer to see it.")
     return 0 if findings else 1
+
+
+def follow(mistake, changed, lines, tally, seed, out):
+    """Answer the lines that a hunter types; returns how it ended: "found", "answer", "quit", or "" at the last line."""
+    function_found = False
+    for line in lines:
+        guess = line.strip().lower()
+        if guess in ("quit", "answer"):
+            return guess
+        if guess == "hint":
+            tally["hints"] += 1
+            print(mistake.hint)
+        elif not guess:
+            continue
+        elif function_found and names_line(changed, guess):
+            tally["guesses"] += 1
+            return "found"
+        elif names_function(mistake, guess):
+            function_found = True
+            tally["guesses"] += 1
+            print("Yes. In which line? Type its number in the file, or a part of it.")
+        elif names_file(mistake, guess):
+            tally["guesses"] += 1
+            print("Yes, in that file. In which function?")
+        elif investigate(guess.split(), seed, out):
+            tally["checks"] += 1
+        else:
+            tally["guesses"] += 1
+            print(f"Not {'that line' if function_found else f'in {guess}'}.")
+    return ""
 
 
 def against(names, seed, json_file):
@@ -270,6 +205,7 @@ def parse(argv):
     mode.add_argument("--depth", action="store_true", help="V-curves of the named layers")
     mode.add_argument("--against", choices=("torch",), help="compare every tensor of the named models with PyTorch's")
     mode.add_argument("--plant", metavar="MISTAKE", help="plant a mistake: its name, list, or random")
+    parser.add_argument("--level", type=int, choices=tuple(LEVELS), help="how well --plant random hides [any mistake]")
     parser.add_argument("--seed", type=int, help="seed of the random arguments [0], and of --plant random [any]")
     parser.add_argument("--device", default="cpu", metavar="NAME",
                         help="where to compute what is checked: cpu, cuda, cuda:1, ... or auto [cpu]")  # fmt: skip
@@ -280,7 +216,10 @@ def parse(argv):
     for name in arguments.names:
         if name not in known:
             plain = dict.fromkeys(each.partition("-")[0] for each in known)
-            raise InputError(f"nothing called {name!r} to check; --help lists variants of {', '.join(plain)}")
+            raise InputError(
+                f"nothing called {name!r} to check; --help lists variants of {', '.join(plain)}; the case of a new "
+                "layer is a line of BOOK in minivit/laboratory/cases.py, that of a new model one of MODELS"
+            )
     refuse_ignored(arguments)
     if arguments.seed is not None and arguments.seed < 0:
         raise InputError(f"--seed must be at least 0, got {arguments.seed}")
@@ -304,6 +243,8 @@ def refuse_ignored(arguments):
         raise InputError(f"--plant runs every check; it takes no {arguments.names[0]}")
     if mode == "--plant" and arguments.json:
         raise InputError("--plant writes no table: leave --json out")
+    if arguments.level and arguments.plant != "random":
+        raise InputError("--level says how well --plant random hides: nothing is hidden without it")
     if mode and arguments.method:
         raise InputError(f"{mode} chooses its methods itself: leave --method out")
     if arguments.out and mode != "--depth" and arguments.plant != "random":
@@ -345,7 +286,7 @@ def main(argv=None):
     seed, out = arguments.seed or 0, Path(arguments.out or ".")
     use_device(find_device(arguments.device))
     if arguments.plant == "random":
-        return hunt(random.randrange(10**6) if arguments.seed is None else seed, seed, out)
+        return hunt(random.randrange(10**6) if arguments.seed is None else seed, seed, out, arguments.level)
     if arguments.plant is not None:
         return plant(arguments.plant, seed)
     if arguments.against:

@@ -3,15 +3,17 @@
     with planted("layernorm-dropped-mean"):
         ...                                         # the whole package now has this bug
 
-Each is a replacement of text in one function, shown as it stands in the source. Many were made for real: those with
-``seen`` were found in published NumPy implementations of Vision Transformers (named there by what they got wrong, not
-to blame anybody: they passed their authors' tests). The tests assert that each one is caught, and by which check.
+Each is a replacement of words and signs in one function, whatever its layout and comments are. Many were made for
+real: those with ``seen`` were found in published NumPy implementations of Vision Transformers (named there by what they
+got wrong, not to blame anybody: they passed their authors' tests). The tests assert that each one is caught, and by
+which check.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 import textwrap
 from contextlib import contextmanager, nullcontext
@@ -937,18 +939,52 @@ def _owner(mistake):
     return holder, getattr(holder, name), name
 
 
+def body_of(mistake):
+    """The function that holds the mistake's code, without decorators."""
+    return inspect.unwrap(_owner(mistake)[1])
+
+
+TOKEN = re.compile(
+    r'"{3}[\s\S]*?"{3}|#[^\n]*|"[^"\n]*"'
+    r"|'[^'\n]*'|[A-Za-z_]\w*|\d[\w.]*|\*\*|//|\.\.\.|[-+*/@%<>=!]=|\n|\S"
+)
+
+
+def tokens(code):
+    """The words and signs of Python code as (text, start, end): layout and comments are left out.
+
+    The end of a statement is a "\\n"; a line break within brackets is layout.
+    """
+    found, depth = [], 0
+    for match in TOKEN.finditer(code):
+        text = match[0]
+        depth += (text in "([{") - (text in ")]}")
+        blank = not found or found[-1][0] == "\n"
+        if text.startswith("#") or (text == "\n" and (depth > 0 or blank)):
+            continue
+        found.append((text, match.start(), match.end()))
+    return found
+
+
 def source_of(mistake):
     """The source of the mistake's function: (right, wrong), as texts.
 
-    Raises  ValueError: the text to replace does not stand there exactly once; the code has moved on.
+    What is replaced is found by its words and signs: comments and layout may have changed.
+    Raises  InputError: it does not stand there exactly once; the function has been edited.
     """
-    _, function, _ = _owner(mistake)
-    source = textwrap.dedent(inspect.getsource(function))
-    right = mistake.right if "." not in mistake.function else mistake.right.replace("\n    ", "\n")
-    wrong = mistake.wrong if "." not in mistake.function else mistake.wrong.replace("\n    ", "\n")
-    if source.count(right) != 1:
-        raise ValueError(f"{mistake.name}: {right!r} stands {source.count(right)} times in {mistake.function}")
-    return source, source.replace(right, wrong)
+    source = textwrap.dedent(inspect.getsource(body_of(mistake)))
+    there, wanted = tokens(source), [text for text, _, _ in tokens(mistake.right)]
+    places = [k for k in range(len(there)) if [text for text, _, _ in there[k : k + len(wanted)]] == wanted]
+    if len(places) != 1:
+        raise InputError(
+            f"{mistake.name} cannot be planted: {' '.join(mistake.right.split())!r} stands {len(places)} times in "
+            f"{mistake.module}.{mistake.function}, which has been edited"
+        )
+    start, end = there[places[0]][1], there[places[0] + len(wanted) - 1][2]
+    line = source[source.rfind("\n", 0, start) + 1 :]
+    indent = line[: len(line) - len(line.lstrip())]
+    wrong = re.sub(r"\n[ ]*(?=\S)", "\n" + indent, mistake.wrong)
+    return source, source[:start] + wrong + source[end:]
 
 
 @contextmanager

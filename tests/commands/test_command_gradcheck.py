@@ -4,16 +4,19 @@ import io
 import json
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import load_script
 
+import minivit
 from minivit import InputError
 from minivit.laboratory import cases as gradcheck_cases
 from minivit.laboratory import checks as laboratory
 from minivit.laboratory.facts import FACTS
-from minivit.laboratory.mistakes import BY_NAME, planted
+from minivit.laboratory.hunt import changed_lines, level_of
+from minivit.laboratory.mistakes import BY_NAME, MISTAKES, planted
 
 
 @pytest.fixture(scope="module")
@@ -145,15 +148,49 @@ def hunt(main, monkeypatch, capsys, typed, *arguments):
     return capsys.readouterr().out
 
 
-def test_the_hunt(main, capsys, monkeypatch):
+def test_the_hunt(main, few, capsys, monkeypatch):
+    """File, function, line: each is told to be right, and the answer comes with the line."""
     mistake = BY_NAME["attention-scale-twice"]
-    typed = ["hint", "softmax_backward", "attention_backward"]
+    typed = ["hint", "softmax_backward", "gelu.py", "layers/attention.py", "attention_backward", "dv =", "99999"]
+    typed += ["dq = dscores  @ k"]
     printed = hunt(main, monkeypatch, capsys, typed, "--seed", hiding(mistake.name))
-    before, _, after = printed.partition("In which function")
+    before, _, after = printed.partition("In which file")
     assert "attention dq" in before and mistake.about not in before and mistake.name not in before
-    for part in (mistake.hint, "Not in softmax_backward.", "Yes.", mistake.about):
+    parts = (mistake.hint, "Not in softmax_backward.", "Not in gelu.py.", "Yes, in that file.", "Yes. In which line?")
+    for part in (*parts, "Not that line.", "Not that line.", "Found; guesses: 7, checks: 0, hints: 1.", mistake.about):
         assert part in after
         after = after.partition(part)[2]
+
+
+@pytest.mark.parametrize(("name", "file", "line"), [
+    ("attention-scale-twice", "attention", "number"), ("softmax-square", "minivit.layers.softmax", "text"),
+    ("adam-eps-inside", "optim/adam.py", "number"),
+])  # fmt: skip
+def test_files_and_lines_are_named_in_any_way(main, few, capsys, monkeypatch, name, file, line):
+    number, text = next(iter(changed_lines(BY_NAME[name]).items()))
+    path = Path(minivit.__file__).parent.parent / (BY_NAME[name].module.replace(".", "/") + ".py")
+    assert path.read_text(encoding="utf-8").splitlines()[number - 1] == " " * (
+        len(path.read_text(encoding="utf-8").splitlines()[number - 1]) - len(text)
+    ) + text  # fmt: skip
+    typed = [file, BY_NAME[name].function, str(number) if line == "number" else text]
+    printed = hunt(main, monkeypatch, capsys, typed, "--seed", hiding(name))
+    assert "Yes, in that file." in printed and "Found; guesses: 3," in printed and BY_NAME[name].about in printed
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_levels_hide_other_mistakes_and_tell_less(main, few, capsys, monkeypatch, level):
+    names = [m.name for m in MISTAKES if level_of(m) == level]
+    assert len(names) >= 10
+    drawn = []
+    real = random.Random.choice
+    monkeypatch.setattr(
+        random.Random, "choice", lambda self, each: drawn.append([m.name for m in each]) or real(self, each)
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("quit\n"))
+    main(["--plant", "random", "--seed", "1", "--level", str(level)])  # the few checks do not see all of them
+    printed = capsys.readouterr().out
+    assert drawn[0] == names and f"Level {level}: " in printed and f"--level {level} --seed 1 hides the same" in printed
+    assert ("This is what the checks say" in printed) == (level == 1) and ("Checks fail in" in printed) == (level == 2)
 
 
 def test_the_hunt_can_be_repeated(main, few, capsys, monkeypatch):
@@ -163,7 +200,7 @@ def test_the_hunt_can_be_repeated(main, few, capsys, monkeypatch):
     (seed,) = re.findall(r"--seed (\d+) hides the same again", first)
     assert drawn == [10**6] and seed == hiding("attention-scale-twice")
     again = hunt(main, monkeypatch, capsys, ["answer"], "--seed", seed)
-    assert first.partition("In which function")[2] == again.partition("In which function")[2]
+    assert first.partition("In which file")[2] == again.partition("In which file")[2]
 
 
 @pytest.mark.parametrize("typed", [[], ["softmax_backward"], ["quit"]])
@@ -226,6 +263,8 @@ def test_a_check_that_breaks_down_does_not_end_the_hunt(main, few, capsys, monke
         ["--depth"],
         ["vit", "--depth"],
         ["--plant", "nonsense"],
+        ["linear", "--level", "1"],
+        ["--plant", "softmax-square", "--level", "2"],
         ["--plant", ""],
         ["linear", "--plant", "softmax-square"],
         ["--plant", "softmax-square", "--json", "x.json"],

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 import minivit
-from minivit import ViT, ViTConfig
+from minivit import InputError, ViT, ViTConfig
 from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import LAYERS, MODEL_BATCH, MODELS
 from minivit.laboratory.facts import FACTS, TOLERANCE
+from minivit.laboratory.hunt import hidden_at, level_of
 from minivit.laboratory.mistakes import BY_NAME, MISTAKES, find, planted, source_of
+from minivit.layers.attention import attention_backward
 
 # What exposes each mistake. "case: gradients" means that in this case of `minivit.laboratory.cases` exactly these
 # gradients are wrong and all others are right; "fact: name", that this fact does not hold.
@@ -197,3 +199,33 @@ def test_nothing_is_left_behind(name):
     with pytest.raises(RuntimeError), planted(name):
         raise RuntimeError
     assert body.__code__ is before
+
+
+@pytest.mark.parametrize(("name", "by"), EXPOSED)
+def test_level_3_is_what_no_gradient_check_sees(name, by):
+    assert (level_of(find(name)) == 3) == by.startswith("fact: ")
+
+
+def edited(monkeypatch, function, change):
+    """The source of a function as if it had been edited."""
+    source = change(inspect.getsource(function))
+    real = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda each: source if each is function else real(each))
+
+
+def test_a_mistake_survives_comments_line_breaks_and_blanks(monkeypatch):
+    body = inspect.unwrap(attention_backward)
+    line, broken = "dq = dscores @ k * q.shape[-1] ** -0.5", "dq = (  # mine\n    dscores @ k\n    *q.shape[-1]**-0.5)"
+    edited(monkeypatch, body, lambda source: source.replace(line, broken).replace("    # scores = q @ k^T", "\n    # "))
+    right, wrong = source_of(find("attention-dq-dk-swapped"))
+    assert "# mine" in right and right != wrong
+    compile(wrong, "edited", "exec")
+
+
+def test_a_function_that_was_changed_too_much_hides_nothing(monkeypatch):
+    body = inspect.unwrap(attention_backward)
+    edited(monkeypatch, body, lambda source: source.replace("dscores", "dlogits"))
+    with pytest.raises(InputError, match=r"attention-scale-twice cannot be planted: .* 0 times in .*has been edited"):
+        source_of(find("attention-scale-twice"))
+    names = [m.name for m in hidden_at(1)]
+    assert "attention-scale-twice" not in names and "attention-dv-transpose" in names

@@ -26,6 +26,23 @@ The steps are meant for numbers of order 1. An entry beyond 100 moves by a step 
 rounded to a multiple of eps |x_i|, and at 1e8 a step of 6e-6 would be wrong in its third digit, as would be y. That is
 right for functions that vary over lengths like |x|. For the others, such as sin at 1e8, a difference says little at any
 step, since x itself is known to eps |x| only: check these by the complex step, which has neither trouble.
+
+When a check fails
+    1.  Is it float64? In float32 rounding alone makes errors of 1e-3. A forward with an array of float32 in it, or a
+        constant rounded to it, shows as "right to 7 digits".
+    2.  The verdict is "on a kink" (ReLU at 0, equal numbers in a maximum): differences cannot tell there, and the
+        backward may be right. Move x away and check again.
+    3.  "too small to tell": all values are near 0, and a gradient that is missing would pass too. Give larger x, or a
+        forward multiplied by a large number.
+    4.  "not analytic", "different numbers for the same arguments": the forward is at fault, not the backward: abs or
+        norm of complex numbers, fresh random numbers, something kept from the last call.
+    5.  WRONG for all methods with the same numerical value: the backward is wrong. The diagnosis names what the pattern
+        suggests: a factor (a mean for a sum, a sum for a mean), a sign, a transpose, a missing term, one axis.
+    6.  WRONG by differences alone, and not by the complex step: the step is wrong for this function. Draw the error
+        against the step (`minivit gradcheck NAME --depth`).
+    7.  Still not clear? Make the problem as small as it goes (one image, two tokens, D = 2), check element by element,
+        and work the worst element out with a pencil: the result gives x, and each dy with the derivative of its y.
+        Then halve the function: check the backward of its last lines alone, then of the lines before.
 """
 
 from minivit.laboratory.gradcheck.arguments import CannotTellError
