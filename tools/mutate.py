@@ -38,7 +38,8 @@ except ImportError as error:
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.toml"
 TESTS = (
     "layers", "options", "optim", "model/test_model.py", "model/test_reference.py", "masked/test_masked.py",
-    "laboratory/test_facts.py", "training/test_engine_cpu.py", "training/test_step.py",
+    "laboratory/test_facts.py", "laboratory/test_trace.py", "training/test_engine_cpu.py", "training/test_step.py",
+    "training/test_plan.py", "training/test_loop.py", "evaluation/test_inference.py",
 )  # fmt: skip
 COLUMNS = ("mutants", *KINDS, "invalid", "timeout", "equivalent", "survived")
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.base.backend import array_module, column_sum, matmul, matmul_rows, row_sum
+from minivit.base.pairs import add_gradients
 from minivit.layers.attention import ATTENTION, transpose
 from minivit.layers.block import NORM1, NORM2, take
 from minivit.layers.gelu import A, C
@@ -332,23 +333,19 @@ def block_forward(z, params, *, num_heads, reads=None, msa=MSA, mlp=MLP, eps=1e-
 def block_backward(dz2, cache, grads, *, msa=MSA, mlp=MLP):
     """Twin of `minivit.layers.block.block_backward`."""
 
-    def add(names, dparameters):
-        for name, gradient in zip(names, dparameters, strict=True):
-            grads[name] += gradient
-
     # z2 = MLP(LN(z1)) + z1
     dactive, *dfc2 = linear_backward(dz2, cache.fc2)  # (B, Q, M)
-    add(MLP_NAMES[2:], dfc2)
+    add_gradients(grads, MLP_NAMES[2:], dfc2)
     dy1, *dfc1 = linear_backward(gelu_backward(dactive, cache.gelu), cache.fc1)  # (B, Q, D)
-    add(MLP_NAMES[:2], dfc1)
+    add_gradients(grads, MLP_NAMES[:2], dfc1)
     dz1, *dnorm2 = layernorm_backward(dy1, cache.norm2)  # (B, Q, D)
-    add(NORM2, dnorm2)
+    add_gradients(grads, NORM2, dnorm2)
     dz1 += dz2
     # z1 = MSA(LN(z)) + z
     dy, *dmsa = msa.backward(dz1, cache.msa)  # (B, N, D)
-    add(MSA_NAMES, dmsa)
+    add_gradients(grads, MSA_NAMES, dmsa)
     dz, *dnorm1 = layernorm_backward(dy, cache.norm1)  # (B, N, D)
-    add(NORM1, dnorm1)
+    add_gradients(grads, NORM1, dnorm1)
     dz[:, : dz1.shape[1]] += dz1
     return dz
 

@@ -119,3 +119,10 @@ def test_targets_whose_rows_do_not_sum_to_one_count_with_their_weight():
 def test_the_squared_error_is_of_two_arrays_of_rows(y, targets):
     with pytest.raises(ValueError, match=r"two arrays \(n, m\) are needed"):
         squared_error_forward(np.zeros(y), np.zeros(targets))
+
+
+def test_the_squared_error_is_a_mean_unless_told_otherwise():
+    y, targets = np.array([[1.0, 2.0, 4.0], [0.0, 0.0, 1.0]]), np.zeros((2, 3))
+    loss, cache = squared_error_forward(y, targets)
+    assert loss == 22.0 / 6.0 and cache.denominator == 6.0 and type(cache.denominator) is float
+    assert squared_error_forward(y, targets, denominator=4)[0] == 22.0 / 12.0

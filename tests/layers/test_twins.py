@@ -7,6 +7,8 @@ from minivit import ViT, ViTConfig, softmax_cross_entropy_backward, softmax_cros
 from minivit.base.backend import plain
 from minivit.kernels import cpu
 from minivit.laboratory.cases import LAYERS, MODEL_BATCH, MODELS, TWINS
+from minivit.layers.attention import attention_forward
+from minivit.layers.softmax import softmax_forward
 
 
 def build(name, seed=0):
@@ -87,3 +89,70 @@ def test_a_whole_step_is_that_of_the_book(name, dtype, limit):
     assert loss.dtype == gradient.dtype == dtype
     assert abs(loss - expected_loss) <= limit * abs(expected_loss)
     assert np.abs(gradient - expected).max() <= limit * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("name", "argument"), [
+    ("linear", 0), ("linear", 1), ("linear", 2), ("layernorm", 0), ("layernorm", 1), ("layernorm", 2), ("attention", 0),
+    ("attention", 1), ("attention", 2), ("msa", 0), ("msa", 1), ("patch_embed-bytes", 0), ("patch_embed-bytes", 1),
+    ("patch_embed-bytes", 2), ("patch_embed-bytes", 3),
+])  # fmt: skip
+def test_arrays_of_two_types_go_to_the_book(name, argument):
+    """NumPy's promotion says what becomes of them; a twin would write into an array of the wrong type."""
+    forward, _, args, _ = build(f"{name}-twin")
+    args = [a.astype(np.float32 if k == argument else np.float64) for k, a in enumerate(args)]
+    cache = forward(*args)[1]
+    assert type(cache).__module__ != cpu.__name__
+
+
+@pytest.mark.parametrize("name", ["linear", "layernorm", "gelu", "softmax", "attention", "msa", "block"])
+def test_complex_numbers_go_to_the_book(name):
+    forward, _, args, _ = build(f"{name}-twin")
+    assert reaches_a_twin(forward(*args)[1])
+    assert not reaches_a_twin(forward(*[a.astype(complex) for a in args])[1])
+
+
+@pytest.mark.parametrize("high", [1e3, 1e4])
+def test_scores_of_any_size_do_not_overflow(high):
+    """The maximum of each row is subtracted: exp(1000) is infinite."""
+    x = np.array([[high, 0.0, high], [-high, 0.0, -2.0 * high]])
+    with np.errstate(all="raise", under="ignore"):
+        y, cache = softmax_forward(x)
+        mixed, attention_cache = attention_forward(x[:, :1], np.array([[1.0], [0.0]]), np.array([[3.0], [5.0]]))
+    assert reaches_a_twin(cache) and reaches_a_twin(attention_cache)
+    np.testing.assert_allclose(y, [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]], atol=1e-15)
+    np.testing.assert_allclose(mixed, [[3.0], [5.0]], atol=1e-15)
+
+
+def test_vectors_of_ones_are_shared_and_cannot_be_written_to():
+    ones = cpu.ones(5, np.dtype(np.float32))
+    assert ones is cpu.ones(5, np.dtype(np.float32)) and np.array_equal(ones, np.ones(5, np.float32))
+    with pytest.raises(ValueError, match="read-only"):
+        ones[0] = 2.0
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_layernorms_eps_reaches_the_twins(pooling):
+    config = ViTConfig(**MODELS["vit"] | {"layernorm_eps": 0.5, "pooling": pooling})
+    rng = np.random.default_rng(0)
+    flat = ViT(config, dtype=np.float64).flat
+    flat += 0.3 * rng.standard_normal(flat.shape)
+    images = rng.integers(0, 256, (2, config.image_size, config.image_size, config.channels), dtype=np.uint8)
+    logits, cache = ViT(config, flat=flat).forward(images)
+    with plain():
+        expected, _ = ViT(config, flat=flat).forward(images)
+    assert all(type(each).__module__ == cpu.__name__ for each in cache.blocks)
+    np.testing.assert_allclose(logits, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("changes", [
+    {"qk_norm": True}, {"gelu": "erf"}, {"mlp": "swiglu", "mlp_dim": 14},
+    {"layer_scale": 0.1}, {"pos_embed": "relative", "pos_at": "every"},
+], ids=lambda changes: next(iter(changes)))  # fmt: skip
+def test_a_block_with_an_option_is_not_computed_as_the_plain_one(changes):
+    """The twin of the block is for the plain block; those of its layers do their part."""
+    if changes.get("gelu") == "erf":
+        pytest.importorskip("scipy")
+    config = ViTConfig(**MODELS["vit"] | changes)
+    images = np.zeros((2, config.image_size, config.image_size, config.channels), np.uint8)
+    _, cache = ViT(config).forward(images)
+    assert not any(type(each).__module__ == cpu.__name__ for each in cache.blocks)

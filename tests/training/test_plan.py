@@ -8,10 +8,12 @@ import pytest
 from small_runs import HARD, MODEL, resumed, stop_at, trainer
 
 from minivit.base.errors import InputError
+from minivit.model import ViTConfig
+from minivit.model.costs import expected_flops
 from minivit.training import plan
 from minivit.training.config import train_config_of
 from minivit.training.engines import cpu
-from minivit.training.engines.cut import cut
+from minivit.training.engines.cut import available_cores, check_workers, cut, default_micro_batch
 from minivit.training.folder import LAST
 from minivit.weights import checkpoint
 
@@ -28,6 +30,37 @@ def test_threads_and_micro_batches_follow_from_the_settings(tmp_path, monkeypatc
         run.run()
         flats.append(run.model.flat)
     np.testing.assert_array_equal(*flats)
+
+
+def test_two_threads_where_the_work_is_enough_for_two():
+    """From 2e9 FLOPs of a batch's products on."""
+    config = ViTConfig()
+    each = sum(expected_flops(config, 1))
+    batch = -(-2_000_000_000 // each)
+    assert [cut(config, size)[0] for size in (1, batch - 1, batch, 100 * batch)] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("changes", "images"), [
+    ({"image_size": 32, "patch_size": 4}, 16),  # 65 tokens: 1024 / 65, rounded
+    ({"image_size": 32, "patch_size": 4, "pooling": "mean"}, 16),
+    ({"image_size": 224, "patch_size": 16}, 5),
+    ({"image_size": 512, "patch_size": 4}, 1),
+    ({"image_size": 224, "patch_size": 1, "stem": "2,2,2,2", "pooling": "mean"}, 5),  # as patches of 16 pixels, 196
+    ({"image_size": 240, "patch_size": 15, "stem": "root", "pooling": "mean"}, 5),  # 16 tokens, taken for 225
+])  # fmt: skip
+def test_images_of_a_micro_batch(changes, images):
+    config = ViTConfig(**changes)
+    assert cut(config, 64)[1] == default_micro_batch(config) == images
+
+
+@pytest.mark.parametrize(("workers", "said"), [(-1, "got -1"), (1025, "at most 1024, got 1025")])
+def test_threads_beyond_reason_are_refused(workers, said):
+    with pytest.raises(InputError, match=said):
+        check_workers(workers)
+
+
+def test_no_number_of_threads_is_one_per_core():
+    assert (check_workers(0), check_workers(3), check_workers(1024)) == (available_cores(), 3, 1024)
 
 
 def test_a_run_goes_on_with_the_cut_of_its_checkpoint(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ class Unit(NamedTuple):
 
     @property
     def module(self):
-        return self.file.removesuffix(".py").replace("/", ".")
+        return self.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 class Mutant(NamedTuple):
