@@ -5,7 +5,7 @@ import sys
 
 from minivit import ViTConfig
 from minivit.base.backend import device_name, find_device
-from minivit.base.errors import InputError
+from minivit.base.errors import InputError, drawing
 from minivit.base.files import write_json
 from minivit.benchmark import tables
 from minivit.benchmark.agreement import Disagreement
@@ -242,5 +242,6 @@ def main(argv=None):
             **report, "config": vars(config), "pairs": arguments.pairs, "seed": arguments.seed, "machine": place,
         })  # fmt: skip
     if arguments.png:
-        draw(arguments, report, place)
+        with drawing():
+            draw(arguments, report, place)
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minivit import figures
 from minivit.base.backend import device_name, find_device
+from minivit.base.errors import drawing
 from minivit.base.files import write_json
 from minivit.commands.cli import Parser, output_file
 from minivit.commands.flags import add_data, add_place, add_weights
@@ -98,8 +99,9 @@ def main(argv=None):
     show(facts)
     figure = out / f"confusion-{path.stem}.png"
     title = f"{dataset.name}: {facts['accuracy']:.2%} of {len(images):,} right"
-    figures.save_confusion(figure, confusion, names, title=title)
     if arguments.json:
         write_json(arguments.json, facts)
-    print(f"\nconfusion matrix in {figure}")
+    with drawing():
+        figures.save_confusion(figure, confusion, names, title=title)
+        print(f"\nconfusion matrix in {figure}")
     return 0

@@ -3,6 +3,7 @@
 import math
 import time
 
+from minivit.base.errors import drawing
 from minivit.laboratory import gradcheck
 from minivit.laboratory.cases import LAYERS, MODELS
 from minivit.laboratory.checks import LIMITS, every_check, results_of, v_curves
@@ -85,8 +86,6 @@ How to read it. A numerical derivative subtracts two values of the function that
 
 def depth(name, seed, out):
     """The V-curves of one layer: prints them in numbers, draws them; returns a JSON-ready dict."""
-    from minivit import figures  # matplotlib is slow to import
-
     print(f"{name}: error of each numerical derivative along a random direction, over 82 steps from 1e-14 to 0.3")
     heads = ("best step", "predicted", "best error", "predicted", "slope", "theory")
     print(f"{'argument':20}{'method':12}{'dtype':9}" + "".join(f"{head:>12}" for head in heads))
@@ -103,8 +102,11 @@ def depth(name, seed, out):
             finite = {key: value if math.isfinite(value) else None for key, value in knee._asdict().items()}
             report[argument].append({"method": method, "dtype": kind, **finite})
     print(THEORY)
-    out.mkdir(parents=True, exist_ok=True)
     figure = out / f"v-curve-{name}.png"
-    figures.save_v_curves(figure, panels, title=f"{name}: how exact a numerical derivative can be")
-    print(f"drawn in {figure}")
+    with drawing():
+        from minivit import figures  # matplotlib is slow to import
+
+        out.mkdir(parents=True, exist_ok=True)
+        figures.save_v_curves(figure, panels, title=f"{name}: how exact a numerical derivative can be")
+        print(f"drawn in {figure}")
     return report

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from minivit import figures
 from minivit.base.backend import find_device, to_device, to_host
-from minivit.base.errors import InputError
+from minivit.base.errors import InputError, drawing
 from minivit.base.files import write_json
 from minivit.base.finite import quiet_overflow
 from minivit.commands.cli import Parser, output_file
@@ -177,14 +177,15 @@ def main(argv=None):
         order = np.argsort(-probabilities, kind="stable")[:5]
         figure = out / free_name(name, files)
         title = name if truth is None else f"{name}: truly {names[truth]}"
-        figures.save_attention(
-            figure, for_display(image), attention, probabilities, names, title=title, truth=truth, what=what
-        )
         result = {"image": name, "figure": str(figure)} | ({} if truth is None else {"truth": names[truth]})
         result["top"] = [{"name": names[k], "probability": float(probabilities[k])} for k in order]
         results.append(result)
         top = "  ".join(f"{names[k]} {probabilities[k]:.1%}" for k in order)
         tqdm.write(f"{title}: {top}", file=sys.stdout)
+        with drawing():
+            figures.save_attention(
+                figure, for_display(image), attention, probabilities, names, title=title, truth=truth, what=what
+            )
     if arguments.json:
         write_json(
             arguments.json, {"checkpoint": arguments.checkpoint, "weights": record.weights, "predictions": results}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minivit.base.backend import find_device
-from minivit.base.errors import InputError
+from minivit.base.errors import InputError, drawing
 from minivit.base.words import counted
 from minivit.commands.cli import Parser
 from minivit.commands.training import HELP
@@ -27,9 +27,10 @@ until its folder is deleted. The exit status is 0, 1 if a run diverged, 130 if i
 
 def draw_sweep(path, table):
     """The figure of a sweep's table."""
-    from minivit import figures  # matplotlib is slow to import
+    with drawing():
+        from minivit import figures  # matplotlib is slow to import
 
-    figures.save_sweep(path, table)
+        figures.save_sweep(path, table)
 
 
 def main(argv=None):

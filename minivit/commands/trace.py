@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from minivit import ViT, ViTConfig
 from minivit.base import params
-from minivit.base.errors import InputError
+from minivit.base.errors import InputError, drawing
 from minivit.base.files import write_json
 from minivit.base.finite import quiet_overflow
 from minivit.commands.cli import Parser, add_settings, given, output_file
@@ -256,9 +256,10 @@ def main(argv=None):
     if arguments.json:
         write_json(arguments.json, report_of(model, trace, nonfinite))
     if arguments.out:
-        from minivit import figures  # matplotlib is slow to import
-
         figure = Path(arguments.out) / "trace.png"
-        figures.save_trace(figure, trace, title=name)
-        print(f"drawn in {figure}")
+        with drawing():
+            from minivit import figures  # matplotlib is slow to import
+
+            figures.save_trace(figure, trace, title=name)
+            print(f"drawn in {figure}")
     return 1 if arguments.nan and nonfinite else 0

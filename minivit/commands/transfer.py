@@ -7,7 +7,7 @@ import numpy as np
 
 from minivit import figures
 from minivit.base.backend import find_device
-from minivit.base.errors import InputError
+from minivit.base.errors import InputError, drawing
 from minivit.base.files import write_json
 from minivit.commands.cli import Parser
 from minivit.commands.flags import add_data, add_place, add_weights
@@ -89,9 +89,9 @@ def main(argv=None):
     show(results)
     stem = transfer_stem(study.method, dataset)
     write_json(out / f"{stem}.json", results)
-    files = f"{out / stem}.json"
+    print(f"\nwritten to {out / stem}.json")
     if study.method == "fewshot":
-        figures.save_few_shot(out / f"{stem}.png", results, title=f"{path.parent.name}, few-shot on {dataset.name}")
-        files += " and .png"
-    print(f"\nwritten to {files}")
+        with drawing():
+            figures.save_few_shot(out / f"{stem}.png", results, title=f"{path.parent.name}, few-shot on {dataset.name}")
+            print(f"drawn in {out / stem}.png")
     return 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minivit import figures
 from minivit.base.backend import device_name, find_device
-from minivit.base.errors import InputError
+from minivit.base.errors import InputError, drawing
 from minivit.base.files import write_json
 from minivit.commands.cli import Parser
 from minivit.commands.flags import add_place, add_weights
@@ -131,6 +131,8 @@ def main(argv=None):
     settings = {"checkpoint": str(path), "weights": record.weights, "method": arguments.method, **data,
                 "device": device_name(device)}  # fmt: skip
     write_json(file, settings | summary | {"tasks": details})
-    figures.save_vtab(file.with_suffix(".png"), summary, title=f"VTAB, {arguments.method}: {path}")
-    print(f"\nwritten to {file} and .png")
+    print(f"\nwritten to {file}")
+    with drawing():
+        figures.save_vtab(file.with_suffix(".png"), summary, title=f"VTAB, {arguments.method}: {path}")
+        print(f"drawn in {file.with_suffix('.png')}")
     return 0

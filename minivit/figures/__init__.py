@@ -4,6 +4,9 @@ from minivit import figures
 figures.save_confusion("confusion.png", confusion, class_names)
 """
 
+from minivit.figures import canvas  # first: it imports matplotlib, whatever MPLBACKEND says
+
+# isort: split
 from minivit.figures.attention import image_png, save_attention, save_distances, save_rollouts
 from minivit.figures.compute import save_axial, save_compute, save_cost
 from minivit.figures.contest import save_contest, save_data, save_layers, save_scaling
@@ -17,6 +20,7 @@ from minivit.figures.sweep import save_few_shot, save_sweep, save_vtab
 from minivit.figures.v_curves import save_v_curves
 
 __all__ = [
+    "canvas",
     "image_png",
     "save_attention",
     "save_axial",

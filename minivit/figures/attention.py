@@ -18,6 +18,7 @@ from minivit.figures.canvas import (
     TRAIN,
     label,
     new_figure,
+    own_style,
     pixels_of,
     save,
     show,
@@ -27,6 +28,7 @@ from minivit.figures.canvas import (
 OVERLAY = {"cmap": "viridis", "alpha": 0.7}  # attention over an image
 
 
+@own_style
 def image_png(image, attention=None):
     """The bytes of a PNG file that shows an image, a pixel for a pixel, under its attention map if one is given.
 
@@ -48,6 +50,7 @@ def image_png(image, attention=None):
     return file.getvalue()
 
 
+@own_style
 def save_attention(
     path, image, attention, probabilities, class_names, *, title="", truth=None, top=5,
     what="attention of the last block, mean of its heads",
@@ -95,6 +98,7 @@ def spotlight(image, map_, low=0.12):
     return np.rint(pixels * light[..., None]).astype(np.uint8)
 
 
+@own_style
 def save_rollouts(path, images, maps, titles, *, title="", columns=6):
     """Images beside themselves in the light of their attention rollout.
 
@@ -124,6 +128,7 @@ def save_rollouts(path, images, maps, titles, *, title="", columns=6):
     save(figure, path)
 
 
+@own_style
 def save_distances(path, distances, *, uniform, images=None, title=""):
     """Mean attention distance: a dot for each head of each block, and a line through the means of the blocks.
 

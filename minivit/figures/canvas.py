@@ -7,19 +7,27 @@ element (see `as_svg`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
+import os
 import re
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from minivit.base.files import write_atomically
+
+_BACKEND = os.environ.pop("MPLBACKEND", None)  # of a notebook, say: one that is not here would end the import
+try:
+    import matplotlib
+    from matplotlib import colormaps  # noqa: F401  for others
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+finally:
+    if _BACKEND is not None:
+        os.environ["MPLBACKEND"] = _BACKEND
 
 TRAIN, TEST, GOOD, BAD = "#7a869a", "#c2410c", "#15803d", "#b91c1c"
 OURS, THEIRS, FLOOR = "#1d4ed8", "#94a3b8", "#cbd5e1"
@@ -33,6 +41,18 @@ def new_figure(width, height):
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def own_style(function):
+    """Let a function that draws use matplotlib's own settings, whatever the user's matplotlibrc says."""
+
+    @functools.wraps(function)
+    def draws(*arguments, **settings):
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            return function(*arguments, **settings)
+
+    return draws
 
 
 @contextmanager

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from matplotlib.ticker import LogFormatter, LogLocator, NullLocator
 
-from minivit.figures.canvas import LINES, label, new_figure, save, style
+from minivit.figures.canvas import LINES, label, new_figure, own_style, save, style
 
 MARKERS = "os^Dvp"
 
 
+@own_style
 def save_cost(path, points, *, title=""):
     """Speed of predictions and of training, and peak memory, against the size of the image (of `analyses.cost`)."""
     figure = new_figure(12.5, 4.0)
@@ -55,6 +56,7 @@ def _log_scale(axes):
     axes.xaxis.set_minor_locator(NullLocator())
 
 
+@own_style
 def save_axial(path, points, *, title=""):
     """Accuracy of full and axial attention against the FLOPs of training and against predictions per second.
 
@@ -82,6 +84,7 @@ def save_axial(path, points, *, title=""):
     save(figure, path)
 
 
+@own_style
 def save_compute(path, points, *, title=""):
     """Accuracy against the FLOPs of training: a line for each kind of model, by its sizes.
 

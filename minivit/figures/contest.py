@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from minivit.figures.canvas import FLOOR, GOOD, OURS, SOFT, TEST, THEIRS, label, new_figure, save, style
+from minivit.figures.canvas import FLOOR, GOOD, OURS, SOFT, TEST, THEIRS, label, new_figure, own_style, save, style
 
 BENCHMARK_COLORS = {"minivit": OURS, "minivit-fed": OURS, "plain": "#7dabf8", "torch": "#c2410c",
                     "torch-compile": "#ea8a4f", "jax": "#15803d"}  # fmt: skip
@@ -41,6 +41,7 @@ def _finish(figure, path, title):
     save(figure, path)
 
 
+@own_style
 def save_contest(path, report, *, title=""):
     """Times and peak memory of `minivit.benchmark.contest.contest`; with "latency" in the report, of one image too."""
     contests = [report] + ([report["latency"]] if "latency" in report else [])
@@ -68,6 +69,7 @@ def save_contest(path, report, *, title=""):
     _finish(figure, path, title)
 
 
+@own_style
 def save_data(path, report, *, title=""):
     """Times of `minivit.benchmark.loading.data_report`."""
     figure = new_figure(8, 2.9)
@@ -81,6 +83,7 @@ def save_data(path, report, *, title=""):
     _finish(figure, path, title)
 
 
+@own_style
 def save_layers(path, report, *, title=""):
     """Where a step's time goes, layer by layer or kernel by kernel, and how much of it is each one's floor."""
     rows = [row for row in report["layers"] if not row["inside_another"] and row["share_of_step"] >= 0.001]
@@ -124,6 +127,7 @@ def save_layers(path, report, *, title=""):
     _finish(figure, path, title)
 
 
+@own_style
 def save_scaling(path, report, *, title=""):
     """Step times of `minivit.benchmark.scaling.scaling_report`: a panel for each of batch, depth, tokens, workers."""
     texts = {"batch": "images in the batch, B", "depth": "blocks, L", "tokens": "tokens, N", "workers": "workers"}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from minivit.figures.canvas import BAD, TEST, TRAIN, new_figure, save, style
+from minivit.figures.canvas import BAD, TEST, TRAIN, new_figure, own_style, save, style
 
 
+@own_style
 def save_curvature(path, records, *, edge, slice_=None, title=""):
     """Sharpness beside the loss along a run, with the edge of stability, and a loss surface.
 

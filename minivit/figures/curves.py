@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.ticker import LogFormatter
 
-from minivit.figures.canvas import GOOD, INK, TEST, TRAIN, new_figure, save, style
+from minivit.figures.canvas import GOOD, INK, TEST, TRAIN, new_figure, own_style, save, style
 
 
 def steps_per_epoch(records):
@@ -97,6 +97,7 @@ CURVES = {"loss": _draw_loss, "accuracy": _draw_accuracy, "lr": _draw_lr, "gradi
           "throughput": _draw_throughput, "epoch time": _draw_epoch_time}  # fmt: skip
 
 
+@own_style
 def save_curves(path, records, *, title=""):
     """Loss, accuracy and learning rate of a run, from the records of its metrics.jsonl."""
     figure = new_figure(11, 3.6)
@@ -105,6 +106,7 @@ def save_curves(path, records, *, title=""):
     save(figure, path)
 
 
+@own_style
 def save_curve(path, name, records, *, per_epoch=None):
     """One of the ``CURVES`` of a run alone, from the records of its metrics.jsonl; with ``path=None`` an SVG element.
 
@@ -117,6 +119,7 @@ def save_curve(path, name, records, *, per_epoch=None):
     return save(figure, path)
 
 
+@own_style
 def save_masked_curves(path, records, *, chance, regression=False, title=""):
     """Loss, accuracy and learning rate of pre-training, with what a guess without looking reaches.
 
@@ -138,6 +141,7 @@ def save_masked_curves(path, records, *, chance, regression=False, title=""):
     save(figure, path)
 
 
+@own_style
 def save_lr_curve(path, ramp, *, chosen=None, title=""):
     """Raw and smoothed loss of a ramp of learning rates (`minivit.training.lr_finder`), with the rates it suggests.
 

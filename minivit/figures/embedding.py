@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from minivit.figures.canvas import label, new_figure, save, show
+from minivit.figures.canvas import label, new_figure, own_style, save, show
 
 POSITIONS = 16  # most positions along a side of a figure: of a finer grid every second, third, ... is drawn
 
 
+@own_style
 def save_filters(path, filters, *, title="", columns=7):
     """Principal components of the patch embedding as images (`minivit.paper.analyses.Filters`), with their shares.
 
@@ -30,6 +31,7 @@ def save_filters(path, filters, *, title="", columns=7):
     save(figure, path)
 
 
+@own_style
 def save_positions(path, similarity, *, kind="", title=""):
     """Cosine similarity of position embeddings: for each patch a map of its similarity to all patches.
 

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 
-from minivit.figures.canvas import OURS, SOFT, TEST, label, save
+from minivit.figures.canvas import OURS, SOFT, TEST, label, own_style, save
 
 FORWARD, BACKWARD = OURS, TEST
 BOX, PANEL, EDGE = "#334155", "#f1f5f9", "#cbd5e1"  # colours of outlines and of the panel of the block
@@ -26,6 +26,7 @@ ROWS = (
 )  # fmt: skip
 
 
+@own_style
 def save_trace(path, trace, *, title=""):
     """The network of a `minivit.laboratory.trace.Trace` as boxes, its first block opened, tensors on the arrows.
 

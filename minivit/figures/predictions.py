@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from minivit.figures.canvas import BAD, GOOD, INK, OURS, THEIRS, TRAIN, label, new_figure, save, show, style
+from minivit.figures.canvas import BAD, GOOD, INK, OURS, THEIRS, TRAIN, label, new_figure, own_style, save, show, style
 from minivit.layers.softmax import softmax_forward
 
 
+@own_style
 def save_predictions(path, images, labels, logits, class_names, *, rows=4, columns=8):
     """A grid of test images, evenly spaced over the set: predicted class, its probability, the true one if wrong."""
     count = min(rows * columns, len(images))
@@ -31,6 +32,7 @@ def save_predictions(path, images, labels, logits, class_names, *, rows=4, colum
     save(figure, path)
 
 
+@own_style
 def save_confusion(path, confusion, class_names, *, title=""):
     """The confusion matrix: rows are true classes, columns predicted ones, entries the share of the row.
 
@@ -62,6 +64,7 @@ def save_confusion(path, confusion, class_names, *, title=""):
     return save(figure, path)
 
 
+@own_style
 def save_calibration(path, bins, *, title=""):
     """A reliability diagram: accuracy against confidence in bins of equal width, over the share of predictions in each.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from minivit.figures.canvas import label, new_figure, save, show
+from minivit.figures.canvas import label, new_figure, own_style, save, show
 
 
+@own_style
 def save_contact_sheet(path, rows, *, title=""):
     """Rows of images, each row under a name: ``rows`` maps names to images (n, H, W, C) of one shape."""
     H, W, C = next(iter(rows.values())).shape[1:]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from minivit.figures.canvas import BAD, GOOD, INK, OURS, TEST, THEIRS, label, new_figure, save, style
+from minivit.figures.canvas import BAD, GOOD, INK, OURS, TEST, THEIRS, label, new_figure, own_style, save, style
 
 
+@own_style
 def save_sweep(path, table):
     """Accuracies of `minivit.training.sweep.table_of`: a row for each setting, a dot for each seed, a line at the mean.
 
@@ -33,6 +34,7 @@ def save_sweep(path, table):
     save(figure, path)
 
 
+@own_style
 def save_few_shot(path, results, *, title=""):
     """Accuracy against examples of each class: a line for each row of ``results``, a band of one deviation over seeds.
 
@@ -56,6 +58,7 @@ def save_few_shot(path, results, *, title=""):
     save(figure, path)
 
 
+@own_style
 def save_vtab(path, summary, *, title=""):
     """Accuracies of `minivit.evaluation.vtab.summary_of`: a bar for each task, in its group, a line at each mean."""
     figure = new_figure(6.8, 0.28 * len(summary["tasks"]) + 1.9)

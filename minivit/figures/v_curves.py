@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.lines import Line2D
 
-from minivit.figures.canvas import GOOD, OURS, SOFT, TEST, new_figure, save, style
+from minivit.figures.canvas import GOOD, OURS, SOFT, TEST, new_figure, own_style, save, style
 from minivit.laboratory.gradcheck import METHODS
 
 COLORS = {"forward": "#7e22ce", "central": OURS, "five-point": GOOD, "complex": TEST}
@@ -13,6 +13,7 @@ THEORY = {"ls": (0, (5, 3)), "lw": 0.8, "alpha": 0.7, "zorder": 2}
 LEFT, RIGHT = 1e-14, 10**-0.5  # the steps that are shown
 
 
+@own_style
 def save_v_curves(path, panels, *, title=""):
     """Error of numerical derivatives against their step: the V-curves of one function.
 

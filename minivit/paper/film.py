@@ -6,14 +6,12 @@ import io
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from minivit.base.errors import InputError
 from minivit.base.files import write_atomically
 from minivit.figures.attention import spotlight
-from minivit.figures.canvas import INK, OURS, any_text
+from minivit.figures.canvas import INK, OURS, Figure, FigureCanvasAgg, any_text, own_style
 from minivit.layers.patch_embed import patchify
 from minivit.paper.journey import as_colors, reader, token_colors, top_classes
 
@@ -232,6 +230,7 @@ class _Film:
         return _coarse(np.rint(colors + t * (mean - colors.astype(float)))) if t < 1 else mean
 
 
+@own_style
 def save_film(path, journey, *, progress=False):
     """The journey as an animated GIF of 800 x 450 pixels that begins again at its end.
 

@@ -15,12 +15,23 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
 
 from minivit.base.backend import array_module, to_host
 from minivit.evaluation.inference import attention_map
 from minivit.figures.attention import spotlight
-from minivit.figures.canvas import BAD, GOOD, TRAIN, label, new_figure, pixels_of, save, show, style
+from minivit.figures.canvas import (
+    BAD,
+    GOOD,
+    TRAIN,
+    colormaps,
+    label,
+    new_figure,
+    own_style,
+    pixels_of,
+    save,
+    show,
+    style,
+)
 from minivit.layers.softmax import softmax_forward
 from minivit.model import intermediates
 from minivit.paper.analyses import attention_rollout, square_maps
@@ -89,6 +100,7 @@ def reader(config):
 # ---- still -----------------------------------------------------------------------------------------------------------
 
 
+@own_style
 def save_still(path, journey):
     """The journey in one figure: image, patches, tokens, the light of each block, probabilities."""
     c, g, P = journey.config, journey.config.grid_size, journey.config.image_size // journey.config.grid_size

@@ -17,7 +17,7 @@ import numpy as np
 
 from minivit.base import params as parameters
 from minivit.base.backend import device_name, to_device, to_host, use_device
-from minivit.base.errors import InputError
+from minivit.base.errors import InputError, drawing
 from minivit.base.files import write_json
 from minivit.base.finite import is_finite, quiet_overflow
 from minivit.data.source import fingerprint
@@ -213,11 +213,12 @@ def meta_of(run):
 
 
 def finish(run, engine, evaluation):
-    """Draw the figures of a run and write its summary, which is returned."""
+    """Write the summary of a run, which is returned, and then draw its figures."""
     summary = summary_of(run, engine, evaluation)
-    if run.draw:
-        run.draw(run, evaluation.outputs)
     write_json(run.out / SUMMARY, summary)
+    if run.draw:
+        with drawing():
+            run.draw(run, evaluation.outputs)
     return summary
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivit import ViTConfig
+from minivit import ViTConfig, figures
 from minivit.data import load, source
 from minivit.evaluation.inference import predict_all
 from minivit.model import ViT
@@ -49,6 +49,21 @@ def test_the_figures(trained, tmp_path, call):
         assert shown in ended.out
     rows = [line for line in ended.out.splitlines() if line.endswith("%") and line[0].isdigit()]
     assert len(rows) == 10 and rows[3].split()[:2] == ["3", "37"]
+
+
+def test_a_figure_that_fails_takes_no_result_along(trained, tmp_path, call, monkeypatch):
+    def broken(*arguments, **settings):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(figures, "save_confusion", broken)
+    ended = call("evaluate", trained / LAST, "--out", tmp_path, "--json", tmp_path / "e.json")
+    assert ended.status == 0 and "accuracy" in json.loads((tmp_path / "e.json").read_text())
+    assert ended.err == "warning: a figure could not be drawn (no font); everything else is written\n"
+    assert "confusion matrix in" not in ended.out
+    monkeypatch.setattr(figures, "save_attention", broken)
+    ended = call("predict", trained / LAST, "--test", "0", "1", "--out", tmp_path, "--json", tmp_path / "p.json")
+    assert ended.status == 0 and len(json.loads((tmp_path / "p.json").read_text())["predictions"]) == 2
+    assert ended.err.count("warning: a figure could not be drawn (no font)") == 2
 
 
 def test_folders_are_read_at_the_size_of_the_model(tmp_path, call):

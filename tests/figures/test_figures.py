@@ -358,3 +358,30 @@ def test_settings_that_have_not_been_run_are_left_out_of_a_sweeps_figure(tmp_pat
         assert axes.lines[0].get_color() == color and axes.lines[2].get_color() == canvas.OURS
     assert [len([line for line in axes.lines if line.get_linestyle() == ":"]) for axes in (one, other)] == [1, 0]
     assert not none.get_yticklabels() and one.get_ylim() == (1.6, -0.6)
+
+
+DRAWN = """
+from minivit import figures
+records = [{{"kind": "train", "step": s, "epoch": 1, "loss": 1.0 / (s + 1)}} for s in range(5)]
+figures.save_curve("{path}", "loss", records)
+"""
+
+
+@pytest.mark.parametrize("surroundings", [
+    {"MPLBACKEND": "module://no_such_backend"}, {"MPLBACKEND": "nonsense"}, {"MATPLOTLIBRC": "text.usetex: True"},
+    {"MATPLOTLIBRC": "axes.facecolor: black\nfont.size: 40\nfigure.dpi: 7\nsavefig.dpi: 7", "MPLBACKEND": "agg"},
+])  # fmt: skip
+def test_a_users_settings_of_matplotlib_change_no_figure(tmp_path, surroundings):
+    """What a notebook or a matplotlibrc says is of other figures."""
+    surroundings = dict(surroundings)
+    if text := surroundings.get("MATPLOTLIBRC"):
+        (tmp_path / "matplotlibrc").write_text(text)
+        surroundings["MATPLOTLIBRC"] = str(tmp_path)
+    there, here = tmp_path / "there.png", tmp_path / "here.png"
+    code = DRAWN.format(path=there)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | surroundings, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    exec(DRAWN.format(path=here))
+    assert there.read_bytes() == here.read_bytes()

@@ -66,3 +66,20 @@ def test_two_processes_cannot_train_into_one_folder(tmp_path):
     before_step(run, 4, intrude)
     assert run.run()["steps"] == STEPS and len(refused) == 2
     assert resumed(tmp_path).run()["steps"] == STEPS  # the lock is gone
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no\nlatex"), ValueError(""), OSError(28, "No space left on device")])
+def test_a_figure_that_fails_is_one_line_and_everything_else_is_there(tmp_path, capsys, error):
+    """The summary is written before the figures are drawn."""
+    run = trainer(tmp_path)
+
+    def draw(run, outputs):
+        assert (tmp_path / SUMMARY).exists()
+        raise error
+
+    run.draw = draw
+    summary = run.run()
+    assert summary["steps"] == STEPS and json.loads((tmp_path / SUMMARY).read_text())["steps"] == STEPS
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("warning: a figure could not be drawn (")
+    assert resumed(tmp_path).finished
