@@ -46,6 +46,26 @@ def write_json(path, content):
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
+def parse_json(text):
+    """What a JSON text or its bytes hold.
+
+    Raises  ValueError: it is not JSON, or lists and objects lie in each other deeper than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its lists and objects lie too deep in each other") from None
+
+
+def read_object(path):
+    """The content of a JSON file that holds a dict; {} if it is missing or damaged."""
+    try:
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def parse_toml(path, what="settings file"):
     """The content of a TOML file, a dict; ``what`` is what a message calls it.
 
@@ -58,7 +78,7 @@ def parse_toml(path, what="settings file"):
         raise InputError(f"there is no {what} {path}") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder, not a {what}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or a number of thousands of digits
         raise InputError(f"{path} is not a TOML file: {error}") from None
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minivit.base.errors import InputError
-from minivit.base.files import write_atomically
+from minivit.base.files import parse_json, write_atomically
 from minivit.weights import checkpoint
 
 LAST, BEST, METRICS, SUMMARY, SETTINGS = "last.npz", "best.npz", "metrics.jsonl", "summary.json", "settings.json"
@@ -81,17 +81,26 @@ def metrics_log(folder):
         yield log
 
 
+def _is_record(record):
+    """Is this a whole record of a metrics.jsonl, of numbers that can be drawn?"""
+    kind = record.get("kind") if isinstance(record, dict) else None
+    figures = _FIGURES.get(kind) if isinstance(kind, str) else None
+    if not figures or not all(type(record.get(name)) in (int, float) for name in figures):
+        return False
+    numbers = [value for value in record.values() if type(value) in (int, float)]
+    return all(abs(value) < 1e30 for value in numbers) and record["epoch"] > 0 and record["step"] > 0
+
+
 def read_metrics(path):
     """The records of a metrics.jsonl; a line that is no whole record (its process was killed) is left out."""
     records = []
     if Path(path).exists():
         for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError:
                 continue
-            figures = _FIGURES.get(record.get("kind")) if isinstance(record, dict) else None
-            if figures and all(type(record.get(name)) in (int, float) for name in figures):
+            if _is_record(record):
                 records.append(record)
     return records
 

@@ -78,6 +78,7 @@ class Trainer:
         """Make model, optimiser, average and state: new, from a start, or from a checkpoint."""
         c, device, table = self.config, self.plan.device, self.task.table()
         if resume:
+            checkpoint.check_size(resume[0], table, resume[1].path)
             first = np.empty(parameters.count(table), np.float32)  # to be filled below
         elif start and start.flat is not None:
             first = start.flat.copy()
