@@ -6,39 +6,80 @@ import contextlib
 import json
 import os
 import tomllib
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from minivit.base.errors import InputError
 from minivit.base.settings import refuse_unknown
 
 
+@contextlib.contextmanager
+def naming(path):
+    """Within it, an OSError names the file ``path``, not a temporary one, which means nothing to a user, or none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
 def write_atomically(path, write):
     """Call ``write(file)`` on a temporary file beside ``path``, flush it to the disk, then rename it to ``path``.
 
-    Whatever happens on the way, ``path`` holds either what it held before or the whole new content.
+    Whatever happens on the way, ``path`` holds either what it held before or the whole new content: the content reaches
+    the disk before the name, and the name before this returns.
     Raises  OSError: the disk is full, the folder cannot be written, ...; it names ``path``, and the temporary file is
     removed.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # the temporary file's name means nothing to a user
-            error.filename, error.filename2 = str(path), None
-        raise
-    if os.name == "posix":  # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
+    with naming(path):
         try:
-            os.fsync(folder)
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        if os.name == "posix":  # the rename itself must reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def sync(path):
+    """Flush a file that is written elsewhere to the disk; nothing if there is no such file.
+
+    Raises  OSError: the disk says that it failed; it names ``path``.
+    """
+    with naming(path), contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
+def also_as(path, other):
+    """Give a file, as it is now, a second name, in the place of what had that name; it takes no room on the disk.
+
+    Nothing happens where there is no such file, or where the file system has no hard links.
+    """
+    temporary = Path(other).with_name(f".{Path(other).name}.partial")
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+            os.replace(temporary, other)
         finally:
-            os.close(folder)
+            temporary.unlink(missing_ok=True)  # a file that has the second name already keeps both
+
+
+def local(path):
+    """A path from a file that may come from Windows: its backslashes separate folders, unless there is such a name."""
+    if "\\" not in str(path) or os.path.exists(path):
+        return path
+    return PureWindowsPath(path).as_posix()
 
 
 def write_json(path, content):
