@@ -1,5 +1,6 @@
 """Check that training survives kill -9: resumed at random moments, it must end with the same numbers, bit for bit."""
 
+import contextlib
 import json
 import random
 import signal
@@ -13,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from minivit.base.errors import InputError
-from minivit.base.files import write_json
 from minivit.commands.cli import Parser, run
 from minivit.data.cifar.layouts import KINDS, PIXELS
 from minivit.training.engines.cut import check_workers
@@ -38,7 +38,7 @@ SETTINGS = {
     "digits": "--width 32 --depth 2 --mlp-dim 64 --batch-size 32 --accumulate 2 --dropout 0.1 --drop-path 0.1 "
     "--crop-padding 1 --epochs 40",
     "cifar": "--data cifar10 --preset Nano/4 --optimizer muon --half-size 0.5 --pooling mean --pos-embed sincos2d "
-    "--batch-size 16 --flip --crop-padding 4 --mixup 0.2 --epochs 10",
+    "--batch-size 16 --flip --crop-padding 4 --mixup 0.2 --epochs 40",
 }
 RECORDS = 24  # images in each of CIFAR-10's files
 
@@ -116,31 +116,40 @@ def same_end(whole, broken):
     return not differing
 
 
+def wait_for(process, out, steps, delay):
+    """Wait until a run has made so many steps more than its last checkpoint had, and then for a delay in seconds."""
+    goal = (step_of(out) or 0) + steps
+    while steps and process.poll() is None and max([0, *(r["step"] for r in read_metrics(out / METRICS))]) < goal:
+        time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(delay)
+
+
 def check(kind, folder, workers, kills, rng, say=print):
     """One run that nobody interrupts and one that is killed: a `Row`."""
     whole, broken = folder / f"whole-{kind}-{workers}", folder / f"broken-{kind}-{workers}"
     started = time.monotonic()
     finish(launch(kind, folder, whole, workers))
     summary = json.loads((whole / SUMMARY).read_text())
-    start = time.monotonic() - started - summary["train_seconds"]  # that a process takes until it trains, about
-    share = summary["train_seconds"] / kills  # of the training, between two kills, so that they come before its end
+    total = time.monotonic() - started
+    start, each = total - summary["train_seconds"], summary["train_seconds"] / summary["steps"]  # seconds, about
     before = repeated = ended = 0
     for kill in range(1, kills + 1):
         process = launch(kind, folder, broken, workers)
-        # one in five at any moment, most of them while Python starts; the others once it trains
-        delay = rng.uniform(0, start) if rng.random() < 0.2 else start + rng.uniform(0, 1.7 * share)
-        try:
-            process.wait(delay)
-            ended += 1
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+        if rng.random() < 0.15:  # while Python starts, or data are read
+            goal, delay = 0, rng.uniform(0, start)
+        else:  # after so many steps, and a part of one, of a test or of the writing of a checkpoint
+            goal, delay = rng.uniform(0, 1.7 * summary["steps"] / kills), rng.uniform(0, 3 * each)
+        wait_for(process, broken, goal, delay)
+        ended += process.poll() is not None
+        process.send_signal(signal.SIGKILL)
         said, _ = process.communicate()
         if process.returncode not in (0, -signal.SIGKILL):
             raise InputError(f"kill {kill}: the training ended with status {process.returncode}: {said}")
         saved = step_of(broken)
         reached = max((record["step"] for record in read_metrics(broken / METRICS)), default=0)
         before, repeated = before + (saved is None), repeated + max(0, reached - (saved or 0))
-        say(f"{kind}, workers {workers}: {kill:3}. after {delay:5.2f} s, at step {reached}, checkpoint of step {saved}")
+        say(f"{kind}, workers {workers}: kill {kill:3} at step {reached}, checkpoint of step {saved}")
     if ended:
         say(f"{kind}, workers {workers}: {ended} of the kills came after the end")
     finish(launch(kind, folder, broken, workers))
@@ -165,7 +174,6 @@ def main(argv=None):
     parser.add_argument("--runs", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="what is trained [both]")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of workers [1 2]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the moments [0]")
-    parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
     parser.add_argument("--quiet", action="store_true", help="no line for each kill")
     arguments = parser.parse_args(argv)
     if arguments.kills < 1:
@@ -184,8 +192,6 @@ def main(argv=None):
             for workers in arguments.workers
         ]
     print(f"seed {arguments.seed}\n\n{table(rows)}")
-    if arguments.json:
-        write_json(arguments.json, {"seed": arguments.seed, "rows": [row._asdict() for row in rows]})
     return 0 if all(row.same for row in rows) else 1
 
 

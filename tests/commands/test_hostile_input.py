@@ -331,6 +331,16 @@ def of_metrics(folder, random):
     return put(folder, files), read
 
 
+def of_run(folder, random):
+    """A run's folder in which everything is damaged, the checkpoint now and then."""
+    files = {name: m.json_file(run_files()[name], random) for name in (SUMMARY, SETTINGS)}
+    files[METRICS] = m.json_lines(run_files()[METRICS], random)
+    files[LAST] = run_files()[LAST]
+    if random.random() < 0.5:
+        files[LAST] = with_meta(files[LAST], lambda tree: m.json_tree(tree, random))
+    return put(folder, files), lambda: checkpoint.load_model(folder / LAST)
+
+
 def of_json(folder, random):
     data = random.choice([v for k, v in {**weights("hf"), **weights("timm")}.items() if k.endswith("json")])
     return put(folder, {"x.json": m.json_file(data, random)}), lambda: tensor_files.read_json(folder / "x.json")
@@ -342,7 +352,7 @@ READERS = {
     **{f"{name} {form}": functools.partial(of_cifar, name, form) for name, form in NAMES},
     "image": of_image, "folder": of_folder, "list": of_list, "real.json": of_real, "class names": of_names,
     "task": of_task, "array": of_array, "settings": of_settings, "sweep": of_sweep, "results": of_results,
-    "metrics": of_metrics, "json": of_json,
+    "metrics": of_metrics, "run": of_run, "json": of_json,
 }  # fmt: skip
 
 
@@ -456,7 +466,7 @@ COMMANDS = {
     "cifar10 python": "data info cifar10 --data-dir .", "cifar100 binary": "data info cifar100 --data-dir .",
     "cifar100 python": "data info cifar100 --data-dir .", "folder": "data info folder --data-dir . --image-size 8",
     "list": "data info imagefolder --data-dir . --image-size 8", "sweep": "sweep x.toml --table --out new",
-    "settings": "train --config x.toml --quiet --steps 1 --out new",
+    "run": "report . --out new/report.html", "settings": "train --config x.toml --quiet --steps 1 --out new",
 }  # fmt: skip
 
 
