@@ -3,13 +3,18 @@
 import sys
 from contextlib import contextmanager
 
+LONGEST = 1200  # characters of a message
+
 
 class InputError(ValueError):
     """The user's input cannot be used. Its text is one line: what is wrong, where, and what to do."""
 
     def __str__(self):
-        # File names and the messages of other libraries may hold line breaks.
-        return " ".join(super().__str__().splitlines())
+        # File names, what damaged files hold and the messages of other libraries may have line breaks, control
+        # characters, and any length.
+        line = " ".join(super().__str__().splitlines())
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
+        return line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-290:]}"
 
 
 @contextmanager
@@ -18,5 +23,5 @@ def drawing():
     try:
         yield
     except Exception as error:  # matplotlib, its fonts and its settings raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         print(f"warning: a figure could not be drawn ({reason}); everything else is written", file=sys.stderr)

@@ -21,6 +21,7 @@ from minivit.layers.softmax import softmax_forward
 from minivit.model import intermediates
 from minivit.paper.analyses import attention_rollout
 from minivit.weights.layouts import load_with_notes
+from minivit.weights.tensor_files import read_npy
 
 EXAMPLES = """
 examples:
@@ -45,14 +46,14 @@ def array_image(path, size, channels):
     Raises  InputError: it is no array of numbers, has another shape, or a pixel that is NaN, infinite or out of range.
     """
     try:
-        with open(path, "rb") as file:
-            image = np.load(file, mmap_mode=None, allow_pickle=False, max_header_size=10_000)
-    except (OSError, MemoryError):
+        data = Path(path).read_bytes()
+        if data[:2] == b"PK":
+            raise InputError(f"{path} holds several arrays; save one as .npy")
+        image = read_npy(data, "image")
+    except (InputError, OSError, MemoryError):
         raise
     except Exception as error:  # NumPy raises nearly anything for a broken file
         raise InputError(f"{path} cannot be read as an array ({str(error).splitlines()[0]})") from None
-    if not isinstance(image, np.ndarray):
-        raise InputError(f"{path} holds several arrays; save one as .npy")
     if image.ndim == 2:
         image = image[..., None]
     if image.shape != (size, size, channels):

@@ -14,7 +14,7 @@ from minivit.laboratory.diagnosis import diagnose
 from minivit.model import ViTConfig
 from minivit.training.budget import seconds_of, within
 from minivit.training.config import GROUPS, TrainConfig
-from minivit.training.folder import LAST
+from minivit.training.folder import LAST, last_checkpoint
 from minivit.training.recipes import FINETUNE, TABLES, Recipe, find_config, own_config, read_recipe
 from minivit.weights import checkpoint
 from minivit.weights.start import StartConfig
@@ -139,7 +139,7 @@ def stopped_run(arguments):
         raise InputError("--budget is for a new run; one that stopped goes on to the end that it was given")
     if not arguments.out:
         raise InputError("--resume needs --out, the folder of the run to go on with")
-    last = checkpoint.read(Path(arguments.out) / LAST)
+    last = last_checkpoint(arguments.out) or checkpoint.read(Path(arguments.out) / LAST)
     dataset = dataset_of(last[1], data_dir=arguments.data_dir)
     describe = {key: last[1].data.get(key) for key in DATA_KEYS}
     describe["data_dir"] = arguments.data_dir or describe["data_dir"]

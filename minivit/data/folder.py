@@ -1,5 +1,6 @@
 """Your own images: ``root/train/CLASS/*.png`` and ``root/test/CLASS/*.png`` (or jpg, bmp, gif, webp)."""
 
+import io
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from minivit.base.errors import InputError
 from minivit.data.dataset import Dataset
 from minivit.data.size import check_size
 
+# Pixels that any file may hold, and so many for each of its bytes: flat areas of a PNG come to 340.
+FEW_PIXELS, PIXELS_A_BYTE = 2**22, 1000
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 # Pillow goes by a file's content, not its name, and some other formats start programs (EPS: Ghostscript).
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
@@ -90,9 +93,16 @@ def read_upright(path, cut, Image, ImageOps):
     Raises  InputError: the image cannot be read, is huge, or has more than 8 bits a channel.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        if not os.path.isfile(path) and os.path.exists(path):
+            raise ValueError("it is not a file")
+        data = Path(path).read_bytes()  # of a file Pillow would ask for as many bytes as a damaged length claims
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # of which Pillow itself may only warn
                 raise ValueError(f"{image.width} x {image.height} pixels could be a decompression bomb")
+            if image.width * image.height > max(FEW_PIXELS, PIXELS_A_BYTE * len(data)):
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels in {len(data):,} bytes are a decompression bomb"
+                )
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel")  # Pillow would cut these off, not scale them
             ImageOps.exif_transpose(image, in_place=True)
@@ -115,7 +125,7 @@ def _read_all(paths, image_size, cut):
 
 
 def _visible(folder):
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted((path for path in folder.iterdir() if path.name[0] != "."), key=lambda path: path.name)
 
 
 def class_folders(folder):

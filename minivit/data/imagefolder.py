@@ -182,7 +182,7 @@ def _files(root, folder):
     """(path from the root, length) of each image in a folder, sorted by name."""
     with os.scandir(root / folder) as entries:
         return sorted(
-            (os.path.join(folder, entry.name), entry.stat().st_size)
+            (f"{folder}/{entry.name}", entry.stat().st_size)  # "/" on Windows too: the names are part of the identity
             for entry in entries
             if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and entry.is_file()
         )
@@ -190,7 +190,7 @@ def _files(root, folder):
 
 def _in_class_folders(root, split, class_names):
     """The images of a split's class folders, class by class, and their labels (n,)."""
-    folders = [os.path.join(split, name) for name in class_names]
+    folders = [f"{split}/{name}" for name in class_names]
     lists = [_files(root, folder) if (root / folder).is_dir() else [] for folder in folders]
     labels = np.repeat(np.arange(len(lists)), [len(files) for files in lists])
     return [file for files in lists for file in files], labels

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 
 from minivit.base.errors import InputError
+from minivit.base.files import local
 from minivit.data import FOLDERS, load
 from minivit.data.dataset import is_lazy
 from minivit.weights.checkpoint import few_classes
@@ -43,7 +44,7 @@ def dataset_of(record, *, name=None, data_dir=None):
     if name in FOLDERS and not same.get("image_size"):
         same["image_size"] = record.config.image_size
     try:
-        dataset = load(name, data_dir or data.get("data_dir", "data"), **same)
+        dataset = load(name, data_dir or local(data.get("data_dir", "data")), **same)
     except InputError as error:
         raise InputError(f"{error}; if the data lie elsewhere now, name the place with --data-dir") from None
     if list(dataset.class_names) != record.class_names:

@@ -27,7 +27,6 @@ ReaL (Beyer, Henaff, Kolesnikov, Zhai and van den Oord 2020, "Are we done with I
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -36,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.base.errors import InputError
+from minivit.base.files import parse_json
 from minivit.layers.loss import softmax_cross_entropy_forward
 from minivit.layers.softmax import softmax_forward
 
@@ -84,12 +84,12 @@ def read_real(path, names, num_classes):
     has a label.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"there is no file {path}; real.json is at github.com/google-research/reassessed-imagenet"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is not a JSON file: {error}") from None
     if not isinstance(content, list) or not all(
         isinstance(classes, list) and all(type(k) is int and 0 <= k < num_classes for k in classes)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minivit.base.errors import InputError
+from minivit.base.files import read_object
 from minivit.base.settings import field_names
 from minivit.data.source import fingerprint
 from minivit.evaluation.inference import check_finite, load_with_data, predict_all
@@ -60,15 +60,6 @@ def read_run(folder, *, weights="auto", data_dir=None, workers=0, device="cpu"):
     )  # fmt: skip
 
 
-def read_object(path):
-    """The content of a JSON file that holds a dict; {} if it is missing or damaged."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def number(content, name, default=None):
     """A finite, non-negative number of a dict that comes from a file, or the default if it has none of that name."""
     value = content.get(name) if isinstance(content, dict) else None
@@ -76,14 +67,9 @@ def number(content, name, default=None):
 
 
 def records_of(folder):
-    """The records of a run's metrics.jsonl that can be drawn: whole, of finite numbers, of an epoch and a step."""
-
-    def sound(record):
-        numbers = [value for value in record.values() if type(value) in (int, float)]
-        return all(abs(value) < 1e15 for value in numbers) and record["epoch"] > 0 and record["step"] > 0
-
+    """The records of a run's metrics.jsonl, see `read_metrics`; none if it is no file."""
     path = Path(folder) / METRICS
-    return [record for record in read_metrics(path) if sound(record)] if path.is_file() else []
+    return read_metrics(path) if path.is_file() else []
 
 
 def summary_of(folder):

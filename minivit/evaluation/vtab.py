@@ -17,7 +17,6 @@ random order. Images are scaled as a whole to the model's size, whatever their s
 
 from __future__ import annotations
 
-import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from minivit.training.config import TrainConfig
 from minivit.training.folder import last_checkpoint
 from minivit.training.trainer import Trainer
 from minivit.weights.start import Start, begin
+from minivit.weights.tensor_files import read_arrays
 
 GROUPS = {
     "natural": ("caltech101", "cifar100", "dtd", "flowers102", "pets", "sun397", "svhn"),
@@ -43,6 +43,7 @@ GROUPS = {
 }  # fmt: skip
 TASKS = tuple(name for names in GROUPS.values() for name in names)
 EXAMPLES = 1000
+MOST_CLASSES = 100_000  # of a task; a damaged label shall not make names for billions of them
 LEARNING = 0.8  # share of the examples to learn from while settings are chosen
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 # What each method without training fits, and the penalties that it chooses from.
@@ -95,17 +96,13 @@ def load_task(folder, name, config, *, examples=EXAMPLES, seed=0):
 
 
 def _load_npz(path, name):
-    try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = [file[key] for key in ARRAYS]
-    except KeyError:
-        raise InputError(f"{path} lacks an array: it must hold {', '.join(ARRAYS)}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read as arrays ({error}); write it anew with numpy.savez") from None
+    arrays = read_arrays(path, ARRAYS)
     for k in (1, 3):
         if arrays[k].dtype.kind not in "iu" or arrays[k].ndim != 1:
             raise InputError(f"{path}: {ARRAYS[k]} must be whole numbers (n,), got {arrays[k].dtype} {arrays[k].shape}")
         arrays[k] = arrays[k].astype(np.int64)
+        if arrays[k].max(initial=0) >= MOST_CLASSES:
+            raise InputError(f"{path}: {ARRAYS[k]} has a label {arrays[k].max()}, far beyond the classes of any task")
     classes = max((int(labels.max()) + 1 for labels in (arrays[1], arrays[3]) if len(labels)), default=1)
     return Dataset(name, *arrays, tuple(str(k) for k in range(classes)), str(path))
 

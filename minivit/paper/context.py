@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minivit.base.files import read_object
 from minivit.base.finite import quiet_overflow
 from minivit.evaluation.inference import check_finite, load_with_data, on_device
-from minivit.evaluation.runs import read_object
 from minivit.paper import analyses
 from minivit.paper.trainings import length_of, plan_of, run_of, write_plan
 from minivit.training.folder import LAST, SUMMARY

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from minivit import figures
 from minivit.base.errors import InputError
-from minivit.base.files import write_json
+from minivit.base.files import read_object, write_json
 from minivit.base.words import counted
-from minivit.evaluation.runs import read_object
 from minivit.masked import LEVELS, TARGETS
 from minivit.model.costs import expected_flops
 from minivit.paper.context import Result

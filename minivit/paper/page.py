@@ -14,8 +14,7 @@ import time
 import zlib
 from typing import Any
 
-from minivit.base.files import write_atomically, write_json
-from minivit.evaluation.runs import read_object
+from minivit.base.files import read_object, write_atomically, write_json
 from minivit.paper import entries
 from minivit.paper.context import Result
 from minivit.paper.trainings import plan_of

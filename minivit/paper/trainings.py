@@ -14,10 +14,10 @@ from functools import partial
 
 from minivit import figures
 from minivit.base.errors import InputError
-from minivit.base.files import read_toml, write_json
+from minivit.base.files import read_object, read_toml, write_json
 from minivit.base.settings import field_names
 from minivit.base.words import counted
-from minivit.evaluation.runs import read_object, summary_of
+from minivit.evaluation.runs import summary_of
 from minivit.figures import runs
 from minivit.laboratory.diagnosis import diagnose
 from minivit.masked import MaskedConfig

@@ -8,6 +8,7 @@ come with minivit lie in configs/ and are known by their names.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -142,7 +143,7 @@ def prepare(recipe, load_data=None):
     dataset = (load_data or load)(data["data"], data["data_dir"], image_size=image_size, **kept)
     _, size, _, channels = dataset.train_images.shape
     fields = {"image_size": size, "channels": channels, "num_classes": len(dataset.class_names), **model}
-    describe = {**data, "data_dir": str(data["data_dir"]), "image_size": image_size}
+    describe = {**data, "data_dir": str(data["data_dir"]).replace(os.sep, "/"), "image_size": image_size}
     if not start.checkpoint:
         return dataset, ViTConfig(**fields), config, {"describe": describe, "start": None}
     fitted, begins = prepare_start(start, fields, dataset.class_names, source)

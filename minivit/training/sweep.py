@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minivit.base.errors import InputError
-from minivit.base.files import parse_toml, write_atomically, write_json
+from minivit.base.files import parse_toml, read_object, write_atomically, write_json
 from minivit.base.settings import defaults_of, refuse_unknown
 from minivit.data import FOLDERS, load
 from minivit.data.source import DATA_KEYS
@@ -170,16 +170,15 @@ def result_of(run, *, free=()):
     Of a run that diverged {"diverged": the step}. ``free`` are settings of the training that may be others than asked.
     Raises  InputError: the folder holds a finished run of other settings.
     """
-    try:
-        summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
-        settings, result = summary["settings"], {"accuracy": float(summary["test_accuracy"])}
-        result |= {"seconds": summary["train_seconds"]} | {key: summary[key] for key in ("epochs", "parameters")}
-    except (OSError, ValueError, KeyError, TypeError):
-        try:
-            noted = json.loads((run.folder / DIVERGED).read_text(encoding="utf-8"))
-            settings, result = noted["settings"], {"diverged": int(noted["step"])}
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+    summary, noted = (read_object(run.folder / name) for name in (SUMMARY, DIVERGED))
+    names = {"accuracy": "test_accuracy", "seconds": "train_seconds", "epochs": "epochs", "parameters": "parameters"}
+    result = {key: summary.get(name) for key, name in names.items()}
+    if not _is_result(result):
+        summary, result = noted, {"diverged": noted.get("step")}
+    settings = summary.get("settings")
+    tables = settings.values() if isinstance(settings, dict) else [None]
+    if not _is_result(result) or not all(isinstance(table, dict) for table in tables):
+        return None  # there is none, or it is damaged
     without_removed(settings.get("train", {}), run.folder)
     for section, values in _expected(recipe_of(run), settings).items():
         for key, value in values.items():
@@ -190,6 +189,15 @@ def result_of(run, *, free=()):
                     "--out"
                 )
     return result
+
+
+def _is_result(result):
+    """Is this what `result_of` says of a run, with a finite number for each name? Files may be damaged."""
+    return (
+        isinstance(result, dict)
+        and result.keys() in ({"diverged"}, {"accuracy", "seconds", "epochs", "parameters"})
+        and all(type(value) in (int, float) and abs(value) < 1e15 for value in result.values())
+    )
 
 
 def _expected(recipe, settings):
@@ -224,13 +232,13 @@ def known_results(out):
     A run's folder may so be deleted, and its figure stays.
     """
     try:
-        rows = json.loads((Path(out) / TABLE).read_text(encoding="utf-8"))["rows"]
         return {
             (row["name"], _written(row["recipe"]), int(seed)): result
-            for row in rows
+            for row in read_object(Path(out) / TABLE)["rows"]
             for seed, result in row["runs"].items()
+            if _is_result(result)
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

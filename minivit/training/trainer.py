@@ -18,13 +18,13 @@ import numpy as np
 from minivit.base import params as parameters
 from minivit.base.backend import device_name, to_device, to_host, use_device
 from minivit.base.errors import InputError, drawing
-from minivit.base.files import write_json
+from minivit.base.files import also_as, sync, write_json
 from minivit.base.finite import is_finite, quiet_overflow
 from minivit.data.source import fingerprint
 from minivit.optim import EMA, Muon
 from minivit.training import loop
 from minivit.training.engines.cut import available_cores
-from minivit.training.folder import LAST, SETTINGS, SUMMARY, lock, refuse_used, trim_metrics
+from minivit.training.folder import BEST, LAST, METRICS, PREVIOUS, SETTINGS, SUMMARY, lock, refuse_used, trim_metrics
 from minivit.training.parts import dataset_on_device, engine_of, first_parameters, optimizer_of
 from minivit.training.plan import plan_of
 from minivit.training.resume import check_same_run
@@ -69,7 +69,7 @@ class Trainer:
         use_device(self.plan.device)
         self.data = dataset_on_device(dataset, self.plan.device)
         self._allocate(start, resume)
-        self.resumed = resume is not None
+        self.resumed = Path(resume[1].path) if resume else None  # the checkpoint that the run goes on from
         self._started = None  # the moment when this process took up the training
         self._saved_at = time.monotonic()
         self._stop = None
@@ -78,6 +78,7 @@ class Trainer:
         """Make model, optimiser, average and state: new, from a start, or from a checkpoint."""
         c, device, table = self.config, self.plan.device, self.task.table()
         if resume:
+            checkpoint.check_size(resume[0], table, resume[1].path)
             first = np.empty(parameters.count(table), np.float32)  # to be filled below
         elif start and start.flat is not None:
             first = start.flat.copy()
@@ -135,6 +136,9 @@ class Trainer:
         """
         if not all(is_finite(to_host(vector)) for vector in self.state.vectors()):
             raise NotFinite("a parameter is not finite any more")
+        sync(self.out / METRICS)  # lines of steps that the checkpoint counts are never written again
+        if name == LAST:
+            also_as(self.out / LAST, self.out / PREVIOUS)
         checkpoint.save(self.out / name, self.state.to_arrays(self.model.table), meta_of(self))
         if name == LAST:
             self._saved_at = time.monotonic()
@@ -167,6 +171,8 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         with lock(self.out), StopOnSignals(self), quiet_overflow(), diverging(self):
             if self.resumed:
+                if self.resumed in (self.out / PREVIOUS, self.out / BEST):  # last.npz is damaged
+                    also_as(self.resumed, self.out / LAST)
                 trim_metrics(self.out, self.state.step, self.state.epoch)
             else:
                 refuse_used(self.out)

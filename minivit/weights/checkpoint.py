@@ -19,9 +19,7 @@ the file's own length before memory is taken, and each array's checksum (CRC-32,
 from __future__ import annotations
 
 import errno
-import io
 import json
-import math
 import platform
 import zipfile
 from dataclasses import asdict
@@ -39,6 +37,7 @@ from minivit.base.finite import is_finite
 from minivit.base.settings import settings_of
 from minivit.layers.block import BLOCK_PARAMETERS
 from minivit.model import ViT, ViTConfig, parameter_table
+from minivit.weights.tensor_files import read_npy
 
 FORMAT = "minivit checkpoint"
 VERSION = 1
@@ -59,22 +58,6 @@ def named_arrays(prefix, flat, table):
     return {f"{prefix}/{name}": view for name, view in parameters.views(flat, table).items()}
 
 
-def _read_npy(data, name):
-    """One array from the bytes of an ``.npy`` member, its size compared with the header's before memory is taken."""
-    stream = io.BytesIO(data)
-    major, minor = np.lib.format.read_magic(stream)
-    if (major, minor) not in ((1, 0), (2, 0)):
-        raise ValueError(f"array {name} has an unknown version")
-    read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(stream)
-    if dtype.kind not in "fiubU" or not dtype.itemsize:
-        raise ValueError(f"array {name} holds {dtype}, not numbers")
-    if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
-        raise ValueError(f"array {name} is not as long as it says")
-    stream.seek(0)
-    return np.lib.format.read_array(stream, allow_pickle=False)
-
-
 def _read_members(path):
     """All arrays of an uncompressed ``.npz`` file by name."""
     arrays = {}
@@ -90,7 +73,7 @@ def _read_members(path):
             name = m.filename.removesuffix(".npy")
             if name in arrays:
                 raise ValueError(f"it holds {name} twice")
-            arrays[name] = _read_npy(archive.read(m), name)  # read() verifies the checksum
+            arrays[name] = read_npy(archive.read(m), name)  # read() verifies the checksum
     return arrays
 
 
@@ -161,10 +144,20 @@ def record_of(meta, path):
 def read(path):
     """A checkpoint's arrays and its `Record`.
 
-    Raises  InputError: see `load` and `record_of`.
+    Raises  InputError: see `load` and `record_of`; it announces more blocks than it holds.
     """
     arrays, meta = load(path)
-    return arrays, record_of(meta, path)
+    record = record_of(meta, path)
+    depth = record.config.depth
+    if depth * len(BLOCK_PARAMETERS) > len(arrays):  # before anybody builds a table of any length
+        raise InputError(f"{path} holds fewer blocks than the {depth} it announces")
+    return arrays, record
+
+
+def check_size(arrays, table, path):
+    """Raises InputError if a checkpoint's arrays hold fewer numbers than a model has parameters."""
+    if (size := parameters.count(table)) > sum(array.size for array in arrays.values()):
+        raise InputError(f"{path} holds fewer numbers than the {size:,} parameters of its model")
 
 
 def class_names_of(record):
@@ -219,17 +212,14 @@ def flat_parameters(arrays, record, table_of, weights="auto"):
     average if there is one.
     Raises  InputError: there is no average, or see `fill`.
     """
-    path, depth = record.path, record.config.depth
+    path = record.path
     has_average = any(name.startswith("ema/") for name in arrays)
     if weights == "ema" and not has_average:
         raise InputError(f"{path} holds no moving average; use the plain weights")
     prefix = "ema" if has_average and weights != "params" else "params"
-    if depth * len(BLOCK_PARAMETERS) > len(arrays):  # before a table of any length is built
-        raise InputError(f"{path} holds fewer blocks than the {depth} it announces")
     table = table_of()
-    if (size := parameters.count(table)) > sum(a.size for a in arrays.values()):
-        raise InputError(f"{path} holds fewer numbers than the {size:,} parameters of its model")
-    flat = np.empty(size, np.float32)
+    check_size(arrays, table, path)
+    flat = np.empty(parameters.count(table), np.float32)
     fill(flat, table, arrays, prefix, path)
     return flat, prefix
 

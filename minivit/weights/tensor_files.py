@@ -24,10 +24,11 @@ from typing import NamedTuple
 import numpy as np
 
 from minivit.base.errors import InputError
-from minivit.base.files import write_atomically
+from minivit.base.files import parse_json, write_atomically
 
 BFLOAT16 = "bfloat16"
 FLOATS = ("float16", BFLOAT16, "float32", "float64")
+UNPACKED, RATIO = 2**24, 100  # bytes that compressed arrays may unpack to: the first, and so many times the file's
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
 PICKLE_ADVICE = (
     "is a pickle, which can run any program when it is read, and minivit reads none; if you trust it, write it as "
@@ -50,7 +51,7 @@ def of_arrays(arrays):
 
 
 @contextlib.contextmanager
-def refused(path):
+def refused(path, what="weights"):
     """Within it, whatever a broken file makes NumPy, zipfile or safetensors raise becomes one `InputError`."""
     try:
         yield
@@ -59,7 +60,7 @@ def refused(path):
         if isinstance(error, (InputError, MemoryError, ImportError)) or system:
             raise  # the file is not to blame
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is truncated, altered or not a file of weights ({detail})") from None
+        raise InputError(f"{path} is truncated, altered or not a file of {what} ({detail})") from None
 
 
 def _map(path):
@@ -93,6 +94,19 @@ def _npy_header(start):
     return shape, "F" if fortran else "C", dtype, stream.tell()
 
 
+def read_npy(data, name):
+    """One array from the bytes of an ``.npy`` file, its size compared with the header's before memory is taken.
+
+    Raises  ValueError: it is broken, of another version, or holds something else than numbers and texts.
+    """
+    shape, order, dtype, offset = _npy_header(data)
+    if dtype.kind not in "fiubU" or not dtype.itemsize:
+        raise ValueError(f"array {name} holds {dtype}, not numbers")
+    if math.prod(shape) * dtype.itemsize != len(data) - offset:
+        raise ValueError(f"array {name} is not as long as it says")
+    return np.frombuffer(data, dtype, offset=offset).reshape(shape, order=order).copy()
+
+
 def _unzipped(data, member, limit):
     """The first ``limit`` bytes of a member of a zip file."""
     if member.compress_type == zipfile.ZIP_STORED:
@@ -100,7 +114,7 @@ def _unzipped(data, member, limit):
     return zlib.decompressobj(-15).decompress(data, limit)
 
 
-def _npz_tensor(data, member):
+def _npz_tensor(data, member, widen):
     """A member of an ``.npz`` file as a `Tensor`; ``data`` are its bytes in the file."""
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
         raise ValueError(f"{member.filename} is compressed in an unknown way")
@@ -116,17 +130,19 @@ def _npz_tensor(data, member):
         if len(whole) != member.file_size or zlib.crc32(whole) != member.CRC:
             raise ValueError(f"the checksum of {member.filename} is wrong")
         array = np.frombuffer(whole, dtype, offset=offset).reshape(shape, order=order)
-        return _widen(array) if kind == BFLOAT16 else array
+        return _widen(array) if widen and kind == BFLOAT16 else array
 
     return Tensor(shape, kind, read)
 
 
-def _open_npz(path):
+def _open_npz(path, *, widen=True):
     with zipfile.ZipFile(path) as archive:
         members = sorted(archive.infolist(), key=lambda member: member.header_offset)
     if any(Path(member.filename).name == "data.pkl" for member in members):
         raise InputError(f"{path} {PICKLE_ADVICE}")
     file, tensors, end = _map(path), {}, 0
+    if sum(m.file_size for m in members if m.compress_type != zipfile.ZIP_STORED) > UNPACKED + RATIO * len(file):
+        raise ValueError("it unpacks to far more than numbers do: a decompression bomb")
     for member in members:
         if member.header_offset < end:
             raise ValueError("its parts overlap")
@@ -139,8 +155,20 @@ def _open_npz(path):
             raise ValueError(f"{name} does not lie where it should")
         if name in tensors:
             raise ValueError(f"it holds {name} twice")
-        tensors[name] = _npz_tensor(file[start:end], member)
+        tensors[name] = _npz_tensor(file[start:end], member, widen)
     return tensors
+
+
+def read_arrays(path, names):
+    """Some of the arrays of an ``.npz`` file, in the order of their names.
+
+    Raises  InputError: there is no such file, it is broken, or lacks one.
+    """
+    with refused(path, "arrays"):
+        tensors = _open_npz(path, widen=False)
+        if not all(name in tensors for name in names):
+            raise InputError(f"{path} lacks an array: it must hold {', '.join(names)}")
+        return [tensors[name].read() for name in names]
 
 
 def _safetensors():
@@ -239,8 +267,8 @@ def read_json(path):
     if not os.path.exists(path):
         return {}
     try:
-        content = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = parse_json(Path(path).read_bytes())
+    except ValueError as error:
         raise InputError(f"{path} is not a JSON file: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object")

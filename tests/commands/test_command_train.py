@@ -9,10 +9,10 @@ import pytest
 from conftest import TINY
 
 from minivit import ViT
-from minivit.training.folder import BEST, LAST, METRICS, SETTINGS, SUMMARY, read_metrics
+from minivit.training.folder import BEST, LAST, METRICS, PREVIOUS, SETTINGS, SUMMARY, read_metrics
 from minivit.weights import checkpoint
 
-EVERYTHING = {LAST, BEST, METRICS, SUMMARY, SETTINGS, "curves.png", "predictions.png"}
+EVERYTHING = {LAST, BEST, PREVIOUS, METRICS, SUMMARY, SETTINGS, "curves.png", "predictions.png"}
 
 
 def test_what_a_run_leaves(trained):

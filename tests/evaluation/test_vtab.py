@@ -160,7 +160,7 @@ def test_what_cannot_be_read(folder):
     content = (folder / "svhn.npz").read_bytes()
     for damaged in (b"", b"hello", content[:-100], content[:3000] + b"x" + content[3001:]):
         (folder / "svhn.npz").write_bytes(damaged)
-        refused("svhn.npz cannot be read as arrays", folder, "svhn", MODEL)
+        refused("svhn.npz is truncated, altered or not a file of arrays", folder, "svhn", MODEL)
     np.savez(folder / "svhn.npz", **stand_in(channels=2))
     refused("has images of 2 channels, the model takes 3", folder, "svhn", MODEL, examples=50)
 

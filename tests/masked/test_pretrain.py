@@ -35,7 +35,7 @@ from minivit.training.budget import seconds_of_training
 from minivit.training.config import TrainConfig
 from minivit.training.engines.cpu import Engine
 from minivit.training.engines.gpu import CudaEngine
-from minivit.training.folder import BEST, LAST, METRICS, SETTINGS, SUMMARY, last_checkpoint, read_metrics
+from minivit.training.folder import BEST, LAST, METRICS, PREVIOUS, SETTINGS, SUMMARY, last_checkpoint, read_metrics
 from minivit.training.parts import first_parameters
 from minivit.training.step import Batch
 from minivit.training.step_gpu import CudaStep
@@ -246,7 +246,7 @@ def test_the_script(tmp_path, call):
     assert "variance explained" in ended.out and "epoch   1/1  train loss" in ended.out
     assert " explained " in ended.out.split("epoch   1/1")[1].splitlines()[0]
     names = {p.name for p in out.iterdir()}
-    assert names == {LAST, BEST, METRICS, SUMMARY, SETTINGS, "curves.png", "reconstructions.png"}
+    assert names == {LAST, BEST, PREVIOUS, METRICS, SUMMARY, SETTINGS, "curves.png", "reconstructions.png"}
     again = call("pretrain", "--resume", "--quiet", "--out", out)
     assert again.status == 0 and "this run has made all of its 6 steps" in again.out
     ended = call("visualize", "masked", out / LAST, "--out", tmp_path / "figures", "--count", 3)

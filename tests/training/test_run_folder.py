@@ -7,7 +7,7 @@ import pytest
 from small_runs import HARD, STEPS, assert_same_run, before_step, resumed, stop_at, trainer, whole
 
 from minivit.base.errors import InputError
-from minivit.training.folder import BEST, LAST, METRICS, SETTINGS, SUMMARY
+from minivit.training.folder import BEST, LAST, METRICS, PREVIOUS, SETTINGS, SUMMARY
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -44,7 +44,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
 
 
 def test_a_new_run_overwrites_nothing(tmp_path):
-    for name in (LAST, BEST, METRICS, SUMMARY, SETTINGS, "curves.png", "predictions.png"):
+    for name in (LAST, BEST, PREVIOUS, METRICS, SUMMARY, SETTINGS, "curves.png", "predictions.png"):
         out = tmp_path / name.replace(".", "-")
         out.mkdir()
         (out / name).write_text("mine")

@@ -44,14 +44,17 @@ def read_file(path):
 
 
 class _Bounded:
-    """A file that refuses to be read beyond a limit."""
+    """A file that refuses to be read beyond a limit, and again and again at its end."""
 
     def __init__(self, file, path):
-        self.file, self.path, self.left = file, path, layouts.MAX_BYTES
+        self.file, self.path, self.left, self.ends = file, path, layouts.MAX_BYTES, 0
 
     def read(self, size):
         data = self.file.read(size)
         self.left -= len(data)
+        self.ends += not data
+        if self.ends > 100:  # tarfile looks for what follows a member that claims any length
+            raise EOFError("it ends too soon")
         if self.left < 0:
             raise InputError(f"{self.path} unpacks to over {layouts.MAX_BYTES} bytes, far too many; {layouts.OFFICIAL}")
         return data
