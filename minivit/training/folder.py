@@ -1,7 +1,7 @@
 """A run's folder:
 
     settings.json     what was asked for                    last.npz     the latest checkpoint, to resume from
-    metrics.jsonl     a line per log step and evaluation    best.npz     the checkpoint of the best test accuracy
+    metrics.jsonl     a line per log step and evaluation    best.npz     that of the best accuracy on the test images
     summary.json      final figures, versions, wall time    curves.png, predictions.png, reconstructions.png
 
 ``last.npz`` is the first of them to be written: a folder that holds anything of a run can be resumed.

@@ -339,7 +339,7 @@ def test_the_command_asks_for_the_same(flags):
 
     run = asked(shlex.split(flags))
     own = own_settings("digits")
-    assert own["train"] and own_settings("folder") == {}
+    assert own["train"] and own_settings("no such data") == {}
     first, *parts = runs.command(*run, {"data": "digits", "data_dir": "data"}, own)
     assert first == ["minivit", "train"] and all(part[0].startswith("--") for part in parts)
     assert asked([word for part in parts for word in part]) == run
