@@ -34,7 +34,8 @@ examples:
   minivit train --data cifar10 --budget 30m             as many epochs as 30 minutes hold on this machine
   minivit train --resume --out runs/digits              go on where a run stopped
   minivit train --config my.toml --lr 5e-4 --seed 1     a settings file, two of its values changed
-  minivit train --data folder --data-dir pictures --preset Micro/4 --image-size 48
+  minivit train --data folder --data-dir pictures       your own images, pictures/train/CLASS and pictures/test/CLASS
+  minivit train --data folder --data-dir pictures --test-share 0.2      pictures/CLASS, a fifth of each for testing
   minivit train --data cifar10 --classes 0-4            five of the classes
   minivit train --data cifar10 --classes 5-9 --from runs/cifar10/last.npz --image-size 48
       fine-tunes that model on the others, at a larger size; --freeze '*,!head.*' would train its new head alone
