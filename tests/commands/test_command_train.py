@@ -57,12 +57,15 @@ def test_no_warning_of_enough_steps_or_of_a_start(tmp_path, trained, call, no_fi
     assert ended.status == 0 and "warning:" not in ended.out
 
 
-def test_the_best_is_told_to_be_chosen_by_the_test_images(trained):
+def test_the_best_is_told_to_be_chosen_by_the_test_images(trained, tmp_path, call):
     summary = {"best_epoch": 3, "epochs": 3, "best_test_accuracy": 0.9}
     assert best_in_words(summary) == ""
     said = best_in_words(summary | {"best_epoch": 2})
     assert said == " (best on the test images, and chosen by them: 90.00% after epoch 2)"
     assert "on the test images" in json.loads((trained / SUMMARY).read_text())["best_is"]
+    for name, told in ((BEST, True), (LAST, False)):
+        ended = call("evaluate", trained / name, "--out", tmp_path)
+        assert ended.status == 0 and ("best on these test images" in ended.out) == told
 
 
 IDLE = {
