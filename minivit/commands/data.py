@@ -6,6 +6,7 @@ from minivit.base.errors import InputError
 from minivit.base.files import write_json
 from minivit.commands.cli import Parser, output_file
 from minivit.data import DATASETS, fetch, load
+from minivit.data.source import check_data, refuse_idle_data
 
 EXAMPLES = """examples:
   minivit data fetch cifar10
@@ -89,7 +90,9 @@ def parser():
     )
     info.add_argument("name", choices=DATASETS)
     for command in (get, info):
-        command.add_argument("--data-dir", default="data", metavar="DIR", help="default: %(default)s")
+        command.add_argument("--data-dir", metavar="DIR", help="where the data lie [data]")
+    info.add_argument("--test-share", type=float, metavar="X", help="share for testing, of images that are not split")
+    info.add_argument("--split-seed", type=int, metavar="N", help="what draws the images of --test-share [0]")
     info.add_argument(
         "--image-size", type=int, metavar="N", help="scale to N x N [as they are; folder: 32, imagefolder: 224]"
     )
@@ -101,9 +104,13 @@ def main(argv=None):
     """Run the command line; return the exit status."""
     arguments = parser().parse_args(argv)
     if arguments.command == "fetch":
-        print(f"{arguments.name} is in {fetch(arguments.name, arguments.data_dir)}")
+        print(f"{arguments.name} is in {fetch(arguments.name, arguments.data_dir or 'data')}")
         return 0
-    facts = describe(load(arguments.name, arguments.data_dir, image_size=arguments.image_size))
+    settings = {key: getattr(arguments, key) for key in ("data_dir", "image_size", "test_share", "split_seed")}
+    check_data({key: settings[key] for key in ("test_share", "split_seed")}, "the flags")
+    refuse_idle_data(arguments.name, settings)
+    settings = {key: value for key, value in settings.items() if value is not None}
+    facts = describe(load(arguments.name, **settings))
     show(facts)
     if arguments.json:
         write_json(arguments.json, facts)

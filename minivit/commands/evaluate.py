@@ -15,6 +15,7 @@ from minivit.data.source import fingerprint
 from minivit.evaluation.inference import check_finite, load_with_data, predict_all
 from minivit.evaluation.metrics import measure, read_real, real_accuracy
 from minivit.training.engines.cut import check_workers
+from minivit.training.folder import BEST
 
 EXAMPLES = """
 examples:
@@ -70,6 +71,8 @@ def main(argv=None):
     same = record.data.get("fingerprint") == fingerprint(dataset)
     if not same:
         print("warning: these are not the images of its training run, perhaps another version of them", file=sys.stderr)
+    elif path.name == BEST:
+        print("this checkpoint is of the epoch that was best on these test images: its accuracy is a little too good")
     real = read_real(arguments.real, dataset.test_names, len(names)) if arguments.real else None
     out = Path(arguments.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)

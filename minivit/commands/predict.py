@@ -26,7 +26,7 @@ from minivit.weights.tensor_files import read_npy
 EXAMPLES = """
 examples:
   minivit predict runs/digits/last.npz --test 0 1 2          images of its own test set, by number
-  minivit predict runs/cifar10/last.npz cat.jpg dog.png      files: png, jpg, bmp, gif, webp
+  minivit predict runs/cifar10/last.npz cat.jpg dog.png      files: png, jpg, tif, webp, ...
   minivit predict runs/cifar10/last.npz cat.jpg --attention rollout       the attention of all blocks
   minivit predict runs/digits/last.npz digit.npy --out out   an array (H, W) or (H, W, C), of the model's size
 
@@ -149,6 +149,12 @@ def parse(argv):
     arguments = parser.parse_args(argv)
     if not arguments.images and not arguments.test:
         raise InputError("no image is named; name files, or --test 0 for the first image of the test set")
+    if not arguments.test:
+        for flag, value in (("--data", arguments.data), ("--data-dir", arguments.data_dir)):
+            if value:
+                raise InputError(f"{flag} {value} has no effect without --test, which takes images of a data set")
+    if arguments.invert and not arguments.images:
+        raise InputError("--invert has no effect on images of --test: it is for files")
     return arguments
 
 

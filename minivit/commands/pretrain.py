@@ -13,9 +13,11 @@ from minivit.commands.training import (
     add_recipe,
     add_run,
     draw_masked,
+    explain,
     file_of_flags,
     free_folder,
     recipe_of_flags,
+    refuse_idle_flags,
     resume_recipe,
     run_to_end,
     stopped_run,
@@ -80,6 +82,7 @@ def start(arguments):
     out = Path(arguments.out) if arguments.out else free_folder(f"{masked.method}-{recipe.data['data']}")
     refuse_used(out)
     dataset, model, config, begins = prepare(recipe)
+    refuse_idle_flags(arguments, model, config, masked)
     task = partial(MaskedPrediction, masked=masked)
     if arguments.budget is not None:
         config = within_budget(arguments, dataset, model, config, task=task)
@@ -121,6 +124,7 @@ def main(argv=None):
         f"{m.target}; width {c.width}, {c.depth} blocks, {trainer.model.flat.size:,} parameters, of which "
         f"{trainer.model.encoder.flat.size:,} are the encoder's; writing to {trainer.out}"
     )
+    explain(trainer)
     summary, length = run_to_end(trainer)
     if summary is None:
         return 130

@@ -46,6 +46,8 @@ def main(argv=None):
     parser.add_argument("--table", action="store_true", help="run nothing, write the table")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args(argv)
+    if arguments.table and arguments.device:
+        raise InputError(f"--device {arguments.device} has no effect with --table, which runs nothing: leave it out")
     device = find_device(arguments.device) if arguments.device else None
     sweep = whole = read_sweep(find_config(arguments.sweep, "sweeps", "sweep"))
     out = Path(arguments.out or Path("runs") / f"sweep-{Path(arguments.sweep).stem}")

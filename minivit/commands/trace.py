@@ -84,11 +84,15 @@ def model_and_data(arguments):
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         dataset = None
+        if arguments.data == "random" and arguments.data_dir:
+            raise InputError(f"--data-dir {arguments.data_dir} has no effect: the images are random")
         if arguments.data != "random":
             dataset = dataset_of(record, name=arguments.data, data_dir=arguments.data_dir)
         return ViT(model.config, flat=model.flat.astype(arguments.dtype)), dataset, arguments.checkpoint
     settings = preset_fields(arguments.preset) if arguments.preset else {}
     dataset = None
+    if arguments.data_dir and arguments.data != "cifar10":
+        raise InputError(f"--data-dir {arguments.data_dir} has no effect: the images are {arguments.data or 'random'}")
     if arguments.data in ("digits", "cifar10"):
         dataset = load(arguments.data, arguments.data_dir or "data")
         _, size, _, channels = dataset.train_images.shape

@@ -10,8 +10,11 @@ from minivit.commands.training import (
     HELP,
     add_recipe,
     add_run,
+    best_in_words,
+    explain,
     free_folder,
     recipe_of_flags,
+    refuse_idle_flags,
     resume_recipe,
     run_to_end,
     stopped_run,
@@ -31,7 +34,8 @@ examples:
   minivit train --data cifar10 --budget 30m             as many epochs as 30 minutes hold on this machine
   minivit train --resume --out runs/digits              go on where a run stopped
   minivit train --config my.toml --lr 5e-4 --seed 1     a settings file, two of its values changed
-  minivit train --data folder --data-dir pictures --preset Micro/4 --image-size 48
+  minivit train --data folder --data-dir pictures       your own images, pictures/train/CLASS and pictures/test/CLASS
+  minivit train --data folder --data-dir pictures --test-share 0.2      pictures/CLASS, a fifth of each for testing
   minivit train --data cifar10 --classes 0-4            five of the classes
   minivit train --data cifar10 --classes 5-9 --from runs/cifar10/last.npz --image-size 48
       fine-tunes that model on the others, at a larger size; --freeze '*,!head.*' would train its new head alone
@@ -57,6 +61,7 @@ def start(arguments):
     out = Path(arguments.out) if arguments.out else free_folder(recipe.data["data"])
     refuse_used(out)
     dataset, model, config, begins = prepare(recipe)
+    refuse_idle_flags(arguments, model, config)
     if arguments.budget is not None:
         config = within_budget(arguments, dataset, model, config)
     return Trainer(dataset, model, config, out, progress=not arguments.quiet, **begins, **HELP)
@@ -98,11 +103,12 @@ def main(argv=None):
     if trainer.plan.frozen:
         frozen = count([spec for spec in trainer.model.table if spec.name in trainer.plan.frozen])
         print(f"{frozen:,} of the parameters stay as they are")
+    explain(trainer)
     summary, length = run_to_end(trainer)
     if summary is None:
         return 130
     print(
-        f"test accuracy {summary['test_accuracy']:.2%} after {length} in "
+        f"test accuracy {summary['test_accuracy']:.2%}{best_in_words(summary)} after {length} in "
         f"{summary['train_seconds']:.0f} s ({summary['images_per_second']:,.0f} images/s); "
         f"figures and checkpoints in {trainer.out}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from minivit.base.errors import InputError
@@ -15,6 +16,8 @@ from minivit.model import ViTConfig
 from minivit.training.budget import seconds_of, within
 from minivit.training.config import GROUPS, TrainConfig
 from minivit.training.folder import LAST, last_checkpoint
+from minivit.training.idle import refuse_idle
+from minivit.training.plan import warning_of
 from minivit.training.recipes import FINETUNE, TABLES, Recipe, find_config, own_config, read_recipe
 from minivit.weights import checkpoint
 from minivit.weights.start import StartConfig
@@ -51,8 +54,16 @@ def add_recipe(
     add = where.add_argument
     add("--data", choices=DATASETS, default=None, help=f"data set [{data}]")
     add("--data-dir", metavar="DIR", default=None, help="where the data lie [data]")
-    add("--classes", metavar="LIST", default=None, help="classes to keep: numbers, ranges, names, as 0-4,cat [all]")
+    add(
+        "--classes",
+        metavar="LIST",
+        default=None,
+        help="classes to keep, as 0-4,7 or cat,dog: numbers and ranges, or names [all]",
+    )
     add("--train-share", type=float, metavar="X", default=None, help="share of the training images to keep [1]")
+    add("--test-share", type=float, metavar="X", default=None, help="of images in DIR/CLASS that are not split: the "
+        "share of each class for testing, such as 0.2 [they are split: DIR/train/CLASS, DIR/test/CLASS]")  # fmt: skip
+    add("--split-seed", type=int, metavar="N", default=None, help="what draws the images of --test-share [0]")
     add("--config", metavar="FILE", help=f"settings file, or the name of one in configs/ [{file}]")
     if start:
         group = parser.add_argument_group("start, in place of a model from nothing")
@@ -100,7 +111,7 @@ def recipe_of_flags(arguments, name=None, *, tables=TABLES):
     """
     start = given(arguments, StartConfig)
     file = file_of_flags(arguments, FINETUNE if start else name)
-    flags = ("data", "data_dir", "classes", "train_share")
+    flags = [key for key in DATA_KEYS if key != "image_size"]  # whose flag is the model's
     data = {key: value for key in flags if (value := getattr(arguments, key)) is not None}
     return read_recipe(
         file, data=data, preset=arguments.preset, model=given(arguments, ViTConfig),
@@ -141,9 +152,15 @@ def stopped_run(arguments):
         raise InputError("--resume needs --out, the folder of the run to go on with")
     last = last_checkpoint(arguments.out) or checkpoint.read(Path(arguments.out) / LAST)
     dataset = dataset_of(last[1], data_dir=arguments.data_dir)
-    describe = {key: last[1].data.get(key) for key in DATA_KEYS}
+    describe = {key: last[1].data.get(key, default) for key, default in DATA_KEYS.items()}
     describe["data_dir"] = arguments.data_dir or describe["data_dir"]
     return last, dataset, describe
+
+
+def refuse_idle_flags(arguments, *settings):
+    """Raises InputError if a flag has no effect beside all the settings of a new run, objects of settings classes."""
+    settings = {name: value for each in settings for name, value in asdict(each).items()}
+    refuse_idle([name for name in settings if hasattr(arguments, name)], settings)
 
 
 def resume_recipe(arguments, describe, path, recipe_of=recipe_of_flags):
@@ -166,9 +183,34 @@ def _check_same_data(arguments, data, describe, path):
     share, own = arguments.train_share or data.get("train_share"), describe["train_share"]
     if share not in (None, own):
         raise InputError(f"{path} was trained on a share of {own or 1} of the training images, not of {share}")
+    for key in ("test_share", "split_seed"):
+        asked = data.get(key) if getattr(arguments, key) is None else getattr(arguments, key)
+        if asked not in (None, describe[key]):
+            raise InputError(f"{path} was trained on images split by {key} {describe[key]}, not by {asked}")
     name = arguments.data or data.get("data", describe["data"])
     if name != describe["data"]:
         raise InputError(f"{path} was trained on {describe['data']}, not on {name}")
+
+
+FOLDER = (
+    "that folder will hold last.npz, to go on from or to use; best.npz, of the epoch that was best on the test images; "
+    "settings.json, metrics.jsonl and, at the end, figures and summary.json"
+)  # of a run, in words
+
+
+def explain(trainer):
+    """Say what is in a run's folder, and warn of a run that is too short to learn anything."""
+    print(FOLDER)
+    if not trainer.resumed and (warning := warning_of(trainer.plan, trainer.origin)):
+        print(f"warning: {warning}")
+
+
+def best_in_words(summary):
+    """The best test of a run, and what it was chosen by; "" where the last was the best."""
+    if summary["best_epoch"] == summary["epochs"]:
+        return ""
+    best, epoch = summary["best_test_accuracy"], summary["best_epoch"]
+    return f" (best on the test images, and chosen by them: {best:.2%} after epoch {epoch})"
 
 
 def run_to_end(trainer):

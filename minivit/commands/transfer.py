@@ -28,6 +28,13 @@ over seeds; probe: logistic regression on all training images, its penalty chose
 the nearest training images by cosine. See python -m pydoc minivit.evaluation.transfer.
 """
 
+OF_METHODS = {
+    "shots": (list(transfer.SHOTS), ("fewshot",)),
+    "seeds": ([0, 1, 2], ("fewshot", "probe")),
+    "k": (transfer.NEIGHBOURS, ("knn",)),
+    "temperature": (transfer.TEMPERATURE, ("knn",)),
+}  # flags: the default, and the methods that read them
+
 
 def show(results):
     """Print the accuracies as a table."""
@@ -50,12 +57,12 @@ def main(argv=None):
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/cifar10/last.npz")
     add_data(parser, "data set, of any classes [the one it was trained on]")
     parser.add_argument("--method", choices=METHODS, default="fewshot", help="[fewshot]")
-    parser.add_argument("--shots", type=int, nargs="+", default=list(transfer.SHOTS), metavar="N",
+    parser.add_argument("--shots", type=int, nargs="+", metavar="N",
                         help="fewshot: examples of each class [1 5 10 25]")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N",
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N",
                         help="fewshot: which examples; probe: which images choose the penalty [0 1 2]")  # fmt: skip
-    parser.add_argument("--k", type=int, default=transfer.NEIGHBOURS, metavar="N", help="knn: neighbours [20]")
-    parser.add_argument("--temperature", type=float, default=transfer.TEMPERATURE, metavar="X",
+    parser.add_argument("--k", type=int, metavar="N", help="knn: neighbours [20]")
+    parser.add_argument("--temperature", type=float, metavar="X",
                         help="knn: a neighbour of cosine s has the weight exp(s / X) [0.07]")  # fmt: skip
     parser.add_argument("--untrained", action="store_true", help="compare with the same model, initialised at random")
     parser.add_argument("--pixels", action="store_true", help="compare with the pixels themselves")
@@ -63,6 +70,13 @@ def main(argv=None):
     add_place(parser)
     parser.add_argument("--out", metavar="DIR", help="folder for transfer-NAME.json and .png [the checkpoint's]")
     arguments = parser.parse_args(argv)
+    for name, (default, methods) in OF_METHODS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+        elif arguments.method not in methods:
+            raise InputError(
+                f"--{name} has no effect with --method {arguments.method}: it is of {' and '.join(methods)}"
+            )
     shots, seeds = sorted(set(arguments.shots)), sorted(set(arguments.seeds))
     if shots[0] < 1 or seeds[0] < 0:
         raise InputError("--shots must be at least 1 and --seeds at least 0")

@@ -11,7 +11,7 @@ from minivit.base.files import write_json
 from minivit.base.finite import quiet_overflow
 from minivit.commands.cli import Parser, output_file
 from minivit.commands.flags import add_data, add_weights
-from minivit.commands.training import add_recipe, recipe_of_flags
+from minivit.commands.training import add_recipe, recipe_of_flags, refuse_idle_flags
 from minivit.data import (
     DATASETS,
     FOLDERS,
@@ -26,7 +26,7 @@ from minivit.data import (
     trivial_augment,
 )
 from minivit.data.operations import OPERATIONS, wide_space
-from minivit.data.source import dataset_of
+from minivit.data.source import dataset_of, refuse_idle_data
 from minivit.evaluation.inference import check_finite, load_with_data, on_device
 from minivit.laboratory import curvature
 from minivit.laboratory.sharpness import along_training, spectrum_facts
@@ -218,7 +218,10 @@ def draw_augment(arguments):
 
     size = arguments.image_size
     check_least(arguments, columns=2, seed=0, image_size=2)
-    dataset = load(arguments.data, arguments.data_dir, image_size=size if arguments.data in FOLDERS else None)
+    refuse_idle_data(arguments.data, {"data_dir": arguments.data_dir})
+    dataset = load(
+        arguments.data, arguments.data_dir or "data", image_size=size if arguments.data in FOLDERS else None
+    )  # fmt: skip
     images, _ = measured_images(dataset, arguments.columns, arguments.seed)
     if size is not None:
         images = resize_images(images, size)  # no others than these
@@ -265,6 +268,7 @@ def draw_lr(arguments):
     rates = {"low": arguments.lr_min, "high": arguments.lr_max, "steps": arguments.ramp_steps}
     lr_finder.rising_rates(**rates)  # bad ones are refused before the data are read
     dataset, model_config, config, begins = prepare(recipe_of_flags(arguments))
+    refuse_idle_flags(arguments, model_config, config)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     ramp = lr_finder.find(
@@ -357,7 +361,7 @@ def add_augment(commands):
     about = "a sheet of training images, a row for each augmentation"
     parts = commands.add_parser("augment", help=about, description=about, epilog=EXAMPLES)
     parts.add_argument("--data", choices=DATASETS, default="digits", help="data set [digits]")
-    parts.add_argument("--data-dir", default="data", metavar="DIR", help="where the data lie [data]")
+    parts.add_argument("--data-dir", metavar="DIR", help="where the data lie [data]")
     parts.add_argument("--image-size", type=int, metavar="N", help="height and width of the images, pixels; those of "
                        "a data set are scaled to it [their own; of a folder 32, of an imagefolder 224]")  # fmt: skip
     parts.add_argument("--columns", type=int, default=12, metavar="N", help="images in a row [12]")

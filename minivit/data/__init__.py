@@ -5,7 +5,8 @@ name                  images                                               where
 ====================  ===================================================  ============
 digits                1,797 handwritten digits, 8 x 8 x 1                  shipped
 cifar10, cifar100     60,000 photographs, 32 x 32 x 3                      ``data_dir``
-folder                your own, ``data_dir/{train,test}/CLASS/*.png``      ``data_dir``
+folder                your own, ``data_dir/{train,test}/CLASS/*.png``, or  ``data_dir``
+                      ``data_dir/CLASS/*.png`` to be split
 imagefolder           the same or ImageNet, read as they are needed        ``data_dir``
 ====================  ===================================================  ============
 """
@@ -70,21 +71,25 @@ __all__ = [
 ]
 
 
-def load(name, data_dir="data", *, image_size=None, classes=None, train_share=None):
+def load(name, data_dir="data", *, image_size=None, classes=None, train_share=None, test_share=None, split_seed=0):
     """Load one of the ``DATASETS`` into memory; of "imagefolder" the names alone.
 
     ``data_dir`` is where the data lie; the digits ship with the package and ignore it. ``image_size`` is the height and
     width of the images: folders are read at this size (default 32, of an imagefolder 224), the images of other data,
     which have one size each, are resized by `resize_images`. ``classes`` are those to keep, such as "0-4" or "cat,dog"
     (see `parse_classes`); ``train_share`` is the share of the training images to keep (see `with_train_share`).
+    ``test_share`` splits the images of folders that are not split, by ``split_seed`` (see `folder.find_images`).
 
     Returns  Dataset
-    Raises   InputError: unknown name; data that are missing or damaged; an impossible size; unknown classes.
+    Raises   InputError: unknown name; data that are missing or damaged; an impossible size or share; unknown classes.
     """
+    if test_share is not None and name in DATASETS and name not in FOLDERS:
+        raise InputError(f"test_share {test_share:g} (--test-share) has no effect: {name} has test images of its own")
+    split = {"test_share": test_share, "split_seed": split_seed}
     if name == "folder":
-        dataset = load_folder(data_dir, 32 if image_size is None else image_size)
+        dataset = load_folder(data_dir, 32 if image_size is None else image_size, **split)
     elif name == "imagefolder":
-        dataset = load_imagefolder(data_dir, 224 if image_size is None else image_size)
+        dataset = load_imagefolder(data_dir, 224 if image_size is None else image_size, **split)
     elif name == "digits":
         dataset = load_digits()
     elif name in ("cifar10", "cifar100"):

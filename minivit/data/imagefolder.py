@@ -3,11 +3,13 @@ r"""Images in folders, too many for the memory, as ImageNet's are: each is read 
     root/train/CLASS/*.JPEG               the classes are the names of the folders, sorted
     root/val/CLASS/*.JPEG                 or root/test/CLASS
     root/val/*.JPEG with root/val.txt     the validation images in one folder, and a list of their classes
+    root/CLASS/*.JPEG                     to be split, see ``test_share`` of `load_imagefolder`
 
-A line of val.txt is ``NAME CLASS``, separated by blanks or a comma, as in Kaggle's LOC_val_solution.csv; the class is
-the name of a folder in train, or its number in their sorted order, from 0, as in Caffe's val.txt. If every line is the
-name of a class alone, the lines are in the order of the images' names. Without a folder train, a model can be tested
-but not trained; the classes are then the folders of val.
+A line of val.txt (or val.csv, LOC_val_solution.csv) is ``NAME CLASS``, separated by blanks, a comma, a semicolon or a
+tab, as in Kaggle's file; the class is the name of a folder in train, or its number in their sorted order, from 0, as in
+Caffe's val.txt: one of the two in all lines, see `minivit.data.listing`. If every line is the name of a class alone,
+the lines are in the order of the images' names. Without a folder train, a model can be tested but not trained; the
+classes are then the folders of val.
 
 For testing, an image's short side is scaled to image_size / 0.875, and the centre is cut out: 256 and 224.
 
@@ -27,20 +29,16 @@ from __future__ import annotations
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
 from minivit.base.errors import InputError
+from minivit.base.words import note
 from minivit.data.dataset import Dataset
-from minivit.data.folder import (
-    SUFFIXES,
-    class_folders,
-    pillow_modules,
-    read_upright,
-    refuse_unknown_classes,
-)
+from minivit.data.folder import find_images, names_of, pillow_modules, read_upright
+from minivit.data.listing import labels_of_list
 from minivit.data.size import check_size
+from minivit.data.walk import composed, images_below, is_hidden
 
 TEST_ZOOM = 0.875  # share of the short side that a test image shows
 ATTEMPTS = 10
@@ -69,18 +67,20 @@ class LazyImages:
     """Stands in for an array (n, H, W, 3) of uint8: ``images[rows]`` reads some of the files, cut out at the centre.
 
     ``names`` are paths from the folder ``root``, ``sizes`` the lengths of the files. Several threads, by default one
-    for each of up to 8 cores, decode the files; their number changes no pixel. Any thread may read.
+    for each of up to 8 cores, decode the files; their number changes no pixel. Any thread may read. ``transparent`` is
+    a list that several of these share, to tell but once that transparent parts are put on white.
     """
 
     dtype, ndim = np.dtype(np.uint8), 4
     __iter__ = None  # a loop over single images would read all files again each time: take batches
 
-    def __init__(self, root, names, sizes, image_size, *, flip=False, threads=0):
+    def __init__(self, root, names, sizes, image_size, *, flip=False, threads=0, transparent=None):
         check_size(image_size)
         self.root, self.names, self.sizes = str(root), names, sizes
         self.image_size, self.flip, self.threads = image_size, flip, threads or min(8, os.cpu_count() or 1)
         self._modules = pillow_modules()
         self._rows = np.arange(len(names))
+        self._transparent = [] if transparent is None else transparent  # those that were read; told of the first
 
     def __len__(self):
         return len(self.names)
@@ -93,7 +93,8 @@ class LazyImages:
     @property
     def identity(self):
         """Bytes that tell these images from others without reading them: names and lengths of the files."""
-        return "\n".join(f"{name} {size}" for name, size in zip(self.names, self.sizes, strict=True)).encode()
+        names = (composed(name).replace(os.sep, "/") for name in self.names)  # the same on every system
+        return "\n".join(f"{name} {size}" for name, size in zip(names, self.sizes, strict=True)).encode()
 
     def __array__(self, *arguments, **keywords):
         raise TypeError("these images are files, read as they are needed: take some of them, images[rows]")
@@ -109,7 +110,7 @@ class LazyImages:
         Raises  InputError: an image that cannot be read; the message names its file.
         """
         Image, ImageOps = self._modules
-        images = np.empty((len(rows), self.image_size, self.image_size, 3), np.uint8)
+        images, found = np.empty((len(rows), self.image_size, self.image_size, 3), np.uint8), []
 
         def fill(i):
             path = os.path.join(self.root, self.names[rows[i]])
@@ -120,11 +121,14 @@ class LazyImages:
                 part = image.crop(inception_box(*image.size, draws[i], smallest))
                 return part.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
 
-            image = read_upright(path, cut, Image, ImageOps)
+            image = read_upright(path, cut, Image, ImageOps, found)
             images[i] = image[:, ::-1] if self.flip else image
 
         with ThreadPoolExecutor(self.threads, thread_name_prefix="minivit-images") as pool:
             list(pool.map(fill, range(len(rows))))
+        if found and not self._transparent:
+            self._transparent.append(min(found))
+            note(f"transparent parts of images are put on white, first in {self._transparent[0]}")
         return images
 
     def _centre(self, image):
@@ -136,7 +140,9 @@ class LazyImages:
         return image.crop((left, top, left + size, top + size))
 
     def _like(self, names, sizes, flip):
-        return LazyImages(self.root, names, sizes, self.image_size, flip=flip, threads=self.threads)
+        return LazyImages(
+            self.root, names, sizes, self.image_size, flip=flip, threads=self.threads, transparent=self._transparent
+        )
 
     def mirror(self):
         """The same images, left and right exchanged."""
@@ -148,84 +154,39 @@ class LazyImages:
         return self._like([self.names[i] for i in rows], [self.sizes[i] for i in rows], self.flip)
 
 
-def load_imagefolder(data_dir, image_size=224):
+def load_imagefolder(data_dir, image_size=224, *, test_share=None, split_seed=0):
     """A folder of images as a `Dataset` whose images are `LazyImages`; only names and lengths of files are read.
 
-    Test images are those of ``val``, or where there is no such folder of ``test``. Hidden files and other endings
-    than images' are left out.
-    Raises  InputError: folders, images or classes are missing.
+    Test images are those of ``val``, or where there is no such folder of ``test``; or with ``test_share`` that share of
+    the images of each class, see `minivit.data.folder.find_images`. Hidden files and other endings than images' are
+    left out, and told.
+    Raises  InputError: folders, images or classes are missing, or a list has no reading.
     """
-    root = Path(data_dir)
-    split = "val" if (root / "val").is_dir() else "test"
-    class_names = class_folders(root / ("train" if (root / "train").is_dir() else split))
-    train, labels = _in_class_folders(root, "train", class_names)
-    for name, count in zip(class_names, np.bincount(labels, minlength=len(class_names)), strict=True):
-        if not count and len(train):
-            raise InputError(f"{root / 'train' / name} has no images ({', '.join(SUFFIXES)}); add some")
-    flat = list(_files(root, split)) if (root / split).is_dir() else []
-    if flat:
-        test, test_labels = flat, _read_labels(root / f"{split}.txt", [name for name, _ in flat], class_names)
-    else:
-        refuse_unknown_classes(root / split, class_names, root / "train")
-        test, test_labels = _in_class_folders(root, split, class_names)
-    train_images, test_images = (
-        LazyImages(root, [name for name, _ in files], [size for _, size in files], image_size)
-        for files in (train, test)
+    found = find_images(
+        data_dir, ("val", "test"), test_share=test_share, split_seed=split_seed, listed=_listed
+    )  # fmt: skip
+    told = []
+    train, test = (
+        LazyImages(found.root, [name for name, _ in files], [size for _, size in files], image_size, transparent=told)
+        for files in (found.train, found.test)
     )
-    names = tuple(os.path.basename(name) for name, _ in test)
     return Dataset(
-        "imagefolder", train_images, labels, test_images, test_labels, tuple(class_names), str(root), names
+        "imagefolder", train, found.train_labels, test, found.test_labels, found.classes, found.source,
+        names_of(found.test),
     )  # fmt: skip
 
 
-def _files(root, folder):
-    """(path from the root, length) of each image in a folder, sorted by name."""
-    with os.scandir(root / folder) as entries:
-        return sorted(
-            (f"{folder}/{entry.name}", entry.stat().st_size)  # "/" on Windows too: the names are part of the identity
-            for entry in entries
-            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and entry.is_file()
-        )
-
-
-def _in_class_folders(root, split, class_names):
-    """The images of a split's class folders, class by class, and their labels (n,)."""
-    folders = [f"{split}/{name}" for name in class_names]
-    lists = [_files(root, folder) if (root / folder).is_dir() else [] for folder in folders]
-    labels = np.repeat(np.arange(len(lists)), [len(files) for files in lists])
-    return [file for files in lists for file in files], labels
-
-
-def _read_labels(path, names, class_names):
-    """The labels (n,) of images that lie in one folder, sorted by name, from a list; see the head of this file."""
-    try:
-        lines = [line.replace(",", " ").split() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except FileNotFoundError:
-        raise InputError(
-            f"there is no {path}; the images of {path.with_suffix('')} lie in no class folders: list their classes "
-            "there, one NAME CLASS a line"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a text file: {error}") from None
-    lines = [line for line in lines if line and line[0] != "ImageId"]  # Kaggle's heading
-    by_name = {name: k for k, name in enumerate(class_names)}
-    if all(len(line) == 1 for line in lines):
-        if len(lines) != len(names):
-            raise InputError(f"{path} lists {len(lines)} classes for {len(names)} images; list one for each")
-        if unknown := [line[0] for line in lines if line[0] not in by_name]:
-            raise InputError(
-                f"{path}: {unknown[0]!r} is no folder of train; a line without an image's name must be a class's "
-                "(the numbers of ImageNet's development kit count them in another order)"
-            )
-        return np.array([by_name[line[0]] for line in lines], np.int64)
-    by_number = {str(k): k for k in range(len(class_names))}
-    label_of = {}
-    for name, *rest in lines:
-        label = rest[0] if rest else ""
-        if label not in by_name and label not in by_number:
-            raise InputError(f"{path}: the class of {name} is {label!r}, which is no folder of train nor its number")
-        label_of[Path(name).stem] = by_name.get(label, by_number.get(label))
-    labels = [label_of.get(Path(name).stem) for name in names]
-    if None in labels:
-        raise InputError(f"{path} does not list {os.path.basename(names[labels.index(None)])}; add its class")
-    return np.array(labels, np.int64)
+def _listed(root, folder, class_names, left_out):
+    """(images, labels) of a folder that holds its images itself, by its list; None where it has class folders."""
+    lists = [root / f"{folder.name}.txt", root / f"{folder.name}.csv", root / "LOC_val_solution.csv"]
+    lists = [path for path in lists if path.is_file()]
+    if any(path.is_dir() and not is_hidden(path.name) for path in folder.iterdir()):
+        if lists:
+            raise InputError(f"{folder} has class folders, so that {lists[0]} has no effect: move one of them away")
+        return None
+    if not (files := images_below(root, folder, left_out)):
+        return None
+    if len(lists) > 1:
+        raise InputError(f"{lists[0]} and {lists[1]} both list the images of {folder}: move one of them away")
+    path = lists[0] if lists else root / f"{folder.name}.txt"
+    return files, labels_of_list(path, [name for name, _ in files], class_names)

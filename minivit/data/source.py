@@ -10,22 +10,47 @@ from minivit.base.errors import InputError
 from minivit.base.files import local
 from minivit.data import FOLDERS, load
 from minivit.data.dataset import is_lazy
+from minivit.data.walk import composed, folder_named
 from minivit.weights.checkpoint import few_classes
 
 # Settings of the data, with their defaults.
-DATA_KEYS = {"data": "digits", "data_dir": "data", "image_size": None, "classes": None, "train_share": None}
-_KINDS = {"data": str, "data_dir": str, "image_size": int, "classes": str, "train_share": float}
-_KINDS_IN_WORDS = {str: "a text", int: "a whole number above 0", float: "a number above 0 and at most 1"}
+DATA_KEYS = {
+    "data": "digits", "data_dir": "data", "image_size": None, "classes": None, "train_share": None, "test_share": None,
+    "split_seed": 0,
+}  # fmt: skip
+_KINDS = {
+    "data": (str, None, "a text"),
+    "data_dir": (str, None, "a text"),
+    "image_size": (int, lambda value: value >= 1, "a whole number above 0"),
+    "classes": (str, None, "a text"),
+    "train_share": (float, lambda value: 0.0 < value <= 1.0, "a number above 0 and at most 1"),
+    "test_share": (float, lambda value: 0.0 < value < 1.0, "a number between 0 and 1"),
+    "split_seed": (int, lambda value: value >= 0, "a whole number from 0 on"),
+}  # type, what it must be beside, both in words
 
 
 def check_data(data, where):
     """Raises InputError if a setting of the data, of a dict that comes from a file, has another type than it must."""
-    for key, kind in _KINDS.items():
+    for key, (kind, holds, words) in _KINDS.items():
         value = data.get(key)
-        if value is None:
-            continue
-        if type(value) is not kind or (kind is int and value < 1) or (kind is float and not 0.0 < value <= 1.0):
-            raise InputError(f"{where}: {key} must be {_KINDS_IN_WORDS[kind]}, got {value!r}")
+        if value is not None and (type(value) is not kind or (holds and not holds(value))):
+            raise InputError(f"{where}: {key} must be {words}, got {value!r}")
+
+
+def refuse_idle_data(name, given):
+    """Raises InputError if a setting of the data that was ``given``, of a dict, has no effect with these data."""
+    if name == "digits" and given.get("data_dir") is not None:
+        raise InputError(
+            f"data_dir {given['data_dir']} (--data-dir) has no effect: the data are the digits, which come with "
+            "minivit; name others with --data, such as --data folder for your own images"
+        )
+    if name not in FOLDERS and given.get("test_share") is not None:
+        raise InputError(
+            f"test_share {given['test_share']} (--test-share) has no effect: {name} has test images of its own; it "
+            f"splits --data {' or '.join(FOLDERS)}"
+        )
+    if given.get("split_seed") is not None and given.get("test_share") is None:
+        raise InputError("split_seed (--split-seed) has no effect without test_share (--test-share)")
 
 
 def dataset_of(record, *, name=None, data_dir=None):
@@ -39,15 +64,18 @@ def dataset_of(record, *, name=None, data_dir=None):
     name = name or data.get("data")
     if name is None:
         raise InputError(f"{record.path} does not say which data set it was trained on; name one with --data")
-    keys = ("image_size", "classes", "train_share") if name == data.get("data") else ()
-    same = {key: data.get(key) for key in keys}
+    refuse_idle_data(name, {"data_dir": data_dir})
+    keys = list(DATA_KEYS)[2:] if name == data.get("data") else ()
+    same = {key: data.get(key, DATA_KEYS[key]) for key in keys}
+    if same.get("test_share") and data_dir and (folder_named(data_dir, "test") or folder_named(data_dir, "val")):
+        del same["test_share"], same["split_seed"]  # another place, which is split
     if name in FOLDERS and not same.get("image_size"):
         same["image_size"] = record.config.image_size
     try:
         dataset = load(name, data_dir or local(data.get("data_dir", "data")), **same)
     except InputError as error:
         raise InputError(f"{error}; if the data lie elsewhere now, name the place with --data-dir") from None
-    if list(dataset.class_names) != record.class_names:
+    if list(map(composed, dataset.class_names)) != list(map(composed, record.class_names)):
         raise InputError(
             f"{record.path} was trained for other classes than those of {dataset.name} ({dataset.source}): "
             f"{few_classes(record)}"

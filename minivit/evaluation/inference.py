@@ -11,7 +11,7 @@ from minivit.base.backend import to_device, to_host, use_device
 from minivit.base.errors import InputError
 from minivit.base.finite import quiet_overflow
 from minivit.data import FOLDERS, load, with_mirror_images
-from minivit.data.source import check_fit, dataset_of
+from minivit.data.source import check_fit, dataset_of, refuse_idle_data
 from minivit.model import ViT
 from minivit.training.engines.cpu import Engine
 from minivit.training.engines.gpu import CudaEngine
@@ -37,6 +37,7 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_clas
         )
     c = model.config
     if name is not None and other_classes:
+        refuse_idle_data(name, {"data_dir": data_dir})
         dataset = load(name, data_dir or "data", image_size=c.image_size if name in FOLDERS else None)
     else:
         dataset = dataset_of(record, name=name, data_dir=data_dir)

@@ -14,7 +14,8 @@ from minivit.evaluation.inference import check_finite, load_with_data, predict_a
 from minivit.model import ViT, ViTConfig, preset_fields
 from minivit.training.config import TrainConfig, train_config_of
 from minivit.training.folder import LAST, METRICS, SUMMARY, read_metrics
-from minivit.training.recipes import FINETUNE, own_settings
+from minivit.training.idle import idle
+from minivit.training.recipes import FINETUNE, FITTED_DATA, own_settings
 from minivit.weights.checkpoint import Record
 from minivit.weights.start import MAY_CHANGE, StartConfig
 
@@ -110,10 +111,15 @@ def command(config, train, data, own, start=None):
         parts.append(["--classes", str(data["classes"])])
     if data.get("train_share"):
         parts.append(["--train-share", str(data["train_share"])])
+    if data.get("test_share"):
+        parts.append(["--test-share", str(data["test_share"])])
+        if data.get("split_seed"):
+            parts.append(["--split-seed", str(data["split_seed"])])
     for key, value in (start or {}).items():
         if key in START_FLAGS and value != START_FLAGS[key][1]:
             flag = START_FLAGS[key][0]
             parts.append([flag] if value is True else [flag, str(value)])
+    without_effect = idle(dataclasses.asdict(config) | dataclasses.asdict(train))
     for settings, section in ((config, "model"), (train, "train")):
         file_values, defaults = own.get(section, {}), defaults_of(settings)
         by_preset = preset_fields("Ti/16") if "preset" in file_values else {}  # the sizes that any preset sets
@@ -122,7 +128,9 @@ def command(config, train, data, own, start=None):
             needless = value == defaults[key] and file_values.get(key, value) == value and key not in by_preset
             if start and settings is config:  # what is not chosen is the start's
                 needless = key in BY_START or file_values.get(key) == value
-            if key in FITTED or needless:
+            if name == FITTED_DATA and key in ("batch_size", "epochs"):  # these would follow the number of images
+                needless = False
+            if key in FITTED or needless or key in without_effect:
                 continue
             flag = "--" + key.replace("_", "-")
             parts.append([flag if value else f"--no-{flag[2:]}"] if type(value) is bool else [flag, str(value)])

@@ -11,7 +11,7 @@ from minivit.figures.attention import image_png, save_attention, save_distances,
 from minivit.figures.compute import save_axial, save_compute, save_cost
 from minivit.figures.contest import save_contest, save_data, save_layers, save_scaling
 from minivit.figures.curvature import save_curvature
-from minivit.figures.curves import save_curve, save_curves, save_lr_curve, save_masked_curves
+from minivit.figures.curves import save_curve, save_curves, save_lr_curve, save_masked_curves, training_label
 from minivit.figures.embedding import save_filters, save_positions
 from minivit.figures.network import save_trace
 from minivit.figures.predictions import save_calibration, save_confusion, save_predictions
@@ -48,4 +48,5 @@ __all__ = [
     "save_trace",
     "save_v_curves",
     "save_vtab",
+    "training_label",
 ]

@@ -22,7 +22,16 @@ def _line(points, width=2.0):
     return {"lw": width, "marker": "o" if len(points) < 2 else None}  # a single point would have no line
 
 
-def _draw_loss(axes, records, per_epoch, title):
+def training_label(config):
+    """What the training loss of a run with a `TrainConfig` is of: "training (augmented, smoothed targets)", ..."""
+    moved = ("policy", "crop_area", "crop_padding", "flip", "rotate", "zoom", "shear", "shift", "erasing")
+    words = ["augmented"] if any(getattr(config, name) not in (0, "none") for name in moved) else []
+    words += ["mixed"] if config.mixup or config.cutmix else []
+    words += ["smoothed targets"] if config.label_smoothing else []
+    return f"training ({', '.join(words)})" if words else "training"
+
+
+def _draw_loss(axes, records, per_epoch, title, training="training"):
     train, test = _of_kind(records, "train"), _of_kind(records, "test")
     epochs = [r["step"] / per_epoch for r in train]
     axes.plot(epochs, [r["loss"] for r in train], color=TRAIN, lw=0.7, alpha=0.5, label="a training batch")
@@ -30,7 +39,7 @@ def _draw_loss(axes, records, per_epoch, title):
         [r["epoch"] for r in test],
         [r["train_loss"] for r in test],
         color=TRAIN,
-        label="training (augmented, smoothed targets)",
+        label=training,
         **_line(test),
     )
     axes.plot([r["epoch"] for r in test], [r["loss"] for r in test], color=TEST, label="test", **_line(test))
@@ -98,23 +107,28 @@ CURVES = {"loss": _draw_loss, "accuracy": _draw_accuracy, "lr": _draw_lr, "gradi
 
 
 @own_style
-def save_curves(path, records, *, title=""):
-    """Loss, accuracy and learning rate of a run, from the records of its metrics.jsonl."""
+def save_curves(path, records, *, title="", training="training"):
+    """Loss, accuracy and learning rate of a run, from the records of its metrics.jsonl.
+
+    ``training`` names the curve of the training loss, see `training_label`.
+    """
     figure = new_figure(11, 3.6)
     for axes, name in zip(figure.subplots(1, 3), ("loss", "accuracy", "lr"), strict=True):
-        CURVES[name](axes, records, steps_per_epoch(records), title)
+        named = {"training": training} if name == "loss" else {}
+        CURVES[name](axes, records, steps_per_epoch(records), title, **named)
     save(figure, path)
 
 
 @own_style
-def save_curve(path, name, records, *, per_epoch=None):
+def save_curve(path, name, records, *, per_epoch=None, training="training"):
     """One of the ``CURVES`` of a run alone, from the records of its metrics.jsonl; with ``path=None`` an SVG element.
 
-    ``per_epoch``: steps per epoch, where the records need not tell
+    ``per_epoch``: steps per epoch, where the records need not tell; ``training``: see `save_curves`
     """
     figure = new_figure(5.0, 3.3)
     axes = figure.subplots()
-    CURVES[name](axes, records, per_epoch or steps_per_epoch(records), "")
+    named = {"training": training} if name == "loss" else {}
+    CURVES[name](axes, records, per_epoch or steps_per_epoch(records), "", **named)
     axes.set_xlim(left=0)
     return save(figure, path)
 

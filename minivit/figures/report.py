@@ -15,7 +15,7 @@ from minivit.evaluation.inference import attention_map
 from minivit.evaluation.metrics import BINS, best_temperature, calibration, measure
 from minivit.evaluation.runs import command, defaults_of, number
 from minivit.figures.attention import image_png
-from minivit.figures.curves import save_curve
+from minivit.figures.curves import save_curve, training_label
 from minivit.figures.html import Html, document, duration, image, percent, svg_figure, table, tag
 from minivit.figures.predictions import save_calibration, save_confusion
 from minivit.layers.loss import softmax_cross_entropy_forward
@@ -33,7 +33,7 @@ def _headline(run, progress):
     if tests:
         accuracy, after = percent(tests[-1]["accuracy"]), f"after epoch {tests[-1]['epoch']} of {train.epochs}"
         best = max(tests, key=lambda r: r["accuracy"])
-        after += f"; best {percent(best['accuracy'])} after epoch {best['epoch']}"
+        after += f"; best {percent(best['accuracy'])} after epoch {best['epoch']} (chosen by the test images)"
     else:
         accuracy, after = "not tested yet", "no evaluation in its metrics.jsonl"
     blocks = f"{c.depth} block{'s' if c.depth > 1 else ''}"
@@ -96,7 +96,9 @@ def _settings(run):
     what = (("data", "digits", "data set"), ("data_dir", "data", "where the data lie"),
             ("image_size", None, "size that the images are brought to, pixels"),
             ("classes", None, "classes that are kept"),
-            ("train_share", None, "share of the training images that is kept"))  # fmt: skip
+            ("train_share", None, "share of the training images that is kept"),
+            ("test_share", None, "share of images that were not split that is for testing"),
+            ("split_seed", 0, "what draws these"))  # fmt: skip
     groups.append(group("Data", [(name, data.get(name), default, about) for name, default, about in what]))
     if origin := run.record.start:
         fields = [(f.name, origin.get(f.name), f.default, f.metadata["help"]) for f in dataclasses.fields(StartConfig)]
@@ -106,7 +108,9 @@ def _settings(run):
 
 
 def _curve(run, name, says):
-    return svg_figure(save_curve(None, name, run.records, per_epoch=steps_per_epoch(run)), says)
+    return svg_figure(
+        save_curve(None, name, run.records, per_epoch=steps_per_epoch(run), training=training_label(run.train)), says
+    )
 
 
 def _training(run):

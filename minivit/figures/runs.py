@@ -16,7 +16,10 @@ IMAGES = 12  # that a figure of reconstructions shows
 def draw_classification(run, logits):
     """The curves of a run with labels, and some of the test images with what it predicts."""
     data = run.dataset
-    figures.save_curves(run.out / CURVES, read_metrics(run.out / METRICS), title=data.name)
+    figures.save_curves(
+        run.out / CURVES, read_metrics(run.out / METRICS), title=data.name,
+        training=figures.training_label(run.config),
+    )  # fmt: skip
     figures.save_predictions(run.out / PREDICTIONS, data.test_images, data.test_labels, logits, data.class_names)
 
 

@@ -45,7 +45,7 @@ class ModelSettings:
 class DataSettings:
     """Batches."""
 
-    batch_size: int = setting(128, "images per batch")
+    batch_size: int = setting(128, "images per batch; with data folder what suits their number, unless it is given")
     accumulate: int = setting(1, "batches per optimiser step (gradient accumulation)")
     half_size: float = setting(
         0.0, "share of the epochs, the first, on images of half the height and width: a quarter of the patches"
@@ -124,7 +124,7 @@ class OptimizerSettings:
 class ScheduleSettings:
     """How long a training lasts, and the learning rate meanwhile."""
 
-    epochs: int = setting(20, "passes over the training images")
+    epochs: int = setting(20, "passes over the training images; with data folder what suits their number, unless given")
     steps: int = setting(0, "optimiser steps in place of epochs, the last pass perhaps cut short; 0 for epochs")
     schedule: str = setting("cosine", "cosine, linear, constant or trapezoid, each after warmup_epochs")
     cooldown: float = setting(0.2, "share of the steps over which a trapezoid falls to final_lr")

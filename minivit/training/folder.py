@@ -2,7 +2,7 @@
 
     settings.json     what was asked for                    last.npz     the latest checkpoint, to resume from
     metrics.jsonl     a line per log step and evaluation    previous.npz the one before it, should last.npz be damaged
-    summary.json      final figures, versions, wall time    best.npz     the checkpoint of the best test accuracy
+    summary.json      final figures, versions, wall time    best.npz     that of the best accuracy on the test images
     curves.png, predictions.png, reconstructions.png
 
 ``last.npz`` is the first of them to be written: a folder that holds anything of a run can be resumed.

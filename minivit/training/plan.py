@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from minivit.base import params as parameters
 from minivit.base.backend import erf, find_device
 from minivit.base.errors import InputError
+from minivit.base.words import counted
 from minivit.data import is_lazy
 from minivit.data.source import check_fit
 from minivit.model import ViT, ViTConfig, parameter_table
@@ -46,6 +48,38 @@ class Plan(NamedTuple):
             step, self.total_steps, lr=c.lr, schedule=c.schedule, final_lr=c.final_lr, warmup_steps=warmup,
             cooldown=c.cooldown,
         )  # fmt: skip
+
+
+FEW_STEPS = 300  # with fewer, a model that begins with nothing has hardly begun to learn
+STEPS, PASSES, BATCHES = 1000, 20, (16, 128)  # of a fitted run: about so many steps, least passes, batch sizes
+
+
+def fitted(settings, images):
+    """The settings of a training, a dict, with a batch size and epochs that suit so many images where they have none.
+
+    The batch is a power of two, about a sixth of the images, and within `BATCHES`; the epochs make some `STEPS`
+    optimiser steps, and at least `PASSES` passes.
+    """
+    settings, (low, high) = dict(settings), BATCHES
+    batch = settings.setdefault("batch_size", min(max(2 ** round(math.log2(max(images, 1) / 6)), low), high))
+    if not settings.get("steps") and "epochs" not in settings:
+        per_epoch = -(-images // (batch * settings.get("accumulate", 1)))
+        settings["epochs"] = max(PASSES, -(-STEPS // max(per_epoch, 1)))
+    return settings
+
+
+def warning_of(plan, start=None):
+    """One line that says what to change where a run from nothing makes few steps, or "" where it does not."""
+    steps, c = plan.total_steps, plan.config
+    if steps >= FEW_STEPS or start:
+        return ""
+    size = c.batch_size * c.accumulate
+    smaller = f", or a smaller --batch-size than {c.batch_size}" if size > BATCHES[0] else ""
+    epochs = -(-STEPS // plan.steps_per_epoch)
+    return (
+        f"{counted(steps, 'optimiser step')} in all ({plan.images:,} images in batches of {size}): a model that begins "
+        f"with nothing learns little in fewer than {FEW_STEPS}; take more, such as --epochs {epochs}{smaller}"
+    )
 
 
 def plan_of(dataset, model_config, config, task, *, start=None):

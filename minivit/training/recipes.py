@@ -17,9 +17,10 @@ from minivit.base.errors import InputError
 from minivit.base.files import check_tables, parse_toml
 from minivit.base.settings import field_names
 from minivit.data import DATASETS, FOLDERS, load
-from minivit.data.source import DATA_KEYS, check_data
+from minivit.data.source import DATA_KEYS, check_data, refuse_idle_data
 from minivit.model import ViTConfig, preset_fields
 from minivit.training.config import GROUPS, REMOVED, TrainConfig, without_removed
+from minivit.training.plan import fitted
 from minivit.training.trainer import Trainer
 from minivit.weights.start import StartConfig, load_start, prepare_start
 
@@ -33,13 +34,14 @@ TABLES = {
     "start": field_names(StartConfig),
     "train": [*field_names(TrainConfig), *REMOVED],
 }
+FITTED_DATA = "folder"  # data whose batch size and epochs follow the number of images, see `fitted`
 SECTIONS = ("data", "model", "train", "start")  # of a recipe
 
 
 class Recipe(NamedTuple):
     """Settings that were asked for; those that are absent have their defaults."""
 
-    data: dict  # data, data_dir, image_size, classes, train_share
+    data: dict  # of `DATA_KEYS`
     model: dict  # of `ViTConfig`
     train: dict  # of `TrainConfig`
     start: dict = {}  # of `StartConfig`
@@ -116,6 +118,10 @@ def read_recipe(file, *, data=None, preset=None, model=None, train=None, start=N
     check_data(merged, where)
     if merged["data"] not in DATASETS:
         raise InputError(f"{where}: unknown data set {merged['data']!r}; choose one of {', '.join(DATASETS)}")
+    named = data or {}  # other data than the file's take no more of it than they need
+    refuse_idle_data(merged["data"], named if "data" in named else content["data"] | named)
+    if merged["data"] not in FOLDERS:
+        merged |= {key: DATA_KEYS[key] for key in ("test_share", "split_seed")}
     sizes = sizes_of(content["model"].pop("preset", None)) | content["model"]
     train = train or {}
     if "epochs" in train and "steps" not in train:
@@ -140,20 +146,24 @@ def prepare(recipe, load_data=None):
     if source and not image_size and data["data"] in FOLDERS:  # whose images have no size of their own
         image_size = source[0].config.image_size
     kept = {key: data[key] for key in ("classes", "train_share")}
+    if data.get("test_share"):
+        kept |= {key: data[key] for key in ("test_share", "split_seed")}
     dataset = (load_data or load)(data["data"], data["data_dir"], image_size=image_size, **kept)
     _, size, _, channels = dataset.train_images.shape
     fields = {"image_size": size, "channels": channels, "num_classes": len(dataset.class_names), **model}
     describe = {**data, "data_dir": str(data["data_dir"]).replace(os.sep, "/"), "image_size": image_size}
+    if data["data"] == FITTED_DATA:
+        config = TrainConfig(**fitted(train, len(dataset.train_images)))
     if not start.checkpoint:
         return dataset, ViTConfig(**fields), config, {"describe": describe, "start": None}
-    fitted, begins = prepare_start(start, fields, dataset.class_names, source)
+    begun, begins = prepare_start(start, fields, dataset.class_names, source)
     if not image_size and size != (before := source[0].config.image_size):
         print(
             f"note: the model goes on at the size of the data, {size}x{size} pixels; {start.checkpoint} is of "
             f"{before}x{before}, to which --image-size {before} scales the data",
             file=sys.stderr,
         )
-    return dataset, fitted, config, {"describe": describe, "start": begins}
+    return dataset, begun, config, {"describe": describe, "start": begins}
 
 
 def trainer_of(recipe, out, **keywords):

@@ -39,7 +39,16 @@ from minivit.model import ViTConfig
 from minivit.training.config import FREE_ON_RESUME, TrainConfig, train_config_of, without_removed
 from minivit.training.folder import SETTINGS, SUMMARY, last_checkpoint
 from minivit.training.plan import plan_of
-from minivit.training.recipes import SECTIONS, TABLES, Recipe, find_config, in_sections, prepare, read_recipe
+from minivit.training.recipes import (
+    FITTED_DATA,
+    SECTIONS,
+    TABLES,
+    Recipe,
+    find_config,
+    in_sections,
+    prepare,
+    read_recipe,
+)
 from minivit.training.task import Classification
 from minivit.training.trainer import Diverged, Trainer
 from minivit.weights.start import StartConfig
@@ -206,6 +215,7 @@ def _expected(recipe, settings):
     ``settings`` are those of the run in question.
     """
     data, model, train, start = recipe
+    follow = {"batch_size", "epochs"} - train.keys() if data["data"] == FITTED_DATA else set()
     data, train = dict(data), DEFAULTS["train"] | train
     if model.get("image_size") or (start and data["data"] in FOLDERS and not data["image_size"]):
         del data["image_size"]  # the model's is compared; or it is the start's
@@ -213,7 +223,7 @@ def _expected(recipe, settings):
         model = {key: value for key, value in DEFAULTS["model"].items() if key not in FITTED} | model
     if model.get("mlp_dim") == 0:
         model = model | {"mlp_dim": 4 * model.get("width", settings.get("model", {}).get("width", 0))}
-    left_out = {key for key in CHOSEN if not train[key]} | ({"epochs"} if train["steps"] else set())
+    left_out = follow | {key for key in CHOSEN if not train[key]} | ({"epochs"} if train["steps"] else set())
     train = {key: value for key, value in train.items() if key not in left_out}
     return {"data": data, "model": model, "train": train, "start": DEFAULTS["start"] | start}
 

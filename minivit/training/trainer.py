@@ -73,6 +73,7 @@ class Trainer:
         self._started = None  # the moment when this process took up the training
         self._saved_at = time.monotonic()
         self._stop = None
+        self._broken = False  # within the loop of a training that did not end as it should
 
     def _allocate(self, start, resume):
         """Make model, optimiser, average and state: new, from a start, or from a checkpoint."""
@@ -166,9 +167,13 @@ class Trainer:
     def run(self):
         """Train from where the run stands to its end; returns the summary, or None if it was stopped by a signal.
 
+        After that, another call goes on, from the step that it had reached; not where a second Ctrl-C broke a step off.
         Raises  InputError: the folder holds another run, another process trains into it, or the run diverges.
         """
+        if self._broken:
+            raise InputError(f"this run broke off within a step; take it up again from {self.out / LAST}")
         self.out.mkdir(parents=True, exist_ok=True)
+        self._stop = None
         with lock(self.out), StopOnSignals(self), quiet_overflow(), diverging(self):
             if self.resumed:
                 if self.resumed in (self.out / PREVIOUS, self.out / BEST):  # last.npz is damaged
@@ -177,12 +182,15 @@ class Trainer:
             else:
                 refuse_used(self.out)
                 self.save()  # from here on there is always something to resume from
+                self.resumed = True  # by another call, too
             write_json(self.out / SETTINGS, self.settings())
             with self.engine() as engine:
                 evaluation = None
                 if not self.finished:
                     self._started = self._saved_at = time.monotonic()
+                    self._broken = True
                     evaluation = loop.train(self, engine)
+                    self._broken = False
                 if self.finished and not self.stopped:
                     return finish(self, engine, evaluation or self.evaluate(engine))
         print(
@@ -236,6 +244,7 @@ def summary_of(run, engine, evaluation):
         "test_loss": evaluation.loss,
         "best_test_accuracy": state.best["accuracy"],
         "best_epoch": state.best["epoch"],
+        "best_is": "the best on the test images, chosen by them",
         "train_seconds": round(state.seconds, 2),  # with the evaluations, and of all the processes that took part
         "images_per_second": round(run.plan.images_in_all / max(state.seconds, 1e-9), 1),
         "epochs": run.config.epochs,

@@ -18,6 +18,7 @@ from minivit.base.settings import field_names
 from minivit.commands import NAMES, cli
 from minivit.commands.cli import Parser, add_settings, given
 from minivit.commands.training import recipe_of_flags
+from minivit.data.source import DATA_KEYS
 from minivit.training.config import TrainConfig
 from minivit.training.recipes import CONFIGS, read_recipe
 from minivit.weights.start import StartConfig
@@ -116,16 +117,15 @@ def test_the_data_sets_own_file_is_read():
     assert (data["data"], model, train) == ("digits", file.model, file.train) and len(train) > 5
     data, _, train, _ = settings("--data", "cifar10", data="cifar10")
     assert data["data"] == "cifar10" and train["flip"] is True
-    data, model, train, _ = settings("--data", "folder", "--data-dir", "there", data="folder")  # has no file
-    assert (data, model, train) == (
-        {"data": "folder", "data_dir": "there", "image_size": None, "classes": None, "train_share": None}, {}, {}
-    )  # fmt: skip
+    data, model, train, _ = settings("--data", "folder", "--data-dir", "there", data="folder")
+    file = read_recipe(CONFIGS / "folder.toml")
+    assert (data, model, train) == (DATA_KEYS | {"data": "folder", "data_dir": "there"}, file.model, file.train)
 
 
 def test_data_settings_come_from_flag_over_file(tmp_path):
     (tmp_path / "x.toml").write_text('[data]\ndata = "folder"\ndata_dir = "here"\nimage_size = 48\n')
     data, *_ = settings("--config", tmp_path / "x.toml")
-    assert data == {"data": "folder", "data_dir": "here", "image_size": 48, "classes": None, "train_share": None}
+    assert data == DATA_KEYS | {"data": "folder", "data_dir": "here", "image_size": 48}
     data, *_ = settings("--config", tmp_path / "x.toml", "--data-dir", "there")
     assert data["data_dir"] == "there"
 

@@ -136,7 +136,7 @@ def test_sheet_of_images_of_another_size(call, tmp_path, monkeypatch):
                 image.save(tmp_path / split / name / f"{i}.png")
     flags = ["--data-dir", tmp_path, "--image-size", 10, "--columns", 4, "--out", tmp_path / "new"]
     for data in ("digits", "imagefolder", "folder"):
-        ended = call("visualize", "augment", "--data", data, *flags)
+        ended = call("visualize", "augment", "--data", data, *flags[2 if data == "digits" else 0 :])
         assert ended.status == 0, ended.err
         images = load(data, tmp_path, image_size=10).train_images
         rows = np.random.default_rng(0).permutation(len(images))[:4]

@@ -70,8 +70,8 @@ def write_folder(folder, files):
     return folder
 
 
-def write_archive(path, files, prefix="some/where/"):
-    with tarfile.open(path, "w:gz") as archive:
+def write_archive(path, files, prefix="some/where/", mode="w:gz"):
+    with tarfile.open(path, mode) as archive:
         for file, data in files.items():
             member = tarfile.TarInfo(prefix + file)
             member.size = len(data)

@@ -49,6 +49,8 @@ def hostile(marker):
     yield "extension", b"\x80\x02\x82\x01."
     yield "change a stand-in", b"c_codecs\nencode\n(N(V__doc__\nVchanged\ndtb."
     yield "change a stand-in class", b"cnumpy\nndarray\n(N(Vstate\nVchanged\ndtb."
+    for stand_in in ("numpy.core.numeric\n_frombuffer", "numpy.core.multiarray\nscalar", "collections\nOrderedDict"):
+        yield f"change {stand_in}", f"c{stand_in}\n(N(Varray\nVchanged\ndtb.".encode()
     good = contents("cifar100", "python")["train"]
     yield "large memo", good.replace(b"}q\x01", b"}r" + struct.pack("<i", 1_000_000), 1)
     yield "huge memo", good.replace(b"}q\x01", b"}r" + struct.pack("<i", 2**31 - 1), 1)
@@ -71,6 +73,7 @@ def test_hostile_pickles_run_nothing(tmp_path):
             pytest.fail(f"read: {what}")
         assert not marker.exists(), what
     assert parse._Array().state is None and not hasattr(parse._Array, "changed")
+    assert callable(parse._Buffer.array) and not hasattr(parse._Scalar, "array")
     (folder / "train").write_bytes(contents("cifar100", "python")["train"])
     assert_is(load("cifar100", tmp_path), "cifar100")
 
@@ -88,17 +91,23 @@ def odd_contents():
     yield "no data", {b"fine_labels": [0, 1]}
     yield "no labels", {b"data": data}
     yield "labels for another set", {b"data": data, b"labels": [0, 1]}
-    yield "other dtype", good | {b"data": data.astype(np.int8)}
+    yield "other dtype", good | {b"data": np.full((2, 3072), -1, np.int8)}
     yield "wider dtype", good | {b"data": np.zeros((2, 384))}
     yield "other shape", good | {b"data": data.reshape(2, 3, 1024)}
     yield "transposed", good | {b"data": data.T}
     yield "too few", good | {b"data": data[:1]}
-    yield "no array", good | {b"data": [[0] * 3072] * 2}
+    yield "lists of two lengths", good | {b"data": [[0] * 3072, [0] * 3071]}
+    yield "lists of other numbers", good | {b"data": [[0.5] * 3072] * 2}
+    yield "pixels out of range", good | {b"data": np.full((2, 3072), 256)}
+    yield "text", good | {b"data": "x" * 6144}
     yield "bytes", good | {b"data": data.tobytes()}
     yield "labels of other types", good | {b"fine_labels": [0.0, True]}
     yield "labels below zero", good | {b"fine_labels": [0, -1]}
     yield "labels beyond any integer", good | {b"fine_labels": [0, 10**30]}
-    yield "labels in an array", good | {b"fine_labels": np.array([0, 1])}
+    yield "labels in an array of other numbers", good | {b"fine_labels": np.array([0.0, 1.0])}
+    yield "labels below zero in an array", good | {b"fine_labels": np.array([0, -1])}
+    yield "labels of two dimensions", good | {b"fine_labels": np.array([[0, 1], [0, 1]])}
+    yield "labels of objects", good | {b"fine_labels": np.array([0, "a"], object)}
 
 
 @pytest.mark.parametrize("content", [pytest.param(content, id=what) for what, content in odd_contents()])

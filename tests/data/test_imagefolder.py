@@ -91,6 +91,30 @@ def test_a_list_that_does_not_fit(root, text, message):
     refused(message, root)
 
 
+def test_where_a_list_lies(root):
+    """val.csv will do, two lists will not, nor one beside class folders, where it would have no effect."""
+    (root / "val.txt").write_text("x\n")
+    refused("has class folders, so that .*val.txt has no effect", root)
+    (root / "val.txt").unlink()
+    names = flat(root)
+    lines = [f"{name},{CLASSES[k]}" for name, k in zip(names, (0, 0, 1, 1, 2, 2), strict=True)]
+    (root / "val.csv").write_text("\n".join(["image,class", *lines]))
+    assert load("imagefolder", root, image_size=14).test_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    (root / "LOC_val_solution.csv").write_text("x\n")
+    refused("val.csv and .*LOC_val_solution.csv both list the images", root)
+
+
+def test_transparency_is_told_once(root, capsys):
+    for i in (0, 1):
+        path = root / "train" / CLASSES[0] / f"{CLASSES[0]}_{i}.JPEG"
+        Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(path, "PNG")
+    images = load("imagefolder", root, image_size=14).train_images
+    assert capsys.readouterr().err == "" and (images[:2] == 255).all()
+    images[1], mirror(images)[0]
+    said = capsys.readouterr().err
+    assert said.startswith("note: transparent parts of images are put on white, first in") and said.count("\n") == 1
+
+
 def test_what_is_missing(root, tmp_path):
     refused("there is no folder .*nowhere/test", tmp_path / "nowhere")
     (root / "train" / "n09999999").mkdir()

@@ -87,7 +87,7 @@ NAMES = ("air", "bus", "cat", "elk", "3", "2-3")
 @pytest.mark.parametrize(
     ("text", "chosen"),
     [
-        ("0-2", [0, 1, 2]), ("cat,air", [2, 0]), (" elk , 0 ", [3, 0]), ("1", [1]), ("0-1,4", [0, 1, 4]),
+        ("0-2", [0, 1, 2]), ("cat,air", [2, 0]), (" elk , air ", [3, 0]), ("1", [1]), ("0-1,4", [0, 1, 4]),
         ("3", [4]), ("2-3", [5]), ("5-5", [5]),
     ],
 )  # fmt: skip
@@ -102,13 +102,27 @@ def test_classes_by_number_range_and_name(text, chosen):
         ("2-1", "no class '2-1'"), ("6", "no class '6'"),
         ("cats", "no class 'cats'; did you mean cat?"), ("", "no class ''"),
         ("cat,", "no class ''"), ("-1", "no class '-1'"),
-        ("cat,0-2", "cat is named twice"), ("9" * 5000, "no class '999"), ("1,1", "bus is named twice"),
+        ("cat,0-2", "mixes names (cat) and numbers (0-2)"), ("0,1,cat", "mixes names (cat) and numbers (0)"),
+        ("0-3", "3 is the name of a class, and counted from 0 the number of another"),
+        ("3,0", "3 is the name of a class"), ("cat,air,cat", "cat is named twice"), ("0-2,1", "bus is named twice"),
+        ("9" * 5000, "no class '999"), ("1,1", "bus is named twice"),
     ],
 )  # fmt: skip
 def test_classes_that_are_not_there(text, said):
     with pytest.raises(InputError) as error:
         parse_classes(text, NAMES)
     assert said in str(error.value)
+
+
+def test_classes_are_names_or_numbers_and_which_is_said(capsys):
+    """Folders 1, 2, 3: "1,2" are their names, which is told; digits are named by their numbers, which is not."""
+    assert parse_classes("1,2", ("1", "2", "3")) == [0, 1]
+    assert capsys.readouterr().err == "note: the classes 1,2 are taken for names, not for numbers from 0\n"
+    with pytest.raises(InputError, match="2 is the name of a class, and counted from 0 the number of another"):
+        parse_classes("0-2", ("1", "2", "3"))
+    assert parse_classes("1,2-3", [str(k) for k in range(10)]) == [1, 2, 3]
+    assert parse_classes("Ka\u0308tzchen", ("Hund", "K\u00e4tzchen")) == [1]
+    assert capsys.readouterr().err == ""
 
 
 def test_labels_are_numbered_anew():

@@ -17,6 +17,7 @@ from minivit import figures
 from minivit.evaluation.metrics import Calibration
 from minivit.figures import canvas, curves
 from minivit.laboratory.checks import v_curves
+from minivit.training.config import TrainConfig
 from minivit.training.lr_finder import Ramp, rising_rates
 
 NAMES = ["a $x_1$ ^ b$", "$\\frac{", "猫", "a" * 300, "two\nlines", "", "_x", "\\ \udcff"]
@@ -63,6 +64,20 @@ def test_curves(tmp_path, drawn, tests):
         assert accuracy.lines[1].get_ydata().tolist() == [75.0] * tests
         assert "75.00%" in accuracy.get_title("left")
     assert lr.lines[0].get_ydata()[0] == 0.1
+
+
+@pytest.mark.parametrize(("settings", "label"), [
+    ({}, "training"),
+    ({"flip": True}, "training (augmented)"),
+    ({"label_smoothing": 0.1}, "training (smoothed targets)"),
+    ({"policy": "rand", "cutmix": 1.0, "label_smoothing": 0.1}, "training (augmented, mixed, smoothed targets)"),
+])  # fmt: skip
+def test_the_legend_says_what_the_training_loss_is_of(tmp_path, drawn, settings, label):
+    training = figures.training_label(TrainConfig(**settings))
+    figures.save_curves(tmp_path / "c.png", records(2), training=training)
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == [
+        "a training batch", label, "test"
+    ]  # fmt: skip
 
 
 def test_curves_of_nothing(tmp_path):

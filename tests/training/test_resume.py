@@ -20,6 +20,7 @@ from small_runs import (
     whole,
 )
 
+from minivit.base.errors import InputError
 from minivit.data.loader import halve
 from minivit.model import ViT
 from minivit.optim import OPTIMIZERS
@@ -196,6 +197,30 @@ def test_a_stop_during_the_evaluation(tmp_path, monkeypatch):
     progress = checkpoint.load(tmp_path / LAST)[1]["progress"]
     assert (progress["step"], progress["epoch"], progress["batch"]) == (4, 1, 0)
     assert [r["kind"] for r in timeless(tmp_path / METRICS)] == ["train"] * 4 + ["test"]
+    resumed(tmp_path).run()
+    assert_same_run(tmp_path, whole())
+
+
+@pytest.mark.parametrize("steps", [(3,), (4,), (1, 5, 7)])
+def test_the_same_object_goes_on(tmp_path, steps):
+    """`Trainer.run()` after Ctrl-C, as in a notebook: the next call goes on, bit for bit."""
+    run = trainer(tmp_path)
+    for step in steps:
+        stop_at(run, step)
+        assert run.run() is None and run.stopped
+    assert run.run()["steps"] == STEPS
+    assert_same_run(tmp_path, whole())
+    assert run.run()["steps"] == STEPS  # once more: figures and summary again
+
+
+def test_the_same_object_after_a_crash_says_where_to_go_on(tmp_path, monkeypatch):
+    run = trainer(tmp_path, replace(HARD, checkpoint_seconds=0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "evaluate", lambda *arguments: crash())
+        with pytest.raises(Crash):
+            run.run()
+    with pytest.raises(InputError, match="broke off within a step; take it up again from .*last.npz"):
+        run.run()
     resumed(tmp_path).run()
     assert_same_run(tmp_path, whole())
 

@@ -13,6 +13,7 @@ from PIL import Image
 from minivit import ViTConfig
 from minivit.base.errors import InputError
 from minivit.data import load
+from minivit.data.source import DATA_KEYS
 from minivit.model import ViT
 from minivit.options.positions import sincos2d
 from minivit.training.config import TrainConfig
@@ -194,7 +195,7 @@ def test_a_run_begins_where_the_other_ended_and_says_so(tmp_path, trained, call)
         content = json.loads((out / name).read_text())
         content = content if name == SETTINGS else content["settings"]
         assert content["start"] == origin
-        expected = {"data": "digits", "data_dir": "data", "image_size": 12, "classes": "0-4", "train_share": None}
+        expected = DATA_KEYS | {"image_size": 12, "classes": "0-4"}
         assert content["data"] == expected
     # evaluate and predict find the same images
     ended = call("evaluate", out / LAST)

@@ -1,7 +1,8 @@
 """CIFAR-10 and CIFAR-100: from disk in any of their official forms, or downloaded.
 
 A data set is looked for in this order: the binary folder, the Python folder, the binary archive, the Python archive;
-``data_dir`` may also be one of those itself. Archives are read as they lie, without unpacking them to disk.
+``data_dir`` may also be one of those itself. Archives are read as they lie, without unpacking them to disk: .tar.gz as
+the official ones, .tar, .zip and others, see `files.read_archive`. Pickles of any protocol are read, see `parse`.
 
 `layouts` has the names and sizes, `files` finds files and reads them, `parse` makes images and labels of their bytes,
 `download` gets the archives.

@@ -21,6 +21,12 @@ class Layout(NamedTuple):
     class_names: str
 
     @property
+    def archives(self):
+        """The names that the archive may have: the official one, the same not compressed, zipped, ..."""
+        stem = self.archive.removesuffix(".tar.gz")
+        return (self.archive, *(stem + end for end in (".tgz", ".tar", ".zip", ".tar.bz2", ".tar.xz")))
+
+    @property
     def image_files(self):
         """The files of the training images, and after them that of the test images."""
         return (*self.train, self.test)
