@@ -105,18 +105,18 @@ def images_below(root, folder, left_out):
     Order   the folder's own, sorted, then those of its folders, sorted, as torchvision's ImageFolder has them
     """
     found = {}
-    waiting = [(os.path.relpath(folder, root), ())]
+    waiting = [(Path(os.path.relpath(folder, root)).as_posix(), ())]
     while waiting:
         place, above = waiting.pop()
-        own = os.stat(os.path.join(root, place))
+        own = os.stat(f"{root}/{place}")
         if (own.st_dev, own.st_ino) in above:
             left_out.add(ROUND, place)
             continue
         above += ((own.st_dev, own.st_ino),)
         files, folders = [], 0
-        with os.scandir(os.path.join(root, place)) as entries:
+        with os.scandir(f"{root}/{place}") as entries:
             for entry in entries:
-                path = os.path.join(place, entry.name)
+                path = f"{place}/{entry.name}"  # on Windows too: the names are part of the identity
                 if is_hidden(entry.name):
                     left_out.add(HIDDEN, path)
                 elif entry.is_dir():

@@ -167,7 +167,7 @@ def test_a_member_that_claims_any_length_ends_with_the_archive(tmp_path):
         whole = file.read()
     with gzip.open(tmp_path / "x.tar.gz", "w") as file:
         file.write(other.tobuf(tarfile.GNU_FORMAT) + whole)
-    with watch(len(whole)), pytest.raises(InputError, match="is not a whole .tar.gz archive"):
+    with watch(len(whole)), pytest.raises(InputError, match="is not a whole archive"):
         load("cifar100", tmp_path / "x.tar.gz")
 
 
