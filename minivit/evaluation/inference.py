@@ -87,6 +87,8 @@ def attention_map(attention, pooling, registers=0):
     Shapes  attention (h, N, N)  ->  (grid, grid)
     """
     mean = attention.mean(axis=0)  # (N, N)
-    row = mean[0, 1 + registers :] if pooling == "cls" else mean[registers:, registers:].mean(axis=0)  # (grid * grid,)
+    row = (
+        mean[0, 1 + registers :] if pooling.startswith("cls") else mean[registers:, registers:].mean(axis=0)
+    )  # (grid * grid,)
     grid = round(len(row) ** 0.5)
     return row.reshape(grid, grid)

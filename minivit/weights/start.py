@@ -104,7 +104,7 @@ def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch
     old, new = trained.config, ViT(config)
     named = {name: to_host(array) for name, array in trained.params.items()}
     if old.pos_embed == "sincos2d":
-        named["pos_embed"] = sincos2d(old.grid_size, old.width, prefix_tokens=int(old.pooling == "cls"))
+        named["pos_embed"] = sincos2d(old.grid_size, old.width, prefix_tokens=old.class_tokens)
     for name, view in new.params.items():
         if not keep_head and name.startswith(HEAD):
             view[...] = 0.0
@@ -114,7 +114,7 @@ def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch
             raise InputError(f"the start has no parameter {name}")
         last = name.rpartition(".")[2]
         if last == "pos_embed":
-            prefix = int(old.pooling == "cls")
+            prefix = old.class_tokens
             array = resize_positions(array, config.grid_size, prefix_tokens=prefix, kind=pos_resize)
         elif last in ("pos_embed_x", "pos_embed_y"):
             array = resize_table(array, config.grid_size, pos_resize)

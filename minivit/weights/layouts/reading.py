@@ -63,7 +63,7 @@ def _tokens(contents):
     that theirs is added to the registers, and the class token's is zero where they have none. A class token that is
     not classified is a register.
     """
-    D, c = contents.config.width, int(contents.config.pooling == "cls")
+    D, c = contents.config.width, contents.config.class_tokens
     theirs = {}
     for name in TOKENS:
         keys = contents.layout.keys(name)

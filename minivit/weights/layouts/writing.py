@@ -43,7 +43,7 @@ def tensors_of(model, layout, *, naming="published"):
     config = model.config
     check_held(config, layout)
     layout = LAYOUTS[layout]
-    c, arrays = int(config.pooling == "cls"), {}
+    c, arrays = config.class_tokens, {}
     table = positions(model)
     if config.registers:  # timm has rows for the registers too
         empty = np.zeros((1, config.registers, config.width), table.dtype)
