@@ -70,21 +70,22 @@ __all__ = [
 ]
 
 
-def load(name, data_dir="data", *, image_size=None, classes=None, train_share=None):
+def load(name, data_dir="data", *, image_size=None, classes=None, train_share=None, preprocessing=None):
     """Load one of the ``DATASETS`` into memory; of "imagefolder" the names alone.
 
     ``data_dir`` is where the data lie; the digits ship with the package and ignore it. ``image_size`` is the height and
     width of the images: folders are read at this size (default 32, of an imagefolder 224), the images of other data,
     which have one size each, are resized by `resize_images`. ``classes`` are those to keep, such as "0-4" or "cat,dog"
-    (see `parse_classes`); ``train_share`` is the share of the training images to keep (see `with_train_share`).
+    (see `parse_classes`); ``train_share`` is the share of the training images to keep (see `with_train_share`);
+    ``preprocessing`` is how a model of another program has its images cut from the files of a folder.
 
     Returns  Dataset
     Raises   InputError: unknown name; data that are missing or damaged; an impossible size; unknown classes.
     """
     if name == "folder":
-        dataset = load_folder(data_dir, 32 if image_size is None else image_size)
+        dataset = load_folder(data_dir, 32 if image_size is None else image_size, preprocessing=preprocessing)
     elif name == "imagefolder":
-        dataset = load_imagefolder(data_dir, 224 if image_size is None else image_size)
+        dataset = load_imagefolder(data_dir, 224 if image_size is None else image_size, preprocessing=preprocessing)
     elif name == "digits":
         dataset = load_digits()
     elif name in ("cifar10", "cifar100"):

@@ -118,13 +118,13 @@ def centre(image, size, fill, program):
     return image[top : top + size[0], left : left + size[1]]
 
 
-def cut_as(preprocessing, image_size):
-    """The function that makes an RGB image of Pillow's the array that a model of square images takes.
+def cut_as(preprocessing):
+    """How images are cut as a `Preprocessing` says: (image_size, Image, ImageOps) -> (RGB image -> array).
 
-    Returns  (Image, ImageOps) -> (image -> (image_size, image_size, 3) uint8)
+    The array is (image_size, image_size, 3) uint8.
     Raises  InputError (when an image is cut): it does not come to the model's size.
     """
-    return partial(_cut, preprocessing, image_size)
+    return partial(_cut, preprocessing)
 
 
 def _cut(p, image_size, Image, _):

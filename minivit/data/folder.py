@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minivit.base.errors import InputError
+from minivit.data.cut import cut_as
 from minivit.data.dataset import Dataset
 from minivit.data.size import check_size
 
@@ -19,11 +20,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
 
 
-def load_folder(data_dir, image_size=32, *, whole=False):
+def load_folder(data_dir, image_size=32, *, whole=False, preprocessing=None):
     """Load a folder of images; the classes are the names of the folders in ``train``, sorted.
 
     Hidden files and other endings are left out. Images are those of `read_image`; with ``whole`` nothing is cut off:
-    they are scaled (bilinear) to a square, whatever their shape.
+    they are scaled (bilinear) to a square, whatever their shape; with a `Preprocessing` they are cut as it says.
 
     Shapes  images (n, image_size, image_size, 3) uint8, in the order of classes and file names
     Raises  InputError: folders or images are missing, a test class has no training images, or an image is broken.
@@ -39,21 +40,25 @@ def load_folder(data_dir, image_size=32, *, whole=False):
                 raise InputError(f"{root / split / name} has no images ({', '.join(SUFFIXES)}); add some")
         labels = np.repeat(np.arange(len(paths)), [len(files) for files in paths])
         paths = list(chain.from_iterable(paths))
-        splits += [_read_all(paths, image_size, _squeeze if whole else _fit), labels]
+        cut = cut_as(preprocessing) if preprocessing else _squeeze if whole else _fit
+        splits += [_read_all(paths, image_size, cut), labels]
         names = tuple(path.name for path in paths)
     return Dataset("folder", *splits, tuple(class_names), str(root), names)
 
 
-def read_image(path, image_size):
+def read_image(path, image_size, preprocessing=None):
     """Read one image as RGB, its short side scaled to ``image_size`` (bicubic), its centre cut out.
 
     It is turned upright as its camera says (EXIF). Of an animation the first frame is taken; transparency is ignored.
+
+    With a `Preprocessing` it is scaled and cut as that says.
 
     Shapes  ->  (image_size, image_size, 3) uint8
     Raises  InputError: Pillow is missing, or the image cannot be read, is huge, or has more than 8 bits a channel.
     """
     with _pillow() as pillow:
-        return read_upright(path, _fit(image_size, *pillow), *pillow)
+        cut = cut_as(preprocessing) if preprocessing else _fit
+        return read_upright(path, cut(image_size, *pillow), *pillow)
 
 
 def pillow_modules():

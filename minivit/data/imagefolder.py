@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from minivit.base.errors import InputError
+from minivit.data.cut import cut_as
 from minivit.data.dataset import Dataset
 from minivit.data.folder import (
     SUFFIXES,
@@ -75,10 +76,11 @@ class LazyImages:
     dtype, ndim = np.dtype(np.uint8), 4
     __iter__ = None  # a loop over single images would read all files again each time: take batches
 
-    def __init__(self, root, names, sizes, image_size, *, flip=False, threads=0):
+    def __init__(self, root, names, sizes, image_size, *, flip=False, threads=0, preprocessing=None):
         check_size(image_size)
         self.root, self.names, self.sizes = str(root), names, sizes
         self.image_size, self.flip, self.threads = image_size, flip, threads or min(8, os.cpu_count() or 1)
+        self.preprocessing = preprocessing  # how they are cut, if not as the head of this file says
         self._modules = pillow_modules()
         self._rows = np.arange(len(names))
 
@@ -128,6 +130,8 @@ class LazyImages:
         return images
 
     def _centre(self, image):
+        if self.preprocessing:
+            return cut_as(self.preprocessing)(self.image_size, *self._modules)(image)
         size, (width, height) = self.image_size, image.size
         scale = round(size / TEST_ZOOM) / min(width, height)
         width, height = max(size, round(width * scale)), max(size, round(height * scale))
@@ -136,7 +140,8 @@ class LazyImages:
         return image.crop((left, top, left + size, top + size))
 
     def _like(self, names, sizes, flip):
-        return LazyImages(self.root, names, sizes, self.image_size, flip=flip, threads=self.threads)
+        others = {"flip": flip, "threads": self.threads, "preprocessing": self.preprocessing}
+        return LazyImages(self.root, names, sizes, self.image_size, **others)
 
     def mirror(self):
         """The same images, left and right exchanged."""
@@ -148,7 +153,7 @@ class LazyImages:
         return self._like([self.names[i] for i in rows], [self.sizes[i] for i in rows], self.flip)
 
 
-def load_imagefolder(data_dir, image_size=224):
+def load_imagefolder(data_dir, image_size=224, *, preprocessing=None):
     """A folder of images as a `Dataset` whose images are `LazyImages`; only names and lengths of files are read.
 
     Test images are those of ``val``, or where there is no such folder of ``test``. Hidden files and other endings
@@ -169,7 +174,9 @@ def load_imagefolder(data_dir, image_size=224):
         refuse_unknown_classes(root / split, class_names, root / "train")
         test, test_labels = _in_class_folders(root, split, class_names)
     train_images, test_images = (
-        LazyImages(root, [name for name, _ in files], [size for _, size in files], image_size)
+        LazyImages(
+            root, [name for name, _ in files], [size for _, size in files], image_size, preprocessing=preprocessing
+        )  # fmt: skip
         for files in (train, test)
     )
     names = tuple(os.path.basename(name) for name, _ in test)

@@ -43,7 +43,8 @@ def _headline(run, progress):
         (data.name, "data", f"{len(data.train_images):,} training and {len(data.test_images):,} test images of "
          f"{c.image_size} × {c.image_size} × {c.channels}, {len(data.class_names)} classes"),
         (f"ViT, patch {c.patch_size}", "model", f"{c.num_tokens:,} tokens, width {c.width}, {blocks}, {heads}, "
-          + {"cls": "class token", "mean": "mean pooling", "avg": "mean pooling", "seq": "sequence pooling"}.get(c.pooling, c.pooling)
+          + {"cls": "class token", "mean": "mean pooling", "avg": "mean pooling", "seq": "sequence pooling"}
+          .get(c.pooling, c.pooling)
           + (", axial attention" if c.attention == "axial" else "")),
         (f"{run.model.flat.size:,}", "parameters", ""),
         (duration(seconds) if seconds is not None else "unknown", "training time, tests included",

@@ -48,7 +48,8 @@ def expected_flops(config, batch, *, every_token=False, image_gradient=False):
     """FLOPs in matrix products that one batch takes, from the configuration alone.
 
     Math    forward / B = 2 n P^2 C D + sum_blocks (6 N D^2 + 4 Q N D + 2 Q (D^2 + 2 D M)) + 2 (D R + R K), or 2 D K for
-            the last term without a pre-logits layer (2 D in place of D where two tokens are read), and 4 n D for sequence pooling; n patches, N tokens, of which Q
+            the last term without a pre-logits layer,
+            of 2 D where the head reads two tokens, and 4 n D for sequence pooling; n patches, N tokens, of which Q
             have a query: 1 in the last block if the head reads the class token alone, else N; ``every_token`` counts N,
             as published figures do
             a gated MLP: 3 Q D M in place of 4 Q D M

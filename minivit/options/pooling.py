@@ -189,8 +189,8 @@ class Settings:
     pooling: str = setting(
         "cls",
         'what is classified: "cls" (class token), "mean" or "seq" (plain or learned mean of patches), "avg" (the plain '
-        'mean before the last LayerNorm, as timm has it), "cls+mean" or "cls+register" (class token beside the mean, or '
-        "beside the first register)",
+        'mean before the last LayerNorm, as timm has it), "cls+mean" or "cls+register" (class token beside the mean or '
+        "the first register)",
     )
     pre_logits: int = setting(0, "width R of the tanh layer before the head; 0 for none")
 

@@ -1,8 +1,8 @@
 """What timm's architectures are that no tensor shows: heads, activation, eps, pooling, where positions are added.
 
-Each line of `KNOWN` is of the architectures of `timm.models.vision_transformer`, ``deit`` and
-``vision_transformer_hybrid`` that share these facts; ``heads`` 0 stands for heads of 64 numbers each. `REFUSED` are those
-whose function ours does not have. ``python tools/parity.py sweep`` compares both with timm.
+Each entry of `KNOWN` is of the architectures of `timm.models.vision_transformer`, ``deit`` and
+``vision_transformer_hybrid`` that share these facts; ``heads`` 0 stands for heads of 64 numbers each. `REFUSED` are
+those whose function ours does not have. ``python tools/parity.py sweep`` compares both with timm.
 """
 
 from __future__ import annotations
@@ -145,12 +145,14 @@ REASONS = {name: reason for reason, names in REFUSED.items() for name in names.s
 
 
 def architecture_of(name, where):
-    """The `Architecture` of timm's name, with a tag or without; None for no name, or for one that minivit gave.
+    """The `Architecture` of timm's name, with a tag or without; None for no name.
 
     Raises  InputError: it is unknown, or of a model that ours is not.
     """
-    if name is None or name == OURS:
+    if name is None:
         return None
+    if name == OURS:
+        return Architecture(0, "erf", 1e-6, "token", False)
     plain = str(name).removeprefix("timm/").partition(".")[0]
     if plain in REASONS:
         raise InputError(f"{where}: architecture {name!r} is not supported: {REASONS[plain]}")

@@ -27,14 +27,13 @@ PROCESSORS = {
     "Siglip": {"size": {"height": 224, "width": 224}, "resample": 3, "pixels": HALF, "square": True},
 }  # fmt: skip
 PROCESSORS["Bit"] = PROCESSORS["CLIP"]
-OLD_IMAGENET = ("DeiT",)  # whose files of before 2023 say mean and std, always
 PROCESSOR_FOLLOWED = {
     "image_processor_type", "feature_extractor_type", "size", "resample", "do_resize", "do_center_crop", "crop_size",
     "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb", "do_pad", "crop_pct",
 }  # fmt: skip
 PROCESSOR_IDLE = {
     "processor_class", "data_format", "input_data_format", "return_tensors", "device", "disable_grouping",
-    "default_to_square", "pad_size", "_processor_class", "_valid_processor_keys", "auto_map", "image_seq_length",
+    "default_to_square", "pad_size", "_processor_class", "_valid_processor_keys",
     "offset_norm", "transformers_version",
 }  # fmt: skip
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -73,7 +72,8 @@ def of_transformers(content, where):
         if squash != "squash":
             raise InputError(f"{where}: crop_size is {said['crop_size']!r}; only a height and a width can be cut")
     number = said["resample"]
-    if do["do_resize"] and (type(number) is not int or FILTERS.get(number) not in ("nearest", "lanczos", "bilinear", "bicubic")):  # fmt: skip
+    known = type(number) is int and FILTERS.get(number) in ("nearest", "lanczos", "bilinear", "bicubic")
+    if do["do_resize"] and not known:
         raise InputError(f"{where}: resample is {number!r}; known here: 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic")
     mean, std = said["pixels"]
     if do["do_normalize"]:
@@ -83,7 +83,7 @@ def of_transformers(content, where):
         mean, std = (0.0,), (1.0,)
     rescale = _numbers(said["rescale_factor"], "rescale_factor", where)[0] if do["do_rescale"] else 1.0
     found = Preprocessing(
-        "torchvision", resize, size, FILTERS.get(number, "bilinear"), crop, (0, 0, 0), rescale, mean, std
+        "torchvision", resize, size, FILTERS[number] if known else "bilinear", crop, (0, 0, 0), rescale, mean, std
     )
     return found, idle
 
