@@ -245,12 +245,13 @@ def _open_shards(path):
     where = read_json(path).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()) or not where:
         raise InputError(f"{path} has no weight_map, which names the file of each tensor")
-    tensors = {}
-    for name in sorted(set(where.values())):
+    tensors, names = {}, sorted(set(where.values()))
+    for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(f"{path} names the file {name!r}, which is no safetensors file beside it")
         if not (path.parent / name).is_file():
             raise InputError(f"{path} needs {name}, which is not there: download it too")
+    for name in names:
         for key, tensor in open_tensors(path.parent / name).items():
             if where.get(key) != name:
                 raise InputError(f"{path}: {name} holds {key}, which the index does not say")

@@ -15,7 +15,7 @@ import numpy as np
 
 from minivit.base.errors import InputError
 from minivit.model import PAPER_SIZES, ViTConfig, parameter_table
-from minivit.weights.layouts.hugging_face import HuggingFace
+from minivit.weights.layouts.hugging_face import HuggingFace, check_config
 from minivit.weights.layouts.layout import Layout
 from minivit.weights.layouts.official import Official
 from minivit.weights.layouts.sources import Source, some_of
@@ -62,6 +62,7 @@ def describe_tensors(
 ):  # fmt: skip
     """The `Contents` of tensors by name and of their config.json ``extra``; see `minivit.weights.layouts.describe`."""
     changes, pixels = changes or {}, pixels or ("imagenet" if imagenet_pixels else "")
+    check_config(extra, where)
     source = Source(tensors, where, READABLE)
     layout = source.layout
     facts = layout.facts(extra, source)

@@ -133,9 +133,8 @@ class HuggingFace(Layout):
             scaled = any(".layer_scale1." in key for key in tensors)
             eps = {"layernorm_eps": 1e-6} if scaled else {}
             return common | {"pixels": KINDS["dinov2" if scaled else guess]["pixels"], "pooling": pooling} | eps
+        check_config({"model_type": "vit"} | extra, where)
         kind = extra.get("model_type", "vit")
-        if kind not in KINDS:
-            raise InputError(f"{where}: its config.json is of a {kind!r}, not of a ViT known here ({', '.join(KINDS)})")
         _check_keys(extra, where)
         _check_values(extra, where, pooled=self.names["pre_logits"] + ".weight" in tensors)
         beside = set() if self.names["pre_logits"] + ".weight" in tensors else {"pooler_act", "pooler_output_size"}
@@ -190,6 +189,15 @@ class HuggingFace(Layout):
         }
 
 
+def check_config(extra, where):
+    """Raises InputError if a config.json of transformers is of another model than those that are known here."""
+    kind = extra.get("model_type")
+    if kind is not None and kind not in KINDS:
+        raise InputError(f"{where}: its config.json is of a {kind!r}, not of a ViT known here ({', '.join(KINDS)})")
+    if extra.get("use_swiglu_ffn"):
+        raise InputError(f"{where}: its MLPs are gated (use_swiglu_ffn), with biases that ours do not have")
+
+
 def _check_keys(extra, where):
     """Refuses keys of config.json that nobody knows here."""
     known = FOLLOWED | IDLE
@@ -212,8 +220,6 @@ def _check_values(extra, where, *, pooled):
         raise InputError(f"{where}: its activation, hidden_act, is {act!r}; known here: {', '.join(GELUS)}")
     if pooled and extra.get("pooler_act", "tanh") != "tanh":
         raise InputError(f"{where}: its pooler's activation, pooler_act, is {extra['pooler_act']!r}, ours tanh")
-    if extra.get("use_swiglu_ffn"):
-        raise InputError(f"{where}: its MLPs are gated (use_swiglu_ffn), and their biases are not ours")
     if extra.get("problem_type") not in (None, "single_label_classification"):
         raise InputError(f"{where}: problem_type is {extra['problem_type']!r}; only one class for each image is known")
 

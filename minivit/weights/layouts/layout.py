@@ -116,7 +116,7 @@ class Layout:
         Raises  InputError: the file holds several models.
         """
         found = [match for key in tensors if (match := re.fullmatch(rf"((?:(?:{PREFIXES})\.)*){self.mark}", key))]
-        prefixes = sorted({match[1] for match in found}, key=len)
+        prefixes = sorted({match[1] for match in found}, key=lambda prefix: (len(prefix), prefix))
         if len(prefixes) > 1 and prefixes[0]:
             raise InputError(
                 f"it holds several models, {' and '.join(prefixes)}: write one of them to a file of its own"
