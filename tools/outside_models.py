@@ -20,10 +20,12 @@ from minivit.base.files import write_atomically
 from minivit.commands.cli import Parser, output_file
 from minivit.data import read_image
 from minivit.weights.layouts import load_any
+from minivit.weights.layouts.architectures import architecture_of
 
 LIMIT = 1e-5
 SHAPES = ((300, 401), (97, 61), (520, 520))  # height and width of the images
 CLASSES = 7
+LARGEST = 1_000_000_000  # parameters; what is larger is made only if its name alone does not refuse it
 TIMM_MODULES = (
     "vision_transformer", "deit", "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam",
     "beit", "cait", "convit", "crossvit", "deepseek_vit", "eva", "gemma4_vit", "naflexvit", "qwen3_vit", "tnt", "volo",
@@ -99,12 +101,15 @@ def timm_model(name, folder):
     from timm.models import save_for_hf
 
     arguments = {"num_classes": CLASSES}
-    try:
-        model = timm.create_model(name, depth=2, **arguments)
-        arguments["depth"] = 2
-    except (TypeError, RuntimeError, AssertionError, KeyError, IndexError):
-        model = timm.create_model(name, **arguments)
-    model = shaken(model)
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(name, depth=2, **arguments)
+            arguments["depth"] = 2
+        except Exception:  # an architecture whose depth is no number, or that only some depths fit
+            model = timm.create_model(name, **arguments)
+    if sum(p.numel() for p in model.parameters()) > LARGEST:
+        architecture_of(name, "the file")  # which refuses it, or it is made after all
+    model = shaken(timm.create_model(name, **arguments))
     save_for_hf(
         model, folder, model_config={"num_classes": model.num_classes}, model_args=arguments, safe_serialization=True
     )
@@ -285,6 +290,8 @@ def compare(program, name):
         folder = Path(folder)
         try:
             outside = PROGRAMS[program][1](name, folder)
+        except InputError as error:
+            return Found(program, name, None, str(error))
         except Exception as error:  # a library raises nearly anything
             return Found(program, name, None, f"not made: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
         paths = images(folder)
@@ -313,8 +320,8 @@ def page(found, command):
         "Every ViT-like architecture of timm and class of transformers, and torchvision's ViT, made with two blocks",
         "(or as many as its constructor insists on) and random weights, saved as its program saves it, with its",
         f"configuration beside it. Program and minivit classify the same {len(SHAPES)} image files of different",
-        "shapes, so that resizing, cutting and normalising are compared too. The number is the largest difference of the",
-        "logits (of a model without a head: of its features), relative to the largest of them; the limit is "
+        "shapes, so that resizing, cutting and normalising are compared too. The number is the largest difference of",
+        "the logits (of a model without a head: of its features), relative to the largest of them; the limit is "
         f"{LIMIT:g}.",
         "",
         f"Of {len(found)} models {len(right)} are read, {sum(map(is_wrong, found))} of them wrong, and "

@@ -135,6 +135,8 @@ def main(argv=None):
     for note in notes:
         print(f"note: {note}")
     print(f"{model.flat.size:,} parameters in {' and '.join(map(str, paths))}")
+    if arguments.to == "official" and record.preprocessing:
+        print("note: this layout does not say how images are resized and cut; here it was as another program does it")
     if arguments.to == "timm":
         tell_timm(model, paths)
     return 0

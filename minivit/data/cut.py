@@ -15,7 +15,7 @@ import numpy as np
 
 from minivit.base.errors import InputError
 
-CHUNK = 2**22  # numbers of a product's left side
+CHUNK, BLOCK = 2**22, 16  # numbers of a product's left side; outputs that are made at a time
 
 
 def _bilinear(t):
@@ -78,9 +78,13 @@ def _resize_last(image, n, resample):
     rows = image.reshape(-1, image.shape[-1])
     out = np.empty((len(rows), n), np.uint8)
     step = max(1, CHUNK // rows.shape[1])
-    for i in range(0, len(rows), step):
-        y = np.floor((rows[i : i + step].astype(np.float64) @ M.T + 2 ** (places - 1)) * 2.0**-places)
-        out[i : i + step] = np.clip(y, 0, 255)
+    for k in range(0, n, BLOCK):  # so many outputs read few of the inputs, which are neighbours
+        used = np.flatnonzero(M[k : k + BLOCK].any(axis=0))
+        part = slice(used[0], used[-1] + 1)
+        for i in range(0, len(rows), step):
+            y = rows[i : i + step, part].astype(np.float64) @ M[k : k + BLOCK, part].T
+            y = np.floor((y + 2 ** (places - 1)) * 2.0**-places)
+            out[i : i + step, k : k + BLOCK] = np.clip(y, 0, 255)
     return out.reshape(*image.shape[:-1], n)
 
 

@@ -224,7 +224,7 @@ READERS_OF_MODELS = [
     ("convert", "MODEL", "o.npz", "--to", "minivit"), ("convert", "--info", "MODEL"),
     ("transfer", "MODEL", "--data", "folder", "--data-dir", "d", "--shots", "1", "--seeds", "0", "--out", "o"),
     ("trace", "--checkpoint", "MODEL", "--data", "random", "--batch-size", "1"),
-    ("visualize", "journey", "MODEL", "--data", "folder", "--data-dir", "d"),
+    pytest.param(("visualize", "journey", "MODEL", "--data", "folder", "--data-dir", "d"), marks=pytest.mark.slow),
     ("train", "--from", "MODEL", "--data", "folder", "--data-dir", "d",
      "--steps", "1", "--batch-size", "1", "--out", "o"),
 ]  # fmt: skip
