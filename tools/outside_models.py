@@ -1,11 +1,10 @@
 """Every ViT-like model of timm, transformers and torchvision: right from an image file on, or refused with a reason.
 
-    python tools/parity.py sweep --out docs/outside-models.md
-
 Each architecture is made with few blocks and random weights, and saved as its own program saves it. Its program and
 minivit then classify the same image files, of several shapes.
 """
 
+import sys
 import tempfile
 import time
 from functools import partial
@@ -17,7 +16,7 @@ import numpy as np
 
 from minivit.base.errors import InputError
 from minivit.base.files import write_atomically
-from minivit.commands.cli import Parser, output_file
+from minivit.commands.cli import Parser, output_file, run
 from minivit.data import read_image
 from minivit.weights.layouts import EPS_NOTE, load_any
 from minivit.weights.layouts.architectures import architecture_of
@@ -322,8 +321,8 @@ def page(found, command):
         "(or as many as its constructor insists on) and random weights, saved as its program saves it, with its",
         f"configuration beside it. Program and minivit classify the same {len(SHAPES)} image files of different",
         "shapes, so that resizing, cutting and normalising are compared too. The number is the largest difference of",
-        "the logits (of a model without a head: of its features), relative to the largest of them; the limit is "
-        f"{LIMIT:g}, and {NOTED:g} for timm's hybrids, whose eps in GroupNorm and in the standardisation of kernels are",
+        "the logits (of a model without a head: of its features), relative to the largest of them; the limit is",
+        f"{LIMIT:g}, and {NOTED:g} for timm's hybrids, whose eps in GroupNorm and in standardising kernels are",
         "not the official ones: a note says so whenever one is read.",
         "",
         f"Of {len(found)} models {len(right)} are read, {sum(map(is_wrong, found))} of them wrong, and "
@@ -365,12 +364,22 @@ def sweep(programs, names=None, *, report=print):
     return results
 
 
-def main(argv):
-    """Entry point of ``parity.py sweep``; returns the exit status: 1 if a model is read wrong."""
-    parser = Parser(description=__doc__, prog="parity.py sweep")
+EXAMPLES = """
+examples:
+  python tools/outside_models.py --out docs/outside-models.md           all of them; the same as tools/parity.py sweep
+  python tools/outside_models.py --only timm --models vit_tiny_patch16_224 test_vit
+
+needs: pip install -e ".[parity]" torchvision
+"""
+
+
+def main(argv=None):
+    """Entry point, of ``parity.py sweep`` too; returns the exit status: 1 if a model is read wrong."""
+    parser = Parser(description=__doc__, epilog=EXAMPLES, prog="outside_models.py")
     parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="programs [all]")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="names of single models [all]")
     parser.add_argument("--out", type=output_file, metavar="FILE", help="write the table as a page in Markdown")
+    argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
     found = sweep(arguments.only, arguments.models, report=partial(print, flush=True))
     if not found:
@@ -381,3 +390,7 @@ def main(argv):
         text = page(found, " ".join(["python tools/parity.py sweep", *argv]))
         write_atomically(arguments.out, lambda file: file.write(text.encode()))
     return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))
