@@ -68,6 +68,12 @@ The files ``layout_*`` hold small models as other programs store them: ``weights
 library's own names and shapes, ``images`` (4, H, W, C), ``dlogits`` (4, K), the ``logits``, and the gradients of
 sum(dlogits logits), all in float64; ``settings`` names library, arguments and versions.
 
+The file ``outside_pixels`` holds ``image/K`` (H, W, 3) uint8 and ``hf/N/K`` and ``timm/N/K`` (16, 16, 3) uint8, what
+the image processors of transformers and the transforms of timm make of them before they rescale and normalise;
+``settings`` has their configurations, N after N. The file ``outside_models`` holds ``NAME/weights/KEY`` (float32) of
+small models, the JSON files beside them in ``settings``, and ``NAME/logits`` (3, 3) of those images, from the image on;
+torchvision's model has the images of 8 x 8 pixels that it was given, ``torchvision/pixels``.
+
 Requirements
 ------------
 ::
@@ -1099,10 +1105,172 @@ def make_layout(name):
     return arrays
 
 
+# ------------------------------------------------------------------- images and models of other programs
+
+PIXELS_FILE, MODELS_FILE = "outside_pixels", "outside_models"
+SIDE = 16
+HF_CUTS = [
+    {"image_processor_type": "ViTImageProcessor", "size": {"height": SIDE, "width": SIDE}},
+    {"feature_extractor_type": "ViTFeatureExtractor", "size": SIDE, "resample": 3},
+    {"image_processor_type": "ViTImageProcessorFast", "size": {"height": SIDE, "width": SIDE}, "resample": 0},
+    {"image_processor_type": "SiglipImageProcessor", "size": {"height": SIDE, "width": SIDE}, "resample": 1},
+    {"feature_extractor_type": "DeiTFeatureExtractor", "size": 19, "crop_size": SIDE},
+    {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 17},
+        "crop_size": {"height": SIDE, "width": SIDE},
+    },
+    {"feature_extractor_type": "CLIPFeatureExtractor", "size": SIDE, "crop_size": SIDE},
+    {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 13}, "crop_size": SIDE, "resample": 2},
+    {"image_processor_type": "ViTImageProcessor", "do_resize": False, "do_center_crop": True, "crop_size": SIDE},
+]
+TIMM_CUTS = [
+    {"input_size": [3, SIDE, SIDE], "crop_pct": share, "crop_mode": mode, "interpolation": kind}
+    | {"mean": [0.3, 0.5, 0.7]}
+    for mode, share, kind in (
+        ("center", 0.9, "bicubic"), ("center", 1.0, "bilinear"), ("center", 0.875, "lanczos"),
+        ("squash", 1.0, "bicubic"), ("squash", 0.95, "bilinear"), ("border", 1.0, "bicubic"),
+        ("border", 0.9, "nearest"),
+    )
+]  # fmt: skip
+
+
+def outside_images():
+    """Images of several shapes, smooth with some noise."""
+    rng, images = np.random.default_rng(71), []
+    for height, width in ((37, 61), (50, 23), (12, 10)):
+        rows, columns = np.arange(height)[:, None, None], np.arange(width)[None, :, None]
+        waves = 70 * np.sin(rows / 5) + 60 * np.sin(columns * np.array([0.15, 0.3, 0.4]))
+        images.append(np.clip(128 + waves + rng.integers(-30, 30, (height, width, 3)), 0, 255).astype(np.uint8))
+    return images
+
+
+def outside_pixels():
+    """What transformers and timm make of images before they rescale and normalise."""
+    import transformers
+    from PIL import Image
+    from timm.data import create_transform, resolve_data_config
+
+    images = outside_images()
+    arrays = {f"image/{k}": image for k, image in enumerate(images)}
+    for n, content in enumerate(HF_CUTS):
+        name = content.get("image_processor_type", content.get("feature_extractor_type"))
+        name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "preprocessor_config.json").write_text(json.dumps(content))
+            processor = getattr(transformers, name).from_pretrained(folder)
+        for k, image in enumerate(images):
+            values = processor(Image.fromarray(image), do_rescale=False, do_normalize=False, return_tensors="np")
+            arrays[f"hf/{n}/{k}"] = values["pixel_values"][0].transpose(1, 2, 0).astype(np.uint8)
+    for n, content in enumerate(TIMM_CUTS):
+        transform = create_transform(**resolve_data_config({}, content), is_training=False, normalize=False)
+        for k, image in enumerate(images):
+            arrays[f"timm/{n}/{k}"] = transform(Image.fromarray(image)).numpy().transpose(1, 2, 0)
+    versions = {each: version(each) for each in ("transformers", "timm", "torchvision", "torch", "pillow")}
+    settings = {"hf": HF_CUTS, "timm": TIMM_CUTS, "versions": versions}
+    return {"settings": np.array(json.dumps(settings)), **arrays}
+
+
+TINY_HF = {
+    "image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 12, "num_labels": 3,
+}  # fmt: skip
+EIGHT = {"size": {"height": 8, "width": 8}}
+CUT = {"size": {"shortest_edge": 9}, "crop_size": {"height": 8, "width": 8}}
+OUTSIDE_HF = {
+    "vit": ("ViTForImageClassification", {"hidden_act": "gelu_new"}, "ViT", EIGHT),
+    "vit, not normalised": ("ViTForImageClassification", {"qkv_bias": False}, "ViT", EIGHT | {"do_normalize": False}),
+    "vit, not rescaled": (
+        "ViTForImageClassification", {"layer_norm_eps": 1e-3}, "ViT",
+        EIGHT | {"do_rescale": False, "image_mean": [110.0, 120.0, 130.0], "image_std": [50.0, 60.0, 70.0]},
+    ),
+    "vit, another factor": (
+        "ViTForImageClassification", {}, "ViT",
+        EIGHT | {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    ),
+    "deit, distilled": (
+        "DeiTForImageClassificationWithTeacher", {}, "DeiT",
+        {"size": {"height": 9, "width": 9}, "crop_size": {"height": 8, "width": 8}},
+    ),
+    "ijepa": ("IJepaForImageClassification", {}, "ViT", EIGHT),
+    "dinov2 with registers": ("Dinov2WithRegistersForImageClassification", {"mlp_ratio": 2}, "Bit", CUT),
+}  # fmt: skip
+TIMM_TINY = {
+    "img_size": 8,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "depth": 1,
+    "num_heads": 2,
+    "mlp_ratio": 1.5,
+    "num_classes": 3,
+}
+OUTSIDE_TIMM = {
+    "timm, distilled": ("deit_tiny_distilled_patch16_224", TIMM_TINY, {"crop_mode": "border", "crop_pct": 1.0}),
+    "timm, registers": (
+        "vit_base_patch16_reg4_gap_256", TIMM_TINY | {"reg_tokens": 2, "act_layer": "gelu_tanh"},
+        {"crop_mode": "squash", "crop_pct": 0.9, "mean": (0.2, 0.3, 0.4), "std": (0.5, 0.6, 0.7)},
+    ),
+}  # fmt: skip
+
+
+def outside_models():
+    """Small models as transformers, timm and torchvision save them, and their logits of the images."""
+    import timm
+    import torch
+    import transformers
+    from PIL import Image
+    from safetensors.numpy import load_file
+    from timm.data import create_transform, resolve_data_config
+    from timm.models import save_for_hf
+    from torchvision.models import VisionTransformer
+
+    images, arrays, files = [Image.fromarray(image) for image in outside_images()], {}, {}
+
+    def drawn(model):
+        rng = np.random.default_rng(72)
+        state = {key: torch.from_numpy(draw_like(key, a, rng)).float() for key, a in model.state_dict().items()}
+        model.load_state_dict(state)
+        return model.eval()
+
+    def keep(name, weights, beside, logits):
+        arrays.update({f"{name}/weights/{key}": array for key, array in weights.items()})
+        arrays[f"{name}/logits"], files[name] = logits.numpy(), beside
+
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for name, (kind, changes, processor, settings) in OUTSIDE_HF.items():
+            kind = getattr(transformers, kind)
+            known = kind.config_class.__dataclass_fields__
+            sizes = {key: value for key, value in TINY_HF.items() if key in known or key == "num_labels"}
+            model = drawn(kind(kind.config_class(**sizes | changes)))
+            processor = getattr(transformers, f"{processor}ImageProcessor")(**settings)
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            beside = {n: json.loads((folder / n).read_text()) for n in ("config.json", "preprocessor_config.json")}
+            pixels = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
+            keep(name, load_file(folder / "model.safetensors"), beside, model(pixels).logits)
+        for name, (architecture, arguments, data) in OUTSIDE_TIMM.items():
+            model = drawn(timm.create_model(architecture, **arguments))
+            model.pretrained_cfg = model.pretrained_cfg | data | {"input_size": (3, 8, 8)}
+            save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
+            transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
+            beside = {"config.json": json.loads((folder / "config.json").read_text())}
+            logits = model(torch.stack([transform(image) for image in images]))
+            keep(name, load_file(folder / "model.safetensors"), beside, logits)
+        model = drawn(VisionTransformer(8, 4, 1, 2, 8, 12, num_classes=3, representation_size=5))
+        pixels = np.stack([np.asarray(image.resize((8, 8))) for image in images])
+        mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+        logits = model(((torch.from_numpy(pixels) / 255 - mean) / std).permute(0, 3, 1, 2))
+        arrays["torchvision/pixels"] = pixels
+        keep("torchvision", {k: t.numpy() for k, t in model.state_dict().items()}, {}, logits)
+    versions = {each: version(each) for each in ("transformers", "timm", "torchvision", "torch")}
+    return {"settings": np.array(json.dumps({"files": files, "versions": versions})), **arrays}
+
+
 # ------------------------------------------------------------------------------------------ the command line
 
 
-FILES = [*REFERENCES, *LAYOUTS, OPERATIONS_FILE, RESIZE_FILE]
+FILES = [*REFERENCES, *LAYOUTS, OPERATIONS_FILE, RESIZE_FILE, PIXELS_FILE, MODELS_FILE]
 
 
 def make_reference(name):
@@ -1185,6 +1353,7 @@ def main(argv=None):
     for name in [arguments.only] if arguments.only else FILES:
         try:
             others = {OPERATIONS_FILE: image_operations, RESIZE_FILE: resizing}
+            others |= {PIXELS_FILE: outside_pixels, MODELS_FILE: outside_models}
             if name in REFERENCES:
                 arrays, differences = make_reference(name)
             else:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import make_reference
 import numpy as np
+import outside_models
 
 from minivit import ViTConfig
 from minivit.base.errors import InputError
@@ -28,6 +29,8 @@ examples:
                                                                  and the hybrid R26+S/32 where a library has it
   python tools/parity.py --only timm --models Ti/16            one of them
   python tools/parity.py --out docs/parity.md                  the table as a page
+  python tools/parity.py sweep --out docs/outside-models.md    every ViT of timm, transformers and torchvision, from
+                                                                 image files: right, or refused with the reason
 
 needs: pip install -e ".[parity]"
 """
@@ -271,6 +274,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and images [0]")
     parser.add_argument("--out", type=output_file, metavar="FILE", help="write the table as a page in Markdown")
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["sweep"]:
+        return outside_models.main(argv[1:])
     arguments = parser.parse_args(argv)
     compared = []
     for library in [arguments.only] if arguments.only else LIBRARIES:

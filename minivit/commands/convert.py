@@ -6,9 +6,10 @@ from minivit import parameter_table
 from minivit.base.errors import InputError
 from minivit.base.params import count
 from minivit.commands.cli import Parser
-from minivit.commands.flags import add_weights
-from minivit.options.exact_gelu import KINDS
+from minivit.commands.flags import add_reading, add_weights, reading_of
+from minivit.data.imagefolder import TEST_ZOOM
 from minivit.weights import checkpoint, layouts
+from minivit.weights.preprocessing import own
 
 EXAMPLES = """
 examples:
@@ -23,10 +24,6 @@ examples:
 IN is an .npz or .safetensors file, a folder with model.safetensors, or a checkpoint of minivit; which layout it has is
 seen from its content, and a config.json beside it is read. Pickles (.bin, .pt) are never read.
 """
-
-
-CHANGES = ("gelu", "layernorm_eps", "stem_groups")  # settings that a file does not hold
-OPTIONS = ("heads", "image_size", "pooling", "num_classes", "imagenet_pixels")  # what a file may leave open
 
 
 def read_names(path, classes):
@@ -91,25 +88,18 @@ def parse(argv):
         default="published",
         help="of the official layout: the names of the published files, or those that Flax gives now [published]",
     )
-    add("--heads", type=int, default=0, metavar="N", help="attention heads [what IN or its config.json says]")
-    add("--gelu", choices=KINDS, help="GELU form [that of IN's program]")
-    add("--layernorm-eps", type=float, metavar="X", help="eps of LayerNorm [that of IN's program]")
-    add("--stem-groups", type=int, metavar="N", help="groups of GroupNorm in a hybrid's stem [32]")
-    add("--image-size", type=int, default=0, metavar="N", help="pixels, where IN does not tell")
-    add("--pooling", choices=("cls", "mean"), default="", help="what is classified, where IN does not tell")
-    add("--num-classes", type=int, default=0, metavar="K", help="give a file without a head one of zeros")
-    add(
-        "--imagenet-pixels",
-        action="store_true",
-        help="IN was trained on pixels normalised by ImageNet's mean and std, as DeiT [if its config.json says so]",
-    )
     add("--class-names", metavar="FILE", help="a name on each line [those in config.json, or class 0, ...]")
     add_weights(parser)
+    add_reading(parser)
     add("--overwrite", action="store_true", help="OUT may be there already")  # fmt: skip
-    arguments = parser.parse_args(argv)
-    if min(arguments.heads, arguments.image_size, arguments.num_classes) < 0:
-        raise InputError("--heads, --image-size and --num-classes cannot be negative")
-    return arguments
+    return parser.parse_args(argv)
+
+
+def preprocessing_of(record):
+    """How the images of a model are cut, as a `Preprocessing`; None where nothing differs from minivit's own way."""
+    if record.preprocessing or record.data.get("data") != "imagefolder":
+        return record.preprocessing
+    return own(record.config.image_size, share=TEST_ZOOM)
 
 
 def tell_timm(model, paths):
@@ -127,26 +117,26 @@ def tell_timm(model, paths):
 def main(argv=None):
     """Entry point; returns the exit status."""
     arguments = parse(argv)
-    changes = {name: value for name in CHANGES if (value := getattr(arguments, name)) is not None}
-    options = {name: getattr(arguments, name) for name in OPTIONS}
+    options = reading_of(arguments)
     path = Path(arguments.input)
     if arguments.info:
-        info(path, changes=changes, **options)
+        info(path, **options)
         return 0
     if arguments.output is None or arguments.to is None:
         raise InputError("say where to write and in which layout: convert.py IN OUT --to minivit, official, timm or hf")
-    model, record, notes = layouts.load_any(path, weights=arguments.weights, changes=changes, **options)
-    if "stem_groups" in changes and not model.config.stem:
+    model, record, notes = layouts.load_any(path, weights=arguments.weights, anyway=True, **options)
+    if "stem_groups" in options["changes"] and not model.config.stem:
         raise InputError(f"{path} is no hybrid: leave --stem-groups out")
     names = record.class_names
     if arguments.class_names:
         names = read_names(arguments.class_names, model.config.num_classes)
+    how = {"naming": arguments.naming, "overwrite": arguments.overwrite, "preprocessing": preprocessing_of(record)}
+    paths = layouts.write(arguments.output, model, arguments.to, class_names=names, **how)
     for note in notes:
         print(f"note: {note}")
-    paths = layouts.write(
-        arguments.output, model, arguments.to, class_names=names, naming=arguments.naming, overwrite=arguments.overwrite
-    )
     print(f"{model.flat.size:,} parameters in {' and '.join(map(str, paths))}")
+    if arguments.to == "official" and record.preprocessing:
+        print("note: this layout does not say how images are resized and cut; here it was as another program does it")
     if arguments.to == "timm":
         tell_timm(model, paths)
     return 0

@@ -10,7 +10,7 @@ from minivit.base.backend import device_name, find_device
 from minivit.base.errors import drawing
 from minivit.base.files import write_json
 from minivit.commands.cli import Parser, output_file
-from minivit.commands.flags import add_data, add_place, add_weights
+from minivit.commands.flags import add_data, add_place, add_reading, add_weights, reading_of
 from minivit.data.source import fingerprint
 from minivit.evaluation.inference import check_finite, load_with_data, predict_all
 from minivit.evaluation.metrics import measure, read_real, real_accuracy
@@ -49,6 +49,7 @@ def parse(argv):
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/digits/last.npz")
     add_data(parser, "data set [the one it was trained on]")
     add_weights(parser)
+    add_reading(parser)
     add_place(parser)
     parser.add_argument("--out", metavar="DIR", help="folder for confusion-NAME.png [the checkpoint's]")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction,
@@ -64,7 +65,11 @@ def main(argv=None):
     workers, device = check_workers(arguments.workers), find_device(arguments.device)
     path = Path(arguments.checkpoint)
     model, record, dataset = load_with_data(
-        path, weights=arguments.weights, name=arguments.data, data_dir=arguments.data_dir
+        path,
+        weights=arguments.weights,
+        name=arguments.data,
+        data_dir=arguments.data_dir,
+        reading=reading_of(arguments),
     )
     images, labels, names = dataset.test_images, dataset.test_labels, dataset.class_names
     print(f"{path} on {len(images):,} test images of {dataset.name}: {dataset.source}")

@@ -6,6 +6,7 @@ from minivit.base.backend import find_device
 from minivit.base.errors import InputError
 from minivit.benchmark.speed import speed
 from minivit.commands.cli import Parser
+from minivit.commands.flags import READING, add_reading, reading_of
 from minivit.data import DATASETS
 from minivit.paper import entries, page
 from minivit.paper.context import Context
@@ -43,10 +44,10 @@ def command_of(entry, arguments):
     """The command that makes one figure again, but for its --budget, as a list of its words."""
     words, names = ["minivit", "paper", entry.name], ["out"]
     if entry.needs != "nothing":
-        names = ["run", "config", "data", "data_dir", "out"]
+        names = ["run", "config", "data", "data_dir", "out", *READING]
     for name in names:
-        if (value := getattr(arguments, name)) is not None:
-            words += ["--" + name.replace("_", "-"), value]
+        if (value := getattr(arguments, name, None)) or (value is not None and name not in READING):
+            words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
     for name, default in (("device", "cpu"), ("format", "png")):
         if (value := getattr(arguments, name)) != default:
             words += ["--" + name, value]
@@ -77,6 +78,7 @@ def parse(argv):
     parser.add_argument("--note", metavar="TEXT", help="a paragraph for the head of the page, kept in --out")
     parser.add_argument("--again", action="store_true", help="draw what is there already anew")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_reading(parser)
     arguments = parser.parse_args(argv)
     if arguments.all and arguments.names:
         raise InputError("--all makes everything: name nothing, or leave it out")
@@ -92,6 +94,7 @@ def context_of(arguments):
     return Context(
         arguments.out, run=arguments.run, config=config, data=arguments.data, data_dir=arguments.data_dir,
         budget=budget, suffix=f".{arguments.format}", device=device, progress=not arguments.quiet, speed=speed,
+        reading=reading_of(arguments),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from minivit.base.errors import InputError, drawing
 from minivit.base.files import write_json
 from minivit.base.finite import quiet_overflow
 from minivit.commands.cli import Parser, output_file
-from minivit.commands.flags import add_data, add_weights
+from minivit.commands.flags import add_data, add_reading, add_weights, reading_of
 from minivit.data import LazyImages, read_image
 from minivit.data.source import dataset_of
 from minivit.evaluation.inference import attention_map, check_finite, on_device
@@ -71,13 +71,16 @@ def array_image(path, size, channels):
     return image.astype(np.float32)
 
 
-def file_image(path, size, channels, dataset=None):
+def file_image(path, size, channels, dataset=None, preprocessing=None):
     """An image file as the model takes it: (size, size, channels) uint8; one channel is the luminance.
 
-    It is cut out as the test images of the data set are that the model has learned, by name.
+    It is cut as its ``preprocessing`` says, or as the test images are of the data set that the model has learned, by
+    name.
     """
-    lazily = dataset == "imagefolder"
-    image = LazyImages(path.parent, [path.name], [0], size)[0] if lazily else read_image(path, size)  # (size, size, 3)
+    if dataset == "imagefolder" and not preprocessing:
+        image = LazyImages(path.parent, [path.name], [0], size)[0]  # (size, size, 3)
+    else:
+        image = read_image(path, size, preprocessing)
     if channels == 3:
         return image
     if channels == 1:
@@ -112,7 +115,7 @@ def gather(arguments, model, record):
         if path.suffix.lower() == ".npy":
             image = array_image(path, size, channels)
         else:
-            image = file_image(path, size, channels, record.data.get("data"))
+            image = file_image(path, size, channels, record.data.get("data"), record.preprocessing)
         if arguments.invert:
             image = 255 - image if image.dtype == np.uint8 else -image
         images.append((path.stem, image, None))
@@ -141,6 +144,7 @@ def parse(argv):
         "--invert", action="store_true", help="take the negative of the files (dark ink on white paper)"
     )
     add_weights(parser)
+    add_reading(parser)
     parser.add_argument("--attention", choices=ATTENTION, default="last",
                         help="what the image shows: the last block's maps, or the rollout of all [last]")  # fmt: skip
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [cpu]")
@@ -171,7 +175,7 @@ def main(argv=None):
     """Entry point; returns the exit status."""
     arguments = parse(argv)
     device = find_device(arguments.device)
-    model, record = load_with_notes(arguments.checkpoint, weights=arguments.weights)
+    model, record = load_with_notes(arguments.checkpoint, weights=arguments.weights, **reading_of(arguments))
     names = record.class_names
     model = on_device(model, device)
     images = gather(arguments, model, record)

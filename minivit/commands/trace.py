@@ -15,6 +15,7 @@ from minivit.base.errors import InputError, drawing
 from minivit.base.files import write_json
 from minivit.base.finite import quiet_overflow
 from minivit.commands.cli import Parser, add_settings, given, output_file
+from minivit.commands.flags import add_reading, reading_of
 from minivit.data import load
 from minivit.data.source import check_fit, dataset_of
 from minivit.laboratory.recorder import norm
@@ -37,6 +38,7 @@ blocks.0.mlp.activation, and a tensor as in the docstring of its function. Opera
 do them. The exit status is 0; with --nan it is 1 if a tensor is not finite. 2 is bad input.
 """
 MIB = 2**20
+SHARED = ("gelu", "layernorm_eps", "stem_groups", "image_size", "pooling", "num_classes")  # flags of both groups
 
 
 def parse(argv):
@@ -64,6 +66,7 @@ def parse(argv):
     show.add_argument("--json", type=output_file, metavar="FILE", help="write everything as JSON")
     show.add_argument("--out", metavar="DIR", help="folder for the figure, trace.png [no figure]")
     add_settings(parser.add_argument_group("model, without a checkpoint"), ViTConfig)
+    add_reading(parser, skip=SHARED)
     arguments = parser.parse_args(argv)
     for name, low in (("batch_size", 1), ("seed", 0), ("levels", 0)):
         if getattr(arguments, name) < low:
@@ -72,7 +75,7 @@ def parse(argv):
         raise InputError(f"--label-smoothing must be at least 0 and below 1, got {arguments.label_smoothing}")
     if not math.isfinite(arguments.scale_weights):
         raise InputError(f"--scale-weights must be a finite number, got {arguments.scale_weights}")
-    if arguments.checkpoint and (arguments.preset or given(arguments, ViTConfig)):
+    if arguments.checkpoint and (arguments.preset or given(arguments, ViTConfig).keys() - set(SHARED)):
         raise InputError("--checkpoint brings its own model: leave --preset and the model's flags out")
     return arguments
 
@@ -80,7 +83,7 @@ def parse(argv):
 def model_and_data(arguments):
     """The model that was asked for, and its data set: (ViT, Dataset or None for random images, name of the model)."""
     if arguments.checkpoint:
-        model, record, notes = load_any(arguments.checkpoint, named=False)
+        model, record, notes = load_any(arguments.checkpoint, named=False, need_head=False, **reading_of(arguments))
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         dataset = None

@@ -74,6 +74,8 @@ def add_recipe(
             "differ, and sincos2d positions be learned on",
         )  # fmt: skip
         add_settings(group, StartConfig, skip=("checkpoint",))
+        group.add_argument("--imagenet-pixels", dest="pixels", action="store_const", const="imagenet",
+                           default=argparse.SUPPRESS, help="the same as --pixels imagenet")  # fmt: skip
     model = parser.add_argument_group("model")
     model.add_argument("--preset", metavar="NAME", default=None, help="a named size, such as Micro/4 or Ti/16")
     add_settings(model, ViTConfig)

@@ -10,7 +10,7 @@ from minivit.base.backend import find_device
 from minivit.base.errors import InputError, drawing
 from minivit.base.files import write_json
 from minivit.commands.cli import Parser
-from minivit.commands.flags import add_data, add_place, add_weights
+from minivit.commands.flags import add_data, add_place, add_reading, add_weights, reading_of
 from minivit.evaluation import transfer
 from minivit.evaluation.features import METHODS, Study, check_study, transfer_results, transfer_stem
 from minivit.evaluation.inference import load_with_data
@@ -34,6 +34,7 @@ OF_METHODS = {
     "k": (transfer.NEIGHBOURS, ("knn",)),
     "temperature": (transfer.TEMPERATURE, ("knn",)),
 }  # flags: the default, and the methods that read them
+COMPARE = "compare"  # --pixels without a value
 
 
 def show(results):
@@ -51,8 +52,8 @@ def show(results):
         print(f"{row['features']:{width}}" + "".join(f"  {cell:>15}" for cell in cells))
 
 
-def main(argv=None):
-    """Entry point; returns the exit status."""
+def parse(argv):
+    """The command line as a namespace; ``compare``: beside the pixels, ``reading``: see `reading_of`."""
     parser = Parser(description=__doc__, epilog=EXAMPLES, command="transfer")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as runs/cifar10/last.npz")
     add_data(parser, "data set, of any classes [the one it was trained on]")
@@ -65,8 +66,11 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, metavar="X",
                         help="knn: a neighbour of cosine s has the weight exp(s / X) [0.07]")  # fmt: skip
     parser.add_argument("--untrained", action="store_true", help="compare with the same model, initialised at random")
-    parser.add_argument("--pixels", action="store_true", help="compare with the pixels themselves")
+    parser.add_argument("--pixels", nargs="?", const=COMPARE, default="", metavar="WHAT",
+                        help="alone: compare with the pixels themselves; with half, imagenet, clip or MEAN,STD: what "
+                        "those of weights of another program were")  # fmt: skip
     add_weights(parser)
+    add_reading(parser, skip=("pixels",))
     add_place(parser)
     parser.add_argument("--out", metavar="DIR", help="folder for transfer-NAME.json and .png [the checkpoint's]")
     arguments = parser.parse_args(argv)
@@ -80,11 +84,26 @@ def main(argv=None):
     shots, seeds = sorted(set(arguments.shots)), sorted(set(arguments.seeds))
     if shots[0] < 1 or seeds[0] < 0:
         raise InputError("--shots must be at least 1 and --seeds at least 0")
+    arguments.compare = arguments.pixels == COMPARE
+    arguments.pixels = "" if arguments.compare else arguments.pixels
+    arguments.shots, arguments.seeds = shots, seeds
+    return arguments
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    arguments = parse(argv)
+    shots, seeds, reading = arguments.shots, arguments.seeds, reading_of(arguments)
     study = Study(arguments.method, tuple(shots), tuple(seeds), arguments.k, arguments.temperature)
     workers, device = check_workers(arguments.workers), find_device(arguments.device)
     path = Path(arguments.checkpoint)
     model, record, dataset = load_with_data(
-        path, weights=arguments.weights, name=arguments.data, data_dir=arguments.data_dir, other_classes=True
+        path,
+        weights=arguments.weights,
+        name=arguments.data,
+        data_dir=arguments.data_dir,
+        other_classes=True,
+        reading=reading,
     )
     check_study(study, dataset)  # before the model runs over all images
     print(
@@ -97,7 +116,7 @@ def main(argv=None):
     out = Path(arguments.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
     results = transfer_results(
-        path, model, record, dataset, study, untrained=arguments.untrained, pixels=arguments.pixels, workers=workers,
+        path, model, record, dataset, study, untrained=arguments.untrained, pixels=arguments.compare, workers=workers,
         device=device,
     )  # fmt: skip
     show(results)

@@ -10,7 +10,7 @@ from minivit.base.errors import InputError
 from minivit.base.files import write_json
 from minivit.base.finite import quiet_overflow
 from minivit.commands.cli import Parser, output_file
-from minivit.commands.flags import add_data, add_weights
+from minivit.commands.flags import add_data, add_reading, add_weights, reading_of
 from minivit.commands.training import add_recipe, recipe_of_flags, refuse_idle_flags
 from minivit.data import (
     DATASETS,
@@ -239,7 +239,7 @@ def draw_journey(arguments):
 
     path, device = Path(arguments.checkpoint), find_device(arguments.device)
     model, _, dataset = load_with_data(
-        path, weights=arguments.weights, name=arguments.data, data_dir=arguments.data_dir
+        path, weights=arguments.weights, name=arguments.data, data_dir=arguments.data_dir, reading=reading_of(arguments)
     )  # fmt: skip
     count, number = len(dataset.test_images), arguments.image
     if not 0 <= number < count:
@@ -351,6 +351,7 @@ def add_journey(commands):
     parts.add_argument("--image", "--picture", type=int, default=0, metavar="N", help="number of the test image [0]")
     add_data(parts, "data set, of the same classes [that of its training]")
     add_weights(parts)
+    add_reading(parts)
     parts.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ..., or auto [cpu]")
     parts.add_argument("--out", metavar="DIR", help="folder for journey.gif and journey.png [the checkpoint's]")
     parts.set_defaults(draw=draw_journey)

@@ -8,7 +8,7 @@ from minivit.base.backend import device_name, find_device
 from minivit.base.errors import InputError, drawing
 from minivit.base.files import write_json
 from minivit.commands.cli import Parser
-from minivit.commands.flags import add_place, add_weights
+from minivit.commands.flags import add_place, add_reading, add_weights, reading_of
 from minivit.commands.training import draw_classification
 from minivit.evaluation.inference import check_finite, predict_all
 from minivit.evaluation.vtab import (
@@ -67,6 +67,7 @@ def parse(argv):
     parser.add_argument("--batch-size", type=int, default=BATCH, metavar="N", help="finetune: [512]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which examples; order of fine-tuning [0]")
     add_weights(parser)
+    add_reading(parser)
     add_place(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="folder for vtab-METHOD.json, .png and runs [vtab beside CHECKPOINT]"
@@ -100,7 +101,9 @@ def main(argv=None):
     arguments = parse(argv)
     workers, device = check_workers(arguments.workers), find_device(arguments.device)
     path = Path(arguments.checkpoint)
-    model, record = load_with_notes(path, weights=arguments.weights, named=False)
+    model, record = load_with_notes(
+        path, weights=arguments.weights, named=False, need_head=False, **reading_of(arguments)
+    )
     names = arguments.tasks or find_tasks(arguments.data_dir)
     names = [name for name in TASKS if name in names]  # each once
     data = {"examples": arguments.examples, "seed": arguments.seed}

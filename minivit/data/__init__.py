@@ -71,7 +71,10 @@ __all__ = [
 ]
 
 
-def load(name, data_dir="data", *, image_size=None, classes=None, train_share=None, test_share=None, split_seed=0):
+def load(
+    name, data_dir="data", *, image_size=None, classes=None, train_share=None, test_share=None, split_seed=0,
+    preprocessing=None,
+):  # fmt: skip
     """Load one of the ``DATASETS`` into memory; of "imagefolder" the names alone.
 
     ``data_dir`` is where the data lie; the digits ship with the package and ignore it. ``image_size`` is the height and
@@ -79,6 +82,7 @@ def load(name, data_dir="data", *, image_size=None, classes=None, train_share=No
     which have one size each, are resized by `resize_images`. ``classes`` are those to keep, such as "0-4" or "cat,dog"
     (see `parse_classes`); ``train_share`` is the share of the training images to keep (see `with_train_share`).
     ``test_share`` splits the images of folders that are not split, by ``split_seed`` (see `folder.find_images`).
+    ``preprocessing`` is how a model of another program has its images cut from the files of a folder.
 
     Returns  Dataset
     Raises   InputError: unknown name; data that are missing or damaged; an impossible size or share; unknown classes.
@@ -87,9 +91,11 @@ def load(name, data_dir="data", *, image_size=None, classes=None, train_share=No
         raise InputError(f"test_share {test_share:g} (--test-share) has no effect: {name} has test images of its own")
     split = {"test_share": test_share, "split_seed": split_seed}
     if name == "folder":
-        dataset = load_folder(data_dir, 32 if image_size is None else image_size, **split)
+        dataset = load_folder(data_dir, 32 if image_size is None else image_size, preprocessing=preprocessing, **split)
     elif name == "imagefolder":
-        dataset = load_imagefolder(data_dir, 224 if image_size is None else image_size, **split)
+        dataset = load_imagefolder(
+            data_dir, 224 if image_size is None else image_size, preprocessing=preprocessing, **split
+        )
     elif name == "digits":
         dataset = load_digits()
     elif name in ("cifar10", "cifar100"):

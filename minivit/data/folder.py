@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from minivit.base.errors import InputError
 from minivit.base.words import counted, note
+from minivit.data.cut import cut_as
 from minivit.data.dataset import Dataset
 from minivit.data.size import check_size
 from minivit.data.walk import LeftOut, class_folders, folder_named, images_below, is_image, split_files
@@ -31,20 +32,21 @@ _FORMATS = (
 )  # fmt: skip
 
 
-def load_folder(data_dir, image_size=32, *, whole=False, test_share=None, split_seed=0):
+def load_folder(data_dir, image_size=32, *, whole=False, test_share=None, split_seed=0, preprocessing=None):
     """Load a folder of images; the classes are the names of the folders in ``train``, sorted.
 
     What is left out, hidden files and other endings, is told in a line. Images are those of `read_image`; with
-    ``whole`` nothing is cut off: they are scaled (bilinear) to a square, whatever their shape. ``test_share``: see
-    `find_images`.
+    ``whole`` nothing is cut off: they are scaled (bilinear) to a square, whatever their shape; with a `Preprocessing`
+    they are cut as it says. ``test_share``: see `find_images`.
 
     Shapes  images (n, image_size, image_size, 3) uint8, in the order of classes and file names
     Raises  InputError: folders or images are missing, a test class has no training images, or an image is broken.
     """
     check_size(image_size)
     found = find_images(data_dir, ("test", "val"), test_share=test_share, split_seed=split_seed)
+    cut = cut_as(preprocessing) if preprocessing else _squeeze if whole else _fit
     train, test = (
-        _read_all(found.root, [found.root / path for path, _ in files], image_size, _squeeze if whole else _fit)
+        _read_all(found.root, [found.root / path for path, _ in files], image_size, cut)
         for files in (found.train, found.test)
     )
     return Dataset(
@@ -140,18 +142,21 @@ def _holds_images(folder):
     return folder.is_dir() and any(is_image(path.name) for path in folder.iterdir())
 
 
-def read_image(path, image_size):
+def read_image(path, image_size, preprocessing=None):
     """Read one image as RGB, its short side scaled to ``image_size`` (bicubic), its centre cut out.
 
     It is turned upright as its camera says (EXIF). Of an animation the first frame is taken; what is transparent is put
     on white, and that is told in a line.
+
+    With a `Preprocessing` it is scaled and cut as that says.
 
     Shapes  ->  (image_size, image_size, 3) uint8
     Raises  InputError: Pillow is missing, or the image cannot be read, is huge, or has more than 8 bits a channel.
     """
     with _pillow() as pillow:
         transparent = []
-        image = read_upright(path, _fit(image_size, *pillow), *pillow, transparent)
+        cut = cut_as(preprocessing) if preprocessing else _fit
+        image = read_upright(path, cut(image_size, *pillow), *pillow, transparent)
     tell_transparent(transparent)
     return image
 

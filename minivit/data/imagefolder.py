@@ -34,6 +34,7 @@ import numpy as np
 
 from minivit.base.errors import InputError
 from minivit.base.words import note
+from minivit.data.cut import cut_as
 from minivit.data.dataset import Dataset
 from minivit.data.folder import find_images, names_of, pillow_modules, read_upright
 from minivit.data.listing import labels_of_list
@@ -74,10 +75,13 @@ class LazyImages:
     dtype, ndim = np.dtype(np.uint8), 4
     __iter__ = None  # a loop over single images would read all files again each time: take batches
 
-    def __init__(self, root, names, sizes, image_size, *, flip=False, threads=0, transparent=None):
+    def __init__(
+        self, root, names, sizes, image_size, *, flip=False, threads=0, transparent=None, preprocessing=None
+    ):  # fmt: skip
         check_size(image_size)
         self.root, self.names, self.sizes = str(root), names, sizes
         self.image_size, self.flip, self.threads = image_size, flip, threads or min(8, os.cpu_count() or 1)
+        self.preprocessing = preprocessing  # how they are cut, if not as the head of this file says
         self._modules = pillow_modules()
         self._rows = np.arange(len(names))
         self._transparent = [] if transparent is None else transparent  # those that were read; told of the first
@@ -132,6 +136,8 @@ class LazyImages:
         return images
 
     def _centre(self, image):
+        if self.preprocessing:
+            return cut_as(self.preprocessing)(self.image_size, *self._modules)(image)
         size, (width, height) = self.image_size, image.size
         scale = round(size / TEST_ZOOM) / min(width, height)
         width, height = max(size, round(width * scale)), max(size, round(height * scale))
@@ -140,9 +146,9 @@ class LazyImages:
         return image.crop((left, top, left + size, top + size))
 
     def _like(self, names, sizes, flip):
-        return LazyImages(
-            self.root, names, sizes, self.image_size, flip=flip, threads=self.threads, transparent=self._transparent
-        )
+        others = {"flip": flip, "threads": self.threads, "preprocessing": self.preprocessing}
+        others["transparent"] = self._transparent
+        return LazyImages(self.root, names, sizes, self.image_size, **others)
 
     def mirror(self):
         """The same images, left and right exchanged."""
@@ -154,7 +160,7 @@ class LazyImages:
         return self._like([self.names[i] for i in rows], [self.sizes[i] for i in rows], self.flip)
 
 
-def load_imagefolder(data_dir, image_size=224, *, test_share=None, split_seed=0):
+def load_imagefolder(data_dir, image_size=224, *, test_share=None, split_seed=0, preprocessing=None):
     """A folder of images as a `Dataset` whose images are `LazyImages`; only names and lengths of files are read.
 
     Test images are those of ``val``, or where there is no such folder of ``test``; or with ``test_share`` that share of
@@ -165,9 +171,9 @@ def load_imagefolder(data_dir, image_size=224, *, test_share=None, split_seed=0)
     found = find_images(
         data_dir, ("val", "test"), test_share=test_share, split_seed=split_seed, listed=_listed
     )  # fmt: skip
-    told = []
+    others = {"transparent": [], "preprocessing": preprocessing}  # those told of are of both
     train, test = (
-        LazyImages(found.root, [name for name, _ in files], [size for _, size in files], image_size, transparent=told)
+        LazyImages(found.root, [name for name, _ in files], [size for _, size in files], image_size, **others)
         for files in (found.train, found.test)
     )
     return Dataset(

@@ -10,8 +10,8 @@ from minivit.base.errors import InputError
 from minivit.base.files import local
 from minivit.data import FOLDERS, load
 from minivit.data.dataset import is_lazy
-from minivit.data.walk import composed, folder_named
-from minivit.weights.checkpoint import few_classes
+from minivit.data.walk import folder_named
+from minivit.weights.checkpoint import class_order, few_classes
 
 # Settings of the data, with their defaults.
 DATA_KEYS = {
@@ -56,7 +56,8 @@ def refuse_idle_data(name, given):
 def dataset_of(record, *, name=None, data_dir=None):
     """The data set that a checkpoint's `Record` describes, or the one that is named instead.
 
-    Folders are read at the size of the model where the record says no other.
+    Folders are read at the size of the model where the record says no other, and cut as its program does. Classes are
+    matched by name: labels are the model's numbers, whatever the order in the data.
     Raises  InputError: it does not say, or the data are missing, damaged or of other classes than the checkpoint's.
     """
     data = record.data
@@ -69,18 +70,30 @@ def dataset_of(record, *, name=None, data_dir=None):
     same = {key: data.get(key, DATA_KEYS[key]) for key in keys}
     if same.get("test_share") and data_dir and (folder_named(data_dir, "test") or folder_named(data_dir, "val")):
         del same["test_share"], same["split_seed"]  # another place, which is split
-    if name in FOLDERS and not same.get("image_size"):
-        same["image_size"] = record.config.image_size
+    if name in FOLDERS:
+        same["image_size"] = same.get("image_size") or record.config.image_size
+        same["preprocessing"] = record.preprocessing
     try:
         dataset = load(name, data_dir or local(data.get("data_dir", "data")), **same)
     except InputError as error:
         raise InputError(f"{error}; if the data lie elsewhere now, name the place with --data-dir") from None
-    if list(map(composed, dataset.class_names)) != list(map(composed, record.class_names)):
+    if (order := class_order(dataset.class_names, record.class_names or [])) is None:
         raise InputError(
             f"{record.path} was trained for other classes than those of {dataset.name} ({dataset.source}): "
             f"{few_classes(record)}"
         )
-    return dataset
+    return in_order(dataset, order)
+
+
+def in_order(dataset, order):
+    """A data set with its classes in another order: number ``order[k]`` becomes number k."""
+    if order == list(range(len(order))):
+        return dataset
+    number = np.argsort(order)
+    return dataset._replace(
+        train_labels=number[dataset.train_labels], test_labels=number[dataset.test_labels],
+        class_names=tuple(dataset.class_names[k] for k in order),
+    )  # fmt: skip
 
 
 def check_fit(dataset, config, where="the model", *, classes=True):

@@ -20,16 +20,17 @@ from minivit.weights.layouts import load_with_notes
 CHUNK = 512  # images between two steps of the progress bar
 
 
-def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_classes=False):
+def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_classes=False, reading=None):
     """A checkpoint's model and its `Record` (see `checkpoint.load_model`), and the data set that it is tested on.
 
-    ``other_classes``: the data set that is named may have others than the model.
+    ``other_classes``: the data set that is named may have others than the model. ``reading``: what the user says of
+    weights of another program, see `minivit.weights.layouts.describe`.
     Returns  (ViT, Record, Dataset)
     Raises  InputError: the checkpoint or the data are missing or damaged, or the images or classes are not the
     model's.
     """
     path = Path(path)
-    model, record = load_with_notes(path, weights=weights)
+    model, record = load_with_notes(path, weights=weights, need_head=not other_classes or name is None, **reading or {})
     if record.pretraining is not None and not other_classes:
         raise InputError(
             f"{path} is of pre-training, its head knows no classes yet; minivit train --from begins with it, "
@@ -38,7 +39,8 @@ def load_with_data(path, *, weights="auto", name=None, data_dir=None, other_clas
     c = model.config
     if name is not None and other_classes:
         refuse_idle_data(name, {"data_dir": data_dir})
-        dataset = load(name, data_dir or "data", image_size=c.image_size if name in FOLDERS else None)
+        own = {"image_size": c.image_size, "preprocessing": record.preprocessing} if name in FOLDERS else {}
+        dataset = load(name, data_dir or "data", **own)
     else:
         dataset = dataset_of(record, name=name, data_dir=data_dir)
     check_fit(dataset, c, path, classes=not other_classes)
@@ -88,6 +90,8 @@ def attention_map(attention, pooling, registers=0):
     Shapes  attention (h, N, N)  ->  (grid, grid)
     """
     mean = attention.mean(axis=0)  # (N, N)
-    row = mean[0, 1 + registers :] if pooling == "cls" else mean[registers:, registers:].mean(axis=0)  # (grid * grid,)
+    row = (
+        mean[0, 1 + registers :] if pooling.startswith("cls") else mean[registers:, registers:].mean(axis=0)
+    )  # (grid * grid,)
     grid = round(len(row) ** 0.5)
     return row.reshape(grid, grid)

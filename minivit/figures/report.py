@@ -43,7 +43,8 @@ def _headline(run, progress):
         (data.name, "data", f"{len(data.train_images):,} training and {len(data.test_images):,} test images of "
          f"{c.image_size} × {c.image_size} × {c.channels}, {len(data.class_names)} classes"),
         (f"ViT, patch {c.patch_size}", "model", f"{c.num_tokens:,} tokens, width {c.width}, {blocks}, {heads}, "
-          + {"cls": "class token", "mean": "mean pooling", "avg": "mean pooling", "seq": "sequence pooling"}[c.pooling]
+          + {"cls": "class token", "mean": "mean pooling", "avg": "mean pooling", "seq": "sequence pooling"}
+          .get(c.pooling, c.pooling)
           + (", axial attention" if c.attention == "axial" else "")),
         (f"{run.model.flat.size:,}", "parameters", ""),
         (duration(seconds) if seconds is not None else "unknown", "training time, tests included",
@@ -163,7 +164,7 @@ def _mistakes(run, probabilities, count):
     wrong = np.flatnonzero(guesses != data.test_labels)
     confidence = probabilities[wrong, guesses[wrong]]
     worst = wrong[np.argsort(-confidence, kind="stable")[:count]]
-    row = "the class token's row" if c.pooling == "cls" else "the mean over the rows of all patches"
+    row = "the class token's row" if c.class_tokens else "the mean over the rows of all patches"
     parts = [tag("h2", "The most confident mistakes")]
     if not len(wrong):
         return tag("section", *parts, tag("p", "There is none: every test image is right."), id="mistakes")

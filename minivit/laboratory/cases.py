@@ -182,6 +182,8 @@ MODELS = {
     "vit-mean": {**_NINE, "pooling": "mean", "num_heads": 1},
     "vit-avg": {**_NINE, "pooling": "avg", "registers": 1},
     "vit-seq": {**_NINE, "pooling": "seq", "registers": 2},
+    "vit-cls+mean": {**_NINE, "pooling": "cls+mean", "registers": 1},
+    "vit-cls+register": {**_TINY, "pooling": "cls+register", "registers": 1},
     "vit-registers": {**_TINY, "registers": 3, "dropout": 0.2},
     "vit-erf": {**_TINY, "gelu": "erf"},
     "vit-swiglu": {**_TINY, "mlp": "swiglu", "mlp_dim": 14},
@@ -371,6 +373,8 @@ BOOK = {
     "head-mean": composed({**_TINY, "pooling": "mean"}, "head"),
     "head-avg": composed({**_TINY, "pooling": "avg", "registers": 1}, "head"),
     "head-seq": composed({**_TINY, "pooling": "seq"}, "head"),
+    "head-cls+mean": composed({**_NINE, "pooling": "cls+mean", "registers": 1, "pre_logits": 7}, "head"),
+    "head-cls+register": composed({**_TINY, "pooling": "cls+register", "registers": 2}, "head"),
     "head-registers": composed({**_TINY, "pooling": "mean", "registers": 2}, "head"),
     "head-pre_logits": composed({**_TINY, "pre_logits": 7}, "head"),
     **{

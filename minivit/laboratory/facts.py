@@ -216,7 +216,7 @@ def registers_are_a_set():
 def registers_that_nobody_heeds_change_nothing():
     """Where the blocks answer with nothing (values and MLPs of 0), a model with registers is the one without."""
     errors = []
-    for pooling in ("cls", "mean", "avg", "seq"):
+    for pooling in ("cls", "mean", "avg", "seq", "cls+mean"):
         for positions in ("learned", "sincos2d"):
             found = []
             for registers in (0, 2):

@@ -96,6 +96,7 @@ _chain_parts = _in("base.pairs", "chain_parts")
 _add_gradients = _in("base.pairs", "add_gradients")
 _drop_path = _in("layers.drop_path", "drop_path_backward")
 _mean = _in("options.pooling", "mean_backward")
+_beside = _in("options.pooling", "beside_mean_backward")
 _tanh = _in("options.pooling", "tanh_backward")
 _stem = _in("options.stem.option", "stem_part")
 _axial_block = _in("options.axial", "block")
@@ -618,6 +619,13 @@ MISTAKES = (
         'dy[:, None]',
         'the factor 1/N of mean pooling is missing',
         "y = mean: what is each token's weight?",
+    ),
+    _beside(
+        'head-beside-mean-factor',
+        ' / dx[:, cache.rows].shape[1]',
+        '',
+        'the factor 1/n of the mean beside the class token is missing',
+        "y = [x_0; mean x]: what is each token's weight?",
     ),
     _head(
         'head-class-token-everywhere',

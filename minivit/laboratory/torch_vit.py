@@ -241,7 +241,7 @@ class ViT(nn.Module):
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
         c = self.config = config
-        at = int(c.pooling == "cls")
+        at = c.class_tokens
         if c.stem:
             self.stem = Stem(c)
         self.patch_embed = PatchEmbed(c)
@@ -253,8 +253,8 @@ class ViT(nn.Module):
         if c.pooling == "seq":
             self.attention_pool, self.pool = nn.Linear(c.width, 1), SequencePool()
         if c.pre_logits:
-            self.pre_logits = nn.Linear(c.width, c.pre_logits)
-        self.head = nn.Linear(c.pre_logits or c.width, c.num_classes)
+            self.pre_logits = nn.Linear(c.num_pooled, c.pre_logits)
+        self.head = nn.Linear(c.num_features, c.num_classes)
         self.classify = Part(self._classify, "z")
         for spec in parameter_table(c):  # what belongs to no linear map and no norm: tokens, positions, kernels
             self._add_parameter(spec.name, spec.shape)
@@ -301,7 +301,7 @@ class ViT(nn.Module):
             images = (images.float() - 127.5) / 127.5
         if c.stem:
             images = self.stem(images, lambda names: [self.get_parameter(STEM + name) for name in names])
-        cls_token = self.cls_token if c.pooling == "cls" else None
+        cls_token = self.cls_token if c.class_tokens else None
         z = self.patch_embed(images, cls_token, position[0] if len(position) == 1 else None)
         if len(position) == 2:
             z = self.positions[0](z, *position)
@@ -325,10 +325,13 @@ class ViT(nn.Module):
 
     def _classify(self, z):
         c = self.config
-        y = z[:, 0] if c.pooling == "cls" else z[:, c.registers :]
+        y = z[:, 0] if c.pooling == "cls" else z if c.class_tokens else z[:, c.registers :]
         y = self.norm(y.mean(dim=1) if c.pooling == "avg" else y)
         if c.pooling == "mean":
             y = y.mean(dim=1)
+        elif c.class_tokens and c.pooling != "cls":
+            others = y[:, 1 + c.registers :] if c.pooling == "cls+mean" else y[:, 1:2]
+            y = torch.cat([y[:, 0], others.mean(dim=1)], dim=1)
         elif c.pooling == "seq":
             y = self.pool(y, self.attention_pool)
         if c.pre_logits:

@@ -49,7 +49,8 @@ def expected_flops(config, batch, *, every_token=False, image_gradient=False):
     """FLOPs in matrix products that one batch takes, from the configuration alone.
 
     Math    forward / B = 2 n P^2 C D + sum_blocks (6 N D^2 + 4 Q N D + 2 Q (D^2 + 2 D M)) + 2 (D R + R K), or 2 D K for
-            the last term without a pre-logits layer, and 4 n D for sequence pooling; n patches, N tokens, of which Q
+            the last term without a pre-logits layer,
+            of 2 D where the head reads two tokens, and 4 n D for sequence pooling; n patches, N tokens, of which Q
             have a query: 1 in the last block if the head reads the class token alone, else N; ``every_token`` counts N,
             as published figures do
             an option's MLP: 2 Q d m for each of its matrices (d, m), in place of 4 Q D M
@@ -72,7 +73,7 @@ def expected_flops(config, batch, *, every_token=False, image_gradient=False):
         last = queries - (c.depth - 1) * N  # in the last block
         blocks += 2 * D * ((c.depth - 1) * N * (2 * S - 1) + last * (S + min(S, last) - 1))
     pool = 4 * c.grid_size**2 * D if c.pooling == "seq" else 0
-    head = pool + 2 * (D * c.pre_logits + (c.pre_logits or D) * c.num_classes)
+    head = pool + 2 * (c.num_pooled * c.pre_logits + c.num_features * c.num_classes)
     forward = sum(stem) + embed + blocks + head
     unneeded = 0 if image_gradient else (stem[0] if stem else embed)
     return ExpectedFLOPs(batch * forward, batch * (2 * forward - unneeded + 2 * again * S * D))

@@ -104,7 +104,7 @@ class Settings:
 def check(config):
     """Raises InputError where there are tokens that lie in no row."""
     check_choice(config, "attention", ATTENTIONS)
-    if config.attention == "axial" and (config.pooling == "cls" or config.registers):
+    if config.attention == "axial" and (config.class_tokens or config.registers):
         raise InputError(
             'attention "axial" is between patches alone: set pooling to "mean", "avg" or "seq", and registers to 0'
         )

@@ -5,6 +5,9 @@ Forward, of the n patches z_1, ..., z_n after the last block
         y = mean_n LN(z)            pooling "mean"     the average over patches (appendix D.3 of the paper)
         y = LN(mean_n z)            pooling "avg"      the same two the other way round (timm)
         y = pool(LN(z))             pooling "seq"      a learned weighted mean (`minivit.options.sequence_pool`)
+        y = [x_0; mean x_i]         x = LN(z); "cls+mean": the class token and the mean of the patches, side by side
+                                    (DINOv2's classifiers); "cls+register": the class token and the first register, the
+                                    mean of one (DeiT's distillation token)
         y = tanh(u), u = y @ W + b  with ``pre_logits``, after any pooling (the paper's head for pre-training)
 
     Mean and LayerNorm do not commute: with "avg" a token of large numbers counts for more, with "mean" all count alike.
@@ -21,6 +24,7 @@ Backward, each line by itself
 
         x = z[:, first:]        =>   dz = [0; dx],   zero in the rows before ``first``, which were not read
         x = z[:, 0]             =>   dz = [dx; 0]
+        y = [x_0; mean x_i]     =>   dx_0 = dy[:D],  dx_i = dy[D:] / n
 
     The rest is that of LayerNorm and of linear maps.
 
@@ -46,6 +50,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from minivit.base.backend import accelerated, array_module
+from minivit.base.errors import InputError
 from minivit.base.pairs import Pair, as_part, chain
 from minivit.base.params import ParameterSpec, lecun_normal, normal, zeros
 from minivit.base.settings import check_choice, check_range, setting
@@ -55,7 +60,8 @@ from minivit.layers.linear import linear_backward, linear_forward
 from minivit.options.option import Option
 from minivit.options.sequence_pool import sequence_pool_backward, sequence_pool_forward
 
-POOLINGS = ("cls", "mean", "avg", "seq")
+BESIDE = ("cls+mean", "cls+register")  # of which the head reads 2 D numbers
+POOLINGS = ("cls", "mean", "avg", "seq", *BESIDE)
 PRE_LOGITS = ("pre_logits.weight", "pre_logits.bias")
 ATTENTION_POOL = ("attention_pool.weight", "attention_pool.bias")
 
@@ -138,6 +144,39 @@ def mean_backward(dy, cache):
     return dx
 
 
+class BesideMeanCache(NamedTuple):
+    """What `beside_mean_backward` reads."""
+
+    shape: tuple  # (B, N, D)
+    rows: slice  # of the tokens whose mean was taken
+
+
+@accelerated
+def beside_mean_forward(x, *, first, last=None):
+    """The first token of each image, and the mean of those from ``first`` up to ``last``, side by side.
+
+    Math    y = [x_0; 1/n sum_i x_i], n tokens i from first, not 0, to before last
+    Shapes  x (B, N, D)  ->  y (B, 2 D)
+    """
+    rows = slice(first, last)
+    return array_module(x).concatenate([x[:, 0], x[:, rows].mean(axis=1)], axis=1), BesideMeanCache(x.shape, rows)
+
+
+@accelerated
+def beside_mean_backward(dy, cache):
+    """Backward of `beside_mean_forward`.
+
+    Math    dx_0 = dy[:D];  dx_i = dy[D:] / n;  zero elsewhere
+    Shapes  dy (B, 2 D)  ->  dx (B, N, D)
+    """
+    # y = [x_0; 1/n sum_i x_i]
+    D = cache.shape[2]
+    dx = array_module(dy).zeros(cache.shape, dy.dtype)
+    dx[:, 0] = dy[:, :D]
+    dx[:, cache.rows] = dy[:, None, D:] / dx[:, cache.rows].shape[1]
+    return dx
+
+
 class TanhCache(NamedTuple):
     """What `tanh_backward` reads: the result is all that the derivative needs."""
 
@@ -172,25 +211,33 @@ class Settings:
     pooling: str = setting(
         "cls",
         'what is classified: "cls" (class token), "mean" or "seq" (plain or learned mean of patches), "avg" (the plain '
-        "mean before the last LayerNorm, as timm has it)",
+        'mean before the last LayerNorm, as timm has it), "cls+mean" or "cls+register" (class token beside the mean or '
+        "the first register)",
     )
     pre_logits: int = setting(0, "width R of the tanh layer before the head; 0 for none")
 
     @property
     def class_tokens(self):
         """How many class tokens there are: 1 or 0."""
-        return int(self.pooling == "cls")
+        return int(self.pooling == "cls" or self.pooling in BESIDE)
+
+    @property
+    def num_pooled(self):
+        """How many numbers pooling gives: D, or 2 D."""
+        return 2 * self.width if self.pooling in BESIDE else self.width
 
     @property
     def num_features(self):
-        """How many numbers the head reads: R with a pre-logits layer, else D."""
-        return self.pre_logits or self.width
+        """How many numbers the head reads: R with a pre-logits layer, else those of the pooling."""
+        return self.pre_logits or self.num_pooled
 
 
 def check(config):
     """Raises InputError for another pooling or a negative width."""
     check_choice(config, "pooling", POOLINGS)
     check_range(config, 0, None, "pre_logits")
+    if config.pooling == "cls+register" and not config.registers:
+        raise InputError('with pooling "cls+register", registers must be at least 1')
 
 
 def rows(config):
@@ -203,7 +250,8 @@ def rows(config):
     if R:
         weight, bias = PRE_LOGITS
         result["features"] = [
-            ParameterSpec(weight, (D, R), lecun_normal(D), True), ParameterSpec(bias, (R,), zeros, False)
+            ParameterSpec(weight, (config.num_pooled, R), lecun_normal(config.num_pooled), True),
+            ParameterSpec(bias, (R,), zeros, False),
         ]  # fmt: skip
     return result
 
@@ -213,12 +261,15 @@ def features(config):
     norm = Pair(partial(layernorm_forward, eps=config.layernorm_eps), layernorm_backward, NORM)
     mean = Pair(mean_forward, mean_backward)
     pool = Pair(sequence_pool_forward, sequence_pool_backward, ATTENTION_POOL)
+    beside = {"cls+mean": {"first": 1 + config.registers}, "cls+register": {"first": 1, "last": 2}}
+    both = Pair(partial(beside_mean_forward, **beside.get(config.pooling, {})), beside_mean_backward)
     patches = Pair(partial(patches_forward, first=config.registers), patches_backward)
     pair = {
         "cls": lambda: chain(Pair(first_token_forward, first_token_backward), norm, "norm"),
         "mean": lambda: chain(chain(patches, norm, "norm"), mean, "pool"),
         "avg": lambda: chain(chain(patches, mean, "pool"), norm, "norm"),
         "seq": lambda: chain(chain(patches, norm, "norm"), pool, "pool"),
+        **dict.fromkeys(BESIDE, lambda: chain(norm, both, "pool")),
     }[config.pooling]()
     if config.pre_logits:
         dense = Pair(linear_forward, linear_backward, PRE_LOGITS)

@@ -50,15 +50,15 @@ class Context:
     file ``config``, whose epochs are the most that it gets. ``budget`` are the seconds for all that is trained;
     they are the ``share`` of each entry unless another is set (see `minivit.paper.page.shares_of`). ``device``: where
     all that is done. ``speed(config, task, batch, turns)`` measures what a batch costs, a dict with at least
-    images_per_second and peak_memory (`minivit.benchmark.speed.speed`).
+    images_per_second and peak_memory (`minivit.benchmark.speed.speed`). ``reading``: see `load_with_data`.
     """
 
     def __init__(self, out, *, run=None, config="paper", data=None, data_dir=None, budget=300.0, suffix=".png",
-                 device="cpu", progress=True, speed=None):  # fmt: skip
+                 device="cpu", progress=True, speed=None, reading=None):  # fmt: skip
         self.out, self.run, self.config, self.suffix = Path(out), run, config, suffix
         self.share = budget
         self.data = {key: value for key, value in (("data", data), ("data_dir", data_dir)) if value is not None}
-        self.device, self.progress, self.speed = device, progress, speed
+        self.device, self.progress, self.speed, self.reading = device, progress, speed, reading or {}
 
     def figure(self, name):
         """The path of a figure."""
@@ -85,9 +85,13 @@ class Context:
 
     @cached_property
     def analysed(self):
-        """On which data the model is analysed: {"name", "data_dir"}, the name that was given if its file says none."""
-        _, record, _ = load_any(self.checkpoint(), named=False)
-        return {"name": None if record.data else self.data.get("data"), "data_dir": self.data.get("data_dir")}
+        """On which data the model is analysed, and how it is read: keywords of `load_with_data`.
+
+        The data are those that were named if its file says none.
+        """
+        _, record, _ = load_any(self.checkpoint(), named=False, need_head=False, **self.reading)
+        name = None if record.data else self.data.get("data")
+        return {"name": name, "data_dir": self.data.get("data_dir"), "reading": self.reading}
 
     @cached_property
     def subject(self):

@@ -206,7 +206,7 @@ class _Film:
                 yield canvas, texts + self.captions(block)
 
     def classes(self):
-        cls = self.config.pooling == "cls"
+        cls = self.config.class_tokens
         below = "its numbers make one for each class" if cls else f"{self.reader} makes a number for each class"
         texts, L = self.heading(5, f"{self.reader} tells the class", below), self.L
         for t in [*np.linspace(0, 1, 12), *[1.0] * 30]:
@@ -221,7 +221,7 @@ class _Film:
     def pooled_colors(self, t):
         """The tokens on the way to what the head reads: all but the class token pale, or all become their mean."""
         colors = self.colors[self.L]
-        if self.config.pooling == "cls":
+        if self.config.class_tokens:
             pale = (255 - (1 - 0.75 * t) * (255.0 - colors)).astype(np.uint8)
             pale[0] = colors[0]
             return pale

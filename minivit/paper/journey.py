@@ -94,7 +94,7 @@ def as_colors(image):
 
 def reader(config):
     """What is classified, in words."""
-    return "the class token" if config.pooling == "cls" else "the mean of all tokens"
+    return "the class token" if config.class_tokens else "the mean of all tokens"
 
 
 # ---- still -----------------------------------------------------------------------------------------------------------

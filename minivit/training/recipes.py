@@ -22,7 +22,7 @@ from minivit.model import ViTConfig, preset_fields
 from minivit.training.config import GROUPS, REMOVED, TrainConfig, without_removed
 from minivit.training.plan import fitted
 from minivit.training.trainer import Trainer
-from minivit.weights.start import StartConfig, load_start, prepare_start
+from minivit.weights.start import StartConfig, prepare_start, read_start
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FINETUNE = "finetune"  # the settings file of runs that begin with a trained model, unless they name another
@@ -142,7 +142,7 @@ def prepare(recipe, load_data=None):
     data, model, train, start = recipe
     config, start = TrainConfig(**train), StartConfig(**start)
     image_size = model.get("image_size") or data["image_size"]
-    source = load_start(start.checkpoint) if start.checkpoint else None
+    source = read_start(start, model) if start.checkpoint else None
     if source and not image_size and data["data"] in FOLDERS:  # whose images have no size of their own
         image_size = source[0].config.image_size
     kept = {key: data[key] for key in ("classes", "train_share")}

@@ -37,6 +37,7 @@ from minivit.base.finite import is_finite
 from minivit.base.settings import settings_of
 from minivit.layers.block import BLOCK_PARAMETERS
 from minivit.model import ViT, ViTConfig, parameter_table
+from minivit.weights.preprocessing import Preprocessing, of_meta
 from minivit.weights.tensor_files import read_npy
 
 FORMAT = "minivit checkpoint"
@@ -120,6 +121,7 @@ class Record(NamedTuple):
     pretraining: dict | None = None  # of a masked model
     progress: dict | None = None  # how far the run was
     versions: dict | None = None
+    preprocessing: Preprocessing | None = None  # of its images, if they are cut as another program does
 
 
 def record_of(meta, path):
@@ -137,6 +139,7 @@ def record_of(meta, path):
         config=settings_of(ViTConfig, meta["config"], path),
         class_names=names if known else None,
         data=meta["data"] if isinstance(meta.get("data"), dict) else {},
+        preprocessing=of_meta(meta.get("preprocessing"), path),
         **{name: meta[name] if isinstance(meta.get(name), dict) else None for name in tables},
     )
 
@@ -171,6 +174,20 @@ def class_names_of(record):
     if len(names) != classes:
         raise InputError(f"{record.path} has a model of {classes} classes and names for {len(names)}")
     return names
+
+
+def class_order(names, wanted):
+    """Where each of the ``wanted`` class names stands among ``names``; None unless both have the same, each once.
+
+    Lists that are equal may hold a name twice.
+    """
+    names, wanted = list(names), list(wanted)
+    if names == wanted:
+        return list(range(len(names)))
+    if len(set(names)) != len(names) or sorted(names) != sorted(wanted):
+        return None
+    numbers = {name: k for k, name in enumerate(names)}
+    return [numbers[name] for name in wanted]
 
 
 def few_classes(record):

@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 
 from minivit.base.backend import to_host
 from minivit.base.errors import InputError
-from minivit.base.settings import check_choice, check_types, setting
+from minivit.base.settings import check_choice, check_range, check_types, setting
 from minivit.model import ViT
 from minivit.options.positions import sincos2d
 from minivit.weights import checkpoint
-from minivit.weights.layouts import load_with_notes
+from minivit.weights.checkpoint import class_order
+from minivit.weights.layouts import is_readable, load_with_notes
 from minivit.weights.resize import KINDS, PATCH_KINDS, resize_patch_embedding, resize_positions, resize_table
 
 # Settings of the model that may differ from the start's; the others come from it.
 MAY_CHANGE = ("image_size", "patch_size", "num_classes", "pre_logits", "dropout", "attention_dropout", "drop_path")
 HEAD = ("head.", "pre_logits.")
+UNSAID = ("gelu", "layernorm_eps", "stem_groups")  # what weights of another program may leave open
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,20 @@ class StartConfig:
         "pi", "how patches are: pi (pseudo-inverse: resized patches give the same tokens), or bilinear"
     )
 
+    pixels: str = setting(
+        "", "what its pixels were, of a file of another program that does not say: see minivit convert"
+    )
+    heads: int = setting(0, "its attention heads, of a file of another program that does not say")
+
     def __post_init__(self):
         check_types(self)
+        check_range(self, 0, None, "heads")
         check_choice(self, "pos_resize", KINDS)
         check_choice(self, "patch_resize", PATCH_KINDS)
         if not self.checkpoint and any(getattr(self, f.name) != f.default for f in fields(self)):
-            raise InputError("keep_head, pos_resize and patch_resize say what becomes of a start: name it with --from")
+            raise InputError(
+                "keep_head, pos_resize, patch_resize, pixels and heads are of a start: name it with --from"
+            )
 
 
 class Start(NamedTuple):
@@ -58,13 +68,25 @@ class Start(NamedTuple):
     origin: dict  # `StartConfig`'s fields, "weights": params or ema, "crc": CRC-32 of the checkpoint's parameters
 
 
-def load_start(path):
+def load_start(path, *, asked=None, **options):
     """The model that a file holds, and its `checkpoint.Record`, which says which of its parameters were taken.
 
     The file may be another program's (see `minivit.weights.layouts`); what had to be assumed of it is printed.
+    ``asked`` are settings of the model that a user wants, which say what such a file does not; ``options`` are those of
+    `load_with_notes`.
     Raises  InputError: no such file, or nothing that minivit reads.
     """
-    return load_with_notes(path, named=False)
+    if is_readable(path):
+        asked = asked or {}
+        options["changes"] = {name: asked[name] for name in UNSAID if name in asked}
+        options["pooling"] = asked["pooling"] if asked.get("pooling") in ("cls", "mean") else ""
+    return load_with_notes(path, named=False, **options)
+
+
+def read_start(start, asked):
+    """`load_start` of what a `StartConfig` names."""
+    need = {"need_head": start.keep_head}
+    return load_start(start.checkpoint, asked=asked, pixels=start.pixels, heads=start.heads, **need)
 
 
 def model_from(trained, request, where, *, keep_head=False):
@@ -104,7 +126,7 @@ def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch
     old, new = trained.config, ViT(config)
     named = {name: to_host(array) for name, array in trained.params.items()}
     if old.pos_embed == "sincos2d":
-        named["pos_embed"] = sincos2d(old.grid_size, old.width, prefix_tokens=int(old.pooling == "cls"))
+        named["pos_embed"] = sincos2d(old.grid_size, old.width, prefix_tokens=old.class_tokens)
     for name, view in new.params.items():
         if not keep_head and name.startswith(HEAD):
             view[...] = 0.0
@@ -114,7 +136,7 @@ def begin(trained, config, *, keep_head=False, pos_resize="align-corners", patch
             raise InputError(f"the start has no parameter {name}")
         last = name.rpartition(".")[2]
         if last == "pos_embed":
-            prefix = int(old.pooling == "cls")
+            prefix = old.class_tokens
             array = resize_positions(array, config.grid_size, prefix_tokens=prefix, kind=pos_resize)
         elif last in ("pos_embed_x", "pos_embed_y"):
             array = resize_table(array, config.grid_size, pos_resize)
@@ -142,13 +164,19 @@ def prepare_start(start, asked, class_names, loaded=None):
 
     Raises  InputError: see `load_start`, `model_from` and `begin`; the head is to be kept for other classes.
     """
-    trained, record = loaded or load_start(start.checkpoint)
+    trained, record = loaded or read_start(start, asked)
     config = model_from(trained.config, asked, start.checkpoint, keep_head=start.keep_head)
+    order = class_order(record.class_names or [], class_names) if start.keep_head else None
     if start.keep_head:
-        if list(class_names) != record.class_names:
+        if order is None:
             few = checkpoint.few_classes(record)
             raise InputError(f"{start.checkpoint} was trained for the classes {few}: leave --keep-head out for others")
     settings = {"pos_resize": start.pos_resize, "patch_resize": start.patch_resize, "keep_head": start.keep_head}
     flat = begin(trained, config, **settings)
-    origin = asdict(start) | {"weights": record.weights, "crc": zlib.crc32(to_host(trained.flat))}
+    if order is not None:  # classes are matched by name
+        head = ViT(config, flat=flat).params
+        for name in ("head.weight", "head.bias"):
+            head[name][...] = head[name][..., order]
+    said = {key: value for key, value in asdict(start).items() if value or key not in ("pixels", "heads")}
+    origin = said | {"weights": record.weights, "crc": zlib.crc32(to_host(trained.flat))}
     return config, Start(flat, origin)

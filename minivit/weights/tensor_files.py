@@ -32,9 +32,35 @@ UNPACKED, RATIO = 2**24, 100  # bytes that compressed arrays may unpack to: the 
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
 PICKLE_ADVICE = (
     "is a pickle, which can run any program when it is read, and minivit reads none; if you trust it, write it as "
-    'safetensors: python -c "import torch, safetensors.torch as s; '
-    "s.save_file(torch.load('IN', weights_only=True), 'OUT.safetensors')\""
+    "safetensors: python -c \"import torch, safetensors.torch as s; x = torch.load('IN', weights_only=True); "
+    "x = x.get('model', x.get('state_dict', x)); s.save_file({k: v.contiguous() for k, v in x.items()}, "
+    "'OUT.safetensors')\""
 )
+INDEX = "model.safetensors.index.json"
+MARKS = (  # how files begin that are no weights, or weights that are not read
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself: git lfs pull fetches that"),
+    (b"<", "is a web page (HTML), perhaps what a failed download left: download it again"),
+    (b"\x89HDF\r\n", "is an HDF5 file, of TensorFlow or Keras: save it as safetensors"),
+    (b"GGUF", "is a GGUF file, of llama.cpp: take the model's safetensors"),
+    (b"\x1f\x8b", "is compressed with gzip: unpack it first"),
+    (b"\xfd7zXZ", "is compressed with xz: unpack it first"),
+    (b"BZh", "is compressed with bzip2: unpack it first"),
+    (b"Rar!", "is an archive: unpack it first"),
+    (b"7z\xbc\xaf", "is an archive: unpack it first"),
+    (b"{", "is a JSON text, not the weights themselves"),
+    (b"Invalid username", "is the answer of a failed download, not the file: download it again"),
+    (b"Entry not found", "is the answer of a failed download, not the file: download it again"),
+)
+ENDINGS = {
+    ".msgpack": "is a msgpack file, of Flax: save it as safetensors",
+    ".h5": "is an HDF5 file, of TensorFlow or Keras: save it as safetensors",
+    ".keras": "is a file of Keras: save it as safetensors",
+    ".onnx": "is an ONNX file: take the model's safetensors",
+    ".tflite": "is a file of TensorFlow Lite: take the model's safetensors",
+    ".pb": "is a file of TensorFlow: take the model's safetensors",
+    ".index": "is a checkpoint of TensorFlow: take the model's safetensors",
+    ".gguf": "is a GGUF file, of llama.cpp: take the model's safetensors",
+}
 
 
 class Tensor(NamedTuple):
@@ -204,6 +230,7 @@ def _open_safetensors(path):
 def open_tensors(path):
     """The tensors of an ``.npz`` or ``.safetensors`` file by name, as `Tensor`; what it is is seen from its content.
 
+    The index of several safetensors files, ``*.safetensors.index.json``, stands for all of them.
     Raises  InputError: there is no such file, or it is broken, a pickle or something else; ImportError: it is a
     safetensors file, and the library is not installed.
     """
@@ -214,14 +241,52 @@ def open_tensors(path):
         raise InputError(f"{path} is not a file; name the .npz or .safetensors file")
     with refused(path):
         with open(path, "rb") as file:
-            start = file.read(9)
+            start = file.read(64)
+        if path.name.endswith(".safetensors.index.json"):
+            return _open_shards(path)
         if start[:2] == b"PK":
             return _open_npz(path)
-        if start[8:] == b"{":
+        if start[8:9] == b"{" and start[:1] != b"{":
             return _open_safetensors(path)
-        if start[:1] == b"\x80" or path.suffix in PICKLES:
-            raise InputError(f"{path} {PICKLE_ADVICE}")
+        if what := _what_else(path, start):
+            raise InputError(f"{path} {what}")
     raise InputError(f"{path} is neither an .npz nor a .safetensors file, or it is truncated")
+
+
+def _what_else(path, start):
+    """What a file is, by its first bytes and its ending, where it is none of ours; "" if nobody can tell."""
+    if not start:
+        return "is empty, perhaps what a failed download left: download it again"
+    if path.suffix == ".msgpack":
+        return ENDINGS[path.suffix]
+    if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
+        return PICKLE_ADVICE
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for mark, what in MARKS:
+        if text.startswith(mark):
+            return what
+    return PICKLE_ADVICE if path.suffix in PICKLES else ENDINGS.get(path.suffix, "")
+
+
+def _open_shards(path):
+    """The tensors of several safetensors files, by their index."""
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()) or not where:
+        raise InputError(f"{path} has no weight_map, which names the file of each tensor")
+    tensors, names = {}, sorted(set(where.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(f"{path} names the file {name!r}, which is no safetensors file beside it")
+        if not (path.parent / name).is_file():
+            raise InputError(f"{path} needs {name}, which is not there: download it too")
+    for name in names:
+        for key, tensor in open_tensors(path.parent / name).items():
+            if where.get(key) != name:
+                raise InputError(f"{path}: {name} holds {key}, which the index does not say")
+            tensors[key] = tensor
+    if lacking := where.keys() - tensors.keys():
+        raise InputError(f"{path}: {where[min(lacking)]} lacks {min(lacking)}")
+    return tensors
 
 
 def is_foreign(path):
@@ -230,9 +295,10 @@ def is_foreign(path):
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        start = file.read(9)
+        start = file.read(64)
     if start[:2] != b"PK":
-        return start[8:] == b"{" or start[:1] == b"\x80" or path.suffix in PICKLES
+        weights = path.name.endswith((*PICKLES, *ENDINGS, ".safetensors", ".safetensors.index.json"))
+        return weights or start[8:9] == b"{" or bool(start and path.suffix != ".json" and _what_else(path, start))
     try:
         with zipfile.ZipFile(path) as archive:
             return "meta.npy" not in archive.namelist()

@@ -27,7 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 FIELDS = [(cls, f) for cls in (ViTConfig, TrainConfig) for f in dataclasses.fields(cls)]
 SECTION = {ViTConfig: "model", TrainConfig: "train", StartConfig: "start"}
-STARTS = {"--pos-resize": "bicubic", "--patch-resize": "bilinear", "--keep-head": True, "--from": "a.npz"}
+STARTS = {
+    "--pos-resize": "bicubic",
+    "--patch-resize": "bilinear",
+    "--keep-head": True,
+    "--from": "a.npz",
+    "--pixels": "clip",
+    "--heads": 3,
+}
 
 
 def another(field):
@@ -66,7 +73,7 @@ def test_every_field_is_a_flag_and_a_key(tmp_path, cls, field):
 def test_every_setting_of_a_start_is_a_flag_and_a_key(tmp_path, flag):
     value, key = STARTS[flag], {"--from": "checkpoint"}.get(flag, flag[2:].replace("-", "_"))
     assert given(parsed(flag) if value is True else parsed(flag, value), StartConfig) == {key: value}
-    assert {f.name for f in dataclasses.fields(StartConfig)} >= {key} and len(STARTS) == 4
+    assert {f.name for f in dataclasses.fields(StartConfig)} >= {key} and len(STARTS) == 6
     (tmp_path / "x.toml").write_text(f"[start]\n{key} = {'true' if value is True else repr(value)}\n")
     assert settings("--config", tmp_path / "x.toml").start == {key: value}
 

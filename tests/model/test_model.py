@@ -100,7 +100,8 @@ def test_every_preset_is_a_model():
         ({"pos_embed": "learned2d", "width": 9}, '"learned2d" halves the width, which must be even, got 9'),
         ({"attention": "axial"}, 'set pooling to "mean", "avg" or "seq", and registers to 0'),
         ({"attention": "axial", "pooling": "mean", "registers": 2}, "and registers to 0"),
-        ({"pooling": "max"}, "pooling must be one of cls, mean, avg, seq; got 'max'"),
+        ({"pooling": "max"}, r"one of cls, mean, avg, seq, cls\+mean, cls\+register; got 'max'"),
+        ({"pooling": "cls+register"}, "registers must be at least 1"),
         ({"pos_embed": "rope"}, "pos_embed must be one of"),
         ({"gelu": "relu"}, "gelu must be one of"),
         ({"width": 66, "pos_embed": "sincos2d"}, "multiple of 4"),
@@ -323,14 +324,19 @@ def test_registers_stand_behind_the_class_token_and_have_no_position(pooling, po
     assert cache.blocks[-1].gelu.x.shape[1] == (1 if pooling == "cls" else 7)
 
 
-REFUSED = ("cls", "axial")
 PLACES = [(kind, place) for kind, places in POSITIONS.items() for place in places]
-WHOLE = [(pooling, attention) for pooling in POOLINGS for attention in ATTENTIONS if (pooling, attention) != REFUSED]
+WHOLE = [
+    (*place, pooling, attention)
+    for place in PLACES
+    for pooling in POOLINGS
+    for attention in ATTENTIONS
+    if not (pooling.startswith("cls") and attention == "axial")  # refused, as are registers and relative positions
+    and (place[0], pooling) != ("relative", "cls+register")
+]
 
 
 @pytest.mark.parametrize("pre_logits", [0, 5])
-@pytest.mark.parametrize(("pooling", "attention"), WHOLE)
-@pytest.mark.parametrize(("pos_embed", "pos_at"), PLACES)
+@pytest.mark.parametrize(("pos_embed", "pos_at", "pooling", "attention"), WHOLE)
 def test_every_position_with_every_head(pos_embed, pos_at, pooling, attention, pre_logits):
     """Right gradients, the same bits with recomputation, the transpose of the complex step, the right logits."""
     changes = {"registers": 2} if pos_embed != "relative" and attention == "full" else {}

@@ -2,7 +2,6 @@
 
 import io
 import json
-import ntpath
 import os
 import shutil
 from dataclasses import replace
@@ -16,7 +15,7 @@ from small_runs import HARD, MODEL, STEPS, Crash, assert_same_run, before_step, 
 
 from minivit.base.errors import InputError
 from minivit.commands import cli
-from minivit.data import imagefolder, load
+from minivit.data import load
 from minivit.data.source import dataset_of, fingerprint
 from minivit.data.walk import LeftOut, class_folders
 from minivit.training.engines import cut
@@ -240,12 +239,9 @@ def test_a_run_goes_on_at_another_path_and_with_another_number_of_cores(tmp_path
     assert_same_run(there, tmp_path / "whole")
 
 
-def test_a_folder_of_images_has_the_same_fingerprint_on_windows(tmp_path, monkeypatch):
+def test_a_folder_of_images_has_the_same_names_on_every_system(tmp_path):
     make_images(tmp_path)
     here = load("imagefolder", tmp_path, image_size=8)
-    monkeypatch.setattr(imagefolder.os.path, "join", ntpath.join)
-    there = load("imagefolder", tmp_path, image_size=8)
-    assert fingerprint(there) == fingerprint(here)
     assert here.train_images.identity.startswith(b"train/n01440764/n01440764_0.JPEG ")
 
 

@@ -22,6 +22,7 @@ from minivit.weights import checkpoint
 from minivit.weights import layouts as pretrained
 from minivit.weights.layouts.description import likely_heads
 from minivit.weights.layouts.timm import timm_config
+from minivit.weights.preprocessing import own
 from minivit.weights.tensor_files import Tensor, of_arrays
 
 FILES = {  # file: what the settings come to
@@ -108,7 +109,9 @@ def test_what_was_assumed_is_said(tmp_path):
     weights, _, arrays = stored("layout_timm_average")
     model, found = load(put(tmp_path, weights), heads=0)
     assert model.config.num_heads == 1  # 8 // 64, at least one
-    assert "how many heads there are: 1 assumed (--heads)" in found.notes[0]
+    for words in ("how many heads there are: 1 assumed (--heads)", "pixels 0..1 of mean 0.5 and std 0.5 (--pixels)",
+                  "exact GELU (--gelu)", "with eps 1e-06 (--layernorm-eps)", "images of 6 x 6 pixels"):  # fmt: skip
+        assert words in found.notes[0], words
     assert any("fc_norm beside a class token" in note for note in found.notes)
     assert any("it is the first register" in note for note in found.notes)
     assert np.abs(logits_of(model, arrays) - arrays["logits"]).max() > 0.01
@@ -121,7 +124,7 @@ def test_what_was_assumed_is_said(tmp_path):
     [
         ({"model_args": {"num_heads": 4}}, 4),
         ({"architecture": "vit_huge_patch14_224"}, 16),
-        ({"architecture": "vit_so400m_patch14_siglip_224"}, 16),
+        ({"architecture": "vit_so400m_patch14_siglip_gap_224", "global_pool": "token"}, 16),
         ({"architecture": "vit_base_patch16_224"}, 2),
         ({}, 2),
     ],
@@ -136,7 +139,7 @@ def test_heads_from_config_json(tmp_path, extra, heads):
 
 
 def test_heads_of_the_papers_huge_model_are_not_64_wide():
-    assert likely_heads({}, 1280, 32, []) == 16 and likely_heads({}, 768, 12, []) == 12
+    assert likely_heads(1280, 32) == 16 and likely_heads(768, 12) == 12
 
 
 @pytest.mark.parametrize("name", ["layout_timm_registers", "layout_timm_deit3", "layout_timm_average"])
@@ -180,7 +183,7 @@ def test_hugging_faces_config_json_is_heeded(tmp_path):
     assert (c.num_heads, c.layernorm_eps, c.gelu) == (4, 1e-3, "tanh") and found.class_names[4] == "name 4"
     said["id2label"] = {str(k): f"LABEL_{k}" for k in range(5)}
     assert load(put(tmp_path, weights, **said), heads=0)[1].class_names is None
-    for wrong in ({"model_type": "deit"}, {"hidden_act": "relu"}, {"pooler_act": "relu"}, {"num_attention_heads": "x"},
+    for wrong in ({"model_type": "beit"}, {"hidden_act": "relu"}, {"num_attention_heads": "x"},
                   {"num_attention_heads": 3}, {"layer_norm_eps": "tiny"}, {"image_size": 8}, {"image_size": 7},
                   {"id2label": 3}):  # fmt: skip
         with pytest.raises(InputError):
@@ -407,7 +410,7 @@ def test_from_the_official_layout_through_all_others_and_back_bit_for_bit(tmp_pa
     assert found.class_names == list("abcde")
     write(tmp_path / "hf", model, "hf")
     model, found = pretrained.read(tmp_path / "hf")
-    assert found.class_names == list("abcde") and not found.notes
+    assert found.class_names == list("abcde") and all("of no effect" in note for note in found.notes)
     write(tmp_path / "b.npz", model, "minivit")
     model, record = checkpoint.load_model(tmp_path / "b.npz")
     assert record.class_names == list("abcde")
@@ -427,7 +430,7 @@ def test_a_hybrid_from_the_official_layout_to_timm_and_back_bit_for_bit(tmp_path
     model = random_model(**changes)
     write(tmp_path / "a.npz", model, "official", naming=naming)
     first, found = pretrained.read(tmp_path / "a.npz")
-    assert first.config == model.config and not found.notes
+    assert first.config == model.config and len(found.notes) == 1
     np.testing.assert_array_equal(first.flat, model.flat)
     write(tmp_path / "timm", first, "timm")
     state = load_file(tmp_path / "timm" / "model.safetensors")
@@ -462,7 +465,7 @@ def test_timms_names_of_hybrids():
     for changes in ({"stem_width": 128}, {"stem_groups": 16}, {"stem": "1,1"}):
         assert pretrained.timm_architecture(ViTConfig.preset("R26+S/32", **changes)) == ""
     config = ViTConfig(**COMMON | SMALL_HYBRID | {"stem_groups": 8})
-    content = timm_config(config, list("abcde"))
+    content = timm_config(config, list("abcde"), own(config.image_size))
     assert (content["architecture"], content["stem_groups"]) == ("hybrid without a name in timm", 8)
     assert content["pretrained_cfg"]["first_conv"] == "patch_embed.backbone.stem.conv"
 
@@ -589,8 +592,8 @@ BROKEN = {  # file, key -> array or None, what the message says
     "no block 0": ("layout_official", {f"{B}0/LayerNorm_0/scale": None}, f"lacks {B}0/LayerNorm_0/scale"),
     "no such part": ("layout_timm_deit3", {"attn_pool.latent": np.zeros(1)}, "no part of the model takes: attn"),
     "a map head": ("layout_official", {"MAPHead_0/probe": np.zeros((1, 1, 8))}, "takes: MAPHead_0/probe"),
-    "distilled": ("layout_timm_deit3", {"dist_token": np.zeros((1, 1, 8))}, "takes: dist_token"),
-    "a decoder": ("layout_hf", {"decoder.0.weight": np.zeros(3)}, "takes: vit.decoder.0.weight"),
+    "two heads": ("layout_timm_deit3", {"head_dist.weight": np.zeros((5, 8))}, "no distillation token"),
+    "of BEiT": ("layout_hf", {"vit.encoder.layer.0.lambda_1": np.zeros(8)}, "takes: vit.encoder.layer.0.lambda_1"),
     "a wrong shape": ("layout_timm_deit3", {"blocks.1.mlp.fc1.weight": np.zeros((12, 9))}, "fc1.weight has shape"),
     "transposed": ("layout_hf", {"classifier.weight": np.zeros((8, 5))}, "classifier"),
     "heads that differ": ("layout_official", {f"{B}1/MultiHeadDotProductAttention_0/out/kernel": np.zeros((4, 2, 8))},
@@ -699,21 +702,23 @@ def test_images_normalised_in_another_way_come_to_the_same_logits(tmp_path):
     theirs = (images / 255 - mean) / std
     for name, beside in (("layout_timm_deit3", None), ("layout_hf", "preprocessor_config.json")):
         weights, _, _ = stored(name)
-        path = put(tmp_path, weights, num_attention_heads=2)
+        path = put(tmp_path, weights, **({} if beside is None else {"num_attention_heads": 2}))
         expected = load(path)[0].predict(theirs)
         model, found = load(path, imagenet_pixels=True)
         close(model.predict(images), expected)
         assert "made part of the patch embedding" in found.notes[-1]
         if beside is None:
-            put(tmp_path, weights, pretrained_cfg={"mean": list(mean), "std": list(std)}, model_args={"num_heads": 2})
+            images_of = {"mean": list(mean), "std": list(std), "input_size": [3, 6, 6]}
+            put(tmp_path, weights, pretrained_cfg=images_of, model_args={"num_heads": 2})
         else:
-            (tmp_path / beside).write_text(json.dumps({"image_mean": list(mean), "image_std": list(std)}))
+            said = {"image_mean": list(mean), "image_std": list(std), "size": 6}
+            (tmp_path / beside).write_text(json.dumps(said))
         close(load(path)[0].predict(images), expected)
     for bad in ([0.2, 0.2], [0.2, 0.2, 0.0], [0.2, 0.2, "x"]):
         (tmp_path / beside).write_text(json.dumps({"image_mean": 0.5, "image_std": bad}))
         with pytest.raises(InputError):
             load(path)
-    (tmp_path / beside).write_text(json.dumps({"image_mean": 0.5, "image_std": [0.5, 0.5, 0.5]}))
+    (tmp_path / beside).write_text(json.dumps({"image_mean": 0.5, "image_std": [0.5, 0.5, 0.5], "size": 6}))
     np.testing.assert_array_equal(
         load(path)[0].params["patch_embed.proj.bias"], weights["vit.embeddings.patch_embeddings.projection.bias"]
     )

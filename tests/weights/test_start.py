@@ -159,7 +159,9 @@ def test_settings_of_a_start():
         ({"pos_resize": "nearest", "checkpoint": "x"}, "pos_resize must be one of align-corners, bilinear"),
         ({"patch_resize": "flexi", "checkpoint": "x"}, "patch_resize must be one of pi, bilinear"),
         ({"keep_head": 1, "checkpoint": "x"}, "keep_head must be true or false"),
-        ({"keep_head": True}, "say what becomes of a start: name it with --from"),
+        ({"keep_head": True}, "are of a start: name it with --from"),
+        ({"pixels": "imagenet"}, "are of a start: name it with --from"),
+        ({"heads": -1, "checkpoint": "x"}, "heads must be at least 0"),
         ({"pos_resize": "bicubic"}, "name it with --from"),
     ]:
         with pytest.raises(InputError, match=said):
@@ -313,7 +315,7 @@ BAD = {
     "init": ("--from RUN/last.npz --init mimetic", "takes no --init and no --whiten"),
     "whiten": ("--from RUN/last.npz --whiten", "takes no --init and no --whiten"),
     "kept head": ("--from RUN/last.npz --keep-head --classes 0-4", "was trained for the classes 0, 1, 2, 3, 4, ...:"),
-    "kept head in another order": ("--from RUN/last.npz --keep-head --classes 1,0,2-9", "leave --keep-head out"),
+    "heads of a checkpoint": ("--from RUN/last.npz --heads 2", "is a checkpoint, which says itself what heads is"),
     "no start": ("--keep-head", "name it with --from"),
     "way of resizing": ("--from RUN/last.npz --pos-resize nearest", "pos_resize must be one of"),
     "unknown class": ("--classes 3,ten", "the data have no class 'ten'"),
@@ -334,6 +336,17 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, trained, call, name)
     assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1
     assert said in ended.err, ended.err
     assert not (tmp_path / "new").exists() and sorted(os.listdir(trained)) == before
+
+
+def test_a_kept_head_goes_by_the_names_of_the_classes(tmp_path, trained, call):
+    flags = ("--keep-head", "--classes", "1,0,2-9", "--lr", 0, "--epochs", 1)
+    assert call("train", *TINY, "--from", trained / LAST, *flags, "--out", tmp_path / "a").status == 0
+    (before, _), (after, record) = load_start(trained / LAST), checkpoint.load_model(tmp_path / "a" / LAST)
+    assert record.class_names == ["1", "0", *"23456789"]
+    order = [1, 0, *range(2, 10)]
+    for name in ("head.weight", "head.bias"):
+        np.testing.assert_array_equal(after.params[name], before.params[name][..., order])
+    assert np.ptp(before.params["head.bias"][:2]) > 0
 
 
 def test_curvature_cannot_make_such_a_run_again(tmp_path, trained, call):

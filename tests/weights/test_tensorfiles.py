@@ -232,8 +232,10 @@ def test_other_things(tmp_path):
     refuses(tmp_path / "none.npz", "there is no file")
     refuses(tmp_path, "is not a file")
     (tmp_path / "x.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
-    refuses(tmp_path / "x.h5", "neither an .npz nor a .safetensors file")
+    refuses(tmp_path / "x.h5", "is an HDF5 file")
     (tmp_path / "x").write_bytes(b"")
+    refuses(tmp_path / "x", "is empty")
+    (tmp_path / "x").write_bytes(b"something")
     refuses(tmp_path / "x", "neither")
     assert read_json(tmp_path / "config.json") == {}
     (tmp_path / "deep.json").write_text("[" * 100_000)

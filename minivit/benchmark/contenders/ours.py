@@ -256,8 +256,8 @@ def model_products(config, batch, *, backward=True):
     for times, Q in blocks:
         linears += [(batch * Q, d, m, times) for d, m in ((D, D), *mlp_matrices(c))]
     linears += [(patches, D, 1, 1)] if c.pooling == "seq" else []
-    linears += [(batch, D, c.pre_logits, 1)] if c.pre_logits else []
-    linears += [(batch, c.pre_logits or D, c.num_classes, 1)]
+    linears += [(batch, c.num_pooled, c.pre_logits, 1)] if c.pre_logits else []
+    linears += [(batch, c.num_features, c.num_classes, 1)]
     embed = (patches, c.patch_size**2 * c.channels, D, 1)
     heads = [((batch, N, c.num_heads, D // c.num_heads, times), {"queries": Q}) for times, Q in blocks]
     n = c.grid_size**2

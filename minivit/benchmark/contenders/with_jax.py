@@ -51,14 +51,14 @@ def vit(config, p, images):
     x = (images.astype(jnp.float32) - 127.5) / 127.5
     patches = x.reshape(B, n, P, n, P, c.channels).transpose(0, 1, 3, 2, 4, 5).reshape(B, n * n, -1)
     z = linear(p, "patch_embed.proj", patches)
-    if c.pooling == "cls":
+    if c.class_tokens:
         z = jnp.concatenate([jnp.broadcast_to(p["cls_token"], (B, 1, c.width)), z], axis=1)
     if c.pos_embed == "learned":
         z = z + p["pos_embed"]
     elif c.pos_embed == "sincos2d":
-        z = z + sincos2d(n, c.width, prefix_tokens=int(c.pooling == "cls")).astype(np.float32)
+        z = z + sincos2d(n, c.width, prefix_tokens=c.class_tokens).astype(np.float32)
     if c.registers:
-        at = int(c.pooling == "cls")
+        at = c.class_tokens
         z = jnp.concatenate([z[:, :at], jnp.broadcast_to(p["reg_token"], (B, c.registers, c.width)), z[:, at:]], axis=1)
     for i in range(c.depth):
         block = f"blocks.{i}"
@@ -68,10 +68,13 @@ def vit(config, p, images):
         u = linear(p, f"{block}.mlp.fc1", layernorm(p, f"{block}.norm2", z, c.layernorm_eps))
         u = linear(p, f"{block}.mlp.fc2", jax.nn.gelu(u, approximate=c.gelu == "tanh"))
         z = z + layer_scale(p, f"{block}.ls2", u)
-    y = z[:, 0] if c.pooling == "cls" else z[:, c.registers :]
+    y = z[:, 0] if c.pooling == "cls" else z if c.class_tokens else z[:, c.registers :]
     y = layernorm(p, "norm", y.mean(axis=1) if c.pooling == "avg" else y, c.layernorm_eps)
     if c.pooling == "mean":
         y = y.mean(axis=1)
+    elif c.class_tokens and c.pooling != "cls":
+        others = y[:, 1 + c.registers :] if c.pooling == "cls+mean" else y[:, 1:2]
+        y = jnp.concatenate([y[:, 0], others.mean(axis=1)], axis=1)
     elif c.pooling == "seq":
         y = (jax.nn.softmax(linear(p, "attention_pool", y), axis=1) * y).sum(axis=1)
     if c.pre_logits:

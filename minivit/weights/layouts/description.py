@@ -1,8 +1,8 @@
 """What model a file holds: its settings from the shapes, from the config.json beside it, and from the user.
 
 A file does not say all of a model. The GELU and LayerNorm's eps are its program's (official: tanh, 1e-6; timm: erf,
-1e-6; Hugging Face: those of ``config.json``, else erf, 1e-12), and so are the number of heads, where shapes do not show
-it, and the 32 groups of a stem's GroupNorm. What is assumed is said in notes.
+1e-6; Hugging Face: those of ``config.json``), and so are the number of heads, where shapes do not show it, what pixels
+become, and the 32 groups of a stem's GroupNorm. What is assumed is said in one note.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import numpy as np
 
 from minivit.base.errors import InputError
 from minivit.model import PAPER_SIZES, ViTConfig, parameter_table
-from minivit.weights.layouts.hugging_face import HuggingFace
+from minivit.weights.layouts.hugging_face import HuggingFace, check_config
 from minivit.weights.layouts.layout import Layout
 from minivit.weights.layouts.official import Official
 from minivit.weights.layouts.sources import Source, some_of
 from minivit.weights.layouts.timm import Timm
+from minivit.weights.layouts.torchvision import Torchvision
+from minivit.weights.preprocessing import HALF, PIXELS, Preprocessing, pixels_of
 from minivit.weights.tensor_files import FLOATS
 
-LAYOUTS = {layout.name: layout for layout in (Official(), Timm(), HuggingFace())}
-GELU_NAMES = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_tanh": "tanh"}
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of its pixels, red, green, blue, in 0..1
-WIDE_HEADS = {"huge": 16, "giant": 16, "gigantic": 16, "so400m": 16}  # timm's models whose heads are not 64 wide
-TOKENS = ("cls_token", "reg_token", "pos_embed")
+READABLE = (Official(), Timm(), HuggingFace(), Torchvision())
+LAYOUTS = {layout.name: layout for layout in READABLE if layout.writes}
+GELU_NAMES = {"erf": "exact GELU", "tanh": "tanh GELU"}  # in words
+TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")
+UNSAID = {"heads": "--heads", "gelu": "--gelu", "layernorm_eps": "--layernorm-eps", "pixels": "--pixels"}
 
 
 class Contents(NamedTuple):
@@ -35,46 +37,62 @@ class Contents(NamedTuple):
     layout: Layout
     tensors: dict  # of the model alone, under the names of the layout
     config: ViTConfig
-    has_prefix_positions: bool  # have class token and registers positions too?
+    prefix_positions: int  # how many of the tokens before the patches have positions too
     class_names: list | None  # if the file's config.json has them
     notes: list  # sentences
     where: str  # for messages
-    normalisation: tuple = ()  # mean and std that its images were normalised by, (C,) each, if not 0.5 and 0.5
+    preprocessing: Preprocessing | None = None  # of its images, as a file beside it says
+    pixels: tuple = (1 / 255, *HALF)  # factor, mean and std: what pixels 0..255 become, u = (factor x - mean) / std
 
     def keys(self, name):
         """The keys of one of our parameters in this file."""
+        if name.startswith("head.") and self.is_distilled:
+            return tuple(f"{module}.{name.partition('.')[2]}" for module in self.layout.distilled)
         return self.layout.keys_in(self.tensors, name) or ()
+
+    @property
+    def is_distilled(self):
+        """Are there two heads, of class token and distillation token?"""
+        return self.config.pooling == "cls+register"
 
 
 def describe_tensors(
-    tensors, extra, where, *, heads=0, pooling="", image_size=0, num_classes=0, imagenet_pixels=False, changes=None,
-    need_head=True,
+    tensors, extra, where, *, heads=0, pooling="", image_size=0, num_classes=0, imagenet_pixels=False, pixels="",
+    changes=None, need_head=True,
 ):  # fmt: skip
     """The `Contents` of tensors by name and of their config.json ``extra``; see `minivit.weights.layouts.describe`."""
-    source = Source(tensors, where, LAYOUTS.values())
+    changes, pixels = changes or {}, pixels or ("imagenet" if imagenet_pixels else "")
+    if not READABLE[0].tensors_in(tensors):  # official files have nothing beside them
+        check_config(extra, where)
+    source = Source(tensors, where, READABLE)
     layout = source.layout
-    facts = layout.facts(extra, where)
-    if str(facts["gelu"]) not in GELU_NAMES:
-        raise InputError(f"{where}: its activation is {facts['gelu']!r}; known here: {', '.join(GELU_NAMES)}")
+    facts = layout.facts(extra, source)
+    source.notes += facts.get("notes", [])
     layout.check_tensors(source)
     fields, stride = _body_fields(source, facts, heads)
     fields |= _head_fields(source, num_classes, need_head)
-    tokens, embedded = _token_fields(source, facts, fields["patch_size"] * stride, pooling, image_size)
+    tokens, prefix = _token_fields(source, facts, fields, stride, pooling, image_size)
     fields |= tokens
     if source.stem_units is not None and facts.get("stem_groups") is not None:
         fields["stem_groups"] = facts["stem_groups"]
+    _check_expected(facts.get("expected", {}), fields | {"pooling": None}, source)
     try:
-        config = ViTConfig(**(fields | (changes or {})))
+        config = ViTConfig(**(fields | changes))
     except InputError as error:
         advice = " (--stem-groups)" if "stem_groups" in str(error) else ""
         raise InputError(f"{where}: {error}{advice}") from None
     names = facts.get("class_names")
     if not (isinstance(names, list) and len(names) == config.num_classes and all(isinstance(n, str) for n in names)):
         names = None
-    normalisation = _normalisation(IMAGENET if imagenet_pixels else facts.get("normalisation"), config, source)
-    contents = Contents(layout, source.tensors, config, embedded, names, source.notes, where, normalisation)
+    numbers = _pixels(facts, pixels, config, source)
+    preprocessing = facts.get("preprocessing")
+    if preprocessing and pixels:
+        preprocessing = preprocessing._replace(rescale=1 / 255, mean=HALF[0], std=HALF[1])
+    assumed = _assumptions(facts, config, {**changes, "heads": heads, "pixels": pixels}, numbers)
+    contents = Contents(layout, source.tensors, config, prefix, names, [], where, preprocessing, numbers)
     _check(contents, source)
-    return contents
+    _check_size(contents, source)
+    return contents._replace(notes=assumed + source.notes)
 
 
 def _body_fields(source, facts, heads):
@@ -88,29 +106,25 @@ def _body_fields(source, facts, heads):
     fields |= stem
     if stem and layout.stem_note:
         source.notes.append(layout.stem_note)
-    fields |= {"gelu": GELU_NAMES[facts["gelu"]], "layernorm_eps": facts["layernorm_eps"]}
+    program = layout.program | {key: facts[key] for key in layout.program if facts.get(key) is not None}
+    fields |= {"gelu": program["gelu"], "layernorm_eps": program["layernorm_eps"]}
     fields["mlp_dim"] = layout.outputs(source.shape("blocks.0.mlp.fc1.weight", 2))
     fields["qk_norm"] = source.has("blocks.0.attn.q_norm.weight")
     visible = layout.heads(source, D)
     if heads and visible and heads != visible:
         raise InputError(f"{source.where} has {visible} heads, not {heads}")
-    fields["num_heads"] = heads or visible or likely_heads(facts, D, fields["depth"], source.notes)
+    said = facts.get("heads") or D // (facts.get("head_size") or D + 1)
+    facts["heads"] = visible or said  # 0 if nothing tells
+    fields["num_heads"] = heads or visible or said or likely_heads(D, fields["depth"])
     if source.has("blocks.0.ls1.gamma"):
         fields["layer_scale"] = facts.get("layer_scale") or 1e-5  # what it began with; nothing depends on it any more
     return fields, stride
 
 
-def likely_heads(facts, width, depth, notes):
-    """The number of heads, where neither shapes nor the user tell; an assumption is added to the notes."""
-    if facts.get("heads"):
-        return facts["heads"]
-    for word, heads in WIDE_HEADS.items():
-        if word in re.split(r"[_\W]", str(facts.get("architecture"))):
-            return heads
+def likely_heads(width, depth):
+    """The number of heads, where neither shapes nor files nor the user tell: the paper's, or 64 numbers for each."""
     sizes = {(width, layers): heads for width, layers, heads, _ in PAPER_SIZES.values()}
-    heads = sizes.get((width, depth), max(1, width // 64))
-    notes.append(f"the file does not say how many heads there are: {heads} assumed (--heads)")
-    return heads
+    return sizes.get((width, depth), max(1, width // 64))
 
 
 def _head_fields(source, num_classes, need_head):
@@ -134,57 +148,64 @@ def _head_fields(source, num_classes, need_head):
     return fields
 
 
-def _token_fields(source, facts, P, pooling, image_size):
-    """The settings that tell which tokens there are, and whether those before the patches have positions.
-
-    P is in pixels of the image, with a stem too.
-    """
-    has_cls = source.has("cls_token")
-    registers = source.shape("reg_token", 3)[1] if source.has("reg_token") else 0
-    fields = {"pooling": _pooling(facts, pooling, has_cls, source)}
-    fields["registers"] = registers + (has_cls and fields["pooling"] != "cls")
-    if has_cls and fields["pooling"] != "cls":
+def _token_fields(source, facts, fields, stride, pooling, image_size):
+    """The settings that tell which tokens there are, and how many of those before the patches have positions."""
+    P, has_cls, has_dist = fields["patch_size"] * stride, source.has("cls_token"), source.has("dist_token")
+    registers = (source.shape("reg_token", 3)[1] if source.has("reg_token") else 0) + has_dist
+    tokens = {"pooling": _pooling(facts, pooling, has_cls, source)}
+    tokens["registers"] = registers + (has_cls and not tokens["pooling"].startswith("cls"))
+    if has_cls and not tokens["pooling"].startswith("cls"):
         source.notes.append("the class token is not classified: here it is the first register")
-    elif not has_cls and fields["pooling"] == "cls":
+    elif not has_cls and tokens["pooling"].startswith("cls"):
         raise InputError(f"{source.where} has no class token to classify (--pooling)")
-    side, embedded = _side(image_size or facts.get("image_size"), P, source.where), False
+    if has_dist and tokens["pooling"] == "cls":
+        source.notes.append("the distillation token has no head: here it is a register")
+    side, embedded = _side(image_size or facts.get("image_size"), P, source.where), 0
     if source.has("pos_embed"):
-        rows, no_embed = source.shape("pos_embed", 3)[1], facts.get("no_embed_class")
-        no_embed = None if no_embed is None else not no_embed
-        side, embedded = _grid(rows, has_cls + registers, side, no_embed, source.where)
+        rows = source.shape("pos_embed", len(source.tensors[source.key("pos_embed")].shape))[-2]
+        counts = {"all": has_cls + registers, "first": int(has_cls), "none": 0}
+        said = facts.get("prefix_positions")
+        allowed = [counts[said]] if said else sorted({counts["all"], counts["none"]}, reverse=True)
+        side, embedded = _grid(rows, has_cls + registers, allowed, side, source.where)
     else:
         side = side or max(1, 224 // P)
-        fields["pos_embed"] = source.layout.positions_without_table
-        kind = "none" if fields["pos_embed"] == "none" else "the fixed ones of big_vision"
+        tokens["pos_embed"] = source.layout.positions_without_table
+        kind = "none" if tokens["pos_embed"] == "none" else "the fixed ones of big_vision"
         source.notes.append(f"the file has no positions: {kind}, for images of {side * P} pixels (--image-size)")
-    return fields | {"image_size": side * P}, embedded
+    return tokens | {"image_size": side * P}, embedded
 
 
 def _pooling(facts, kind, has_cls, source):
     """Our name of the pooling: what the user says, what config.json says, or what the tensors' names suggest."""
     averaged = "avg" if source.norm_is_last else "mean"
-    if facts.get("pooling") is not None and not kind:
-        if facts["pooling"] not in ("token", "avg"):
-            raise InputError(f"{source.where}: its pooling is {facts['pooling']!r}; only token and avg are known here")
-        kind = "cls" if facts["pooling"] == "token" else "mean"
+    said = facts.get("pooling")
+    if said not in (None, "token", "avg", "cls+mean"):
+        raise InputError(f"{source.where}: its pooling is {said!r}; only token and avg are known here")
+    if not kind and said:
+        kind = {"token": "cls", "avg": "mean"}.get(said, said)
     if not kind:
         if has_cls and source.norm_is_last:
             source.notes.append("fc_norm beside a class token: the mean of the patches is classified (--pooling)")
         kind = "cls" if has_cls and not source.norm_is_last else "mean"
-    return "cls" if kind == "cls" else averaged
+    distilled = source.layout.distilled
+    if distilled and f"{distilled[1]}.weight" in source.tensors:
+        if kind != "cls" or not source.has("dist_token"):
+            raise InputError(f"{source.where} has two heads, and no distillation token that is classified")
+        return "cls+register"
+    return averaged if kind == "mean" else kind
 
 
-def _grid(rows, prefix, side, embedded, where):
-    """Patches on a side, and whether the ``prefix`` tokens have positions too, from the rows of a position table.
+def _grid(rows, prefix, allowed, side, where):
+    """Patches on a side, and how many of the ``prefix`` tokens have positions too, from the rows of a position table.
 
-    ``side`` (patches on a side) and ``embedded`` say what else is known, if they are not None.
+    ``allowed`` are the numbers of such tokens that can be, ``side`` (patches on a side) what else is known, or None.
     """
     possible = [
-        (math.isqrt(patches), with_prefix)
-        for patches, with_prefix in ((rows - prefix, True), (rows, False))[: 2 if prefix else 1]
-        if patches > 0 and math.isqrt(patches) ** 2 == patches
+        (math.isqrt(rows - count), count)
+        for count in allowed
+        if rows > count and math.isqrt(rows - count) ** 2 == rows - count
     ]
-    fitting = [(g, e) for g, e in possible if side in (None, g) and (embedded is None or not prefix or embedded == e)]
+    fitting = [(g, count) for g, count in possible if side in (None, g)]
     if len(fitting) == 1:
         return fitting[0]
     about = f"{where} has {rows} positions for {prefix} tokens and the patches of an image"
@@ -195,7 +216,9 @@ def _grid(rows, prefix, side, embedded, where):
 
 def _side(size, P, where):
     """Patches on a side of an image, None for an unknown size."""
-    if isinstance(size, (list, tuple)) and size and all(each == size[0] for each in size):
+    if isinstance(size, (list, tuple)) and size:
+        if any(each != size[0] for each in size):
+            raise InputError(f"{where}: its images are {' x '.join(map(str, size))} pixels; only square ones are known")
         size = size[0]
     if not size:
         return None
@@ -204,22 +227,73 @@ def _side(size, P, where):
     return size // P
 
 
-def _normalisation(pair, config, source):
-    """Mean and std of a channel that images are normalised by, if they are not ours; (), if they are."""
-    if not pair or None in pair:
-        return ()
-    mean, std = (np.broadcast_to(np.asarray(each, np.float64), config.channels) for each in pair)
+def _check_expected(expected, fields, source):
+    """Refuses a config.json that contradicts the tensors."""
+    for name, value in expected.items():
+        if isinstance(value, list | tuple) and value and all(each == value[0] for each in value):
+            value = value[0]
+        found = fields.get(name, 0)
+        if value is not None and value != found:
+            raise InputError(f"{source.where}: its configuration says {name} {value!r}, its tensors {found!r}")
+
+
+def _pixels(facts, pixels, config, source):
+    """What pixels 0..255 become, u = (factor x - mean) / std: (factor, mean (C,), std (C,))."""
+    factor, (mean, std) = 1 / 255, PIXELS[facts.get("pixels") or "half"]
+    if pixels:
+        mean, std = pixels_of(pixels, config.channels)
+    elif facts.get("preprocessing"):
+        said = facts["preprocessing"]
+        factor, mean, std = said.rescale, said.mean, said.std
+    if {len(mean), len(std)} - {1, config.channels} and not facts.get("preprocessing") and not pixels:
+        mean, std = HALF  # a program's pixels are of three channels
+    if {len(mean), len(std)} - {1, config.channels}:
+        raise InputError(f"{source.where}: its images are normalised by mean {mean}, std {std}, and have "
+                         f"{config.channels} channels")  # fmt: skip
+    mean, std = (np.broadcast_to(np.asarray(each, np.float64), config.channels) for each in (mean, std))
     if not (np.isfinite(mean) & (std > 0)).all():
         raise InputError(f"{source.where}: its images are normalised by mean {mean}, std {std}, which cannot be")
-    if (mean == 0.5).all() and (std == 0.5).all():
-        return ()
+    if factor == 1 / 255 and (mean == 0.5).all() and (std == 0.5).all():
+        return factor, mean, std
+    scaled = "" if factor == 1 / 255 else f", after a factor of {factor:.6g}"
     if config.stem:
         raise InputError(
-            f"{source.where}: its images are normalised by mean {mean}, std {std}; the standardised kernels of a "
-            "hybrid's stem cannot take ours instead"
+            f"{source.where}: its images are normalised by mean {mean}, std {std}{scaled}; the standardised kernels of "
+            "a hybrid's stem cannot take ours instead"
         )
-    source.notes.append(f"images normalised by mean {mean}, std {std}: made part of the patch embedding")
-    return mean, std
+    source.notes.append(f"images normalised by mean {mean}, std {std}{scaled}: made part of the patch embedding")
+    return factor, mean, std
+
+
+def _assumptions(facts, config, given, numbers):
+    """One note on what nothing says: [] where all is said."""
+    unsaid = []
+    if not facts.get("preprocessing") and not given["pixels"]:
+        _, mean, std = numbers
+        mean, std = (
+            f"{each[0]:g}" if len(set(each)) == 1 else "/".join(f"{v:g}" for v in each) for each in (mean, std)
+        )
+        unsaid.append(f"pixels 0..1 of mean {mean} and std {std} (--pixels)")
+    if not facts["heads"] and not given["heads"]:
+        unsaid.append(f"how many heads there are: {config.num_heads} assumed (--heads)")
+    if facts.get("gelu") is None and "gelu" not in given:
+        unsaid.append(f"{GELU_NAMES[config.gelu]} (--gelu)")
+    if facts.get("layernorm_eps") is None and "layernorm_eps" not in given:
+        unsaid.append(f"LayerNorm before each branch, with eps {config.layernorm_eps:g} (--layernorm-eps)")
+    if not unsaid:
+        return []
+    size = f"images of {config.image_size} x {config.image_size} pixels"
+    return [f"no file says these, which are assumed: {'; '.join(unsaid)}; {size}, by its positions"]
+
+
+def _check_size(contents, source):
+    """Refuses preprocessing whose images are of another size than the model's."""
+    side, said = contents.config.image_size, contents.preprocessing
+    if said and said.output not in (None, (side, side)):
+        height, width = said.output
+        raise InputError(
+            f"{source.where}: its images are made {height} x {width} pixels, and its positions are for {side} x {side}"
+        )
 
 
 def _check(contents, source):
@@ -228,8 +302,12 @@ def _check(contents, source):
     for spec in parameter_table(contents.config):
         if spec.name in TOKENS:
             continue
-        expected = layout.shape(spec.name, layout.part_shape(spec.name, spec.shape), contents.config)
-        for key in contents.keys(spec.name):
+        ours, keys = spec.shape, contents.keys(spec.name)
+        if contents.is_distilled and spec.name == "head.weight":
+            ours = (spec.shape[0] // 2, spec.shape[1])
+        parts = 1 if spec.name.startswith("head.") else len(keys)
+        expected = layout.shape(spec.name, (*ours[:-1], ours[-1] // max(1, parts)), contents.config)
+        for key in keys:
             if (tensor := rest.pop(key, None)) is None:
                 if _may_lack(spec.name, source):
                     continue
@@ -240,7 +318,7 @@ def _check(contents, source):
         if source.has(name):
             tensor = rest.pop(source.key(name))
             if tensor.shape != (1, tensor.shape[1], contents.config.width) or (
-                name == "cls_token" and tensor.shape[1] != 1
+                name in ("cls_token", "dist_token") and tensor.shape[1] != 1
             ):
                 raise InputError(f"{where}: {source.key(name)} has shape {tensor.shape}")
     if rest:
@@ -254,7 +332,7 @@ def _may_lack(name, source):
     """Zeros stand for a head that is not there, and for the biases of queries, keys and values of a model with none."""
     if name.startswith("head."):
         return not source.has("head.weight")
-    no_bias = name.endswith("attn.qkv.bias") and not source.has("blocks.0.attn.qkv.bias")
+    no_bias = re.search(r"attn\.qkv\.bias$", name) and not source.has("blocks.0.attn.qkv.bias")
     if no_bias and name.startswith("blocks.0."):
         source.notes.append("queries, keys and values have no biases: zeros")
     return no_bias and source.layout.may_lack_qkv_bias

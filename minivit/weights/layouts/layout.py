@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
+from minivit.base.errors import InputError
 from minivit.model import STEM
 
 # Settings of `ViTConfig` that every layout can express, with any value; three are of training, not of the model.
@@ -17,6 +18,9 @@ SIZES = dict.fromkeys(
     ("image_size", "patch_size", "channels", "num_classes", "width", "depth", "num_heads", "mlp_dim")
     + ("dropout", "attention_dropout", "drop_path")
 )
+# What other programs put before the names of a model within a model.
+PREFIXES = "module|model|backbone|encoder|net|network|trunk|visual|image_encoder|base_model|timm_model|_orig_mod"
+PREFIXES += "|state_dict|model_state|teacher|student|target_encoder|ema|model_ema|feature_extractor"
 POSITIONS = {"pos_embed": ("learned", "learned2d", "sincos2d", "none")}  # at the input: whatever makes the table
 
 
@@ -31,6 +35,11 @@ class Layout:
     positions_without_table: ClassVar[str] = "none"  # pos_embed of a model whose file holds no positions
     may_lack_qkv_bias: ClassVar[bool] = True  # zeros stand for it then
     stem_note: ClassVar[str] = ""  # what a hybrid's reader is to know
+    program: ClassVar[dict] = {"gelu": "erf", "layernorm_eps": 1e-6}  # its program's, where nothing is said
+    mark: ClassVar[str]  # the pattern of the key of the patch embedding's weight; what stands before it is a prefix
+    left_out: ClassVar[str] = "$."  # the pattern of keys that no classifier needs
+    writes: ClassVar[bool] = True  # is it a layout of `write` too?
+    distilled: ClassVar[tuple] = ()  # the modules of two heads, whose logits are averaged
     # Where a hybrid's stem lies: the beginnings of its keys, the number of the first stage and unit, a unit's place.
     stem: ClassVar[tuple | None] = None
 
@@ -102,18 +111,34 @@ class Layout:
     # ---- files
 
     def tensors_in(self, tensors):
-        """(the model's tensors, the prefix of their keys that was taken off), or None: it is another layout's file."""
-        raise NotImplementedError
+        """(the model's tensors, the prefix of their keys that was taken off), or None: it is another layout's file.
+
+        Raises  InputError: the file holds several models.
+        """
+        found = [match for key in tensors if (match := re.fullmatch(rf"((?:(?:{PREFIXES})\.)*){self.mark}", key))]
+        prefixes = sorted({match[1] for match in found}, key=lambda prefix: (len(prefix), prefix))
+        if len(prefixes) > 1 and prefixes[0]:
+            raise InputError(
+                f"it holds several models, {' and '.join(prefixes)}: write one of them to a file of its own"
+            )
+        if not found:
+            return None
+        prefix = prefixes[0]
+        return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}, prefix
 
     def blocks_apart(self, key, tensor, where):
         """A tensor of all blocks as those of single ones: a list of (key, tensor); others as they are."""
         return [(key, tensor)]
 
-    def facts(self, extra, where):
-        """What the content ``extra`` of the config.json beside a file says: a dict with gelu, layernorm_eps, and maybe
-        heads, image_size, class_names, normalisation (mean, std), pooling, no_embed_class, layer_scale, architecture,
-        stem_groups.
+    def facts(self, extra, source):
+        """What the content ``extra`` of the config.json beside a file says, and what the names of the
+        tensors of a `sources.Source` tell: a dict.
 
+        gelu, layernorm_eps: None where nothing is said; ``program`` has then those of the layout's program. Maybe:
+        heads, head_size, image_size, class_names, preprocessing (a `Preprocessing`), pixels (a name: those of the
+        program where nothing is said), pooling, prefix_positions ("all", "first" or "none": which tokens before the
+        patches have positions), layer_scale, stem_groups, expected ({field of `ViTConfig`: what the file says it is}),
+        qkv_bias, notes.
         Raises  InputError: it is of a model that ours is not.
         """
         raise NotImplementedError
@@ -126,7 +151,7 @@ class Layout:
     def check_tensors(self, source):
         """Raises InputError if the tensors of a `sources.Source` contradict each other."""
 
-    def texts(self, config, class_names):
+    def texts(self, config, class_names, preprocessing):
         """The JSON files beside ``model.safetensors``, {name: content}; {} where a model is one file."""
         return {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from typing import ClassVar
 
 from minivit.base.errors import InputError
 from minivit.model import STEM
@@ -47,6 +48,8 @@ class Official(Layout):
     block = r"(?<=encoderblock_)\d+"
     holds = {**SIZES, **POSITIONS, "pooling": ("cls", "mean"), "pre_logits": None, "stem": None, "stem_width": None}
     positions_without_table = "sincos2d"
+    program: ClassVar[dict] = {"gelu": "tanh", "layernorm_eps": 1e-6}
+    mark = "embedding/kernel"
     may_lack_qkv_bias = False
     stem = r"(conv_root|gn_root|block\d+)/", 1, "block{}/unit{}/"
 
@@ -98,9 +101,9 @@ class Official(Layout):
             for i in range(tensor.shape[0])
         ]
 
-    def facts(self, extra, where):
-        """One GELU and one eps; these files have nothing beside them."""
-        return {"gelu": "gelu_tanh", "layernorm_eps": 1e-6}
+    def facts(self, extra, source):
+        """These files have nothing beside them."""
+        return {}
 
     def heads(self, source, width):
         return source.shape("blocks.0.attn.qkv.weight", 3)[1]

@@ -29,13 +29,17 @@ def build(contents, *, dtype=np.float32):
         if not is_finite(view):
             key = (contents.keys(name) or (name,))[0]
             raise InputError(f"{contents.where}: {key} holds values that are not finite numbers")
-    if contents.normalisation:
-        _fold(views["patch_embed.proj.weight"], views["patch_embed.proj.bias"], *contents.normalisation)
+    factor, mean, std = contents.pixels
+    if not contents.config.stem and (factor != 1 / 255 or set(mean) | set(std) != {0.5}):
+        _fold(views["patch_embed.proj.weight"], views["patch_embed.proj.bias"], factor, mean, std)
     return ViT(contents.config, flat=flat)
 
 
 def _fill(view, name, contents):
     """Copy a parameter from the file; what the file does not have stays zero."""
+    if contents.is_distilled and name.startswith("head."):
+        _average_heads(view, name, contents)
+        return
     shape = contents.layout.part_shape(name, view.shape)
     for k, key in enumerate(contents.keys(name)):
         if key in contents.tensors:
@@ -43,14 +47,25 @@ def _fill(view, name, contents):
             view[..., k * shape[-1] : (k + 1) * shape[-1]] = part
 
 
-def _fold(W, b, mean, std):
-    """Make a patch embedding of pixels (x / 255 - mean) / std one of our pixels, in place.
+def _average_heads(view, name, contents):
+    """Two heads as one that reads the class token and the distillation token, side by side.
 
-    Math    ours v = 2 x / 255 - 1, theirs u = (v / 2 + 1/2 - mean) / std = a v + c for each channel:
+    Math    (x W + b + x' W' + b') / 2 = [x; x'] [W / 2; W' / 2] + (b + b') / 2
+    Shapes  view (2 D, K) or (K,), with W and W' (D, K)
+    """
+    shape = (view.shape[0] // 2, *view.shape[1:]) if view.ndim == 2 else view.shape
+    first, second = (contents.layout.to_ours(contents.tensors[key].read(), shape) for key in contents.keys(name))
+    view[...] = np.concatenate([first, second]) / 2 if view.ndim == 2 else (first + second) / 2
+
+
+def _fold(W, b, factor, mean, std):
+    """Make a patch embedding of pixels (factor x - mean) / std, of x in 0..255, one of our pixels, in place.
+
+    Math    ours v = x / 127.5 - 1, theirs u = (127.5 factor (v + 1) - mean) / std = a v + c for each channel:
             u W + b = v (a W) + (c W + b)
     Shapes  W (P*P*C, D), b (D,), mean and std (C,)
     """
-    a, c = 0.5 / std, (0.5 - mean) / std
+    a, c = 127.5 * factor / std, (127.5 * factor - mean) / std
     repeats = len(W) // len(mean)
     b += np.tile(c, repeats) @ W
     W *= np.tile(a, repeats)[:, None]
@@ -63,17 +78,17 @@ def _tokens(contents):
     that theirs is added to the registers, and the class token's is zero where they have none. A class token that is
     not classified is a register.
     """
-    D, c = contents.config.width, int(contents.config.pooling == "cls")
+    D, c = contents.config.width, contents.config.class_tokens
     theirs = {}
     for name in TOKENS:
         keys = contents.layout.keys(name)
         if keys and keys[0] in contents.tensors:
-            theirs[name] = contents.tensors[keys[0]].read()[0]  # (rows, D)
+            theirs[name] = contents.tensors[keys[0]].read().reshape(-1, D)  # (rows, D)
     tokens = {}
-    prefix = [theirs[name] for name in ("cls_token", "reg_token") if name in theirs]
+    prefix = [theirs[name] for name in ("cls_token", "dist_token", "reg_token") if name in theirs]
     prefix = np.concatenate([np.zeros((0, D)), *prefix])  # (p, D)
     if "pos_embed" in theirs:
-        p = len(prefix) if contents.has_prefix_positions else 0
+        p = contents.prefix_positions
         own, patches = np.zeros_like(prefix), theirs["pos_embed"][p:]
         own[:p] = theirs["pos_embed"][:p]
         tokens["pos_embed"] = np.concatenate([own[:c], patches])

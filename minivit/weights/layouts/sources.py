@@ -35,14 +35,22 @@ class Source:
     def _recognise(self, tensors, layouts):
         """The layout, and the tensors of the model without a prefix."""
         for layout in layouts:
-            if (parts := layout.tensors_in(tensors)) is None:
+            try:
+                parts = layout.tensors_in(tensors)
+            except InputError as error:
+                raise InputError(f"{self.where}: {error}") from None
+            if parts is None:
                 continue
             inside, prefix = parts
+            self.seen = set(inside)  # the keys, before any is left out or renamed
+            if idle := [key for key in inside if re.match(layout.left_out, key)]:
+                self.notes.append(f"left out, of pre-training: {some_of(idle)}")
+                inside = {key: tensor for key, tensor in inside.items() if key not in set(idle)}
             if outside := [key for key in tensors if not key.startswith(prefix)]:
                 self.notes.append(f"left out, outside {prefix}: {some_of(outside)}")
             return layout, inside
         raise InputError(
-            f"{self.where} has no layout known here (official .npz, timm or Hugging Face ViT); it holds "
+            f"{self.where} has no layout known here (official .npz, timm, Hugging Face or torchvision ViT); it holds "
             + some_of(tensors)
         )
 

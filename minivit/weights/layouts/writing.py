@@ -15,6 +15,7 @@ from minivit.model import ViTConfig, positions
 from minivit.weights import checkpoint
 from minivit.weights.layouts.description import LAYOUTS
 from minivit.weights.layouts.official import CURRENT
+from minivit.weights.preprocessing import own
 from minivit.weights.tensor_files import write_npz, write_safetensors
 
 MODEL_FILE = "model.safetensors"
@@ -43,7 +44,7 @@ def tensors_of(model, layout, *, naming="published"):
     config = model.config
     check_held(config, layout)
     layout = LAYOUTS[layout]
-    c, arrays = int(config.pooling == "cls"), {}
+    c, arrays = config.class_tokens, {}
     table = positions(model)
     if config.registers:  # timm has rows for the registers too
         empty = np.zeros((1, config.registers, config.width), table.dtype)
@@ -61,17 +62,20 @@ def tensors_of(model, layout, *, naming="published"):
     return arrays
 
 
-def write(path, model, layout, *, class_names, naming="published", overwrite=False):
+def write(path, model, layout, *, class_names, preprocessing=None, naming="published", overwrite=False):
     """Write a model as another program reads it; returns the paths that were written.
 
     official: a file. timm, hf: a folder with ``model.safetensors`` and ``config.json``, for timm's
     ``create_model("local-dir:PATH", pretrained=True)`` and transformers' ``from_pretrained(PATH)``.
     minivit: a checkpoint.
+    ``preprocessing`` is that of the model's images, a `Preprocessing`; None where they are cut as minivit cuts those of
+    a folder.
     Raises  InputError: the layout cannot hold the model, or something is there already and not to be overwritten;
     nothing is written then. OSError: see `write_atomically`.
     """
     path, config = Path(path), model.config
-    texts = {} if layout == "minivit" else LAYOUTS[layout].texts(config, class_names)
+    p = preprocessing
+    texts = {} if layout == "minivit" else LAYOUTS[layout].texts(config, class_names, p or own(config.image_size))
     paths = [path / name for name in (*texts, MODEL_FILE)] if texts else [path]
     if texts and path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; {layout} needs a folder for {' and '.join(p.name for p in paths)}")
@@ -91,5 +95,6 @@ def write(path, model, layout, *, class_names, naming="published", overwrite=Fal
         write_npz(path, arrays)
     else:
         meta = checkpoint.model_meta(config) | {"class_names": list(class_names)}
+        meta |= {"preprocessing": p.folded()._asdict()} if p else {}
         checkpoint.save(path, checkpoint.named_arrays("params", model.flat, model.table), meta)
     return paths
