@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import json
 import platform
+import unicodedata
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -179,9 +180,9 @@ def class_names_of(record):
 def class_order(names, wanted):
     """Where each of the ``wanted`` class names stands among ``names``; None unless both have the same, each once.
 
-    Lists that are equal may hold a name twice.
+    Lists that are equal may hold a name twice. Letters with marks are the same however they are written (NFC).
     """
-    names, wanted = list(names), list(wanted)
+    names, wanted = ([unicodedata.normalize("NFC", name) for name in each] for each in (names, wanted))
     if names == wanted:
         return list(range(len(names)))
     if len(set(names)) != len(names) or sorted(names) != sorted(wanted):

@@ -83,6 +83,7 @@ EXPOSED_BY = {
     "sequence_pool: dx dW db": "sequence-pool-no-softmax",
     "head: dz": "head-class-token-everywhere",
     "head-mean: dz dnorm.*": "head-mean-factor",
+    "head-cls+mean: dz dnorm.*": "head-beside-mean-factor",
     "head-pre_logits: dz dnorm.* dpre_logits.*": "head-tanh-derivative head-tanh-skipped",
     "conv2d: dx": "conv-windows-overwrite conv-kernel-flipped",
     "weight_standardization: dw": "standardization-dropped-mean standardization-deviation-constant",

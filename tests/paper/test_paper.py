@@ -341,7 +341,7 @@ def test_figures_of_weights_of_another_program(call, tmp_path, trained):
     for layout, name in (("timm", "timm"), ("official", "o.npz")):
         assert call("convert", trained / "last.npz", tmp_path / name, "--to", layout).status == 0
     ended = call("paper", *names, *common)
-    assert ended.status == 2 and ended.err.endswith("name one with --data\n") and ended.err.count("\n") == 1
+    assert ended.status == 2 and ended.err.endswith("name one with --data\n") and ended.err.count("error: ") == 1
     ended = call("paper", *names, "fewshot", *common, "--data", "digits")
     assert ended.status == 0, ended.err
     index = index_of(tmp_path / "p")
