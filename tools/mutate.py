@@ -37,7 +37,8 @@ except ImportError as error:
 
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.toml"
 TESTS = (
-    "layers", "options", "optim", "model/test_model.py", "model/test_reference.py", "masked/test_masked.py",
+    "base/test_pairs.py", "layers", "options", "optim", "model/test_model.py", "model/test_reference.py",
+    "masked/test_masked.py",
     "laboratory/test_facts.py", "laboratory/test_trace.py", "training/test_engine_cpu.py", "training/test_step.py",
     "training/test_plan.py", "training/test_loop.py", "evaluation/test_inference.py",
 )  # fmt: skip
