@@ -148,10 +148,16 @@ def test_mlp_width_follows_the_width():
         ViTConfig().width = 3
 
 
-# minivit gradcheck takes central differences of every element of all of them, in a minute
+# Along random directions all of them are checked quickly, in tests/laboratory; minivit gradcheck takes central
+# differences of every element of all of them, in a minute.
+QUICK_MODELS = ("vit", "vit-mean", "vit-every")
+
+
 @pytest.mark.parametrize(
-    ("name", "method"), [*((name, "complex") for name in MODELS), ("vit", "central"), ("vit-mean", "central")]
-)
+    ("name", "method"),
+    [*(pytest.param(name, "complex", marks=[pytest.mark.slow] if name not in QUICK_MODELS else []) for name in MODELS),
+     ("vit", "central")],
+)  # fmt: skip
 def test_every_gradient_of_the_model_element_by_element(name, method):
     model = random_model(**MODELS[name])
     images, labels = batch(model)
